@@ -1,0 +1,1 @@
+"""Shipped configs: only what differs from the defaults."""

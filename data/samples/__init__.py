@@ -1,0 +1,1 @@
+"""Bundled rows for the quickstart, written by scripts/generate_samples.py."""

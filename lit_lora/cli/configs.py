@@ -1,0 +1,49 @@
+"""``lit-lora configs``: list, show or copy the shipped configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lit_lora import log
+from lit_lora.config import find_config, shipped_configs
+from lit_lora.errors import UsageError
+from lit_lora.files import write_text
+
+__all__ = ["command"]
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="A shipped config to print.")] = None,
+    copy: Annotated[Path | None, typer.Option("--copy", metavar="FILE", help="Copy it to FILE, to edit.")] = None,
+) -> None:
+    """List the shipped configs, print one, or copy one to edit.
+
+    Examples:
+        lit-lora configs
+
+        lit-lora configs lora --copy my.yaml
+    """
+    if name is None:
+        if copy is not None:
+            raise UsageError("--copy needs the name of a config", hint="lit-lora configs lists them")
+        log.table(
+            "Shipped configs", ["name", "what"], [[name, _about(path)] for name, path in shipped_configs().items()]
+        )
+        return
+    text = find_config(name).read_text(encoding="utf-8")
+    if copy is None:
+        log.say(text.rstrip("\n"))
+        return
+    if copy.exists():
+        raise UsageError(f"{copy}: already exists", hint="choose another name")
+    write_text(copy, text)
+    log.say(f"wrote {copy}; next: lit-lora finetune --config {copy}")
+
+
+def _about(path: Path) -> str:
+    """The first comment line of a config."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -1,0 +1,1 @@
+"""Data: files of rows in, token ids with their learned targets out."""

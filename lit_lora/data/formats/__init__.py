@@ -1,0 +1,1 @@
+"""Dataset formats: one row of a file in, one conversation out."""

@@ -1,0 +1,53 @@
+"""The errors a user can cause, each with the exit code that the command line returns for it.
+
+Every message is one line: where, what is wrong, what was expected. ``hint`` is how to mend it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DiskError", "InputError", "LitLoraError", "NumericalError", "OutOfMemoryError", "UsageError"]
+
+
+class LitLoraError(Exception):
+    """A problem that the user can act on; the command line prints it without a traceback.
+
+    Args:
+        message: One line, or several lines when several problems are reported at once.
+        hint: How to mend it, one line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(LitLoraError):
+    """Wrong command line or config: an unknown key, a value out of range, an option that does not apply."""
+
+    exit_code = 2
+
+
+class InputError(LitLoraError):
+    """Wrong input file: a dataset row, a checkpoint, an adapter that does not belong to this model."""
+
+    exit_code = 3
+
+
+class DiskError(LitLoraError):
+    """The disk is full, read-only or failing. What was there before is still there."""
+
+    exit_code = 4
+
+
+class NumericalError(LitLoraError):
+    """Training stopped because the numbers went wrong: NaN or infinite loss or gradients, a lossy merge."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(LitLoraError):
+    """The machine's memory is not enough for what was asked."""
+
+    exit_code = 6

@@ -1,0 +1,171 @@
+"""Files that are complete or not there: atomic writes, hashes, free space. No torch here."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lit_lora.errors import DiskError
+
+__all__ = ["atomic_folder", "folder_bytes", "human_bytes", "require_free_space", "sha256_file", "write_text"]
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside ``target``; rename it to ``target`` when the block ends without an error.
+
+    Every file is fsynced before the rename, and the parent folder after it, so after a power cut the folder
+    is complete or absent. On an error the temporary folder is removed and ``target`` is untouched.
+
+    Args:
+        target: The folder to create. Its parents are created.
+        replace: Replace an existing ``target`` (it is moved aside first and removed last).
+
+    Raises:
+        DiskError: ``target`` exists and ``replace`` is false, or the disk is full or read-only.
+    """
+    target = Path(target)
+    if target.exists() and not replace:
+        raise DiskError(f"{target}: already exists", hint="choose another --out, or remove it first")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        with disk_errors(target):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    path.chmod(0o666 & ~_umask())
+                    _fsync(path)
+            _fsync(temporary)
+            aside = target.with_name(f".old-{temporary.name}")
+            if target.exists():
+                target.rename(aside)
+            temporary.rename(target)
+            _fsync(target.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` (UTF-8) under a temporary name, fsync it, then rename.
+
+    Raises:
+        DiskError: The disk is full or read-only; an existing ``path`` keeps its old content.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's disk errors inside the block into a :class:`DiskError` about ``path``.
+
+    Raises:
+        DiskError: No space, quota, read-only, permission or input/output error.
+    """
+    reasons = {
+        errno.ENOSPC: "no space left on the disk",
+        errno.EDQUOT: "disk quota exceeded",
+        errno.EROFS: "read-only file system",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
+        errno.EIO: "input/output error of the disk",
+        errno.ENOTDIR: "a part of this path is a file, expected a folder",
+        errno.EFBIG: "file too large for the disk or its limits",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno in reasons:
+            free = f", {human_bytes(free_bytes(path))} free" if error.errno == errno.ENOSPC else ""
+            raise DiskError(f"{path}: {reasons[error.errno]}{free}; what was there is kept") from error
+        raise
+    except Exception as error:
+        # safetensors reports a full disk as its own error type, with the system's words inside.
+        if "No space left on device" in str(error):
+            free = human_bytes(free_bytes(path))
+            raise DiskError(f"{path}: no space left on the disk, {free} free; what was there is kept") from error
+        raise
+
+
+def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Check that the volume of ``path`` has room for ``needed_bytes`` before work starts.
+
+    Raises:
+        DiskError: There is less.
+    """
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise DiskError(
+            f"{path}: {what} needs {human_bytes(needed_bytes)}, the disk has {human_bytes(free)} free",
+            hint="free some space, or choose an output folder on another disk",
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the volume that holds ``path`` or its nearest existing parent."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below ``folder``."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def human_bytes(count: float) -> str:
+    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder; its rename is journalled
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

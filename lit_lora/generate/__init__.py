@@ -1,0 +1,1 @@
+"""Generation: sampling, streaming, chat sessions with a key/value cache."""

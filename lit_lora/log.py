@@ -1,0 +1,80 @@
+"""What the user sees: lines, tables, progress bars. Quiet and parseable when not on a terminal.
+
+Results go to stdout; notes, warnings and progress go to stderr, so that a pipe gets only what was asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+__all__ = ["note", "progress", "say", "table", "warn"]
+
+T = TypeVar("T")
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console made on use, so that it follows a redirected stdout; markup in user text is never interpreted."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """Print a result line to stdout. ``style`` is a rich style such as ``bold green``."""
+    _console().print(text, style=style)
+
+
+def note(text: str) -> None:
+    """Print a line about what is going on to stderr."""
+    _console(stderr=True).print(text, style="dim")
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr: something the user should act on, though work goes on."""
+    _console(stderr=True).print(f"warning: {text}", style="yellow")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = ()) -> None:
+    """Print a table to stdout: drawn on a terminal, tab-separated lines in a pipe.
+
+    Args:
+        title: The line above it.
+        columns: The header.
+        rows: The cells, printed by ``str``.
+        right: Indices of the columns aligned to the right.
+    """
+    console = _console()
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not console.is_terminal:
+        console.print(f"# {title}")
+        for row in [list(columns), *cells]:
+            console.print("\t".join(row))
+        return
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def progress(
+    items: Iterable[T] | None = None, *, total: int | None = None, what: str, unit: str = "it", initial: int = 0
+) -> tqdm[T]:
+    """A progress bar with rate and time left on stderr; off when stderr is not a terminal."""
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=initial,
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+        leave=False,
+    )

@@ -1,0 +1,1 @@
+"""Finetuning methods: which modules a method wraps, and which parameters then train."""

@@ -1,0 +1,1 @@
+"""Training: the one loop, its loss, optimizers, schedules, metrics and checkpoints."""

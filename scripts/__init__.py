@@ -1,0 +1,1 @@
+"""Entry points to run without the command line tool, and the benchmark."""

@@ -1,0 +1,17 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data and weights, from ``LIT_LORA_TEST_DATA``; the test is skipped without it."""
+    folder = os.environ.get("LIT_LORA_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LIT_LORA_TEST_DATA is not set to the folder with the real test data")
+    return Path(folder)
