@@ -3,3 +3,9 @@
 One legend of shape letters for the whole package: ``B`` batch, ``T`` tokens, ``S`` cached or source tokens, ``D``
 width, ``F`` MLP width, ``N`` query heads, ``K`` key/value heads, ``H`` head size, ``V`` vocabulary, ``R`` rank.
 """
+
+from lit_lora.model.config import FAMILIES, ModelConfig
+from lit_lora.model.decoder import CausalLM
+from lit_lora.model.kv_cache import KVCache
+
+__all__ = ["FAMILIES", "CausalLM", "KVCache", "ModelConfig"]

@@ -1,0 +1,178 @@
+"""The decoder's shape, with the field names of Hugging Face's ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from lit_lora.config import Settings, did_you_mean, validate
+from lit_lora.errors import InputError, UsageError
+
+__all__ = ["FAMILIES", "ModelConfig", "Rope"]
+
+# config.json's "model_type" -> what its config.json leaves unsaid. One line a family: the decoder is shared.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+}
+
+
+class Rope(Settings):
+    """How positions turn into rotations. Source: ``rope_parameters`` of ``config.json``."""
+
+    model_config = {**Settings.model_config, "extra": "ignore"}
+
+    rope_type: str = Field("default", description="default, linear, dynamic, yarn, longrope or llama3.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the geometric progression of wavelengths.")
+    factor: float | None = Field(None, gt=0, description="How many times longer the context is than in pretraining.")
+    original_max_position_embeddings: int | None = Field(None, gt=0, description="The context in pretraining.")
+    low_freq_factor: float | None = Field(None, description="llama3: wavelengths above context / this are scaled.")
+    high_freq_factor: float | None = Field(None, description="llama3: wavelengths below context / this are kept.")
+    attention_factor: float | None = Field(None, description="yarn, longrope: scale of cosine and sine.")
+    beta_fast: float | None = Field(None, description="yarn: rotations above which a dimension is kept.")
+    beta_slow: float | None = Field(None, description="yarn: rotations below which a dimension is interpolated.")
+    mscale: float | None = Field(None, description="yarn: numerator of the attention factor.")
+    mscale_all_dim: float | None = Field(None, description="yarn: denominator of the attention factor.")
+    truncate: bool = Field(True, description="yarn: round the correction range outwards.")
+    short_factor: list[float] | None = Field(None, description="longrope: divisors within the original context.")
+    long_factor: list[float] | None = Field(None, description="longrope: divisors beyond the original context.")
+
+
+class ModelConfig(Settings):
+    """Sizes and switches of a Llama-shaped decoder.
+
+    Keys of ``config.json`` that the decoder has no use for are kept aside and written back by :meth:`to_hf`.
+    """
+
+    model_config = {**Settings.model_config, "extra": "ignore"}
+
+    model_type: str = Field("llama", description="The family.")
+    vocab_size: int = Field(gt=0, description="Rows of the embedding, padding rows included.")
+    hidden_size: int = Field(gt=0, description="Width D.")
+    intermediate_size: int = Field(gt=0, description="MLP width F.")
+    num_hidden_layers: int = Field(gt=0, le=1000, description="Decoder layers.")
+    num_attention_heads: int = Field(gt=0, description="Query heads N.")
+    num_key_value_heads: int = Field(gt=0, description="Key and value heads K; divides N.")
+    head_dim: int = Field(gt=0, description="Head size H.")
+    rms_norm_eps: float = Field(1e-6, ge=0, description="Added to the mean square before its root.")
+    max_position_embeddings: int = Field(2048, gt=0, description="Longest context.")
+    sliding_window: int | None = Field(None, gt=0, description="A token sees this many tokens, itself included.")
+    rope: Rope = Field(default_factory=Rope, description="Rotary position embedding.")
+    tie_word_embeddings: bool = Field(False, description="The head is the embedding.")
+    attention_bias: bool = Field(False, description="q, k, v and o projections have a bias.")
+    mlp_bias: bool = Field(False, description="gate, up and down projections have a bias.")
+    bos_token_id: int | None = Field(None, description="Beginning of sequence.")
+    eos_token_id: int | list[int] | None = Field(None, description="End of sequence; generation stops there.")
+    dtype: str = Field("float32", description="dtype of the stored weights: float32, bfloat16 or float16.")
+    source: dict[str, Any] = Field(default_factory=dict, exclude=True, description="config.json as it was read.")
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, rotary positions need an even one")
+        return self
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read ``config.json`` of a checkpoint.
+
+        Raises:
+            InputError: It is missing, not JSON, of an unknown family, or its values do not fit together.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file, expected a checkpoint folder with config.json and *.safetensors",
+                hint="lit-lora download fetches one, lit-lora convert makes one of a GGUF, .bin or .pth file",
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"{path}: expected an object, got {type(data).__name__}")
+        return cls.from_hf(data, name=str(path))
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any], *, name: str = "config.json") -> ModelConfig:
+        """Read a parsed ``config.json``, of transformers 4 or 5.
+
+        Raises:
+            InputError: Unknown family, an unsupported switch, or values that do not fit together.
+        """
+        family = data.get("model_type")
+        if family not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise InputError(
+                f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}"
+            )
+        if data.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
+        if data.get("quantization_config"):
+            raise InputError(f"{name}: this checkpoint is quantised already, expected 16- or 32-bit weights")
+        fields = {**FAMILIES[family], **{key: value for key, value in data.items() if value is not None}}
+        if "sliding_window" in data and data["sliding_window"] is None:
+            fields.pop("sliding_window", None)
+        heads = fields.get("num_attention_heads")
+        fields.setdefault("num_key_value_heads", heads)
+        if isinstance(heads, int) and isinstance(fields.get("hidden_size"), int) and heads > 0:
+            fields.setdefault("head_dim", fields["hidden_size"] // heads)
+        fields["dtype"] = str(fields.get("dtype", fields.get("torch_dtype", "float32"))).removeprefix("torch.")
+        fields["rope"] = _rope(data, name)
+        fields["source"] = data
+        try:
+            return validate(fields, cls, name=name)
+        except UsageError as error:
+            raise InputError(str(error)) from error
+
+    def to_hf(self) -> dict[str, Any]:
+        """``config.json`` as it was read, with the fields that finetuning may have changed."""
+        changed = {
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "dtype": self.dtype,
+            "torch_dtype": self.dtype,
+        }
+        kept = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
+        name = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
+        if self.source:
+            return {**self.source, **kept, name: self.dtype}
+        own = self.model_dump(exclude={"rope", "source"})
+        architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.model_type]
+        rope = self.rope.model_dump(exclude_none=True)
+        return {"architectures": [architecture], "hidden_act": "silu", **own, "rope_parameters": rope, name: self.dtype}
+
+
+def _rope(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """The rope settings of a ``config.json``: ``rope_parameters`` (5.x) or ``rope_theta`` + ``rope_scaling`` (4.x)."""
+    scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"{name}: rope_scaling: expected an object, got {type(scaling).__name__}")
+    rope = {key: value for key, value in scaling.items() if value is not None}
+    rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", data.get("rope_theta", 10000.0))
+    if "original_max_position_embeddings" not in rope:
+        context = data.get("original_max_position_embeddings", data.get("max_position_embeddings", 2048))
+        rope["original_max_position_embeddings"] = context
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "yarn": (),
+        "longrope": ("short_factor", "long_factor"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if rope["rope_type"] not in needed:
+        raise InputError(f"{name}: rope_type {rope['rope_type']!r} is not supported, known: {', '.join(needed)}")
+    missing = [key for key in needed[rope["rope_type"]] if key not in rope]
+    if missing:
+        raise InputError(f"{name}: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")
+    return rope

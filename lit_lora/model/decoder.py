@@ -1,0 +1,142 @@
+"""The Llama-shaped decoder. Parameter names are Hugging Face's, so checkpoints load and save without a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_lora.model.attention import CachedAttention, PackedAttention
+from lit_lora.model.config import ModelConfig
+from lit_lora.model.kv_cache import KVCache
+from lit_lora.model.layers import MLP, RMSNorm, rotate
+from lit_lora.model.rope import rope_table
+
+__all__ = ["Attend", "CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
+
+
+class SelfAttention(nn.Module):
+    """Projections around attention; how tokens attend is the caller's ``attend``."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Attend among the tokens of ``x``, (T, D) to (T, D)."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim))  # (T, heads, H)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        context = attend(self.index, rotate(query, *rope), rotate(key, *rope), value)  # (T, N, H)
+        out: Tensor = self.o_proj(context.flatten(-2))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on a normed input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, index)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """(T, D) to (T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """(T,) int64 token ids to (T, D)."""
+        x: Tensor = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, rope, attend)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head. ``lm_head.weight`` is the embedding's parameter where the two are tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's parameter."""
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of the next token after every token, (B, T, V). The arguments are those of :meth:`hidden_states`."""
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids, lengths=lengths, cache=cache))
+        return logits
+
+    def hidden_states(
+        self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Run the decoder up to its final norm.
+
+        Args:
+            input_ids: (B, T) int64.
+            lengths: With B = 1: tokens of each document packed into the row, which do not see each other and whose
+                positions restart; they sum to T. ``None``: every row is one document.
+            cache: Continue after the tokens in the cache; it grows by T in place.
+
+        Returns:
+            (B, T, D) in the dtype of the model.
+
+        Raises:
+            ValueError: The cache has no room, or ``lengths`` do not cover the row.
+        """
+        batch_size, tokens = input_ids.shape
+        device = input_ids.device
+        attend: Attend
+        if cache is not None:
+            if cache.length + tokens > cache.max_length:
+                raise ValueError(f"{cache.length} + {tokens} tokens, the cache has room for {cache.max_length}")
+            positions = cache.positions(tokens).reshape(-1)
+            longest = cache.length + tokens
+            attend = CachedAttention(cache, batch_size, tokens, self.config.sliding_window)
+        else:
+            lengths = list(lengths) if lengths is not None else [tokens] * batch_size
+            if sum(lengths) != batch_size * tokens:
+                raise ValueError(f"lengths sum to {sum(lengths)}, the row has {batch_size * tokens} tokens")
+            positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+            longest = max(lengths)
+            attend = PackedAttention(lengths, self.config.sliding_window)
+        rope = rope_table(self.config, positions, longest)
+        hidden: Tensor = self.model(input_ids.reshape(-1), rope, attend)
+        if cache is not None:
+            cache.advance(tokens)
+        return hidden.view(batch_size, tokens, -1)
