@@ -1,0 +1,169 @@
+"""What every method needs: freeze, find modules by name, replace them, count and collect what trains.
+
+A method is: which modules it wraps, and which parameters then require a gradient. Its parameters live in modules that
+derive from :class:`OwnModule`, so they are found by type and never by a substring of their name. The wrapped module
+stays untouched as ``base_layer``. Works on any tree of ``nn.Module``.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from lit_lora.config import Settings, did_you_mean
+from lit_lora.errors import UsageError
+
+__all__ = [
+    "Kind",
+    "MatchedRow",
+    "Method",
+    "OwnModule",
+    "ParameterCount",
+    "count_parameters",
+    "freeze",
+    "matched_table",
+    "matches",
+    "own_modules",
+    "replace_module",
+    "select",
+    "trainable_state",
+]
+
+Kind = Literal["low-rank", "full"]
+
+
+class Method(Settings):
+    """Settings of one finetuning method; ``apply`` changes a model in place into one that trains by it."""
+
+    kind: ClassVar[Kind]
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Wrap the modules that the method adapts and let its own parameters, and no others, require a gradient.
+
+        Raises:
+            UsageError: The settings do not fit this model, such as a target that matches nothing.
+        """
+
+
+class OwnModule(nn.Module):
+    """Base of the modules that a method puts in; all parameters outside its ``base_layer`` are the method's own."""
+
+    base_layer: nn.Module
+
+
+@dataclass(frozen=True)
+class MatchedRow:
+    """Modules of one shape that train, such as all ``q_proj``: one row of the table printed before training."""
+
+    pattern: str
+    """Their name with every number replaced by ``*``."""
+    count: int
+    """How many there are."""
+    shape: str
+    """The shape of the weight that is adapted, and the rank where there is one."""
+    trainable: int
+    """Trainable parameters of all of them together."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers train, of how many."""
+
+    trainable: int
+    """Numbers that require a gradient."""
+    total: int
+    """All numbers of the model, shared ones once."""
+
+    @property
+    def share(self) -> float:
+        """Trainable share, 0 to 1."""
+        return self.trainable / max(self.total, 1)
+
+
+def freeze(model: nn.Module) -> None:
+    """Let no parameter require a gradient; gradients that are there are dropped."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name, detached; a shared one once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the numbers that train and all of them."""
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
+
+
+def own_modules(model: nn.Module) -> dict[str, OwnModule]:
+    """The modules that a method put in, by the name that the module they wrap had before."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OwnModule)}
+
+
+def matched_table(model: nn.Module) -> list[MatchedRow]:
+    """What trains, one row per kind of module, in the model's order."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, module in model.named_modules():
+        trainable = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
+        if trainable:
+            rows.setdefault((re.sub(r"\b\d+\b", "*", name), _shape(module)), []).append(trainable)
+    return [MatchedRow(pattern, len(counts), shape, sum(counts)) for (pattern, shape), counts in rows.items()]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names the module: its whole dotted name or whole last parts of it, ``*`` standing for any.
+
+    ``q_proj``, ``self_attn.q_proj``, ``model.layers.*.q_proj`` and ``*_proj`` all match
+    ``model.layers.0.self_attn.q_proj``; ``proj`` does not.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def select(patterns: Sequence[str], names: Iterable[str], *, key: str) -> list[str]:
+    """The names that any pattern matches, in their own order.
+
+    Args:
+        patterns: As in :func:`matches`.
+        names: Dotted names to choose from.
+        key: The settings key that the patterns come from, for the message.
+
+    Raises:
+        UsageError: A pattern matches nothing.
+    """
+    names = list(names)
+    problems = [_no_match(pattern, names, key) for pattern in patterns if not any(matches(pattern, n) for n in names)]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the one called ``name``, with the same training mode."""
+    parent, _, child = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _no_match(pattern: str, names: Sequence[str], key: str) -> str:
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    there = ", ".join(ends[:20]) + (", …" if len(ends) > 20 else "")
+    return f"{key}: {pattern!r} matches no module{did_you_mean(pattern, ends)}, there are: {there or 'none'}"
+
+
+def _shape(module: nn.Module) -> str:
+    base = module.base_layer if isinstance(module, OwnModule) else module
+    weight = getattr(base, "weight", None)
+    shape = "×".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""
+    rank = getattr(module, "rank", None)
+    return f"{shape}, rank {rank}" if rank is not None else shape

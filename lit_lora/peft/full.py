@@ -1,0 +1,35 @@
+"""Full finetuning: every parameter trains, or those that a pattern names."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from lit_lora.peft.base import Kind, Method, select
+
+__all__ = ["FullConfig"]
+
+
+class FullConfig(Method):
+    """Full finetuning: the model's own weights train and are saved as a whole model."""
+
+    kind: ClassVar[Kind] = "full"
+    name: Literal["full"] = Field("full", description="The method.")
+    train: Literal["all"] | list[str] = Field(
+        "all", description="all, or names of the modules that train, such as mlp, lm_head or model.layers.29.*."
+    )
+
+    def apply(self, model: nn.Module) -> None:
+        """Let the parameters of the named modules require a gradient (call ``freeze`` first for a part).
+
+        Raises:
+            UsageError: A pattern matches no module.
+        """
+        if self.train == "all":
+            model.requires_grad_(True)
+            return
+        names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+        for name in select(self.train, names, key="peft.train"):
+            model.get_submodule(name).requires_grad_(True)
