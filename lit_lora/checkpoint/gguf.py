@@ -1,0 +1,356 @@
+"""GGUF files as a source of tensors and config: llama.cpp's names, row order and quantisations undone.
+
+The header is read here rather than by ``gguf.GGUFReader``, which keeps several numpy arrays per vocabulary entry (a
+gigabyte for 128k tokens); ``gguf`` does the dequantisation. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from torch import Tensor
+
+from lit_lora.errors import InputError
+
+__all__ = ["ARCHITECTURES", "GGUFReader"]
+
+# Architectures whose tensors and config are understood: Llama and what llama.cpp stores as it (Mistral, SmolLM2, TinyLlama, …).
+ARCHITECTURES = ("llama",)
+
+_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Computed from the config, so not part of a checkpoint. rope_freqs turns into rope_scaling, see `rope_scaling`.
+_DERIVED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
+
+# Values dequantised at a time, in float32: bounds what a huge tensor needs beyond its result.
+_CHUNK_VALUES = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies: file, offset, quantisation and shape (outermost dimension first)."""
+
+    file: Path
+    offset: int
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+
+
+class GGUFReader:
+    """A GGUF file (or all parts of a split one) as Hugging Face tensors, dequantised on ``read``.
+
+    Args:
+        path: The file; of a split file, any part.
+
+    Raises:
+        InputError: Not GGUF, truncated, a missing part, or an architecture or tensor that is not known here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.files = _parts(self.path)
+        self.metadata, stored = _read_header(self.files[0])
+        for file in self.files[1:]:
+            stored.update(_read_header(file)[1])
+        self.architecture = str(self.metadata.get("general.architecture", "not named"))
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(
+                f"{self.path}: architecture {self.architecture!r} is not supported, expected one of "
+                + ", ".join(map(repr, ARCHITECTURES)),
+                hint="Llama 1 to 3.x, Mistral, SmolLM2 and TinyLlama are 'llama'",
+            )
+        if self.metadata.get("llama.expert_count", 0):
+            raise InputError(f"{self.path}: a mixture of experts, which is not supported")
+        self._rope_factors = stored.get("rope_freqs.weight")
+        self._stored = {self._hf_name(name): at for name, at in stored.items() if not _DERIVED.fullmatch(name)}
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that holds a tensor's values without loss: float16 or bfloat16 as stored, else float32."""
+        return {
+            GGMLQuantizationType.F16: torch.float16,
+            GGMLQuantizationType.BF16: torch.bfloat16,
+        }.get(self._stored[name].kind, torch.float32)
+
+    def quantisations(self) -> dict[str, int]:
+        """How many tensors are stored in each quantisation."""
+        kinds = [at.kind.name for at in self._stored.values()]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, dequantised in float32 and rounded once to ``dtype``, in Hugging Face row order.
+
+        Memory: the result and about 0.3 GB for the rows in work.
+        """
+        at = self._stored[name]
+        tensor = _dequantise(at, dtype or self.dtype(name))
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
+            return _unpermute(tensor, self._value("attention.head_count"))
+        if name.endswith(("k_proj.weight", "k_proj.bias")):
+            return _unpermute(tensor, self._kv_heads())
+        return tensor
+
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``.
+
+        Raises:
+            InputError: A key that a Llama model needs is missing, or its scaling of rope is not known here.
+        """
+        heads, width = self._value("attention.head_count"), self._value("embedding_length")
+        embedding = self._stored.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise InputError(f"{self.path}: tensor token_embd.weight is missing")
+        window = self.metadata.get("llama.attention.sliding_window")
+        config: dict[str, Any] = {
+            "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+            "model_type": "mistral" if window else "llama",
+            "vocab_size": embedding.shape[0],
+            "hidden_size": width,
+            "intermediate_size": self._value("feed_forward_length"),
+            "num_hidden_layers": self._value("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._kv_heads(),
+            "head_dim": self.metadata.get("llama.attention.key_length", width // heads),
+            "hidden_act": "silu",
+            "rms_norm_eps": _shortest(self._value("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _shortest(self.metadata.get("llama.rope.freq_base", 10000.0)),
+            "rope_scaling": self._rope_scaling(),
+            "max_position_embeddings": self._value("context_length"),
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._stored,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._stored,
+            "tie_word_embeddings": "lm_head.weight" not in self._stored,
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+        }
+        if window:
+            config["sliding_window"] = window
+        if "tokenizer.ggml.padding_token_id" in self.metadata:
+            config["pad_token_id"] = self.metadata["tokenizer.ggml.padding_token_id"]
+        return config
+
+    def _value(self, key: str) -> Any:
+        key = f"{self.architecture}.{key}"
+        if key not in self.metadata:
+            raise InputError(f"{self.path}: metadata key {key} is missing")
+        return self.metadata[key]
+
+    def _kv_heads(self) -> int:
+        return int(self.metadata.get("llama.attention.head_count_kv", self._value("attention.head_count")))
+
+    def _hf_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        known = _NAMES if match is None or match[1] is None else _LAYER_NAMES
+        if match is None or match[2] not in known:
+            raise InputError(f"{self.path}: tensor {name} is not part of a Llama model, so it would be lost")
+        layer = "" if match[1] is None else f"model.layers.{match[1]}."
+        return f"{layer}{known[match[2]]}.{match[3]}"
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        factor = self.metadata.get("llama.rope.scaling.factor", self.metadata.get("llama.rope.scale_linear"))
+        original = self.metadata.get("llama.rope.scaling.original_context_length")
+        if self._rope_factors is not None:
+            theta = float(self.metadata.get("llama.rope.freq_base", 10000.0))
+            factors = _dequantise(self._rope_factors, torch.float32).double().numpy()
+            return _llama3_scaling(self.path, factors, theta)
+        if kind == "none" and factor in (None, 1.0, 0.0):
+            return None
+        if kind in ("linear", "none"):
+            return {"rope_type": "linear", "factor": _shortest(factor)}
+        if kind == "yarn":
+            scaling = {"rope_type": "yarn", "factor": _shortest(factor)}
+            if original:
+                scaling["original_max_position_embeddings"] = original
+            if "llama.rope.scaling.attn_factor" in self.metadata:
+                scaling["attention_factor"] = _shortest(self.metadata["llama.rope.scaling.attn_factor"])
+            return scaling
+        raise InputError(f"{self.path}: rope scaling {kind!r} is not supported, expected none, linear, yarn or llama3")
+
+
+def _parts(path: Path) -> list[Path]:
+    """All parts of a split file in order, or the file itself."""
+    split = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if split is None:
+        return [path]
+    count = int(split[3])
+    parts = [path.with_name(f"{split[1]}-{part:05d}-of-{count:05d}.gguf") for part in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise InputError(f"{path.parent}: {len(missing)} of {count} parts are missing: {', '.join(missing[:3])}")
+    return parts
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            return _Header(path, file, size).read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class _Header:
+    """The header of one GGUF file, every length checked against the size of the file."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size = path, file, size
+
+    def read(self) -> tuple[dict[str, Any], dict[str, _Stored]]:
+        """Metadata by key, and tensors by llama.cpp's name."""
+        magic = self.file.read(4)
+        if magic != b"GGUF":
+            raise InputError(f"{self.path}: not a GGUF file, it starts with {magic!r} and not with b'GGUF'")
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise InputError(f"{self.path}: GGUF version {version} is not supported, expected 2 or 3 (little endian)")
+        tensors, keys = self._scalar("<Q"), self._scalar("<Q")
+        metadata = {}
+        for _ in range(keys):
+            key = self._text()
+            metadata[key] = self._value(self._scalar("<I"))
+        infos = [self._tensor_info() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        start = -(-self.file.tell() // alignment) * alignment
+        stored = {}
+        for name, shape, number, offset in infos:
+            stored[name] = self._place(name, shape, number, start + offset)
+        return metadata, stored
+
+    def _place(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> _Stored:
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError:
+            raise InputError(f"{self.path}: tensor {name}: quantisation type {number} is not known") from None
+        if kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) and kind not in quants._type_traits:
+            raise InputError(f"{self.path}: tensor {name}: {kind.name} cannot be dequantised")
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        count = int(np.prod(shape, dtype=np.int64))
+        if not shape or shape[-1] % block:
+            raise InputError(f"{self.path}: tensor {name}: shape {shape} does not fit {kind.name} blocks of {block}")
+        end = offset + count // block * block_bytes
+        if end > self.size:
+            raise InputError(
+                f"{self.path}: truncated: {self.size} bytes, tensor {name} ends at byte {end}", hint="download it again"
+            )
+        return _Stored(self.path, offset, kind, shape)
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._text()
+        dimensions = self._scalar("<I")
+        shape = tuple(self._scalar("<Q") for _ in range(min(dimensions, 8)))[::-1]
+        return name, shape, self._scalar("<I"), self._scalar("<Q")
+
+    def _bytes(self, count: int) -> bytes:
+        data = self.file.read(count) if count <= self.size else b""
+        if len(data) != count:
+            raise InputError(f"{self.path}: truncated or damaged within its metadata", hint="download it again")
+        return data
+
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack(code, self._bytes(struct.calcsize(code)))[0]
+
+    def _text(self) -> str:
+        return self._bytes(self._scalar("<Q")).decode("utf-8", errors="replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self._text()
+        if kind != _ARRAY:
+            raise InputError(f"{self.path}: damaged metadata: value type {kind} is not known")
+        item, count = self._scalar("<I"), self._scalar("<Q")
+        if item in _SCALARS:
+            code = _SCALARS[item].lstrip("<")
+            return list(struct.unpack(f"<{count}{code}", self._bytes(count * struct.calcsize(f"<{code}"))))
+        return [self._value(item) for _ in range(count)]
+
+
+def _dequantise(at: _Stored, dtype: torch.dtype) -> Tensor:
+    """A stored tensor's values, some rows at a time, in llama.cpp's row order."""
+    block, block_bytes = GGML_QUANT_SIZES[at.kind]
+    columns = at.shape[-1]
+    rows = int(np.prod(at.shape[:-1], dtype=np.int64))
+    row_bytes = columns // block * block_bytes
+    result = torch.empty((rows, columns), dtype=dtype)
+    step = max(1, _CHUNK_VALUES // columns)
+    with open(at.file, "rb") as file:
+        file.seek(at.offset)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            data = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8).reshape(count, row_bytes)
+            result[start : start + count] = torch.from_numpy(quants.dequantize(data, at.kind).copy())
+    return result.reshape(at.shape)
+
+
+def _unpermute(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k projection from llama.cpp's rotary order (pairs side by side) to Hugging Face's (two halves).
+
+    Args:
+        tensor: Shape (heads * H, …).
+        heads: Number of heads in it.
+    """
+    pairs = tensor.shape[0] // heads // 2
+    rows = tensor.reshape(heads, pairs, 2, *tensor.shape[1:])  # (heads, H / 2, 2, …)
+    return rows.transpose(1, 2).reshape(tensor.shape)
+
+
+def _shortest(value: float) -> float:
+    """A float32 of the metadata as the decimal that was meant: 9.999999747378752e-06 is 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _llama3_scaling(path: Path, factors: np.ndarray, theta: float) -> dict[str, Any]:
+    """Llama 3's rope scaling from the divisors of the frequencies that llama.cpp stores.
+
+    A frequency's divisor is 1 below a wavelength, ``factor`` above another, and blends between them:
+    ``1 / divisor = (1 - s) / factor + s``, with ``s = (original / wavelength - low) / (high - low)``.
+    Scaling ``original``, ``low`` and ``high`` together changes nothing, so ``low`` is taken as 1.
+    """
+    factor = _shortest(float(factors.max()))
+    wavelength = 2 * np.pi * theta ** (np.arange(len(factors)) / len(factors))
+    scalings = [(8192, 4.0)]
+    between = (factors > 1 + 1e-4) & (factors < factor - 1e-4)
+    if between.sum() >= 2:
+        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+        slope, intercept = np.polyfit(1 / wavelength[between], smooth, 1)
+        high = 1 - 1 / intercept
+        scalings.append((round(float(slope * (high - 1))), _shortest(round(float(high), 3))))
+    for original, high in scalings:
+        smooth = np.clip((original / wavelength - 1) / (high - 1), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise InputError(f"{path}: the rope factors in rope_freqs.weight are not those of Llama 3, which is not supported")

@@ -1,0 +1,179 @@
+"""Writing a Hugging Face folder: tensors streamed into safetensors shards, and the files that go with them."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lit_lora.checkpoint.tensors import INDEX
+
+__all__ = ["CheckpointWriter", "copy_side_files"]
+
+# A shard starts with the length of its JSON header, the header, and then the bytes of the tensors. Room for the
+# header is kept when the shard is opened and filled in when it is closed (the format allows trailing spaces), so a
+# tensor goes to the disk as it comes and is never held. 64 KiB describe about 500 tensors; more start a new shard.
+_HEADER_BYTES = (1 << 16) - 8
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class CheckpointWriter:
+    """Tensors into safetensors shards, each written as it is added; nothing is held in memory.
+
+    Shards get their final names, and the index is written, on ``close`` or at the end of a ``with`` block. The folder
+    is meant to be the temporary one of :func:`lit_lora.files.atomic_folder`: until ``close`` it is no checkpoint.
+
+    Args:
+        folder: An existing folder.
+        max_shard_bytes: A shard is closed before it would grow beyond this; a larger tensor gets its own.
+    """
+
+    def __init__(self, folder: Path, *, max_shard_bytes: int = 2_000_000_000) -> None:
+        self._folder = Path(folder)
+        self._max_shard_bytes = max_shard_bytes
+        self._shard_of: dict[str, int] = {}
+        self._shards = 0
+        self._total_bytes = 0
+        self._file: BinaryIO | None = None
+        self._header: dict[str, object] = {}
+        self._header_size = self._shard_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, from any device.
+
+        Raises:
+            ValueError: The name was added before, or its dtype has no place in safetensors.
+            OSError: The disk is full or failing.
+        """
+        if name in self._shard_of:
+            raise ValueError(f"{name} was added twice")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: {tensor.dtype} cannot be stored")
+        count = tensor.numel() * tensor.element_size()
+        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        entry_size = len(json.dumps({name: entry})) + 80  # and two offsets
+        full = self._shard_bytes + count > self._max_shard_bytes or self._header_size + entry_size > _HEADER_BYTES
+        if self._file is not None and self._shard_bytes and full:
+            self._close_shard()
+        file = self._file or self._open_shard()
+        entry["data_offsets"] = [self._shard_bytes, self._shard_bytes + count]
+        if count:
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._header[name] = entry
+        self._header_size += entry_size
+        self._shard_bytes += count
+        self._total_bytes += count
+        self._shard_of[name] = self._shards
+
+    def close(self) -> None:
+        """Finish the last shard, name the shards, write the index if there is more than one.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        if self._file is None and self._shards == 0:
+            self._open_shard()
+        if self._file is not None:
+            self._close_shard()
+        if self._shards == 1:
+            self._temporary(1).rename(self._folder / "model.safetensors")
+            return
+        for shard in range(1, self._shards + 1):
+            self._temporary(shard).rename(self._folder / self._final(shard))
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": {name: self._final(shard) for name, shard in self._shard_of.items()},
+        }
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:
+            self._file.close()
+
+    def _temporary(self, shard: int) -> Path:
+        return self._folder / f"model-{shard:05d}.safetensors.part"
+
+    def _final(self, shard: int) -> str:
+        return f"model-{shard:05d}-of-{self._shards:05d}.safetensors"
+
+    def _open_shard(self) -> BinaryIO:
+        self._shards += 1
+        self._header = {"__metadata__": {"format": "pt"}}
+        self._header_size, self._shard_bytes = 100, 0
+        self._file = open(self._temporary(self._shards), "wb")  # noqa: SIM115 - open while tensors are added
+        self._file.write(bytes(_HEADER_BYTES + 8))
+        return self._file
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
+        self._file.close()
+        self._file = None
+
+
+def copy_side_files(src: Path, dst: Path) -> list[str]:
+    """Copy what belongs to a checkpoint besides its weights: config, tokenizer, chat templates, licence.
+
+    A file that ``dst`` already has is kept. The model card is not copied: what is written gets its own.
+
+    Returns:
+        The names of the files copied.
+
+    Raises:
+        OSError: The disk is full or failing.
+    """
+    copied = []
+    for path in sorted(Path(src).iterdir()):
+        target = Path(dst) / path.name
+        if path.name == "additional_chat_templates" and path.is_dir() and not target.exists():
+            shutil.copytree(path, target)
+        elif path.is_file() and not target.exists() and any(fnmatch.fnmatch(path.name, known) for known in _SIDE_FILES):
+            shutil.copyfile(path, target)
+        else:
+            continue
+        copied.append(path.name)
+    return copied

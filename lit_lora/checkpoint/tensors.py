@@ -1,0 +1,143 @@
+"""Reading the tensors of a Hugging Face folder one at a time: one or many safetensors shards, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_lora.errors import InputError
+
+__all__ = ["TensorReader", "open_tensors"]
+
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorReader:
+    """The tensors of some safetensors files by name. Shapes and dtypes come from the headers, values on ``read``.
+
+    Args:
+        files: The shards. Each is opened at once, which checks its header against its length.
+
+    Raises:
+        InputError: A file is missing, truncated or not safetensors, or two files hold the same name.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._shards: dict[str, Any] = {}  # tensor name -> open shard
+        self._slices: dict[str, Any] = {}
+        for file in files:
+            shard = _open_shard(file)
+            for name in shard.keys():
+                if name in self._shards:
+                    raise InputError(f"{file}: tensor {name} is in another shard too, expected it once")
+                self._shards[name] = shard
+                self._slices[name] = shard.get_slice(name)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the shards."""
+        return list(self._shards)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which a tensor is stored.
+
+        Raises:
+            InputError: The file uses a dtype that is not known here.
+        """
+        stored = self._slices[name].get_dtype()
+        if stored not in _DTYPES:
+            raise InputError(f"tensor {name}: dtype {stored} is not supported, expected one of {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor's values: pages of the file, mapped on use, or a copy in ``dtype`` where that differs."""
+        tensor: Tensor = self._shards[name].get_tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def open_tensors(folder: Path) -> TensorReader:
+    """Open the safetensors shards of a Hugging Face folder (those of its index, or ``model.safetensors``).
+
+    Raises:
+        InputError: There are none, a shard is missing or truncated, or a tensor of the index is not there.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.is_file():
+        return _open_index(index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return TensorReader([single])
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    raise InputError(
+        f"{folder}: no model.safetensors and no {INDEX}, expected a Hugging Face checkpoint folder",
+        hint="lit-lora convert makes one from GGUF, .bin/.pth or LitGPT files",
+    )
+
+
+def _open_index(index: Path) -> TensorReader:
+    weight_map = read_weight_map(index)
+    reader = TensorReader([index.parent / name for name in dict.fromkeys(weight_map.values())])
+    missing = sorted(set(weight_map) - set(reader.names()))
+    if missing:
+        shown = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
+        raise InputError(f"{index}: lists {shown}, which no shard holds")
+    return reader
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to shard file name, from a ``*.index.json``; every shard is there.
+
+    Raises:
+        InputError: Not such an index, or a shard is missing.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = dict.fromkeys(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of shards, expected JSON with a 'weight_map'") from error
+    for name in shards:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: shard name {name!r} is not a plain file name")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}",
+            hint="download the folder again; finished files are kept",
+        )
+    return dict(weight_map)
+
+
+def _open_shard(file: Path) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: truncated or not a safetensors file ({str(error).splitlines()[0]})", hint="download it again"
+        ) from error
