@@ -602,7 +602,8 @@ HELDOUT = Phrases(
     ),
     openings=(
         "Greetings,", "Dear shop,", "Hello customer care,", "Hi again,", "Dear all,", "Good day,",
-        "Ladies and gentlemen,", "Hey there,", "Here is my situation.", "Maybe you can sort this out.", "Another message from an old client.",
+        "Ladies and gentlemen,", "Hey there,", "Here is my situation.", "Maybe you can sort this out.",
+        "Another message from an old client.",
     ),
     faults=(
         "Unfortunately my {product} came out of the carton with a broken edge.",
