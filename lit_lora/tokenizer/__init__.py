@@ -1,1 +1,18 @@
 """Tokenizer: text to ids, conversations to ids and the part of them that is learned."""
+
+from lit_lora.tokenizer.chat import EncodedChat, encode_chat, encode_completion, encode_prompt, encode_text
+from lit_lora.tokenizer.stream import TextStream
+from lit_lora.tokenizer.template import ChatTemplate, Message
+from lit_lora.tokenizer.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "EncodedChat",
+    "Message",
+    "TextStream",
+    "Tokenizer",
+    "encode_chat",
+    "encode_completion",
+    "encode_prompt",
+    "encode_text",
+]
