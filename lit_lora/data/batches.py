@@ -1,0 +1,134 @@
+"""Rows to training steps: which rows a step takes, and how they are laid into micro-batches without padding.
+
+A step is a pure function of its number: epoch ``step // steps_per_epoch`` has its own permutation, drawn from the seed
+and the epoch, and the step takes the next ``batch_size`` rows of it. So every row is visited exactly once an epoch, and
+resuming at any step costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from lit_lora.data.rows import Integers, Rows
+
+__all__ = ["IGNORE_INDEX", "Batches", "MicroBatch", "collate", "validation_batches"]
+
+IGNORE_INDEX = -100
+"""The label of a position that predicts nothing which is learned."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents packed one after the other; they must not see each other (``lengths`` tells them apart)."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    labels: torch.Tensor  # (1, T) int64: the token that each position must predict, or IGNORE_INDEX
+    lengths: list[int]
+    """Tokens of each document; their sum is T."""
+    rows: list[int]
+    """Position in the rows of each document."""
+
+    @property
+    def target_count(self) -> int:
+        """Positions with a label."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+class Batches:
+    """The training steps over some rows.
+
+    Args:
+        rows: At least one row.
+        batch_size: Rows per step; the last step of an epoch takes what is left.
+        micro_batch_tokens: The most tokens of a micro-batch. A longer row makes a micro-batch of its own.
+        seed: Decides the order of the rows.
+
+    Raises:
+        ValueError: There are no rows, or a size is below 1.
+    """
+
+    def __init__(self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int) -> None:
+        if len(rows) < 1 or batch_size < 1 or micro_batch_tokens < 1:
+            raise ValueError(f"{len(rows)} rows, batch_size {batch_size}, micro_batch_tokens {micro_batch_tokens}")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.steps_per_epoch = -(-len(rows) // batch_size)
+        self._order = lru_cache(maxsize=1)(
+            lambda epoch: np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(rows))
+        )
+
+    def row_indices(self, step: int) -> Integers:
+        """Positions of the rows that step ``step`` (from 0) learns from."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order: Integers = self._order(epoch)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step ``step`` (from 0)."""
+        chosen = self.row_indices(step)
+        bins = _pack(self.rows.token_counts[chosen], self.micro_batch_tokens)
+        return [collate(self.rows, [int(chosen[i]) for i in places]) for places in bins]
+
+
+def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBatch]:
+    """Every row once, the longest first so that a lack of memory shows at once."""
+    order = np.argsort(-rows.token_counts, kind="stable")
+    places: list[int] = []
+    tokens = 0
+    for place in order:
+        count = int(rows.token_counts[place])
+        if places and tokens + count > micro_batch_tokens:
+            yield collate(rows, places)
+            places, tokens = [], 0
+        places.append(int(place))
+        tokens += count
+    if places:
+        yield collate(rows, places)
+
+
+def collate(rows: Rows, places: Sequence[int]) -> MicroBatch:
+    """The rows at ``places`` as one packed micro-batch."""
+    documents = [rows[place] for place in places]
+    lengths = [len(document.input_ids) for document in documents]
+    ids = np.concatenate([document.input_ids for document in documents]).astype(np.int64)
+    learn = np.concatenate([document.learn for document in documents])
+    learn[np.cumsum([0, *lengths[:-1]])] = False  # nothing stands before the first token of a document
+    labels = np.full_like(ids, IGNORE_INDEX)
+    labels[:-1] = np.where(learn[1:], ids[1:], IGNORE_INDEX)
+    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places))
+
+
+def _pack(counts: Integers, budget: int) -> list[list[int]]:
+    """Positions into as few bins as first-fit-decreasing finds, then evened out.
+
+    Even bins have the least peak memory: each row, the longest first, goes into the emptiest bin. Where that breaks the
+    budget the first packing stays.
+    """
+    order = [int(i) for i in np.argsort(-counts, kind="stable")]
+    bins, loads = _fill(order, counts, budget, bins=0)
+    even, even_loads = _fill(order, counts, 0, bins=len(bins))
+    return even if max(even_loads) <= max(budget, max(loads)) else bins
+
+
+def _fill(order: Sequence[int], counts: Integers, budget: int, *, bins: int) -> tuple[list[list[int]], list[int]]:
+    """First fit into new bins when ``bins`` is 0, else the emptiest of ``bins`` bins."""
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    loads = [0] * bins
+    for i in order:
+        count = int(counts[i])
+        if bins:
+            place = loads.index(min(loads))
+        else:
+            place = next((b for b, load in enumerate(loads) if load + count <= budget), len(loads))
+            if place == len(loads):
+                filled.append([])
+                loads.append(0)
+        filled[place].append(i)
+        loads[place] += count
+    return filled, loads

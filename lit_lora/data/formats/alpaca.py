@@ -1,0 +1,24 @@
+"""Alpaca rows: an instruction, an optional input, an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_lora.data.sample import Format, Sample, as_text, exchange
+
+__all__ = ["ALPACA"]
+
+
+def _read(row: Mapping[str, Any]) -> Sample:
+    instruction, extra = as_text(row["instruction"]), as_text(row.get("input"))
+    return exchange(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, as_text(row["output"]))
+
+
+# "text" is the rendered prompt that Alpaca's file on the Hub repeats in each row.
+ALPACA = Format(
+    required=("instruction", "output"),
+    optional=("input", "system", "text"),
+    aliases={"output": ("response", "answer", "completion")},
+    read=_read,
+)

@@ -1,0 +1,17 @@
+"""Plain text: every token is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_lora.data.sample import Format, Sample, as_text
+
+__all__ = ["TEXT"]
+
+
+def _read(row: Mapping[str, Any]) -> Sample:
+    return as_text(row["text"])
+
+
+TEXT = Format(required=("text",), read=_read)
