@@ -21,7 +21,7 @@ from lit_lora.errors import InputError
 
 __all__ = ["ARCHITECTURES", "GGUFReader"]
 
-# Architectures whose tensors and config are understood: Llama and what llama.cpp stores as it (Mistral, SmolLM2, TinyLlama, …).
+# Architectures whose tensors and config are understood. llama.cpp stores Mistral, SmolLM2 and TinyLlama as llama too.
 ARCHITECTURES = ("llama",)
 
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -182,6 +182,8 @@ class GGUFReader:
             return _llama3_scaling(self.path, factors, theta)
         if kind == "none" and factor in (None, 1.0, 0.0):
             return None
+        if factor is None:
+            raise InputError(f"{self.path}: metadata key llama.rope.scaling.factor is missing")
         if kind in ("linear", "none"):
             return {"rope_type": "linear", "factor": _shortest(factor)}
         if kind == "yarn":

@@ -143,7 +143,7 @@ def _add_bos_and_eos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: lis
     template = processors.TemplateProcessing(
         single=" ".join(part.format("$A") for part in around),
         pair=" ".join([part.format("$A") for part in around] + [f"{part.format('$B')}:1" for part in around]),
-        special_tokens=[(token, tokens.index(token)) for token in {bos, eos} - {None}],
+        special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys([bos, eos]) if token],
     )
     tokenizer.post_processor = processors.Sequence([*byte_level, template])
 

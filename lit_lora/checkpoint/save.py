@@ -93,7 +93,7 @@ class CheckpointWriter:
         entry["data_offsets"] = [self._shard_bytes, self._shard_bytes + count]
         if count:
             flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
         self._header[name] = entry
         self._header_size += entry_size
         self._shard_bytes += count

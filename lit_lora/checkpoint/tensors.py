@@ -47,7 +47,7 @@ class TensorReader:
         self._slices: dict[str, Any] = {}
         for file in files:
             shard = _open_shard(file)
-            for name in shard.keys():
+            for name in shard.offset_keys():
                 if name in self._shards:
                     raise InputError(f"{file}: tensor {name} is in another shard too, expected it once")
                 self._shards[name] = shard
