@@ -10,10 +10,11 @@ from lit_lora.data.config import DataConfig
 from lit_lora.data.rows import EncodedRow, Status
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
-from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_chat, encode_text
+from lit_lora.tokenizer import RenderedChat, Tokenizer, encode_rendered, encode_text, render_chat
 
 __all__ = ["encode_samples"]
 
+_TOGETHER = 1024
 _KEEP = 16  # tokens of a prompt's stretch that are left standing at each side of a cut
 
 Place = tuple[str, int]
@@ -25,23 +26,33 @@ def encode_samples(
 ) -> Iterator[EncodedRow]:
     """Encode samples under the rules of ``config``; each gives one row, but a plain text as many as its length needs.
 
+    Conversations are encoded many at a time, which uses all cores.
+
     Raises:
-        InputError: A row is too long and ``too_long`` is ``error``.
+        InputError: The chat template refuses a conversation, or a row is too long and ``too_long`` is ``error``.
     """
-    for sample, place in zip(samples, places, strict=True):
-        if isinstance(sample, str):
-            yield from _pieces(encode_text(tokenizer, sample, end=True), place, config.max_seq_length)
-        elif not sample.has_answer:
-            yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
-        else:
-            encoded = _encode_chat(tokenizer, sample, place)
-            learn = [True] * len(encoded.ids) if config.learn == "all" else encoded.learn
-            yield _fit(encoded.ids, learn, place, config)
+    for start in range(0, len(samples), _TOGETHER):
+        some = list(zip(samples, places, strict=True))[start : start + _TOGETHER]
+        chats = [
+            _render(tokenizer, sample, place)
+            for sample, place in some
+            if isinstance(sample, Conversation) and sample.has_answer
+        ]
+        encoded = iter(encode_rendered(tokenizer, chats))
+        for sample, place in some:
+            if isinstance(sample, str):
+                yield from _pieces(encode_text(tokenizer, sample, end=True), place, config.max_seq_length)
+            elif not sample.has_answer:
+                yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
+            else:
+                chat = next(encoded)
+                learn = [True] * len(chat.ids) if config.learn == "all" else chat.learn
+                yield _fit(chat.ids, learn, place, config)
 
 
-def _encode_chat(tokenizer: Tokenizer, sample: Conversation, place: Place) -> EncodedChat:
+def _render(tokenizer: Tokenizer, sample: Conversation, place: Place) -> RenderedChat:
     try:
-        return encode_chat(tokenizer, sample.messages, tools=sample.tools)
+        return render_chat(tokenizer, sample.messages, tools=sample.tools)
     except InputError as error:
         raise InputError(f"{place[0]}:{place[1]}: {error}", hint=error.hint) from error
 

@@ -1,6 +1,15 @@
 """Tokenizer: text to ids, conversations to ids and the part of them that is learned."""
 
-from lit_lora.tokenizer.chat import EncodedChat, encode_chat, encode_completion, encode_prompt, encode_text
+from lit_lora.tokenizer.chat import (
+    EncodedChat,
+    RenderedChat,
+    encode_chat,
+    encode_completion,
+    encode_prompt,
+    encode_rendered,
+    encode_text,
+    render_chat,
+)
 from lit_lora.tokenizer.stream import TextStream
 from lit_lora.tokenizer.template import ChatTemplate, Message
 from lit_lora.tokenizer.tokenizer import Tokenizer
@@ -9,10 +18,13 @@ __all__ = [
     "ChatTemplate",
     "EncodedChat",
     "Message",
+    "RenderedChat",
     "TextStream",
     "Tokenizer",
     "encode_chat",
     "encode_completion",
     "encode_prompt",
+    "encode_rendered",
     "encode_text",
+    "render_chat",
 ]

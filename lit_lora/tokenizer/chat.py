@@ -15,6 +15,7 @@ prefix of the whole. Where neither holds, there is no true answer, and an error 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,16 @@ from lit_lora.errors import InputError
 from lit_lora.tokenizer.template import Message
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["EncodedChat", "encode_chat", "encode_completion", "encode_prompt", "encode_text"]
+__all__ = [
+    "EncodedChat",
+    "RenderedChat",
+    "encode_chat",
+    "encode_completion",
+    "encode_prompt",
+    "encode_rendered",
+    "encode_text",
+    "render_chat",
+]
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
@@ -56,20 +66,48 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Too
     Raises:
         InputError: The template refuses the conversation, or leaves out or rewrites a message.
     """
+    return encode_rendered(tokenizer, [render_chat(tokenizer, messages, tools=tools)])[0]
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text, ready to encode together with others."""
+
+    text: str
+    literal: list[Span]
+    """Where special-token strings are text."""
+    learned: list[Span]
+    """What the model has to produce, in order."""
+    needs_eos: bool
+    """The last answer is not closed by a special token, so EOS follows it."""
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> RenderedChat:
+    """The first half of :func:`encode_chat`: all that can go wrong with one conversation goes wrong here.
+
+    Raises:
+        InputError: The template refuses the conversation, or leaves out or rewrites a message.
+    """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=False)
     turns = [rendered.turn(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
-    ids, offsets = tokenizer.encode_with_offsets(rendered.text, literal=rendered.literal)
-    learn = [False] * len(ids)
-    position = 0
-    for turn in turns:
-        while position < len(ids) and offsets[position][1] <= turn.start:
-            position += 1
-        while position < len(ids) and offsets[position][0] < turn.end:
-            learn[position] = True
-            position += 1
-    if turns and messages[-1]["role"] == "assistant" and not turns[-1].closed and tokenizer.eos_id is not None:
-        return EncodedChat([*ids, tokenizer.eos_id], [*learn, True])
-    return EncodedChat(ids, learn)
+    is_open = bool(turns) and messages[-1]["role"] == "assistant" and not turns[-1].closed
+    return RenderedChat(rendered.text, rendered.literal, [(turn.start, turn.end) for turn in turns], is_open)
+
+
+def encode_rendered(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> list[EncodedChat]:
+    """The second half of :func:`encode_chat`, for many conversations at once on all cores."""
+    encodings = tokenizer.encode_many_with_offsets([chat.text for chat in chats], [chat.literal for chat in chats])
+    encoded = []
+    for chat, (ids, offsets) in zip(chats, encodings, strict=True):
+        learn = [False] * len(ids)
+        for start, end in chat.learned:
+            first = bisect_right(offsets, start, key=lambda place: place[1])
+            last = bisect_left(offsets, end, first, key=lambda place: place[0])
+            learn[first:last] = [True] * (last - first)
+        if chat.needs_eos and tokenizer.eos_id is not None:
+            ids, learn = [*ids, tokenizer.eos_id], [*learn, True]
+        encoded.append(EncodedChat(ids, learn))
+    return encoded
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> list[int]:

@@ -119,6 +119,27 @@ class Tokenizer:
         encoding = backend.encode("".join(pieces), add_special_tokens=False)
         return [originals.get(token, token) for token in encoding.ids], encoding.offsets
 
+    def encode_many_with_offsets(
+        self, texts: Sequence[str], literal: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[list[int], Offsets]]:
+        """As :meth:`encode_with_offsets` for each text and its spans, on all cores.
+
+        Raises:
+            InputError: A text contains private-use characters that the two readings need.
+        """
+        plain = [
+            not any(self.special_pattern.search(text, start, end) for start, end in spans)
+            for text, spans in zip(texts, literal, strict=True)
+        ]
+        batch = [text for text, is_plain in zip(texts, plain, strict=True) if is_plain]
+        encodings = iter(self._backend.encode_batch(batch, add_special_tokens=False))
+        return [
+            (encoding.ids, encoding.offsets)
+            if is_plain and (encoding := next(encodings))
+            else self.encode_with_offsets(text, literal=spans)
+            for text, spans, is_plain in zip(texts, literal, plain, strict=True)
+        ]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not valid UTF-8 become U+FFFD.
 
