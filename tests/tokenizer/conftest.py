@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from lit_lora.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
 from tests.tokenizer.templates import SPECIALS, STYLES
 
@@ -38,6 +39,12 @@ def make(tmp_path: Path) -> MakeTokenizer:
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tiny ChatML tokenizer, loaded once; not to be changed."""
+    return Tokenizer.load(tiny_tokenizer(tmp_path_factory.mktemp("chatml")))
 
 
 def change_json(path: Path, **values: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_lora.errors import InputError
@@ -51,12 +51,11 @@ def test_pain_51_streamed_text_is_the_whole_text_without_broken_characters(
     assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None)
 @given(ids=st.lists(st.integers(0, 383), max_size=40))
-def test_pain_51_any_ids_stream_to_their_text(make: MakeTokenizer, ids: list[int]) -> None:
-    tokenizer = Tokenizer.load(make())
-    stream = tokenizer.stream()
-    assert "".join(stream.push(token) for token in ids) + stream.flush() == tokenizer.decode(ids)
+def test_pain_51_any_ids_stream_to_their_text(chatml: Tokenizer, ids: list[int]) -> None:
+    stream = chatml.stream()
+    assert "".join(stream.push(token) for token in ids) + stream.flush() == chatml.decode(ids)
 
 
 def test_an_unfinished_character_comes_out_at_the_end(make: MakeTokenizer) -> None:
