@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import importlib
 
+from lit_lora.peft.attach import AppliedAdapter, load_adapter
 from lit_lora.peft.base import (
     Kind,
+    MatchedRow,
     Method,
+    ParameterCount,
+    base_tensors,
     count_parameters,
     freeze,
     matched_table,
+    remove,
     trainable_state,
 )
+from lit_lora.peft.card import model_card
+from lit_lora.peft.files import Adapter, read_adapter, save_adapter
 
-__all__ = ["METHODS", "Kind", "Method", "count_parameters", "freeze", "matched_table", "methods", "trainable_state"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "AppliedAdapter",
+    "Kind",
+    "MatchedRow",
+    "Method",
+    "ParameterCount",
+    "base_tensors",
+    "count_parameters",
+    "freeze",
+    "load_adapter",
+    "matched_table",
+    "methods",
+    "model_card",
+    "read_adapter",
+    "remove",
+    "save_adapter",
+    "trainable_state",
+]
 
 # name -> (kind, "module:settings class"); a recipe serves one kind
 METHODS: dict[str, tuple[Kind, str]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
+from lit_lora.peft.updates import Update
 
 __all__ = [
     "Kind",
@@ -25,11 +26,14 @@ __all__ = [
     "Method",
     "OwnModule",
     "ParameterCount",
+    "base_tensors",
     "count_parameters",
     "freeze",
     "matched_table",
     "matches",
+    "model_updates",
     "own_modules",
+    "remove",
     "replace_module",
     "select",
     "trainable_state",
@@ -45,7 +49,9 @@ class Method(Settings):
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
-        """Wrap the modules that the method adapts and let its own parameters, and no others, require a gradient.
+        """Wrap the modules that the method adapts and let its own parameters require a gradient.
+
+        What required one before still does, so a recipe calls :func:`freeze` first.
 
         Raises:
             UsageError: The settings do not fit this model, such as a target that matches nothing.
@@ -56,6 +62,10 @@ class OwnModule(nn.Module):
     """Base of the modules that a method puts in; all parameters outside its ``base_layer`` are the method's own."""
 
     base_layer: nn.Module
+
+    @abstractmethod
+    def updates(self) -> dict[str, Update]:
+        """What merging does to the parameters of ``base_layer``, by their names in it."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +121,46 @@ def own_modules(model: nn.Module) -> dict[str, OwnModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OwnModule)}
 
 
+def model_updates(model: nn.Module) -> dict[str, Update]:
+    """What the adapter in ``model`` does to the base tensors, by their names in the base model."""
+    return {
+        f"{name}.{parameter}": update
+        for name, module in own_modules(model).items()
+        for parameter, update in module.updates().items()
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the base model under the names they have without an adapter; tied ones under every name."""
+    return dict(_base_tensors(model, ""))
+
+
+def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, OwnModule):
+        yield from _base_tensors(module.base_layer, prefix)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter.detach()
+    for name, child in module.named_children():
+        yield from _base_tensors(child, f"{prefix}{name}.")
+
+
+def remove(model: nn.Module) -> None:
+    """Take the adapter out: every wrapped module goes back to its place, as it was."""
+    for name, module in own_modules(model).items():
+        replace_module(model, name, module.base_layer)
+
+
 def matched_table(model: nn.Module) -> list[MatchedRow]:
     """What trains, one row per kind of module, in the model's order."""
     rows: dict[tuple[str, str], list[int]] = {}
+    seen: set[int] = set()
     for name, module in model.named_modules():
-        trainable = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
-        if trainable:
-            rows.setdefault((re.sub(r"\b\d+\b", "*", name), _shape(module)), []).append(trainable)
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen.update(id(parameter) for parameter in own)
+        if own:
+            key = (re.sub(r"\b\d+\b", "*", name), _shape(module))
+            rows.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
     return [MatchedRow(pattern, len(counts), shape, sum(counts)) for (pattern, shape), counts in rows.items()]
 
 
@@ -130,7 +173,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def select(patterns: Sequence[str], names: Iterable[str], *, key: str) -> list[str]:
+def select(patterns: Iterable[str], names: Iterable[str], *, key: str) -> list[str]:
     """The names that any pattern matches, in their own order.
 
     Args:
@@ -141,7 +184,7 @@ def select(patterns: Sequence[str], names: Iterable[str], *, key: str) -> list[s
     Raises:
         UsageError: A pattern matches nothing.
     """
-    names = list(names)
+    names, patterns = list(names), list(patterns)
     problems = [_no_match(pattern, names, key) for pattern in patterns if not any(matches(pattern, n) for n in names)]
     if problems:
         raise UsageError("\n".join(problems))

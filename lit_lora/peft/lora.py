@@ -14,6 +14,8 @@ loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -21,10 +23,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import Kind, Method, OwnModule, own_modules, replace_module, select
+from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select
 from lit_lora.peft.lora_function import lora_linear
+from lit_lora.peft.trained import TrainedCopy, train_tokens
+from lit_lora.peft.updates import LowRank, Replace, Update
 
-__all__ = ["LoRAConfig", "LoRALinear"]
+__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear"]
+
+Init = Literal["kaiming", "gaussian"]
 
 # Output heads by the last part of their name: "all-linear" leaves them alone.
 _HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
@@ -43,6 +49,7 @@ class LoRALinear(OwnModule):
         scaling: The factor of the branch, alpha / rank.
         dropout: Share of the branch's inputs that are zeroed in training.
         init: How ``lora_A`` starts; ``lora_B`` starts at zero.
+        train_bias: Train a float32 copy of the base layer's bias too.
     """
 
     def __init__(
@@ -51,7 +58,9 @@ class LoRALinear(OwnModule):
         rank: int,
         scaling: float,
         dropout: float = 0.0,
-        init: Literal["kaiming", "gaussian"] = "kaiming",
+        init: Init = "kaiming",
+        *,
+        train_bias: bool = False,
     ) -> None:
         super().__init__()
         self.base_layer: nn.Linear = base_layer
@@ -63,56 +72,236 @@ class LoRALinear(OwnModule):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
             nn.init.normal_(self.lora_A, std=1 / rank)
+        self.trained_bias: nn.Parameter | None = None
+        if train_bias and base_layer.bias is not None:
+            self.trained_bias = nn.Parameter(base_layer.bias.detach().to(torch.float32, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         scaling, mask = self.scaling, None
         if self.training and self.dropout:
-            mask = torch.rand(x.shape, device=x.device) >= self.dropout
+            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
             scaling = scaling / (1 - self.dropout)
         base = self.base_layer
-        return lora_linear(x, base.weight, base.bias, self.lora_A, self.lora_B, scaling, mask)
+        bias = base.bias if self.trained_bias is None else self.trained_bias
+        return lora_linear(x, base.weight, bias, self.lora_A, self.lora_B, scaling, mask)
+
+    def updates(self) -> dict[str, Update]:
+        """``W + s B A``, and the trained bias."""
+        updates: dict[str, Update] = {"weight": LowRank(self.lora_B.detach(), self.lora_A.detach(), self.scaling)}
+        return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout."""
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
+class LoRAEmbedding(OwnModule):
+    """A frozen embedding with a trained low-rank update: ``E[x] + s A^T[x] B^T``.
+
+    Here ``lora_A`` (R, V) starts at zero and ``lora_B`` (D, R) normal: the roles are reversed. Both float32.
+
+    Args:
+        base_layer: The embedding (V, D); it stays as it is.
+        rank: R.
+        scaling: The factor of the branch, alpha / rank.
+    """
+
+    def __init__(self, base_layer: nn.Embedding, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.base_layer: nn.Embedding = base_layer
+        self.rank, self.scaling = rank, scaling
+        vocabulary, width = base_layer.weight.shape
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(rank, vocabulary, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.randn(width, rank, dtype=torch.float32, device=device))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed (...,) int64 to (..., D)."""
+        base: Tensor = self.base_layer(input_ids)
+        low = nn.functional.embedding(input_ids, self.lora_A.T)  # (..., R)
+        return base + (self.scaling * low @ self.lora_B.T).to(base.dtype)
+
+    def updates(self) -> dict[str, Update]:
+        """``E + s (B A)^T``."""
+        return {"weight": LowRank(self.lora_A.detach().T, self.lora_B.detach().T, self.scaling)}
+
+    def extra_repr(self) -> str:
+        """Rank and scaling."""
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
 class LoRAConfig(Method):
-    """LoRA: a low-rank update beside frozen linear layers."""
+    """LoRA: a low-rank update beside frozen linear layers.
+
+    A name is matched by its last parts (``q_proj``, ``mlp.up_proj``) or in full, with ``*`` for anything; a name that
+    matches nothing is an error.
+    """
 
     kind: ClassVar[Kind] = "low-rank"
     name: Literal["lora"] = Field("lora", description="The method.")
-    rank: int = Field(8, ge=1, description="Rank of the update; more rank, more capacity and memory.")
+    rank: int = Field(8, ge=1, description="Rank of the update: more rank, more capacity and memory.")
     alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; 2 x rank when omitted.")
-    dropout: float = Field(0.05, ge=0, lt=1, description="Share of the branch's inputs zeroed in training.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the branch's inputs zeroed in training; try 0.05 on little data."
+    )
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
         "all-linear",
         description="Modules to adapt: all-linear (every linear layer but the output head), q,v (the paper's choice), "
-        "or a list of names such as q_proj, mlp.up_proj or model.layers.*.v_proj.",
+        "or a list of names such as q_proj, mlp.up_proj, model.layers.*.v_proj, embed_tokens or lm_head.",
     )
-    init: Literal["kaiming", "gaussian"] = Field("kaiming", description="How A starts; B starts at zero.")
+    exclude_modules: list[str] = Field([], description="Names taken out of the targets.")
+    layers: list[int] | None = Field(None, description="Adapt these layers only, counted from 0; all when omitted.")
+    rank_pattern: dict[str, int] = Field({}, description="Name: rank, where it differs; the first that matches holds.")
+    alpha_pattern: dict[str, float] = Field({}, description="Name: alpha, where it differs; the first match holds.")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Train no bias, every bias of the model, or those of the adapted modules."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), which stays stable for large ranks.")
+    init: Init = Field("kaiming", description="How A starts; B starts at zero.")
+    modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
+    trainable_tokens: list[int] | list[str] = Field(
+        [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
+    )
 
-    def apply(self, model: nn.Module) -> None:
-        """Wrap the targets in place; only the LoRA parameters get ``requires_grad`` (call ``freeze`` first).
+    def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> LoRAConfig:
+        """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
+        texts = [token for token in self.trainable_tokens if isinstance(token, str)]
+        return self.model_copy(update={"trainable_tokens": add_tokens(texts)}) if texts else self
+
+    @property
+    def base_alpha(self) -> float:
+        """Alpha where no pattern says otherwise."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """The factor of a module's branch."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each target.
 
         Raises:
-            UsageError: A target matches no module, or the model has an adapter already.
+            UsageError: A pattern matches none of them, or gives a value that is not positive.
+        """
+        ranks = _by_pattern(self.rank_pattern, targets, "peft.rank_pattern")
+        alphas = _by_pattern(self.alpha_pattern, targets, "peft.alpha_pattern")
+        return {name: (int(ranks.get(name, self.rank)), alphas.get(name, self.base_alpha)) for name in targets}
+
+    def apply(self, model: nn.Module) -> None:
+        """Wrap the targets in place; call ``freeze`` first.
+
+        Raises:
+            UsageError: A name matches no module, two settings want the same module, or there is an adapter already.
         """
         if own_modules(model):
             raise UsageError("peft: the model has an adapter already", hint="load the base model again")
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        for name in self._targets(model):
+        copies = _with_parameters(model, self.modules_to_save)
+        targets = self._targets(model, copies)
+        for name, (rank, alpha) in self.ranks_and_alphas(targets).items():
+            scaling = self.scaling(rank, alpha)
             base = model.get_submodule(name)
-            assert isinstance(base, nn.Linear)
-            replace_module(model, name, LoRALinear(base, self.rank, alpha / self.rank, self.dropout, self.init))
+            if isinstance(base, nn.Embedding):
+                replace_module(model, name, LoRAEmbedding(base, rank, scaling))
+            elif isinstance(base, nn.Linear):
+                bias = self.bias != "none"
+                wrapped = LoRALinear(base, rank, scaling, self.dropout, self.init, train_bias=bias)
+                replace_module(model, name, wrapped)
+        for name in copies:
+            replace_module(model, name, TrainedCopy(model.get_submodule(name)))
+        if self.bias != "none":
+            self._train_biases(model)
+        self._train_tokens(model)
 
-    def _targets(self, model: nn.Module) -> list[str]:
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if self.target_modules == "all-linear":
-            names = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
-            if not names:
-                raise UsageError("peft.target_modules: the model has no linear layer to adapt")
-            return names
-        patterns = _PRESETS.get(self.target_modules) if isinstance(self.target_modules, str) else self.target_modules
-        return select(patterns or [], linears, key="peft.target_modules")
+    def _targets(self, model: nn.Module, copies: list[str]) -> list[str]:
+        known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+        if isinstance(self.target_modules, list):
+            targets = select(self.target_modules, known, key="peft.target_modules")
+            both = [name for name in targets if name in copies]
+            if both:
+                raise UsageError(f"peft: {both[0]} is in target_modules and in modules_to_save, expected it in one")
+        else:
+            linears = [name for name, module in known.items() if isinstance(module, nn.Linear)]
+            patterns = _PRESETS.get(self.target_modules)
+            if patterns is None:
+                targets = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
+            else:
+                targets = select(patterns, linears, key="peft.target_modules")
+            targets = [name for name in targets if name not in copies]
+        excluded = select(self.exclude_modules, targets, key="peft.exclude_modules")
+        targets = self._in_layers([name for name in targets if name not in excluded])
+        if not targets:
+            raise UsageError("peft.target_modules: no linear layer is left to adapt")
+        return targets
+
+    def _in_layers(self, targets: list[str]) -> list[str]:
+        """The targets within the chosen layers, and those that are in no numbered layer."""
+        if self.layers is None:
+            return targets
+        layer = {name: _layer(name) for name in targets}
+        there = sorted({number for number in layer.values() if number is not None})
+        missing = [number for number in self.layers if number not in there]
+        if missing:
+            span = f"{there[0]} to {there[-1]}" if there else "no numbered layers"
+            raise UsageError(f"peft.layers: there is no layer {missing[0]} with a target, the model has {span}")
+        return [name for name in targets if layer[name] is None or layer[name] in self.layers]
+
+    def _train_biases(self, model: nn.Module) -> None:
+        own = own_modules(model)
+        inside = tuple(f"{name}." for name in own)
+        adapted = any(isinstance(module, LoRALinear) and module.trained_bias is not None for module in own.values())
+        free = [
+            name
+            for name, module in model.named_modules()
+            if self.bias == "all"
+            and not isinstance(module, OwnModule)
+            and not f"{name}.".startswith(inside)
+            and isinstance(getattr(module, "bias", None), nn.Parameter)
+        ]
+        for name in free:
+            replace_module(model, name, TrainedCopy(model.get_submodule(name), ["bias"]))
+        if not adapted and not free:
+            raise UsageError(f"peft.bias: {self.bias!r}, but there is no bias to train in this model")
+
+    def _train_tokens(self, model: nn.Module) -> None:
+        ids = [token for token in self.trainable_tokens if isinstance(token, int)]
+        if len(ids) < len(self.trainable_tokens):
+            raise UsageError("peft.trainable_tokens: tokens given as text, but no tokenizer has turned them into ids")
+        if not ids:
+            return
+        for name, module in own_modules(model).items():
+            if name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+                other = "modules_to_save" if isinstance(module, TrainedCopy) else "target_modules"
+                raise UsageError(f"peft: {name} is in {other} and has trainable_tokens, expected one of the two")
+        train_tokens(model, ids)
+
+
+def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names."""
+    known = dict(model.named_modules())
+    roots = select(patterns, [name for name in known if name], key="peft.modules_to_save")
+    inside = tuple(f"{root}." for root in roots)
+    return [
+        name
+        for name, module in known.items()
+        if f"{name}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> dict[str, float]:
+    """The value for each target that a pattern matches, by the first such pattern."""
+    select(patterns, targets, key=key)
+    found = {}
+    for name in targets:
+        value = next((value for pattern, value in patterns.items() if matches(pattern, name)), None)
+        if value is not None:
+            if value <= 0:
+                raise UsageError(f"{key}: {name}: expected more than 0, got {value}")
+            found[name] = value
+    return found
+
+
+def _layer(name: str) -> int | None:
+    """The first number in a dotted name."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None

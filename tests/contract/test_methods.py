@@ -1,0 +1,255 @@
+"""What every finetuning method must hold, over the table of methods and the settings that change how each works."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_lora import peft
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.peft.attach import check_base
+from lit_lora.peft.base import model_updates, own_modules
+
+VOCABULARY, WIDTH, LAYERS = 61, 16, 2
+
+CASES = {
+    "lora": {"name": "lora"},
+    "lora q,v": {"name": "lora", "target_modules": "q,v", "rank": 3, "alpha": 5.0},
+    "lora patterns": {
+        "name": "lora",
+        "rank_pattern": {"layers.1.*.v_proj": 2, "down_proj": 5},
+        "alpha_pattern": {"v_proj": 4.0},
+        "layers": [1],
+        "exclude_modules": ["gate_proj"],
+    },
+    "rslora gaussian": {"name": "lora", "use_rslora": True, "rank": 4, "init": "gaussian"},
+    "lora bias all": {"name": "lora", "target_modules": "q,v", "bias": "all"},
+    "lora bias lora_only": {"name": "lora", "bias": "lora_only"},
+    "lora embedding and head": {"name": "lora", "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "lora modules_to_save": {"name": "lora", "modules_to_save": ["lm_head", "model.norm", "layers.0.mlp"]},
+    "lora tokens": {"name": "lora", "trainable_tokens": [3, VOCABULARY, VOCABULARY + 1]},
+    "full": {"name": "full"},
+    "full part": {"name": "full", "train": ["layers.1", "lm_head"]},
+}
+LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "low-rank"]
+
+
+def make_model(tied: bool = False, dtype: torch.dtype = torch.float32) -> CausalLM:
+    torch.manual_seed(1)
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+    )
+    model = CausalLM(config)
+    for name, parameter in model.named_parameters():  # norms of one and biases of zero would hide mistakes
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def method(case: str) -> peft.Method:
+    settings = CASES[case]
+    return peft.methods()[settings["name"]].model_validate(settings)
+
+
+def adapted(case: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> CausalLM:
+    model = make_model(tied, dtype)
+    peft.freeze(model)
+    torch.manual_seed(2)
+    method(case).apply(model)
+    return model
+
+
+def tokens(high: int = VOCABULARY) -> torch.Tensor:
+    ids = torch.randint(0, high, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids[0, 0] = 3
+    return ids
+
+
+def shake(model: CausalLM) -> None:
+    """Give every trained parameter some other value, as training would."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in peft.trainable_state(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+def train(model: CausalLM, steps: int, ids: torch.Tensor, lr: float = 1e-2) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+both_ties = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+every_case = pytest.mark.parametrize("case", CASES)
+every_low_rank_case = pytest.mark.parametrize("case", LOW_RANK)
+
+
+def test_every_method_of_the_table_has_a_case():
+    assert {settings["name"] for settings in CASES.values()} == set(peft.METHODS)
+    assert peft.methods("low-rank").keys() | peft.methods("full").keys() == peft.METHODS.keys()
+    for name, (kind, _) in peft.METHODS.items():
+        settings = peft.methods()[name]
+        assert settings.kind == kind
+        assert settings().name == name
+        assert settings.model_validate(settings().model_dump()) == settings()
+
+
+@both_ties
+@every_case
+def test_logits_at_init_are_those_of_the_base_bit_for_bit(case, tied):
+    with torch.no_grad():
+        expected, got = make_model(tied).eval()(tokens()), adapted(case, tied).eval()(tokens())
+    if "tokens" in case:  # their columns are a product of their own, so not the same bits
+        torch.testing.assert_close(got[..., :VOCABULARY], expected, atol=1e-5, rtol=1e-5)
+        other = [token for token in range(VOCABULARY) if token != 3]
+        assert torch.equal(got[..., other], expected[..., other])
+    else:
+        assert torch.equal(got, expected)
+
+
+@both_ties
+@every_low_rank_case
+def test_only_own_parameters_require_a_gradient_and_are_float32(case, tied):
+    model = adapted(case, tied, torch.bfloat16)
+    own = {id(p) for m in own_modules(model).values() for n, p in m.named_parameters() if "base_layer" not in n}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@both_ties
+@every_case
+def test_every_own_parameter_moves_within_three_steps_after_a_validation_pass(case, tied, dtype):
+    model = adapted(case, tied, dtype)
+    high = VOCABULARY + 2 if "tokens" in case else VOCABULARY
+    ids = torch.arange(high).repeat(2)[None, :]  # every token, so that every embedding row is seen
+    with torch.no_grad():
+        model.eval()(ids)
+    before = {name: value.clone() for name, value in peft.trainable_state(model).items()}
+    train(model, 3, ids)
+    stuck = [name for name, value in peft.trainable_state(model).items() if torch.equal(value, before[name])]
+    assert not stuck
+    assert before
+
+
+@both_ties
+@every_low_rank_case
+def test_base_is_bit_identical_after_training_and_comes_back_when_the_adapter_is_taken_out(case, tied):
+    original = make_model(tied)
+    model = adapted(case, tied)
+    train(model, 3, tokens())
+    base = peft.base_tensors(model)
+    assert base.keys() == peft.base_tensors(original).keys()
+    assert all(torch.equal(base[name], value) for name, value in peft.base_tensors(original).items())
+    peft.remove(model)
+    assert torch.equal(model.eval()(tokens()), original.eval()(tokens()))
+
+
+def test_parts_of_full_finetuning_that_were_not_named_stay_bit_identical():
+    model = adapted("full part")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, 3, tokens())
+    for name, value in model.state_dict().items():
+        named = "layers.1." in name or name == "lm_head.weight"
+        assert torch.equal(value, before[name]) != named, name
+
+
+@both_ties
+@every_low_rank_case
+def test_merged_weights_give_the_same_logits(case, tied):
+    model = adapted(case, tied).double().eval()
+    shake(model)
+    ids = tokens(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
+    with torch.no_grad():
+        expected = model(ids)
+        updates = model_updates(model)
+        peft.remove(model)
+        base = {name: value.clone() for name, value in peft.base_tensors(model).items()}
+        for name, update in updates.items():
+            weight = base[name]
+            merged = update.apply(weight, 0, update.rows(weight.shape[0]))
+            pieces = [update.apply(weight, row, row + 1) for row in range(update.rows(weight.shape[0]))]
+            torch.testing.assert_close(torch.cat(pieces), merged, atol=1e-6, rtol=1e-6)
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, torch.nn.Parameter(merged.double()))
+        torch.testing.assert_close(model(ids), expected, atol=2e-5, rtol=2e-5)
+
+
+@both_ties
+@every_low_rank_case
+def test_saved_and_loaded_adapter_gives_the_same_logits(case, tied, tmp_path):
+    model = adapted(case, tied).eval()
+    shake(model)
+    ids = tokens(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
+    config = method(case)
+    peft.save_adapter(model, config, tmp_path / "adapter", base="some/base")
+    fresh = make_model(tied).eval()
+    report = peft.load_adapter(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(fresh(ids), model(ids))
+    assert report.norm > 0
+    assert peft.trainable_state(fresh).keys() == peft.trainable_state(model).keys()
+    # and what was loaded can be written again
+    peft.save_adapter(fresh, report.adapter.config, tmp_path / "again", base="some/base")
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@both_ties
+@every_low_rank_case
+def test_adapter_file_holds_the_trained_tensors_and_little_else(case, tied, tmp_path):
+    model = adapted(case, tied)
+    peft.save_adapter(model, method(case), tmp_path / "adapter", base="some/base")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    count = peft.count_parameters(model).trainable
+    assert 4 * count < size < 4 * count + 12_000
+    adapter = peft.read_adapter(tmp_path / "adapter")
+    assert adapter.tensors == len(peft.trainable_state(model))
+    assert check_base(adapter, peft.base_tensors(make_model(tied)), tied=tied).keys() == model_updates(model).keys()
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_count_is_rank_times_in_plus_out(rank):
+    model = make_model()
+    peft.freeze(model)
+    peft.methods()["lora"].model_validate({"name": "lora", "rank": rank}).apply(model)
+    linears = [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)]
+    expected = LAYERS * rank * sum(out + wide for out, wide in linears)
+    assert peft.count_parameters(model).trainable == expected
+    table = peft.matched_table(model)
+    assert sum(row.trainable for row in table) == expected
+    assert (table[0].pattern, table[0].count) == ("model.layers.*.self_attn.q_proj", LAYERS)
+    assert {row.count for row in table} == {LAYERS}
+
+
+@every_case
+def test_a_fixed_batch_is_learnt(case):
+    model = adapted(case)
+    losses = train(model, 60, tokens(), lr=5e-2)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_kinds_partition_the_table():
+    kinds = [set(peft.methods(kind)) for kind in ("low-rank", "full")]
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(kinds, 2))
