@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lit_lora import log
+from lit_lora.errors import DiskError, UsageError
+from lit_lora.files import free_bytes, human_bytes
+
+if TYPE_CHECKING:
+    from lit_lora.checkpoint.convert import Plan
 
 __all__ = ["command"]
 
@@ -40,6 +49,37 @@ def command(
 
         lit-lora convert checkpoints/mine --out checkpoints/mine-fp32 --dtype fp32 --dry-run
     """
-    from lit_lora.scripts.convert import main
+    from lit_lora.checkpoint.convert import DTYPES, convert, open_source, plan_conversion, write_side_files
 
-    main(source, out=out, dtype=dtype, tokenizer=tokenizer, config=config, dry_run=dry_run)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    started = time.perf_counter()
+    opened = open_source(source)
+    out = out or Path("checkpoints") / opened.name
+    plan = plan_conversion(opened, dtype=DTYPES[dtype] if dtype else None, config=config, tokenizer=tokenizer)
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            write_side_files(plan, Path(folder))
+        _report(plan, out)
+        return
+    if out.exists():
+        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    convert(plan, out)
+    log.say(f"wrote {out}: {_weights(plan)}, {time.perf_counter() - started:.1f} s")
+    log.say(f'next: lit-lora generate {out} "What is the capital of France?"')
+
+
+def _weights(plan: Plan) -> str:
+    return f"{plan.parameters:,} weights in {plan.config['torch_dtype']}, {human_bytes(plan.bytes)}"
+
+
+def _report(plan: Plan, out: Path) -> None:
+    stored = sum(file.stat().st_size for file in plan.source.files)
+    rows = [
+        ("source", f"{plan.source.format}, {human_bytes(stored)}"),
+        ("architecture", plan.config["model_type"]),
+        ("tensors", len(plan.dtypes)),
+        ("result", _weights(plan)),
+        ("out", f"{out}{' (exists already)' if out.exists() else ''}, {human_bytes(free_bytes(out))} free"),
+    ]
+    log.table("Nothing written: dry run", ["what", "value"], rows)
