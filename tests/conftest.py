@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A deadline per example measures the machine's load, not the code.
+settings.register_profile("lit-lora", deadline=None)
+settings.load_profile("lit-lora")
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,11 @@ def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> Row
         InputError: The row fits no format, or lacks a column that the mapping names.
     """
     _check_mapping(config, row, where)
+    if config.format == "auto" and not config.columns and {"chosen", "rejected"} <= row.keys():
+        raise InputError(
+            f"{where}: preference rows (chosen, rejected), expected one answer per row",
+            hint="to learn the chosen answers, map it: columns: {prompt: YOUR_COLUMN, completion: chosen}",
+        )
     names = list(FORMATS) if config.format == "auto" else [config.format]
     for name in names:
         format_ = load_format(name)

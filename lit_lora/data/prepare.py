@@ -35,6 +35,10 @@ class Prepared:
     train: Rows
     validation: Rows | None
     report: Report
+    train_files: Sequence[Path]
+    """Where the training rows were read from."""
+    validation_files: Sequence[Path]
+    """Where the held-out rows were read from: the training files when they were split off."""
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int) -> Prepared:
@@ -58,10 +62,11 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
         rows = rows.subset(np.sort(np.unique(rows.hashes, return_index=True)[1]))
     deduplicated = int(len(table.kept()) - len(rows))
 
-    held_out = locate(config.validation, cache).train if isinstance(config.validation, str) else source.validation
     validation: Rows | None = None
+    held_out = locate(config.validation, cache).train if isinstance(config.validation, str) else source.validation
     if isinstance(config.validation, int | float):
         rows, validation = _split(rows, config.validation, seed)
+        held_out = source.train
     elif held_out:
         other, other_report = _load(config, held_out, tokenizer, cache, None)
         validation = _require_rows(other, other_report, config)
@@ -74,7 +79,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
             "the validation loss will look better than it is (deduplicate: true leaves repeated rows out)"
         )
     shares = report_share(rows), report_share(validation) if validation else None
-    return Prepared(rows, validation, Report(files, *shares, deduplicated, overlap))
+    return Prepared(rows, validation, Report(files, *shares, deduplicated, overlap), source.train, held_out)
 
 
 def read_samples(

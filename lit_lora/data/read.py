@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
     text = _text(path)
     header = text.lstrip().partition("\n")[0]
     delimiter = max("\t,;", key=header.count) if any(sign in header for sign in "\t,;") else ","
-    reader = csv.reader(text.splitlines(keepends=True), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     columns: list[str] | None = None
     while True:
         line = reader.line_num + 1

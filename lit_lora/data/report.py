@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -120,7 +121,7 @@ def report_share(rows: Rows) -> Share:
 
 def show_rows(rows: Rows, tokenizer: Tokenizer, count: int) -> None:
     """Print the first rows as the model sees them: learned text is green on a terminal, between ⟦ and ⟧ in a pipe."""
-    colour = sys.stdout.isatty()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number in range(min(count, len(rows))):
         row = rows[number]
         log.say(f"--- {row.source}: {len(row.input_ids)} tokens, {int(row.learn[1:].sum())} learned", style="bold")
@@ -154,8 +155,12 @@ def _file_lines(file: FileReport) -> list[str]:
 
 
 def _named(rows: Sequence[str]) -> str:
+    """``a.jsonl:3, 8, 9 and 4 more``: a file's name stands once."""
+    places = [row.rpartition(":") for row in rows[:_NAMED_ROWS]]
+    groups = groupby(places, key=lambda place: place[0])
+    shown = ", ".join(f"{file}:{', '.join(line for _, _, line in lines)}" for file, lines in groups)
     more = len(rows) - _NAMED_ROWS
-    return ", ".join(rows[:_NAMED_ROWS]) + (f" and {more:,} more" if more > 0 else "")
+    return shown + (f" and {more:,} more" if more > 0 else "")
 
 
 def _share_line(name: str, share: Share) -> str:

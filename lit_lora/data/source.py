@@ -94,8 +94,11 @@ def _fetch(repo: str, name: str | None, revision: str | None, cache: Path) -> Pa
     if folder.is_dir():
         return folder
     try:
-        import datasets  # noqa: PLC0415  seconds to import, and most runs read local files
+        # seconds to import, and most runs read local files
+        import datasets  # noqa: PLC0415
+        import huggingface_hub  # noqa: PLC0415
 
+        huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=20)  # fails at once; datasets retries
         found = datasets.load_dataset(repo, name, revision=revision)
     except Exception as error:  # its own errors, huggingface_hub's, httpx's and the operating system's
         file = _BY_HAND.get(repo, f"the data files from huggingface.co/datasets/{repo}")

@@ -1,0 +1,135 @@
+"""Every row once an epoch, every learned token a target once, nothing across documents, whatever the sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_lora.data.batches import IGNORE_INDEX, Batches, MicroBatch, collate, validation_batches
+from lit_lora.data.rows import Rows
+
+TokenRow = tuple[list[int], list[bool]]
+
+
+@st.composite
+def token_rows(draw: st.DrawFn, max_rows: int = 20) -> list[TokenRow]:
+    """Rows whose tokens are all different, so that each can be followed to where it goes."""
+    lengths = draw(st.lists(st.integers(2, 12), min_size=1, max_size=max_rows))
+    rows, token = [], 0
+    for length in lengths:
+        learn = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+        learn[1] = True  # a row with nothing to learn never gets here
+        rows.append((list(range(token, token + length)), learn))
+        token += length
+    return rows
+
+
+def _pairs(batch: MicroBatch) -> list[tuple[int, int]]:
+    """``(token, the token it must predict)`` of every position with a label."""
+    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+    return [(token, label) for token, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+
+
+def _expected(rows: list[TokenRow]) -> list[tuple[int, int]]:
+    """What must be predicted, from the rows alone."""
+    return [(ids[t - 1], ids[t]) for ids, learn in rows for t in range(1, len(ids)) if learn[t]]
+
+
+@given(token_rows(), st.integers(1, 7), st.integers(1, 40), st.integers(0, 3))
+def test_pain_7_every_learned_token_is_a_target_once_and_never_across_documents(
+    rows: list[TokenRow], batch_size: int, budget: int, seed: int
+) -> None:
+    batches = Batches(Rows.from_tokens(rows), batch_size=batch_size, micro_batch_tokens=budget, seed=seed)
+    steps = [micro for step in range(batches.steps_per_epoch) for micro in batches.step(step)]
+    assert sorted(pair for micro in steps for pair in _pairs(micro)) == sorted(_expected(rows))
+    evaluation = validation_batches(Rows.from_tokens(rows), budget)
+    assert sorted(pair for micro in evaluation for pair in _pairs(micro)) == sorted(_expected(rows))
+
+
+@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 5))
+def test_pain_13_every_row_is_visited_once_an_epoch(row_count: int, batch_size: int, seed: int) -> None:
+    rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(row_count)])
+    batches = Batches(rows, batch_size=batch_size, micro_batch_tokens=7, seed=seed)
+    visits = np.zeros(row_count, int)
+    for step in range(3 * batches.steps_per_epoch):
+        chosen = [row for micro in batches.step(step) for row in micro.rows]
+        assert 1 <= len(chosen) <= batch_size
+        visits[chosen] += 1
+        if (step + 1) % batches.steps_per_epoch == 0:
+            assert set(visits) == {(step + 1) // batches.steps_per_epoch}
+
+
+@given(token_rows(), st.integers(1, 40))
+def test_micro_batches_keep_to_the_budget_unless_a_row_alone_breaks_it(rows: list[TokenRow], budget: int) -> None:
+    packed = Rows.from_tokens(rows)
+    training = Batches(packed, batch_size=len(rows), micro_batch_tokens=budget, seed=0).step(0)
+    for micro in [*training, *validation_batches(packed, budget)]:
+        assert micro.input_ids.shape == micro.labels.shape == (1, sum(micro.lengths))
+        assert micro.lengths == [len(rows[row][0]) for row in micro.rows]
+        assert micro.input_ids[0].tolist() == [token for row in micro.rows for token in rows[row][0]]
+        assert sum(micro.lengths) <= budget or len(micro.rows) == 1
+        assert micro.target_count == len(_pairs(micro))
+
+
+def test_packing_takes_few_micro_batches_of_even_size() -> None:
+    lengths = [90, 80, 70, 30, 20, 10, 10, 10]
+    rows = Rows.from_tokens([(list(range(n)), [True] * n) for n in lengths])
+    micros = Batches(rows, batch_size=8, micro_batch_tokens=130, seed=0).step(0)
+    assert sorted(sum(micro.lengths) for micro in micros) == [100, 110, 110]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 200))
+def test_pain_24_a_step_depends_on_its_number_alone(row_count: int, batch_size: int, step: int) -> None:
+    rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(row_count)])
+    there = Batches(rows, batch_size=batch_size, micro_batch_tokens=8, seed=3)
+    for earlier in range(step):
+        there.row_indices(earlier)
+    fresh = Batches(rows, batch_size=batch_size, micro_batch_tokens=8, seed=3)
+    assert [micro.rows for micro in there.step(step)] == [micro.rows for micro in fresh.step(step)]
+
+
+def test_pain_24_a_far_step_costs_no_replay() -> None:
+    rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(100)])
+    batches = Batches(rows, batch_size=3, micro_batch_tokens=8, seed=0)
+    assert len(batches.row_indices(10**12)) > 0
+
+
+def test_epochs_and_seeds_have_their_own_order() -> None:
+    rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(50)])
+    orders = {
+        tuple(Batches(rows, batch_size=50, micro_batch_tokens=200, seed=seed).row_indices(epoch))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize("row_count", [1, 3, 7])
+def test_pain_43_very_few_rows_give_steps(row_count: int) -> None:
+    rows = Rows.from_tokens([([1, 2, 3], [False, True, True])] * row_count)
+    batches = Batches(rows, batch_size=8, micro_batch_tokens=4096, seed=0)
+    assert batches.steps_per_epoch == 1
+    assert sum(micro.target_count for micro in batches.step(0)) == 2 * row_count
+
+
+def test_pain_1_the_last_window_of_an_epoch_has_the_rows_that_are_left() -> None:
+    rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(10)])
+    batches = Batches(rows, batch_size=4, micro_batch_tokens=100, seed=0)
+    assert [len(batches.row_indices(step)) for step in range(3)] == [4, 4, 2]
+
+
+def test_collating_leaves_the_rows_as_they_are() -> None:
+    rows = Rows.from_tokens([([1, 2], [True, True]), ([3, 4], [True, True])])
+    first = collate(rows, [0, 1])
+    assert first.labels.tolist() == [[2, IGNORE_INDEX, 4, IGNORE_INDEX]]
+    assert rows[1].learn.tolist() == [True, True]
+    assert collate(rows, [0, 1]).labels.equal(first.labels)
+
+
+def test_no_rows_make_no_batches() -> None:
+    with pytest.raises(ValueError, match="0 rows"):
+        Batches(Rows.from_tokens([]), batch_size=1, micro_batch_tokens=1, seed=0)
+    assert list(validation_batches(Rows.from_tokens([]), 10)) == []
