@@ -51,7 +51,7 @@ class _Document:
         try:
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                    line = event.start_mark.line + 1
+                    line = event.start_mark.line + 1 if event.start_mark else 1
                     raise UsageError(f"{name}:{line}: anchors and aliases are not supported, write the value out")
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -73,7 +73,7 @@ class _Document:
             return self._mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
-        return _scalar(node.value, plain=node.style is None)
+        return _scalar(node.value, plain=getattr(node, "style", None) is None)
 
     def _mapping(self, node: yaml.MappingNode, path: Path_, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}

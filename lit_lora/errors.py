@@ -5,7 +5,9 @@ Every message is one line: where, what is wrong, what was expected. ``hint`` is 
 
 from __future__ import annotations
 
-__all__ = ["DiskError", "InputError", "LitLoraError", "NumericalError", "OutOfMemoryError", "UsageError"]
+import sys
+
+__all__ = ["DiskError", "InputError", "Interrupted", "LitLoraError", "NumericalError", "OutOfMemoryError", "UsageError"]
 
 
 class LitLoraError(Exception):
@@ -21,6 +23,14 @@ class LitLoraError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    def report(self) -> int:
+        """Print the problems and the hint to stderr; returns the exit code."""
+        for line in str(self).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        if self.hint:
+            print(f"hint: {self.hint}", file=sys.stderr)
+        return self.exit_code
 
 
 class UsageError(LitLoraError):
@@ -51,3 +61,11 @@ class OutOfMemoryError(LitLoraError):
     """The machine's memory is not enough for what was asked."""
 
     exit_code = 6
+
+
+class Interrupted(LitLoraError):
+    """A signal stopped the work; the exit code is the shell's convention, 128 + signal."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message, hint="the same command with --resume continues")
+        self.exit_code = 128 + number

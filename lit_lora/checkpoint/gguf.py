@@ -6,6 +6,7 @@ gigabyte for 128k tokens); ``gguf`` does the dequantisation. Format: https://git
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class GGUFReader:
         at = self._stored[name]
         tensor = _dequantise(at, dtype or self.dtype(name))
         if name.endswith(("q_proj.weight", "q_proj.bias")):
-            return _unpermute(tensor, self._value("attention.head_count"))
+            return _unpermute(tensor, self._number("attention.head_count"))
         if name.endswith(("k_proj.weight", "k_proj.bias")):
             return _unpermute(tensor, self._kv_heads())
         return tensor
@@ -123,26 +124,26 @@ class GGUFReader:
         Raises:
             InputError: A key that a Llama model needs is missing, or its scaling of rope is not known here.
         """
-        heads, width = self._value("attention.head_count"), self._value("embedding_length")
+        heads, width = self._number("attention.head_count"), self._number("embedding_length")
         embedding = self._stored.get("model.embed_tokens.weight")
         if embedding is None:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
-        window = self.metadata.get("llama.attention.sliding_window")
+        window = self.metadata.get("llama.attention.sliding_window") and self._number("attention.sliding_window")
         config: dict[str, Any] = {
             "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
             "model_type": "mistral" if window else "llama",
             "vocab_size": embedding.shape[0],
             "hidden_size": width,
-            "intermediate_size": self._value("feed_forward_length"),
-            "num_hidden_layers": self._value("block_count"),
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._kv_heads(),
-            "head_dim": self.metadata.get("llama.attention.key_length", width // heads),
+            "head_dim": self._number("attention.key_length", width // heads),
             "hidden_act": "silu",
-            "rms_norm_eps": _shortest(self._value("attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(self.metadata.get("llama.rope.freq_base", 10000.0)),
+            "rms_norm_eps": self._decimal("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._decimal("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(),
-            "max_position_embeddings": self._value("context_length"),
+            "max_position_embeddings": self._number("context_length"),
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._stored,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._stored,
             "tie_word_embeddings": "lm_head.weight" not in self._stored,
@@ -155,14 +156,23 @@ class GGUFReader:
             config["pad_token_id"] = self.metadata["tokenizer.ggml.padding_token_id"]
         return config
 
-    def _value(self, key: str) -> Any:
-        key = f"{self.architecture}.{key}"
-        if key not in self.metadata:
-            raise InputError(f"{self.path}: metadata key {key} is missing")
-        return self.metadata[key]
+    def _number(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(f"llama.{key}", default)
+        if not isinstance(value, int) or value < 1:
+            what = "is missing" if value is None else f"is {value!r}, expected a number above 0"
+            raise InputError(f"{self.path}: metadata key llama.{key} {what}")
+        return value
+
+    def _decimal(self, key: str, default: float | None = None) -> float:
+        """A float32 of the metadata as the decimal that was meant: 9.999999747378752e-06 is 1e-05."""
+        value = self.metadata.get(f"llama.{key}", default)
+        if not isinstance(value, float):
+            what = "is missing" if value is None else f"is {value!r}, expected a decimal number"
+            raise InputError(f"{self.path}: metadata key llama.{key} {what}")
+        return _shortest(value)
 
     def _kv_heads(self) -> int:
-        return int(self.metadata.get("llama.attention.head_count_kv", self._value("attention.head_count")))
+        return self._number("attention.head_count_kv", self._number("attention.head_count"))
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
@@ -173,27 +183,23 @@ class GGUFReader:
         return f"{layer}{known[match[2]]}.{match[3]}"
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self.metadata.get("llama.rope.scaling.type", "none")
-        factor = self.metadata.get("llama.rope.scaling.factor", self.metadata.get("llama.rope.scale_linear"))
-        original = self.metadata.get("llama.rope.scaling.original_context_length")
         if self._rope_factors is not None:
-            theta = float(self.metadata.get("llama.rope.freq_base", 10000.0))
             factors = _dequantise(self._rope_factors, torch.float32).double().numpy()
-            return _llama3_scaling(self.path, factors, theta)
-        if kind == "none" and factor in (None, 1.0, 0.0):
+            return _llama3_scaling(self.path, factors, self._decimal("rope.freq_base", 10000.0))
+        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        factor = self._decimal("rope.scaling.factor", self._decimal("rope.scale_linear", 1.0))
+        if kind == "none" and factor in (0.0, 1.0):
             return None
-        if factor is None:
-            raise InputError(f"{self.path}: metadata key llama.rope.scaling.factor is missing")
         if kind in ("linear", "none"):
-            return {"rope_type": "linear", "factor": _shortest(factor)}
-        if kind == "yarn":
-            scaling = {"rope_type": "yarn", "factor": _shortest(factor)}
-            if original:
-                scaling["original_max_position_embeddings"] = original
-            if "llama.rope.scaling.attn_factor" in self.metadata:
-                scaling["attention_factor"] = _shortest(self.metadata["llama.rope.scaling.attn_factor"])
-            return scaling
-        raise InputError(f"{self.path}: rope scaling {kind!r} is not supported, expected none, linear, yarn or llama3")
+            return {"rope_type": "linear", "factor": factor}
+        if kind != "yarn":
+            raise InputError(f"{self.path}: rope scaling {kind!r} is not supported, expected none, linear or yarn")
+        scaling = {"rope_type": "yarn", "factor": factor}
+        if "llama.rope.scaling.original_context_length" in self.metadata:
+            scaling["original_max_position_embeddings"] = self._number("rope.scaling.original_context_length")
+        if "llama.rope.scaling.attn_factor" in self.metadata:
+            scaling["attention_factor"] = self._decimal("rope.scaling.attn_factor")
+        return scaling
 
 
 def _parts(path: Path) -> list[Path]:
@@ -239,6 +245,8 @@ class _Header:
             metadata[key] = self._value(self._scalar("<I"))
         infos = [self._tensor_info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise InputError(f"{self.path}: general.alignment is {alignment!r}, expected a number above 0")
         start = -(-self.file.tell() // alignment) * alignment
         stored = {}
         for name, shape, number, offset in infos:
@@ -253,7 +261,7 @@ class _Header:
         if kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) and kind not in quants._type_traits:
             raise InputError(f"{self.path}: tensor {name}: {kind.name} cannot be dequantised")
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if not shape or shape[-1] % block:
             raise InputError(f"{self.path}: tensor {name}: shape {shape} does not fit {kind.name} blocks of {block}")
         end = offset + count // block * block_bytes
@@ -299,7 +307,7 @@ def _dequantise(at: _Stored, dtype: torch.dtype) -> Tensor:
     """A stored tensor's values, some rows at a time, in llama.cpp's row order."""
     block, block_bytes = GGML_QUANT_SIZES[at.kind]
     columns = at.shape[-1]
-    rows = int(np.prod(at.shape[:-1], dtype=np.int64))
+    rows = math.prod(at.shape[:-1])
     row_bytes = columns // block * block_bytes
     result = torch.empty((rows, columns), dtype=dtype)
     step = max(1, _CHUNK_VALUES // columns)
@@ -308,7 +316,8 @@ def _dequantise(at: _Stored, dtype: torch.dtype) -> Tensor:
         for start in range(0, rows, step):
             count = min(step, rows - start)
             data = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8).reshape(count, row_bytes)
-            result[start : start + count] = torch.from_numpy(quants.dequantize(data, at.kind).copy())
+            with np.errstate(all="ignore"):  # what damage makes of the numbers is told by who checks them
+                result[start : start + count] = torch.from_numpy(quants.dequantize(data, at.kind).copy())
     return result.reshape(at.shape)
 
 
@@ -325,7 +334,7 @@ def _unpermute(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _shortest(value: float) -> float:
-    """A float32 of the metadata as the decimal that was meant: 9.999999747378752e-06 is 1e-05."""
+    """The decimal with the fewest digits that rounds to this float32."""
     return float(str(np.float32(value)))
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lit_lora.checkpoint.tensors import INDEX
+from lit_lora.files import atomic_folder, disk_errors
+from lit_lora.model import CausalLM
 
-__all__ = ["CheckpointWriter", "copy_side_files"]
+__all__ = ["CheckpointWriter", "copy_side_files", "save_model"]
 
 # A shard starts with the length of its JSON header, the header, and then the bytes of the tensors. Room for the
 # header is kept when the shard is opened and filled in when it is closed (the format allows trailing spaces), so a
@@ -153,6 +155,32 @@ class CheckpointWriter:
         self._file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
         self._file.close()
         self._file = None
+
+
+def save_model(model: CausalLM, folder: Path, *, side_files: Path, card: str) -> Path:
+    """Write a whole model as a Hugging Face folder, which appears complete or not at all.
+
+    Args:
+        model: Its weights are written in their own dtype, a tied head once.
+        folder: The folder; an older one is replaced.
+        side_files: The checkpoint that tokenizer, template and the like are copied from.
+        card: The text of its README.md.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DiskError: The disk is full or read-only; an older folder is kept.
+    """
+    with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
+        with CheckpointWriter(temporary) as writer:
+            for name, parameter in model.named_parameters():
+                writer.add(name, parameter)
+        config = json.dumps(model.config.to_hf(), indent=2) + "\n"
+        (temporary / "config.json").write_text(config, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        copy_side_files(side_files, temporary)
+    return Path(folder)
 
 
 def copy_side_files(src: Path, dst: Path) -> list[str]:

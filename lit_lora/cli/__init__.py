@@ -45,11 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _app(arguments[0] if arguments else None)(arguments, prog_name="lit-lora")
     except LitLoraError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(error.report()) from None
     except BrokenPipeError:  # `lit-lora … | head` closed the pipe: not an error, and stdout must not be flushed again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -42,7 +42,7 @@ class PackedAttention:
             (T, N, H) in the dtype of ``query``.
         """
         outputs = []
-        documents = zip(*(tensor.split(self.lengths) for tensor in (query, key, value)), strict=True)
+        documents = zip(*(torch.split(tensor, self.lengths) for tensor in (query, key, value)), strict=True)
         for q, k, v in documents:
             masked = self.window is not None and q.shape[0] > self.window
             out = F.scaled_dot_product_attention(

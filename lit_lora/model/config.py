@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 class Rope(Settings):
     """How positions turn into rotations. Source: ``rope_parameters`` of ``config.json``."""
 
-    model_config = {**Settings.model_config, "extra": "ignore"}
+    model_config = ConfigDict(extra="ignore")
 
     rope_type: str = Field("default", description="default, linear, dynamic, yarn, longrope or llama3.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the geometric progression of wavelengths.")
@@ -47,7 +47,7 @@ class ModelConfig(Settings):
     Keys of ``config.json`` that the decoder has no use for are kept aside and written back by :meth:`to_hf`.
     """
 
-    model_config = {**Settings.model_config, "extra": "ignore"}
+    model_config = ConfigDict(extra="ignore")
 
     model_type: str = Field("llama", description="The family.")
     vocab_size: int = Field(gt=0, description="Rows of the embedding, padding rows included.")
@@ -60,7 +60,7 @@ class ModelConfig(Settings):
     rms_norm_eps: float = Field(1e-6, ge=0, description="Added to the mean square before its root.")
     max_position_embeddings: int = Field(2048, gt=0, description="Longest context.")
     sliding_window: int | None = Field(None, gt=0, description="A token sees this many tokens, itself included.")
-    rope: Rope = Field(default_factory=Rope, description="Rotary position embedding.")
+    rope: Rope = Field(Rope(), description="Rotary position embedding.")
     tie_word_embeddings: bool = Field(False, description="The head is the embedding.")
     attention_bias: bool = Field(False, description="q, k, v and o projections have a bias.")
     mlp_bias: bool = Field(False, description="gate, up and down projections have a bias.")
@@ -123,8 +123,8 @@ class ModelConfig(Settings):
             fields.pop("sliding_window", None)
         heads = fields.get("num_attention_heads")
         fields.setdefault("num_key_value_heads", heads)
-        if isinstance(heads, int) and isinstance(fields.get("hidden_size"), int) and heads > 0:
-            fields.setdefault("head_dim", fields["hidden_size"] // heads)
+        derivable = all(isinstance(value, int) and value > 0 for value in (heads, fields.get("hidden_size")))
+        fields.setdefault("head_dim", fields["hidden_size"] // heads if derivable else 2)
         fields["dtype"] = str(fields.get("dtype", fields.get("torch_dtype", "float32"))).removeprefix("torch.")
         fields["rope"] = _rope(data, name)
         fields["source"] = data
@@ -135,20 +135,14 @@ class ModelConfig(Settings):
 
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as it was read, with the fields that finetuning may have changed."""
-        changed = {
-            "vocab_size": self.vocab_size,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "dtype": self.dtype,
-            "torch_dtype": self.dtype,
-        }
-        kept = {key: value for key, value in changed.items() if key not in ("dtype", "torch_dtype")}
         name = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
+        changed = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings, name: self.dtype}
         if self.source:
-            return {**self.source, **kept, name: self.dtype}
+            return {**self.source, **changed}
         own = self.model_dump(exclude={"rope", "source"})
         architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.model_type]
         rope = self.rope.model_dump(exclude_none=True)
-        return {"architectures": [architecture], "hidden_act": "silu", **own, "rope_parameters": rope, name: self.dtype}
+        return {"architectures": [architecture], "hidden_act": "silu", **own, "rope_parameters": rope}
 
 
 def _rope(data: dict[str, Any], name: str) -> dict[str, Any]:

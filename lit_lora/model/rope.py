@@ -70,7 +70,10 @@ def _dynamic(config: ModelConfig, exponents: Tensor, length: int) -> Tensor:
 
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
     """Long wavelengths divided by the factor, short ones kept, a linear blend between. Source: Llama 3.1."""
-    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position_embeddings
+    assert rope.factor
+    assert rope.low_freq_factor
+    assert rope.high_freq_factor
+    assert rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / plain
     turns = rope.original_max_position_embeddings / wavelengths  # rotations over the original context
     blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)

@@ -1,0 +1,354 @@
+"""What all recipes share: the config, the start of a run, the data, the plan that is printed before training.
+
+A recipe in ``finetune/`` is the one place where a model, a method, data and the loop meet; this module holds the steps
+that would otherwise be written in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import torch
+from pydantic import Discriminator, Field, Tag, create_model
+
+from lit_lora import log
+from lit_lora.config import Settings, did_you_mean, dump_yaml, find_config, load_config, read_yaml
+from lit_lora.data import DataConfig, Prepared, cache_folder, prepare
+from lit_lora.data.batches import Batches, MicroBatch, validation_batches
+from lit_lora.errors import LitLoraError, UsageError
+from lit_lora.estimate import estimate
+from lit_lora.files import disk_errors, human_bytes, write_text
+from lit_lora.peft import Kind, Method, count_parameters, matched_table, methods
+from lit_lora.tokenizer import Tokenizer
+from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
+from lit_lora.train.loop import FitResult, TrainConfig
+from lit_lora.train.optimizer import OptimizerConfig
+from lit_lora.train.schedule import ScheduleConfig
+
+__all__ = [
+    "RECIPES",
+    "FinetuneConfig",
+    "ModelSettings",
+    "Options",
+    "Run",
+    "RunData",
+    "finetune_config",
+    "load_data",
+    "load_recipe",
+    "main",
+    "finish",
+    "plan",
+    "start",
+]
+
+# `recipe:` in a config -> the file in finetune/ that runs it
+RECIPES: dict[str, str] = {
+    "lora": "lit_lora.finetune.lora",
+    "full": "lit_lora.finetune.full",
+}
+
+
+class ModelSettings(Settings):
+    """The base model, and how it is held."""
+
+    path: Path = Field(description="Checkpoint folder, as written by lit-lora download or convert.")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Precision of the base weights; auto is bf16 where the hardware multiplies it."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
+
+
+class FinetuneConfig(Settings):
+    """One finetuning run; the YAML file's sections."""
+
+    recipe: str = Field("lora", description="Which recipe runs: lora or full.")
+    model: ModelSettings = Field(description="The base model.")
+    data: DataConfig = Field(description="The rows to learn from.")
+    peft: Method = Field(description="The method and its settings; name picks it.")
+    train: TrainConfig = Field(TrainConfig(), description="How long and in what portions.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over the run.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
+    out: Path = Field(Path("out/finetune"), description="The run folder.")
+
+
+def finetune_config(recipe: str, kind: Kind, **defaults: Any) -> type[FinetuneConfig]:
+    """The config of a recipe: ``peft`` takes the methods of one kind, and sections may get other defaults.
+
+    Args:
+        recipe: Its name.
+        kind: Which methods it runs; the first of that kind is the default.
+        defaults: Section name: default value.
+    """
+    table = methods(kind)
+    first = next(iter(table))
+
+    def name_of(value: Any) -> str:
+        return str(value.get("name", first) if isinstance(value, dict) else getattr(value, "name", first))
+
+    tagged = tuple(Annotated[settings, Tag(name)] for name, settings in table.items())
+    one = len(table) == 1
+    union = table[first] if one else Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007
+    fields: dict[str, Any] = {
+        "recipe": (Literal[recipe], Field(recipe, description="Which recipe runs.")),
+        "peft": (union, Field(table[first](), description=FinetuneConfig.model_fields["peft"].description)),
+    }
+    for name, default in defaults.items():
+        known = FinetuneConfig.model_fields[name]
+        fields[name] = (known.annotation, Field(default, description=known.description))
+    return create_model(f"{recipe.capitalize()}Config", __base__=FinetuneConfig, **fields)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a run beside its config."""
+
+    dry_run: bool = False
+    """Stop before the first step, write nothing."""
+    resume: bool = False
+    """Continue after the newest checkpoint of the run folder."""
+    overwrite: bool = False
+    """Replace a run that is in the folder already."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A started run."""
+
+    config: FinetuneConfig
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.config.out
+
+
+@dataclass
+class RunData:
+    """The rows, portioned."""
+
+    batches: Batches
+    validation: list[MicroBatch]
+    prepared: Prepared
+    sample_prompts: list[list[int]] = field(default_factory=list)
+    """Token ids of validation prompts that are answered while training."""
+
+    @property
+    def about(self) -> str:
+        """One line on what it is, for a model card."""
+        return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
+
+
+def start(config: FinetuneConfig, options: Options) -> Run:
+    """Seed, choose device and dtype, and make the run folder with the resolved config in it.
+
+    Raises:
+        UsageError: The folder holds another run, or the device is not there.
+        DiskError: The folder cannot be written.
+    """
+    torch.manual_seed(config.seed)
+    device = choose_device(config.model.device)
+    run = Run(config, options, device, choose_dtype(config.model.dtype, device))
+    reuse_memory()
+    if not options.dry_run:
+        _claim_folder(run)
+    return run
+
+
+def _claim_folder(run: Run) -> None:
+    saved, text = run.folder / "config.yaml", dump_yaml(run.config)
+    if saved.is_file():
+        if run.options.resume:
+            _check_same_run(saved, run.config)
+        elif not run.options.overwrite:
+            raise UsageError(
+                f"{run.folder}: holds a run already",
+                hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another beside it",
+            )
+        else:
+            _remove_run(run.folder)
+    elif run.options.resume:
+        raise UsageError(f"{run.folder}: holds no run to resume", hint="start one by leaving --resume out")
+    with disk_errors(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(saved, text)
+
+
+# What a resumed run may do differently; anything else makes it another run.
+_MAY_CHANGE = {"out", "train.eval_every", "train.save_every", "train.keep_last", "train.patience", "train.samples"}
+
+
+def _check_same_run(saved: Path, config: FinetuneConfig) -> None:
+    """Refuse to resume under another config.
+
+    Raises:
+        UsageError: Naming the keys that differ.
+    """
+    old, new = _flat(load_config(saved, type(config))), _flat(config)
+    differing = [key for key in new.keys() | old.keys() if key not in _MAY_CHANGE and old.get(key) != new.get(key)]
+    if differing:
+        raise UsageError(
+            f"{saved}: the run to resume has other settings: {', '.join(sorted(differing))}",
+            hint="resume with the same config, or start a new run with out=ANOTHER_FOLDER",
+        )
+
+
+def _flat(config: FinetuneConfig) -> dict[str, Any]:
+    """``section.key`` to value."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        flat.update(
+            {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return flat
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a former run wrote into ``folder``, and nothing else."""
+    for name in ("checkpoints", "adapter", "model", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [folder / "metrics.jsonl", folder / "loss.png", *folder.glob("events.out.tfevents.*")]:
+        path.unlink(missing_ok=True)
+
+
+def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
+    """Tokenise (or take from the cache), report, and portion the rows.
+
+    Raises:
+        InputError: The data cannot be read, or no row can be learned from.
+    """
+    config = run.config
+    prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
+    for line in prepared.report.lines():
+        log.note(line)
+    batches = Batches(
+        prepared.train,
+        batch_size=config.train.batch_size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        seed=config.seed,
+    )
+    validation = prepared.validation
+    held_out = list(validation_batches(validation, config.train.micro_batch_tokens)) if validation is not None else []
+    prompts = []
+    for number in range(min(config.train.samples, len(validation) if validation is not None else 0)):
+        assert validation is not None
+        row = validation[number]
+        prompts.append([int(token) for token in row.input_ids[: int(row.learn[1:].argmax()) + 1]])
+    return RunData(batches, held_out, prepared, prompts)
+
+
+def plan(run: Run, model: torch.nn.Module, data: RunData) -> None:
+    """Print what will train, on how much, and what it needs, before the first step."""
+    config, counts = run.config, count_parameters(model)
+    rows = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
+    log.table("What trains", ["modules", "count", "weight", "parameters"], rows, right=(1, 3))
+    total = config.train.total_steps(data.batches.steps_per_epoch)
+    warmup = config.schedule.warmup_steps(total)
+    if config.schedule.warmup > 1 and warmup < config.schedule.warmup:
+        log.warn(f"schedule.warmup {config.schedule.warmup:g} is more than half of {total} steps: {warmup} are used")
+    epochs = total / data.batches.steps_per_epoch
+    if epochs > 1.5:
+        log.note(f"{epochs:.1f} passes over the rows: more than one often overfits, watch the validation loss")
+    if not data.validation:
+        log.warn("no validation rows: the last weights are kept, not the best (data.validation: 0.1 holds rows out)")
+    figures = estimate(model, data.prepared.train, config.train, run.dtype, run.device)
+    log.table(
+        "Plan",
+        ["what", "figure"],
+        [
+            ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
+            ["device, dtype", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+            ["rows, learned tokens", f"{len(data.prepared.train):,}, {int(data.prepared.train.target_counts.sum()):,}"],
+            ["steps", f"{total:,} of {config.train.batch_size} rows ({epochs:.2g} epochs), warm-up {warmup}"],
+            ["memory, about", human_bytes(figures.memory_bytes)],
+            ["time, about", _duration(figures.seconds_per_step * total)],
+            ["run folder", str(run.folder)],
+        ],
+    )
+
+
+def finish(run: Run, result: FitResult, written: Path, next_command: str) -> None:
+    """Print what came out, and what to type next."""
+    log.table(
+        "Result", ["what", "figure"], [[name, "" if v is None else _figure(v)] for name, v in summary(result).items()]
+    )
+    log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
+    log.say(f"next: {next_command}")
+
+
+def _figure(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def summary(result: FitResult) -> dict[str, object]:
+    """The figures of a run for its model card and its closing lines."""
+    return {
+        "Steps": result.steps,
+        "Best step": result.best_step,
+        "Training loss": result.loss,
+        "Validation loss": result.validation_loss,
+        "Tokens per second": round(result.tokens_per_second),
+        "Peak memory": human_bytes(result.peak_memory_bytes),
+    }
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], FinetuneConfig]:
+    """The recipe that a config file names, and its config.
+
+    Args:
+        source: Path of a YAML file or name of a shipped one.
+        overrides: ``key.sub=value``.
+
+    Raises:
+        UsageError: Unknown recipe, or problems in the config, all at once.
+    """
+    data = read_yaml(find_config(source))
+    given = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
+    name = str(given[-1] if given else data.get("recipe", "lora") if isinstance(data, dict) else "lora")
+    if name not in RECIPES:
+        raise UsageError(
+            f"{source}: recipe {name!r} is not known{did_you_mean(name, RECIPES)}, known: {', '.join(RECIPES)}"
+        )
+    module = importlib.import_module(RECIPES[name])
+    return module.finetune, load_config(source, module.Config, overrides)
+
+
+def main(recipe: Callable[[Any, Options], Path], config: type[FinetuneConfig]) -> None:
+    """The ``__main__`` of a recipe file: ``python finetune/lora.py --config FILE [key=value …]``.
+
+    Raises:
+        SystemExit: With the error's exit code.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules[recipe.__module__].__doc__)
+    parser.add_argument("--config", required=True, help="path of a YAML file, or name of a shipped config")
+    parser.add_argument("--dry-run", action="store_true", help="everything up to the first step")
+    parser.add_argument("--resume", action="store_true", help="continue after the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder already")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=20")
+    arguments = parser.parse_args()
+    options = Options(arguments.dry_run, arguments.resume, arguments.overwrite)
+    try:
+        recipe(load_config(arguments.config, config, arguments.overrides), options)
+    except LitLoraError as error:
+        raise SystemExit(error.report()) from None
+
+
+def _duration(seconds: float) -> str:
+    """``125.0`` as ``2 min 5 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

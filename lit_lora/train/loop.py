@@ -1,0 +1,357 @@
+"""The one training loop. It asks only what requires a gradient; it knows no method, no dataset and no model."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from lit_lora import log
+from lit_lora.config import Settings
+from lit_lora.errors import Interrupted, NumericalError
+from lit_lora.train.device import peak_memory_bytes
+from lit_lora.train.loss import IGNORE_INDEX, Batch, backward, evaluate
+from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
+from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.schedule import ScheduleConfig
+from lit_lora.train.state import CheckpointStore
+
+__all__ = ["FitResult", "TrainConfig", "fit", "validation_loss"]
+
+
+class TrainConfig(Settings):
+    """How long and in what portions to train."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 1 when max_steps is not given either.")
+    max_steps: int | None = Field(None, gt=0, description="Optimizer steps, instead of epochs.")
+    batch_size: int = Field(8, gt=0, description="Rows per optimizer step.")
+    micro_batch_tokens: int = Field(
+        2048,
+        gt=0,
+        description="Tokens computed at once; larger steps are accumulated. Changes memory only.",
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is scaled down to this norm.")
+    eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run by default.")
+    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; as eval_every when omitted.")
+    keep_last: int = Field(1, gt=0, description="Newest checkpoints kept, beside the best one.")
+    patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better loss.")
+    samples: int = Field(1, ge=0, description="Validation prompts answered at each validation, to watch it learn.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, at least 1."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil((self.epochs or 1) * steps_per_epoch))
+
+    def eval_interval(self, total_steps: int) -> int:
+        """Steps between validations."""
+        return self.eval_every or max(1, math.ceil(total_steps / 10))
+
+
+class Batches(Protocol):
+    """The training rows, portioned: a pure function of the step."""
+
+    steps_per_epoch: int
+
+    def step(self, step: int) -> Sequence[Batch]:
+        """The micro-batches of one optimizer step."""
+
+
+@dataclass
+class FitResult:
+    """What a run came to."""
+
+    steps: int
+    best_step: int
+    loss: float | None
+    """Training loss of the last step."""
+    validation_loss: float | None
+    """Of the weights that the model now has; ``None`` without validation rows."""
+    tokens: int
+    """Tokens trained on by this process, prompts included."""
+    seconds: float
+    """Spent in training steps by this process."""
+    peak_memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training speed, without validation and saving."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Progress:
+    """What changes while training and must survive a stop."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    waited: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "step"}
+
+
+_FIRST_LOSS_SCALE = 2.0**14
+_GROW_AFTER = 200
+
+
+class _Run:
+    """One call of :func:`fit`: the pieces and the progress, so that each phase is a short method."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        validation: Sequence[Batch],
+        config: TrainConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self.model, self.batches, self.validation, self.config = model, batches, validation, config
+        self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
+        self.trainables = Trainables(model)
+        self.optimizer = build_optimizer(optimizer, self.trainables)
+        self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
+        self.total = config.total_steps(batches.steps_per_epoch)
+        self.device = next(model.parameters()).device
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if half else 1.0)
+        self.half = half
+        self.loss: float | None = None
+        self.tokens, self.seconds = 0, 0.0
+
+    def resume(self, step: int) -> None:
+        """Continue after a checkpoint."""
+        state = self.store.load(step, self.trainables, self.optimizer)
+        self.progress = _Progress(**{key: value for key, value in state.items() if key in vars(self.progress)})
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        started, step = time.perf_counter(), self.progress.step
+        # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
+        torch.manual_seed((self.seed << 32) + step)
+        lr = self.lr * self.schedule.factor(step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches = list(self.batches.step(step))
+        targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        scale = self.progress.loss_scale / max(targets, 1)
+        losses = [backward(self.model, batch, scale) for batch in micro_batches]
+        norm = self._clip()
+        if math.isfinite(norm) and all(map(math.isfinite, losses)):
+            self.optimizer.step()
+            self.trainables.publish()
+            self._grow_scale()
+        else:
+            self._skip(micro_batches, losses, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.loss = sum(losses) / max(targets, 1)
+        tokens = sum(sum(batch.lengths) for batch in micro_batches)
+        seconds = time.perf_counter() - started
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        return {
+            "loss": self.loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": tokens,
+            "targets": targets,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _clip(self) -> float:
+        """Undo the loss scale, scale the gradient down to ``max_grad_norm``; returns the norm before that."""
+        gradients = [master.grad for master in self.trainables.masters.values() if master.grad is not None]
+        if not gradients:
+            return 0.0
+        norm = float(nn.utils.get_total_norm(gradients)) / self.progress.loss_scale
+        factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / self.progress.loss_scale
+        if math.isfinite(norm) and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    def _grow_scale(self) -> None:
+        self.progress.good_steps += 1
+        if self.half and self.progress.good_steps % _GROW_AFTER == 0:
+            self.progress.loss_scale *= 2
+
+    def _skip(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> None:
+        """Deal with a step that is not finite: lower the scale of a float16 run, stop any other.
+
+        Raises:
+            NumericalError: With the step, the rows and the parameters that went wrong.
+        """
+        if self.half and self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
+            self.progress.loss_scale /= 2
+            self.progress.good_steps = 0
+            return
+        bad = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+        rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
+        names = [
+            name
+            for name, master in self.trainables.masters.items()
+            if master.grad is not None and not bool(master.grad.isfinite().all())
+        ]
+        where = f", first in the gradient of {names[0]}" if names else ""
+        raise NumericalError(
+            f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
+            f"training rows {', '.join(map(str, rows[:8]))}{' …' if len(rows) > 8 else ''}",
+            hint="look at these rows, lower optimizer.lr, or use dtype bf16/fp32; the last checkpoint is kept",
+        )
+
+    def validate(self) -> float:
+        """Validation loss of the current weights; remembers the best."""
+        loss = validation_loss(self.model, self.validation)
+        if self.progress.best_loss is None or loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step, self.progress.waited = loss, self.progress.step, 0
+        else:
+            self.progress.waited += 1
+        return loss
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        self.store.save(self.progress.step, self.trainables, self.optimizer, self.progress.to_json())
+
+
+def fit(
+    model: Any,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    folder: Path,
+    seed: int = 0,
+    validation: Sequence[Batch] = (),
+    sample: Callable[[int], None] | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train whatever of ``model`` requires a gradient, in place; at the end the model has the best weights.
+
+    The loss is the mean over all learned tokens of a step, however it is split into micro-batches. Checkpoints,
+    ``metrics.jsonl`` and ``loss.png`` are written into ``folder``.
+
+    Args:
+        model: With ``hidden_states`` and ``lm_head``; see :class:`lit_lora.train.loss.LanguageModel`.
+        batches: The training rows.
+        config: Length and portions.
+        optimizer: Its settings.
+        schedule: The learning rate's.
+        folder: The run folder.
+        seed: Of dropout.
+        validation: Micro-batches of the validation rows.
+        sample: Called with the step after each validation, to show answers.
+        resume: Continue after the newest checkpoint in ``folder``.
+
+    Raises:
+        NumericalError: Loss or gradient is not finite.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
+        DiskError: A checkpoint could not be written; older ones are still there.
+    """
+    run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed)
+    saved = run.store.steps()
+    if resume and saved:
+        run.resume(saved[-1])
+        log.note(f"resumed after step {saved[-1]}")
+    metrics = Metrics(run.folder, first_step=run.progress.step)
+    model.train()
+    try:
+        with _stop_signals() as stop:
+            _steps(run, metrics, sample, stop)
+    finally:
+        model.eval()
+        metrics.close()
+        if read_metrics(metrics.path):
+            plot_losses(metrics.path, run.folder / "loss.png")
+    best = run.progress.best_step or run.progress.step
+    if best != run.progress.step:
+        run.store.load(best, run.trainables)
+    return FitResult(
+        steps=run.progress.step,
+        best_step=best,
+        loss=run.loss,
+        validation_loss=run.progress.best_loss,
+        tokens=run.tokens,
+        seconds=run.seconds,
+        peak_memory_bytes=peak_memory_bytes(run.device),
+    )
+
+
+def _steps(run: _Run, metrics: Metrics, sample: Callable[[int], None] | None, stop: list[int]) -> None:
+    """All steps that are left, with validation, checkpoints and samples between them."""
+    eval_interval = run.config.eval_interval(run.total)
+    save_interval = run.config.save_every or eval_interval
+    with log.progress(total=run.total, what="training", unit="step", initial=run.progress.step) as bar:
+        while run.progress.step < run.total:
+            values = run.train_step()
+            step, last = run.progress.step, run.progress.step == run.total
+            metrics.record(step, **values)
+            bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tok/s", refresh=False)
+            bar.update()
+            if run.validation and (last or step % eval_interval == 0):
+                loss = run.validate()
+                metrics.record(step, validation_loss=loss)
+                log.note(f"step {step}/{run.total}: loss {values['loss']:.4f}, validation loss {loss:.4f}")
+                if sample is not None:
+                    sample(step)
+            if last or stop or step % save_interval == 0 or run.progress.best_step == step:
+                run.save()
+            if stop:
+                raise Interrupted(stop[0], f"stopped after step {step} of {run.total}, checkpoint saved")
+            if run.config.patience is not None and run.progress.waited >= run.config.patience:
+                log.note(f"no better validation loss in {run.progress.waited} validations: stopping at step {step}")
+                break
+
+
+def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Mean loss per learned token over all ``batches``, however they are split; leaves the model's mode as it was."""
+    training = model.training
+    model.eval()
+    losses = [evaluate(model, batch) for batch in log.progress(batches, what="validating", unit="batch")]
+    model.train(training)
+    return sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one of either dies at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def remember(number: int, frame: Any) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+        log.note("stopping after this step (again: at once)")
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        try:
+            previous[number] = signal.signal(number, remember)
+        except ValueError:  # not in the main thread: leave signals to whoever runs us
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""Optimizers over whatever requires a gradient, with float32 masters for parameters of lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lit_lora.config import Settings
+from lit_lora.errors import UsageError
+
+__all__ = ["OptimizerConfig", "Trainables", "build_optimizer"]
+
+
+class OptimizerConfig(Settings):
+    """Which optimizer, with its own settings."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum.")
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate. LoRA 1e-4…1e-3, full finetuning 1e-5…5e-5.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw: decay of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum.")
+
+
+class Trainables:
+    """The parameters that train, each with the float32 tensor that the optimizer moves.
+
+    A float32 parameter is its own master. A bfloat16 or float16 one (full finetuning, trained norms) gets a float32
+    master, because an update smaller than its rounding would be lost: its gradients are added up in the master's, and
+    :meth:`publish` rounds the master into the parameter.
+
+    Raises:
+        UsageError: Nothing requires a gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masters: dict[str, Tensor] = {}
+        self._rounded: list[tuple[Tensor, Tensor]] = []  # (parameter, master)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype == torch.float32:
+                self.masters[name] = parameter
+                continue
+            master = parameter.detach().float().requires_grad_()
+            self.masters[name] = master
+            self._rounded.append((parameter, master))
+            parameter.register_post_accumulate_grad_hook(_hand_over(master))  # type: ignore[no-untyped-call]
+        if not self.masters:
+            raise UsageError("no parameter requires a gradient: the method trains nothing of this model")
+
+    def publish(self) -> None:
+        """Round the masters into the model's parameters, in place."""
+        with torch.no_grad():
+            for parameter, master in self._rounded:
+                parameter.copy_(master)
+
+
+def _hand_over(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's fresh gradient to its master's and frees it."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return hook
+
+
+def build_optimizer(config: OptimizerConfig, trainables: Trainables) -> torch.optim.Optimizer:
+    """The optimizer over all masters: matrices with weight decay, vectors without."""
+    tensors = list(trainables.masters.values())
+    groups = [
+        {"params": [tensor for tensor in tensors if tensor.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [tensor for tensor in tensors if tensor.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,0 +1,42 @@
+"""Learning rate as a pure function of the step, so that a resumed run needs no schedule state."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from lit_lora.config import Settings
+
+__all__ = ["ScheduleConfig"]
+
+
+class ScheduleConfig(Settings):
+    """How the learning rate moves over the run."""
+
+    name: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup: float = Field(
+        0.03,
+        ge=0,
+        description="Linear warm-up: a fraction of all steps when below 1, else a number of steps. At most half of the "
+        "run, so that the peak is always reached.",
+    )
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``: as asked for, but at most half of the run."""
+        asked = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
+        return min(asked, total_steps // 2)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Share of the peak learning rate in ``step`` (0-based) of ``total_steps``; never 0 in the first step."""
+        warmup = self.warmup_steps(total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.name == "constant":
+            return 1.0
+        # The last step still moves something: it is one short of the schedule's end.
+        progress = (step - warmup) / max(total_steps - warmup, 1)
+        left = 1 - progress if self.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_ratio + (1 - self.min_ratio) * left

@@ -1,0 +1,132 @@
+"""Checkpoints of a run: complete or not there, no pickle, and a resumed run equals one that never stopped.
+
+A checkpoint is a folder ``step-00000012`` with ``trainable.safetensors`` (float32 masters), ``optimizer.safetensors``
+(moments) and ``state.json``. The data position and all random draws are functions of the step, so neither is stored.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_lora.errors import InputError
+from lit_lora.files import atomic_folder
+from lit_lora.train.optimizer import Trainables
+
+__all__ = ["CheckpointStore"]
+
+_PREFIX = "step-"
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they lie, one folder per step.
+        keep_last: How many of the newest are kept, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    def save(self, step: int, trainables: Trainables, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write the checkpoint of ``step`` finished steps, then remove those that are no longer kept.
+
+        Args:
+            step: Finished optimizer steps.
+            trainables: The masters.
+            optimizer: Over the masters.
+            state: JSON values; ``state["best_step"]`` names a checkpoint that is never removed.
+
+        Raises:
+            DiskError: No room; the older checkpoints are still there.
+        """
+        target = self.folder / f"{_PREFIX}{step:08d}"
+        with atomic_folder(target, replace=True) as temporary:
+            masters = {name: tensor.detach().contiguous() for name, tensor in trainables.masters.items()}
+            save_file(masters, temporary / "trainable.safetensors")
+            save_file(_moments(trainables, optimizer), temporary / "optimizer.safetensors")
+            text = json.dumps({"step": step, **state}, indent=1)
+            (temporary / "state.json").write_text(text, encoding="utf-8")
+        kept = {*self.steps()[-self.keep_last :], state.get("best_step")}
+        for old in self.steps():
+            if old not in kept:
+                shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, in order."""
+        if not self.folder.is_dir():
+            return []
+        names = [path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def load(self, step: int, trainables: Trainables, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Put the checkpoint's values into the masters, the model and, when given, the optimizer, in place.
+
+        Returns:
+            The ``state`` it was saved with, and ``step``.
+
+        Raises:
+            InputError: It is broken, or of another set of parameters.
+        """
+        folder = self.folder / f"{_PREFIX}{step:08d}"
+        masters = _read(folder / "trainable.safetensors")
+        _same_names(folder, set(masters), set(trainables.masters))
+        with torch.no_grad():
+            for name, master in trainables.masters.items():
+                if masters[name].shape != master.shape:
+                    raise InputError(f"{folder}: {name} has another shape than in this run, use the same config")
+                master.copy_(masters[name])
+        trainables.publish()
+        if optimizer is not None:
+            _restore(folder, trainables, optimizer)
+        try:
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'state.json'}: cannot be read: {error}") from error
+        return state
+
+
+def _moments(trainables: Trainables, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as ``<kind>/<parameter>``."""
+    moments: dict[str, Tensor] = {}
+    for name, master in trainables.masters.items():
+        for kind, value in optimizer.state.get(master, {}).items():
+            if value is not None:
+                moments[f"{kind}/{name}"] = torch.as_tensor(value).detach().contiguous()
+    return moments
+
+
+def _restore(folder: Path, trainables: Trainables, optimizer: torch.optim.Optimizer) -> None:
+    for key, value in _read(folder / "optimizer.safetensors").items():
+        kind, _, name = key.partition("/")
+        if name not in trainables.masters:
+            raise InputError(f"{folder}: optimizer state of {name}, which does not train in this run")
+        master = trainables.masters[name]
+        # The step count of fused AdamW is a float32 scalar that stays where its kernel expects it.
+        optimizer.state[master][kind] = value.to(master.device)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}", hint="resume from another checkpoint") from error
+
+
+def _same_names(folder: Path, stored: set[str], wanted: set[str]) -> None:
+    if stored != wanted:
+        example = sorted(stored ^ wanted)[0]
+        raise InputError(
+            f"{folder}: trains {len(stored)} tensors, this run trains {len(wanted)} (such as {example}); "
+            "the method or the model differs",
+            hint="resume with the config in the run folder, or start a new run in another folder",
+        )
