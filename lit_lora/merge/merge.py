@@ -1,0 +1,145 @@
+"""Merging: base + update into a Hugging Face folder that is proved before it appears under its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lit_lora import log
+from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
+from lit_lora.errors import NumericalError
+from lit_lora.files import atomic_folder, disk_errors, require_free_space, write_text
+from lit_lora.merge.plan import BaseTensors, MergePlan
+from lit_lora.merge.prove import BlockProof, LogitsProof, prove_blocks
+from lit_lora.merge.write import TensorProof, Totals, forecast, merged_tensors, totals
+from lit_lora.peft.card import model_card
+from lit_lora.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["DTYPES", "MergeReport", "merge"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# More of the update than this lost to rounding is refused.
+MAX_ERROR = 0.2
+# Any text will do; its tokens' embeddings are what the blocks are compared on.
+_TEXT = (
+    "The parcel arrived on Tuesday, three days late and with a dented corner. She opened it at the kitchen table, "
+    "counted the parts against the list (twelve screws, two hinges, one handle), and wrote back: 'Everything is here, "
+    "thank you. But could you tell me how to mount the shelf on a plaster wall?'"
+)
+_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, and the proof of it."""
+
+    out: Path
+    """The folder written."""
+    tensors: list[TensorProof]
+    """Per tensor with an update."""
+    totals: Totals
+    """Over all of them."""
+    blocks: list[BlockProof]
+    """Per decoder layer."""
+    logits: LogitsProof
+    """End to end."""
+    untied: bool
+    """Head and embedding were one tensor and are two now."""
+
+    def lines(self) -> list[str]:
+        """The report in a few lines."""
+        worst = max(self.tensors, key=lambda proof: proof.relative_error)
+        block = max(self.blocks, key=lambda proof: proof.error)
+        lines = [
+            f"{len(self.tensors)} tensors updated: the stored update is off by {self.totals.relative_error:.2%} "
+            f"(worst {worst.relative_error:.2%}, {worst.name}), {self.totals.kept:.1%} of its values are in",
+            f"{len(self.blocks)} blocks agree with base + adapter: outputs differ by {block.error:.1e} at most "
+            f"(layer {block.layer}), {max(proof.lost for proof in self.blocks):.2%} of what the adapter does there",
+            f"predictions: KL {self.logits.kl:.1e} (the adapter changed them by {self.logits.base_kl:.1e}), "
+            f"{self.logits.agreement:.0%} same most likely token",
+        ]
+        if self.untied:
+            lines.append("head and embedding differ now, so the head is stored too and tie_word_embeddings is false")
+        return lines
+
+
+def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: bool = False) -> MergeReport:
+    """Write the merged model to ``out``, which appears only if the proof holds.
+
+    Args:
+        plan: The merge.
+        out: The folder to create.
+        allow_lossy: Write a merge even if rounding loses much of the update.
+        replace: Replace an existing ``out``.
+
+    Raises:
+        NumericalError: The update does not survive rounding, or merged and base + adapter differ.
+        DiskError: ``out`` exists, or there is no room.
+    """
+    require_free_space(out, plan.bytes() + (1 << 24), "the merged model")
+    with atomic_folder(out, replace=replace) as temporary, disk_errors(out):
+        proofs = []
+        with CheckpointWriter(temporary) as writer:
+            for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
+                writer.add(name, tensor)
+                if proof is not None:
+                    proofs.append(proof)
+        whole = totals(proofs)
+        if whole.relative_error > MAX_ERROR and not allow_lossy:
+            raise _lossy(plan, whole)
+        _write_side_files(plan, temporary)
+        dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
+        written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings)
+        blocks, logits = prove_blocks(plan, written, _token_ids(plan, temporary), dtype=dtype)
+        report = MergeReport(Path(out), proofs, whole, blocks, logits, plan.untied)
+        write_text(temporary / "README.md", _card(plan, report))
+    return report
+
+
+def _lossy(plan: MergePlan, whole: Totals) -> NumericalError:
+    """What is lost, and the dtypes that would keep it, smallest first."""
+    used = {plan.target(name) for name in plan.updates}
+    names = sorted(name for name, dtype in DTYPES.items() if dtype in used)
+    remedies = []
+    for name in ("fp16", "bf16", "fp32"):
+        error = 1.0 if DTYPES[name] in used else forecast(plan, DTYPES[name]).relative_error
+        if error <= MAX_ERROR:
+            remedies.append(f"--dtype {name} (off by {error:.1%})")
+    return NumericalError(
+        f"rounding to {'/'.join(names)} loses {whole.relative_error:.0%} of the update ({1 - whole.kept:.0%} of its "
+        f"values vanish), more than {MAX_ERROR:.0%}; nothing was written",
+        hint=f"use {' or '.join(remedies)}; or keep the adapter beside the base; or --allow-lossy",
+    )
+
+
+def _write_side_files(plan: MergePlan, folder: Path) -> None:
+    """Config, tokenizer, templates: the adapter's tokenizer where it has one, else the base's."""
+    write_text(folder / "config.json", json.dumps(plan.config.to_hf(), indent=2) + "\n")
+    if (plan.adapter.folder / "tokenizer.json").is_file():
+        copy_side_files(plan.adapter.folder, folder)
+    copy_side_files(plan.folder, folder)
+
+
+def _token_ids(plan: MergePlan, folder: Path) -> list[int]:
+    """Token ids of some text, or spread over the vocabulary where there is no tokenizer."""
+    vocabulary = plan.config.vocab_size
+    if (folder / "tokenizer.json").is_file():
+        ids = [token for token in Tokenizer.load(folder).encode(_TEXT) if token < vocabulary]
+    else:
+        ids = list(range(0, vocabulary, max(1, vocabulary // _MAX_TOKENS)))
+    return ids[:_MAX_TOKENS]
+
+
+def _card(plan: MergePlan, report: MergeReport) -> str:
+    adapter = plan.adapter
+    figures = {
+        "Rounding error of the update": f"{report.totals.relative_error:.2%}",
+        "Blocks against base + adapter": f"differ by {max(block.error for block in report.blocks):.1e} at most",
+        "Same most likely token": f"{report.logits.agreement:.0%}",
+    }
+    method = f"LoRA, rank {adapter.config.rank}, alpha {adapter.config.base_alpha:g}, merged ({plan.config.dtype})"
+    title = f"{plan.folder.name} with {adapter.folder.parent.name}/{adapter.folder.name} merged"
+    return model_card(title, base=adapter.base or str(plan.folder), method=method, figures=figures, adapter=False)

@@ -1,0 +1,216 @@
+"""What a merge will do, known before anything is read in full or written: base, combined updates, ties, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_lora.checkpoint.tensors import TensorReader, open_tensors
+from lit_lora.config import read_yaml
+from lit_lora.errors import InputError, UsageError
+from lit_lora.model import ModelConfig
+from lit_lora.peft.attach import check_base
+from lit_lora.peft.files import Adapter, read_adapter
+from lit_lora.peft.updates import LowRank, Update, Updates
+
+__all__ = ["BaseTensors", "MergePlan", "Places", "find_adapter", "find_places", "plan_merge"]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class BaseTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by name, mapped from its files on use; the head of a tied model is its embedding."""
+
+    def __init__(self, folder: Path, *, tied: bool) -> None:
+        self.reader: TensorReader = open_tensors(folder)
+        self.tied = tied
+        names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
+        self.stored = [name for name in names if not (tied and name == HEAD)]
+
+    def _place(self, name: str) -> str:
+        return EMBEDDING if self.tied and name == HEAD else name
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self.reader.read(self._place(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored or (self.tied and name == HEAD)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.stored
+        if self.tied:
+            yield HEAD
+
+    def __len__(self) -> int:
+        return len(self.stored) + self.tied
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self.reader.shape(self._place(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which a tensor is stored."""
+        return self.reader.dtype(self._place(name))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a merge reads and writes."""
+
+    adapter: Path
+    """The adapter folder."""
+    base: Path
+    """The base model's folder."""
+    out: Path
+    """The folder to write."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that fits together: the adapter belongs to the base."""
+
+    folder: Path
+    """The base model's folder."""
+    adapter: Adapter
+    """What is added."""
+    base: BaseTensors
+    """The base model's tensors."""
+    updates: dict[str, Update]
+    """By tensor; what is subtracted is in them."""
+    names: list[str]
+    """Tensors to write, in order."""
+    config: ModelConfig
+    """``config.json`` of the result."""
+    untied: bool
+    """The base is tied and the result is not: its head and its embedding differ now."""
+    dtype: torch.dtype | None
+    """Of every tensor, or each as in the base."""
+
+    def target(self, name: str) -> torch.dtype:
+        """Dtype in which a tensor is written."""
+        return self.dtype or self.base.dtype(name)
+
+    def rows(self, name: str) -> int:
+        """Rows of a tensor as it is written."""
+        rows = self.base.shape(name)[0]
+        update = self.updates.get(name)
+        return rows if update is None else update.rows(rows)
+
+    def bytes(self) -> int:
+        """Bytes of all tensors to write."""
+        return sum(
+            self.rows(name) * int(torch.Size(self.base.shape(name)[1:]).numel()) * self.target(name).itemsize
+            for name in self.names
+        )
+
+
+def find_places(source: Path, *, base: Path | None = None, out: Path | None = None) -> Places:
+    """The folders that a merge of ``source`` means.
+
+    Args:
+        source: A run folder (``config.yaml`` and ``adapter/``) or an adapter folder.
+        base: The base model, where it is not the one that the run or adapter names.
+        out: Where to write; ``merged`` in the run, or beside the adapter folder, when omitted.
+
+    Raises:
+        InputError: There is no adapter.
+        UsageError: The base model is not on this machine.
+    """
+    source = Path(source)
+    adapter = find_adapter(source)
+    run = source if adapter != source else None
+    if out is None:
+        beside = adapter.parent / "merged" if adapter.name == "adapter" else adapter.with_name(f"{adapter.name}-merged")
+        out = run / "merged" if run else beside
+    if base is not None:
+        return Places(adapter, base, out)
+    named = _named_bases(adapter, run)
+    found_base = next((folder for folder in named if (folder / "config.json").is_file()), None)
+    if found_base is None:
+        shown = f" ({named[0]})" if named else ""
+        raise UsageError(f"{source}: its base model{shown} is not a folder here", hint="give it with --base FOLDER")
+    return Places(adapter, found_base, out)
+
+
+def find_adapter(source: Path) -> Path:
+    """The adapter folder that ``source`` is, or that lies in the run ``source``.
+
+    Raises:
+        InputError: There is none.
+    """
+    for folder in (Path(source), Path(source) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    if (Path(source) / "config.yaml").is_file():
+        raise InputError(f"{source}: this run has no adapter, so there is nothing to merge")
+    raise InputError(f"{source}: no adapter_config.json in it, expected a run folder or an adapter folder")
+
+
+def plan_merge(
+    places: Places, *, subtract: Path | None = None, dtype: torch.dtype | None = None, force: bool = False
+) -> MergePlan:
+    """Read the headers and the adapters, and check that everything fits.
+
+    Args:
+        places: The folders.
+        subtract: An adapter that was merged into the base before and is taken back: task switching.
+        dtype: Of the result; as in the base when omitted.
+        force: Take a base that is not the one the adapter was trained on.
+
+    Raises:
+        InputError: Something is broken or does not fit.
+    """
+    config = ModelConfig.from_folder(places.base)
+    tied = config.tie_word_embeddings
+    base = BaseTensors(places.base, tied=tied)
+    adapter = read_adapter(places.adapter)
+    # A base with another task merged into it does not have the values that the adapter was trained on.
+    updates = check_base(adapter, base, tied=tied, force=force or subtract is not None)
+    if subtract is not None:
+        taken = read_adapter(subtract)
+        updates = _subtracted(updates, check_base(taken, base, tied=tied, force=True), taken.folder)
+    untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
+    rows = base.shape(EMBEDDING)[0] if EMBEDDING in base else config.vocab_size
+    if EMBEDDING in updates:
+        rows = updates[EMBEDDING].rows(rows)
+    stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
+    config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
+    names = base.stored + ([HEAD] if untied else [])
+    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype)
+
+
+def _named_bases(adapter: Path, run: Path | None) -> list[Path]:
+    """The base folders that the run's config and the adapter name, as written and relative to where they lie."""
+    named: list[Any] = []
+    if run is not None and (run / "config.yaml").is_file():
+        settings = read_yaml(run / "config.yaml")
+        model = settings.get("model") if isinstance(settings, dict) else None
+        named.append(model.get("path") if isinstance(model, dict) else None)
+    named.append(read_adapter(adapter).base)
+    paths = [Path(path) for path in named if isinstance(path, str) and path]
+    return [*paths, *(adapter / path for path in paths)]
+
+
+def _subtracted(updates: Updates, taken: Updates, folder: Path) -> dict[str, Update]:
+    """``updates`` with ``taken`` taken back.
+
+    Raises:
+        InputError: ``taken`` replaced values, and what was there before is not known.
+    """
+    result = dict(updates)
+    for name, update in taken.items():
+        added = updates.get(name)
+        if not isinstance(update, LowRank) or not isinstance(added, LowRank | None):
+            raise InputError(
+                f"{folder}: cannot be subtracted: {name} was replaced and its old values are not in the adapter",
+                hint="merge onto the original base model instead",
+            )
+        result[name] = update.negative() if added is None else added.plus(update.negative())
+    return result

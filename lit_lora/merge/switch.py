@@ -1,0 +1,83 @@
+"""Task switching on a loaded model: one task's merged update out, another's in, without reloading and without drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_lora.errors import UsageError
+from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors
+from lit_lora.model import CausalLM
+from lit_lora.peft.attach import check_base
+from lit_lora.peft.base import own_modules
+from lit_lora.peft.files import read_adapter
+from lit_lora.peft.updates import Update
+
+__all__ = ["TaskSwitcher"]
+
+
+class TaskSwitcher:
+    """Puts one adapter at a time into the weights of a loaded model.
+
+    Each switch computes the tensors that the old or the new task touches from the base's mapped files, in float32 and
+    rounded once, so the hundredth switch gives the same bits as the first. The other tensors are not touched.
+
+    Args:
+        model: As loaded from ``base``, without an adapter.
+        base: The base model's folder.
+
+    Raises:
+        UsageError: The model has an adapter beside its weights.
+    """
+
+    def __init__(self, model: CausalLM, base: Path) -> None:
+        if own_modules(model):
+            raise UsageError(f"{base}: the model has an adapter beside its weights", hint="take it out first")
+        self.model = model
+        self.config = model.config
+        self.tensors = BaseTensors(base, tied=self.config.tie_word_embeddings)
+        self.updates: dict[str, Update] = {}
+
+    @torch.no_grad()
+    def switch(self, adapter: Path | None) -> None:
+        """Take the present task out and put ``adapter`` in; ``None`` gives the base.
+
+        Raises:
+            InputError: The adapter is broken or belongs to another base; the model keeps the present task.
+        """
+        tied = self.config.tie_word_embeddings
+        updates = {} if adapter is None else check_base(read_adapter(adapter), self.tensors, tied=tied)
+        touched = dict.fromkeys([*self.updates, *updates])
+        untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
+        if untied:
+            touched |= {HEAD: None}
+        self._set_tie(tied and not untied)
+        for name in touched:
+            if not (name == HEAD and tied and not untied):
+                self._set(name, self._merged(name, updates.get(name)))
+        if tied and not untied:
+            self.model.tie_weights()
+        rows = len(self.model.model.embed_tokens.weight)
+        self.model.config = self.config.model_copy(
+            update={"vocab_size": rows, "tie_word_embeddings": tied and not untied}
+        )
+        self.updates = updates
+
+    def _merged(self, name: str, update: Update | None) -> Tensor:
+        weight, here = self.tensors[name], self.model.get_parameter(name)
+        values = weight if update is None else update.apply(weight, 0, update.rows(len(weight)))
+        return values.to(device=here.device, dtype=here.dtype)
+
+    def _set(self, name: str, values: Tensor) -> None:
+        parameter = self.model.get_parameter(name)
+        if parameter.shape == values.shape:
+            parameter.copy_(values)
+        else:
+            parameter.data = values
+
+    def _set_tie(self, tied: bool) -> None:
+        head, embedding = self.model.lm_head, self.model.model.embed_tokens
+        if not tied and head.weight is embedding.weight:
+            head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
