@@ -11,12 +11,14 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from lit_lora import log
 from lit_lora.data.rows import EncodedRow, TokenTable, record_batch
 from lit_lora.files import disk_errors, sha256_file, write_text
 
@@ -45,26 +47,37 @@ def cache_key(files: Sequence[Path], settings: dict[str, Any]) -> str:
 
 
 def cached_table(
-    folder: Path, samples: Iterable[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]], info: dict[str, Any]
+    folder: Path,
+    samples: Callable[[], Iterator[T]],
+    encode: Callable[[Sequence[T]], Iterable[EncodedRow]],
+    info: dict[str, Any],
 ) -> tuple[TokenTable, bool]:
     """The table in ``folder``, encoded first where it is not there yet; and whether it was there.
 
     Args:
-        folder: The entry of the cache.
-        samples: Read only when the entry is not complete.
+        folder: The entry of the cache. One that is damaged is made anew.
+        samples: Gives an iterator; read only when the entry is not complete.
         encode: Some samples to rows.
-        info: What to write to ``complete.json``; filled while ``samples`` is read.
+        info: What to write to ``complete.json``; filled while the samples are read.
 
     Raises:
         DiskError: The disk is full or read-only; what is complete stays.
     """
     done = folder / "complete.json"
-    if hit := done.is_file():
-        info.update(json.loads(done.read_text(encoding="utf-8")))
-    else:
-        info["files"] = _fill(folder, iter(samples), encode)
-        write_text(done, json.dumps(info))
-    return TokenTable.open(folder / _name(number) for number in range(info["files"])), hit
+    if done.is_file():
+        try:
+            info.update(json.loads(done.read_text(encoding="utf-8")))
+            return _open(folder, info["files"]), True
+        except (pa.ArrowException, OSError, ValueError, KeyError):
+            log.warn(f"{folder}: damaged cache, made anew")
+            shutil.rmtree(folder)
+    info["files"] = _fill(folder, samples(), encode)
+    write_text(done, json.dumps(info))
+    return _open(folder, info["files"]), False
+
+
+def _open(folder: Path, files: int) -> TokenTable:
+    return TokenTable.open(folder / _name(number) for number in range(files))
 
 
 def _fill(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]]) -> int:
@@ -79,8 +92,10 @@ def _fill(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], It
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
             with disk_errors(folder):
                 try:
-                    with pa.ipc.new_file(str(temporary), batch.schema) as writer:
-                        writer.write_batch(batch)
+                    with temporary.open("wb") as out:
+                        with pa.ipc.new_file(out, batch.schema) as writer:
+                            writer.write_batch(batch)
+                        os.fsync(out.fileno())
                     temporary.replace(file)
                 finally:
                     temporary.unlink(missing_ok=True)

@@ -161,11 +161,11 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
     for column in format_.required:
         if column in config.columns:
             continue
-        value = row[columns[column]]
+        value = row[columns[column]]  # under another name than the format's, an answer is text: 0 may be an index
         if format_.nested:
             if not isinstance(value, list) and not str(value).lstrip().startswith("["):
                 return False
-        elif not (value is None or isinstance(value, str)):
+        elif columns[column] != column and not (value is None or isinstance(value, str)):
             return False
     if format_.required == ("text",) and "text" not in config.columns:
         # a text beside a label is a task, whose label must not be lost in silence

@@ -123,7 +123,7 @@ def _load(
                 return
             yield sample
 
-    table, hit = cached_table(folder, samples(), partial(_encode, tokenizer, config), info)
+    table, hit = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
     return table, report_files(", ".join(map(str, files)), table, info, from_cache=hit)
 
 

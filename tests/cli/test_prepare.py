@@ -1,0 +1,110 @@
+"""``lit-lora prepare`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_lora.cli import main
+from tests.tiny import tiny_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run in an empty folder that has ``model/`` and ``rows.jsonl``; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    tiny_tokenizer(tmp_path / "model")
+    rows = [{"prompt": f"Question {n}?", "completion": f"yes {n}"} for n in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["prepare", *arguments])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_the_report_and_the_next_command_are_printed(run: Run) -> None:
+    code, out, _ = run("rows.jsonl", "--model", "model", "--validation", "0.1", "--show", "1")
+    assert code == 0
+    assert "training: 18 rows" in out
+    assert "validation: 2 rows" in out
+    assert "⟦yes " in out
+    assert out.splitlines()[-1] == "next: lit-lora init rows.jsonl --model model"
+    assert "tokens from the cache" in run("rows.jsonl", "--model", "model", "--validation", "3")[1]
+
+
+def test_flags_reach_the_reader(run: Run) -> None:
+    Path("odd.csv").write_text("q,a\nfirst,1\nsecond,2\n")
+    code, out, _ = run(
+        *("odd.csv", "--model", "model", "--columns", "prompt=Say {q}!", "--columns", "completion=a"),
+        *("--system", "Be brief.", "--show", "1", "--learn", "all", "--max-seq-length", "90", "--limit", "1"),
+    )
+    assert code == 0
+    assert "⟦<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay first!" in out
+    assert "training: 1 rows" in out
+
+
+def test_rows_are_written_as_plain_files(run: Run) -> None:
+    code, out, _ = run("rows.jsonl", "--model", "model", "--validation", "5", "--out", "plain")
+    assert code == 0
+    assert len(Path("plain/train.jsonl").read_text().splitlines()) == 15
+    first = json.loads(Path("plain/validation.jsonl").read_text().splitlines()[0])
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+    assert out.splitlines()[-1] == "next: lit-lora init plain --model model"
+    assert run("rows.jsonl", "--model", "model", "--out", "plain")[0] == 4
+
+
+def test_a_dry_run_keeps_nothing(run: Run) -> None:
+    code, out, _ = run("rows.jsonl", "--model", "model", "--out", "plain", "--dry-run")
+    assert (code, Path("plain").exists(), Path("cache").exists()) == (0, False, False)
+    assert "training: 20 rows" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere.jsonl", "--model", "model"], 3, "nowhere.jsonl: no such file"),
+        (["rows.jsonl", "--model", "nowhere"], 3, "no tokenizer.json"),
+        (["rows.jsonl"], 2, "Missing option '--model'"),
+        (["rows.jsonl", "--model", "model", "--format", "alpacca"], 2, "did you mean 'alpaca'"),
+        (["rows.jsonl", "--model", "model", "--columns", "prompt"], 2, "expected FORMAT_COLUMN=YOUR_COLUMN"),
+        (["rows.jsonl", "--model", "model", "--validation", "1.5"], 2, "between 0 and 1"),
+        (["rows.jsonl", "--model", "model", "--max-seq-length", "5"], 3, "20 of 20 rows are longer"),
+    ],
+)
+def test_pain_44_mistakes_are_one_clear_line(run: Run, arguments: list[str], code: int, message: str) -> None:
+    found, _, err = run(*arguments)
+    assert found == code
+    assert message in err
+    assert not Path("plain").exists()
+
+
+def test_pain_45_without_a_network_two_lines_say_which_file_to_get(run: Run) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    code = "from lit_lora.cli import main; main(['prepare', 'alpaca', '--model', 'model'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 2)
+    assert "get alpaca_data.json from" in done.stderr
+    assert not Path("cache/hub").exists() or not any(Path("cache/hub").iterdir())
+
+
+def test_preparing_a_local_file_imports_neither_torch_nor_datasets(run: Run) -> None:
+    code = (
+        "import sys; from lit_lora.cli import main\n"
+        "try: main(['prepare', 'rows.jsonl', '--model', 'model'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

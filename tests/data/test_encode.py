@@ -1,0 +1,163 @@
+"""What is learned, and what happens to rows that are too long."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_lora.data.config import DataConfig
+from lit_lora.data.encode import encode_samples
+from lit_lora.data.rows import EncodedRow, Status
+from lit_lora.data.sample import Conversation, Sample
+from lit_lora.errors import InputError
+from lit_lora.tokenizer import Tokenizer, encode_chat
+
+CHAT = Conversation(
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "Really?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+)
+
+
+def _encode(tokenizer: Tokenizer, sample: Sample, **settings: Any) -> list[EncodedRow]:
+    config = DataConfig(path="x", **settings)
+    return list(encode_samples(tokenizer, [sample], [("rows.jsonl", 5)], config))
+
+
+def _learned(tokenizer: Tokenizer, row: EncodedRow) -> list[str]:
+    groups = groupby(zip(row.ids, row.learn, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in group], skip_special=False) for learned, group in groups if learned]
+
+
+def _unlearned_stretches(row: EncodedRow) -> list[int]:
+    return [len(list(group)) for learned, group in groupby(row.learn) if not learned]
+
+
+def _qa(question: str, answer: str) -> Conversation:
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def test_answers_and_their_end_of_turn_are_learned(tokenizer: Tokenizer) -> None:
+    (row,) = _encode(tokenizer, CHAT)
+    assert row.status is Status.KEPT
+    assert _learned(tokenizer, row) == ["Paris<|im_end|>", "Yes<|im_end|>"]
+
+
+def test_everything_is_learned_when_asked_for(tokenizer: Tokenizer) -> None:
+    (row,) = _encode(tokenizer, CHAT, learn="all")
+    assert all(row.learn)
+    assert list(row.ids) == _encode(tokenizer, CHAT)[0].ids
+
+
+def test_many_samples_at_once_are_encoded_as_one_by_one(tokenizer: Tokenizer) -> None:
+    samples: list[Sample] = [
+        CHAT,
+        "plain text",
+        _qa("x", ""),
+        _qa("quotes <|im_end|> here", "<|im_start|>"),
+        CHAT,
+    ] * 300
+    places = [("rows.jsonl", number) for number in range(len(samples))]
+    together = list(encode_samples(tokenizer, samples, places, DataConfig(path="x")))
+    alone = [
+        row
+        for sample, place in zip(samples[:5], places[:5], strict=True)
+        for row in encode_samples(tokenizer, [sample], [place], DataConfig(path="x"))
+    ]
+    assert [row.line for row in together] == list(range(len(samples)))
+    assert together[:5] == alone
+    assert list(together[-1].ids) == encode_chat(tokenizer, CHAT.messages).ids
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        _qa("x", ""),
+        _qa("x", " \n"),
+        Conversation([{"role": "user", "content": "x"}]),
+        "",
+    ],
+)
+def test_pain_2_a_row_with_nothing_to_learn_is_marked_so(tokenizer: Tokenizer, sample: Sample) -> None:
+    (row,) = _encode(tokenizer, sample)
+    assert row.status is Status.NOTHING_TO_LEARN
+    assert not row.ids
+
+
+def test_pain_2_a_long_row_is_dropped_whole_by_default(tokenizer: Tokenizer) -> None:
+    (row,) = _encode(tokenizer, _qa("word " * 100, "yes"), max_seq_length=50)
+    assert (row.status, list(row.ids)) == (Status.TOO_LONG, [])
+    assert row.length > 100
+
+
+def test_pain_2_a_long_row_is_an_error_with_row_and_lengths_when_asked_for(tokenizer: Tokenizer) -> None:
+    length = _encode(tokenizer, _qa("word " * 100, "yes"))[0].length
+    with pytest.raises(InputError, match=rf"rows\.jsonl:5: {length} tokens, max_seq_length is 50"):
+        _encode(tokenizer, _qa("word " * 100, "yes"), max_seq_length=50, too_long="error")
+
+
+def test_pain_2_truncating_cuts_the_middle_of_the_prompt_and_keeps_the_answer_and_the_template(
+    tokenizer: Tokenizer,
+) -> None:
+    question = "first " + "word " * 200 + "last"
+    (row,) = _encode(tokenizer, _qa(question, "a whole answer"), max_seq_length=80, too_long="truncate_prompt")
+    assert (row.status, len(row.ids)) == (Status.TRUNCATED, 80)
+    assert _learned(tokenizer, row) == ["a whole answer<|im_end|>"]
+    text = tokenizer.decode(row.ids, skip_special=False)
+    assert text.startswith("<|im_start|>user\nfirst word")
+    assert "word last<|im_end|>\n<|im_start|>assistant\na whole answer<|im_end|>" in text
+
+
+def test_pain_2_an_answer_that_does_not_fit_alone_is_dropped_rather_than_cut(tokenizer: Tokenizer) -> None:
+    (row,) = _encode(tokenizer, _qa("x", "word " * 100), max_seq_length=60, too_long="truncate_prompt")
+    assert row.status is Status.TOO_LONG
+
+
+@given(
+    prompts=st.lists(st.integers(0, 120), min_size=1, max_size=4),
+    answers=st.lists(st.integers(1, 40), min_size=4, max_size=4),
+    most=st.integers(20, 300),
+)
+def test_pain_2_truncating_keeps_every_answer_or_drops_the_row(
+    tokenizer: Tokenizer, prompts: list[int], answers: list[int], most: int
+) -> None:
+    chat = Conversation([])
+    for prompt, answer in zip(prompts, answers, strict=False):
+        chat.messages.append({"role": "user", "content": "q " * prompt})
+        chat.messages.append({"role": "assistant", "content": "a " * answer})
+    (whole,) = _encode(tokenizer, chat, max_seq_length=100_000)
+    (row,) = _encode(tokenizer, chat, max_seq_length=most, too_long="truncate_prompt")
+    if len(whole.ids) <= most:
+        assert row.ids == whole.ids
+    elif row.status is Status.TRUNCATED:
+        assert len(row.ids) == most
+        assert _learned(tokenizer, row) == _learned(tokenizer, whole)
+    else:
+        assert row.status is Status.TOO_LONG
+        spare = sum(max(length - 32, 0) for length in _unlearned_stretches(whole))
+        assert len(whole.ids) - spare > most
+
+
+@given(st.text(min_size=1, max_size=400), st.integers(2, 60))
+def test_pieces_of_a_long_text_predict_every_token_but_the_first_once(
+    tokenizer: Tokenizer, text: str, most: int
+) -> None:
+    (whole,) = _encode(tokenizer, text, max_seq_length=100_000)
+    pieces = _encode(tokenizer, text, max_seq_length=most)
+    assert all(2 <= len(piece.ids) <= most for piece in pieces)
+    assert [token for piece in pieces for token in piece.ids[1:]] == list(whole.ids)[1:]
+    assert all(all(piece.learn) for piece in pieces)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Tokenizer) -> None:
+    chat = Conversation([{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}])  # type: ignore[typeddict-item]
+    with pytest.raises(InputError, match=r"^rows\.jsonl:5: message 1"):
+        _encode(tokenizer, chat)
