@@ -194,11 +194,13 @@ class GGUFReader:
             return {"rope_type": "linear", "factor": factor}
         if kind != "yarn":
             raise InputError(f"{self.path}: rope scaling {kind!r} is not supported, expected none, linear or yarn")
-        scaling = {"rope_type": "yarn", "factor": factor}
+        scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
         if "llama.rope.scaling.original_context_length" in self.metadata:
             scaling["original_max_position_embeddings"] = self._number("rope.scaling.original_context_length")
         if "llama.rope.scaling.attn_factor" in self.metadata:
-            scaling["attention_factor"] = self._decimal("rope.scaling.attn_factor")
+            # llama.cpp multiplies YaRN's own factor by it, Hugging Face replaces the one by the other.
+            own = 0.1 * math.log(factor) + 1
+            scaling["attention_factor"] = self._decimal("rope.scaling.attn_factor") * own
         return scaling
 
 

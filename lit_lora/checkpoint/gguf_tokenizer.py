@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lit_lora import log
 from lit_lora.errors import InputError
 from lit_lora.files import write_text
 
@@ -45,14 +46,13 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "smaug-bpe": (_LLAMA3,),
     "dbrx": (_LLAMA3,),
     "falcon3": (_LLAMA3,),
-    "pixtral": (_TEKKEN,),
     "tekken": (_TEKKEN,),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
     "stablelm2": (_QWEN2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-_LLAMA3_LIKE = ("llama-bpe", "llama-v3", "llama3", "falcon3", "tekken", "pixtral")
+_LLAMA3_LIKE = ("llama-bpe", "llama-v3", "llama3", "falcon3", "tekken")
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path, source: Path) -> None:
@@ -84,7 +84,10 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, source: Path) -> Non
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> Tokenizer:
     """GPT-2's byte-level BPE, its pre-tokenizer chosen by name."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        pre = "default"
+        log.warn(f"{source}: names no pre-tokenizer, the default may not be the model's; --tokenizer FOLDER is safer")
     if pre not in _SPLITS:
         raise InputError(
             f"{source}: pre-tokenizer {pre!r} is not known, so its tokens would come out wrong",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ class TorchReader:
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         mapped = zipfile.is_zipfile(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles: what matters is an error
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|class|type)\s+([\w.]+\.[\w.]+)", str(error))
         if wanted is None:
