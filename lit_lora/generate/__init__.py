@@ -1,1 +1,20 @@
 """Generation: sampling, streaming, chat sessions with a key/value cache."""
+
+from lit_lora.generate.answer import Answer, AnswerStream, answer_all, stream_answer
+from lit_lora.generate.chat import ChatSession
+from lit_lora.generate.decoding import Generation, Memory, generate
+from lit_lora.generate.sample import Sampling, draw, probabilities
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "ChatSession",
+    "Generation",
+    "Memory",
+    "Sampling",
+    "answer_all",
+    "draw",
+    "generate",
+    "probabilities",
+    "stream_answer",
+]

@@ -1,0 +1,93 @@
+"""A conversation with a model: its history, and a cache of what the model has read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lit_lora.errors import InputError
+from lit_lora.generate.answer import Answer, stream_answer
+from lit_lora.generate.decoding import Memory
+from lit_lora.generate.sample import Sampling
+from lit_lora.model import CausalLM
+from lit_lora.tokenizer import Message, Tokenizer, encode_prompt
+
+__all__ = ["ChatSession"]
+
+
+class ChatSession:
+    """Talk to a model. Every turn renders the whole history anew; the cache only saves reading it again.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, with the chat template.
+        sampling: How to draw.
+        system: The system prompt; the template's own, if it has one, when omitted.
+        stop: Strings that also end an answer.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        *,
+        system: str | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.sampling = sampling
+        self.messages: list[Message] = []
+        """The history, the system prompt included."""
+        self.memory = Memory()
+        """What the model has read."""
+        self.last = Answer("", [], "interrupted")
+        """The last answer, as far as it came."""
+        self._stop = stop
+        self.use(model, tokenizer)
+        self.reset(system)
+
+    def use(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+        """Go on with another model, such as the same one with another adapter; the history stays."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self.memory = Memory()
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Say something and give the answer piece by piece. A cut-off answer stays as far as it came.
+
+        Raises:
+            InputError: The template refuses the conversation, or it is too long for the model. The history is
+                then as before.
+        """
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        prompt = encode_prompt(self._tokenizer, asked)
+        context = self._model.config.max_position_embeddings
+        if len(prompt) >= context:
+            raise InputError(
+                f"the conversation has {len(prompt)} tokens, the model reads at most {context}",
+                hint="/undo takes the last turn back, /reset starts anew",
+            )
+        stream = stream_answer(self._model, self._tokenizer, prompt, self.sampling, stop=self._stop, memory=self.memory)
+        try:
+            yield from stream
+        finally:
+            self.last = stream.answer
+            if self.last.ids:
+                self.messages = [*asked, {"role": "assistant", "content": self.last.text}]
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget the conversation.
+
+        Args:
+            system: A new system prompt, empty for none; the present one stays when omitted.
+        """
+        kept = [message for message in self.messages[:1] if message["role"] == "system"]
+        if system is not None:
+            kept = [{"role": "system", "content": system}] if system else []
+        self.messages = kept
+
+    def undo(self) -> bool:
+        """Take the last question and its answer back; false if there is none."""
+        if len(self.messages) < 2:
+            return False
+        self.messages = self.messages[:-2]
+        return True

@@ -1,0 +1,218 @@
+"""Decoding with a key/value cache: one prompt or many, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_lora.errors import InputError
+from lit_lora.generate.sample import Sampling, draw, probabilities
+from lit_lora.model import CausalLM, KVCache
+
+__all__ = ["Generation", "Memory", "generate"]
+
+# A prompt is read in pieces of this many tokens, which bounds the memory that a long one takes.
+_PIECE = 1024
+
+
+class Memory:
+    """The tokens that a key/value cache holds, so that the next prompt is read from where it begins to differ.
+
+    Valid as long as the model's weights are the same.
+    """
+
+    def __init__(self) -> None:
+        self.cache: KVCache | None = None
+        self.ids: list[int] = []
+
+    def keep_beginning(self, model: CausalLM, prompt: Sequence[int], room: int) -> list[int]:
+        """Keep what ``prompt`` begins with, forget the rest, and give the tokens that are still to be read.
+
+        Args:
+            model: The model that the cache is for.
+            prompt: The whole prompt; at least its last token is always read again, for its logits.
+            room: Tokens that may follow the prompt.
+        """
+        stored = 0 if self.cache is None else min(len(self.ids), self.cache.length)
+        limit = min(stored, len(prompt) - 1)
+        common = next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
+        needed = len(prompt) + room
+        if self.cache is None or self.cache.max_length < needed:
+            # Twice what is needed, so that a chat that grows turn by turn copies its cache seldom.
+            larger = _new_cache(model, 1, min(2 * needed, max(needed, _context(model))))
+            if self.cache is not None and common:
+                larger.keys[:, :, :, :common] = self.cache.keys[:, :, :, :common]
+                larger.values[:, :, :, :common] = self.cache.values[:, :, :, :common]
+                larger.advance(common)
+            self.cache = larger
+        self.cache.truncate(common)
+        self.ids = list(prompt[:common])
+        return list(prompt[common:])
+
+
+class Generation(Iterator[list[int | None]]):
+    """An answer in the making for each of several prompts; made by :func:`generate`.
+
+    Each step gives a token for every prompt, the stop token included, and ``None`` for those that have ended.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        memory: Memory | None,
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._stop_ids = frozenset(stop_ids)
+        self._device = _device(model)
+        self._prompts = prompts
+        self._rows = list(range(len(prompts)))  # prompts that the cache's rows belong to
+        self._running = [True] * len(prompts)
+        context = _context(model)
+        self._left = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self._memory = memory
+        if memory is not None:
+            waiting = [memory.keep_beginning(model, prompts[0], max(self._left))]
+            assert memory.cache is not None
+            self._cache = memory.cache
+        else:
+            waiting, self._cache = _padded(model, prompts, max(self._left))
+        self._waiting = torch.tensor(waiting, device=self._device)  # (B, T), not yet read
+        self._seen: Tensor | None = None
+        self._generators = [self._generator() for _ in prompts] if sampling.temperature else []
+
+    def __next__(self) -> list[int | None]:
+        """Read what waits, and draw the next token of every prompt that has not ended."""
+        if not any(self._running):
+            raise StopIteration
+        self._drop_ended_rows()
+        logits = self._read()
+        if self._seen is None and self._sampling.repetition_penalty != 1.0:
+            self._seen = self._seen_tokens(logits)
+        if self._sampling.temperature:
+            chances = probabilities(logits, self._sampling, self._seen)
+            tokens = draw(chances, [self._generators[row] for row in self._rows])
+        else:
+            tokens = probabilities(logits, self._sampling, self._seen).argmax(dim=-1).tolist()
+        self._waiting = torch.tensor(tokens, device=self._device)[:, None]
+        if self._seen is not None:
+            self._seen.scatter_(1, self._waiting, True)
+        step: list[int | None] = [None] * len(self._running)
+        for row, token in zip(self._rows, tokens, strict=True):
+            if self._running[row]:
+                step[row] = token
+                self._left[row] -= 1
+                self._running[row] = token not in self._stop_ids and self._left[row] > 0
+        return step
+
+    def stop(self, row: int) -> None:
+        """End the answer to prompt ``row``, as when its text has come to a stop string."""
+        self._running[row] = False
+
+    @torch.no_grad()  # not inference_mode: what a module keeps between calls must stay usable in training
+    def _read(self) -> Tensor:
+        """Feed the waiting tokens; give the logits after the last one, (B, V)."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            for piece in torch.split(self._waiting, _PIECE, dim=1):
+                hidden = self._model.hidden_states(piece, cache=self._cache)  # (B, T, D)
+                if self._memory is not None:
+                    self._memory.ids += piece[0].tolist()
+            logits: Tensor = self._model.lm_head(hidden[:, -1])
+            return logits
+        finally:
+            if training:
+                self._model.train()
+
+    def _drop_ended_rows(self) -> None:
+        """Take ended rows out of the cache once they are half of it, so that few long answers do not pay for them."""
+        keep = [index for index, row in enumerate(self._rows) if self._running[row]]
+        if len(keep) > len(self._rows) // 2:
+            return
+        index = torch.tensor(keep, device=self._device)
+        self._cache.keys, self._cache.values = self._cache.keys[:, index], self._cache.values[:, index]
+        if self._cache.padding is not None:
+            self._cache.padding = self._cache.padding[index]
+        self._waiting = self._waiting[index]
+        self._seen = None if self._seen is None else self._seen[index]
+        self._rows = [self._rows[i] for i in keep]
+
+    def _seen_tokens(self, logits: Tensor) -> Tensor:
+        """(B, V) bool: tokens of each prompt."""
+        seen = torch.zeros(logits.shape, dtype=torch.bool, device=self._device)
+        for row, index in zip(seen, self._rows, strict=True):
+            row[torch.tensor(self._prompts[index], device=self._device)] = True
+        return seen
+
+    def _generator(self) -> torch.Generator:
+        generator = torch.Generator(device=self._device)
+        if self._sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self._sampling.seed)
+        return generator
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stop_ids: Collection[int] = (),
+    memory: Memory | None = None,
+) -> Generation:
+    """Answer prompts token by token. The rows do not influence one another.
+
+    Args:
+        model: The model; it is used in evaluation mode.
+        prompts: Ids of each prompt.
+        sampling: How to draw.
+        stop_ids: Tokens that end an answer; they are given too.
+        memory: With one prompt: what was read before. Its common beginning is not read again.
+
+    Raises:
+        InputError: A prompt is empty or leaves no room in the model's context.
+        ValueError: A memory was given for several prompts.
+    """
+    if memory is not None and len(prompts) != 1:
+        raise ValueError("a memory serves one prompt")
+    context = _context(model)
+    for prompt in prompts:
+        if not prompt:
+            raise InputError("the prompt is empty")
+        if len(prompt) >= context:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, the model reads at most {context}, its answer included",
+                hint="shorten the prompt",
+            )
+    return Generation(model, prompts, sampling, stop_ids, memory)
+
+
+def _context(model: CausalLM) -> int:
+    return model.config.max_position_embeddings
+
+
+def _device(model: CausalLM) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _padded(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tuple[list[list[int]], KVCache]:
+    """Prompts padded on the left to one length, and a cache that knows of the padding."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=_device(model))
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]  # id 0 stands for nothing: it is masked
+    return ids, _new_cache(model, len(prompts), longest + room, padding)
+
+
+@torch.no_grad()
+def _new_cache(model: CausalLM, batch_size: int, length: int, padding: Tensor | None = None) -> KVCache:
+    device = _device(model)
+    # The dtype of what flows through the model: single weights may have another (an adapter's are float32).
+    dtype = model.model.embed_tokens(torch.zeros(1, dtype=torch.int64, device=device)).dtype
+    return KVCache(model.config, batch_size, length, dtype=dtype, device=device, padding=padding)
