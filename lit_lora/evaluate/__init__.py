@@ -1,1 +1,44 @@
-"""Evaluation: loss, exact match, JSON fields and option likelihood on a user's own rows."""
+"""Evaluation on a user's data: loss, exact match, JSON fields, multiple choice; for any model that can be opened."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from lit_lora.evaluate.answers import Answer, Scores
+from lit_lora.evaluate.generation import evaluate_generation
+from lit_lora.evaluate.likelihood import evaluate_loss
+from lit_lora.evaluate.options import OptionRow, OptionScores, evaluate_options
+from lit_lora.evaluate.scores import LossScore, Metric, Share
+from lit_lora.evaluate.tasks import Subject
+
+__all__ = [
+    "TASKS",
+    "Answer",
+    "LossScore",
+    "Metric",
+    "OptionRow",
+    "OptionScores",
+    "Scores",
+    "Share",
+    "Subject",
+    "evaluate_generation",
+    "evaluate_loss",
+    "evaluate_options",
+    "load_task",
+]
+
+# name -> module:function, from a Subject to the metrics of the comparison
+TASKS: dict[str, str] = {
+    "loss": "lit_lora.evaluate.tasks:loss",
+    "exact_match": "lit_lora.evaluate.tasks:exact_match",
+    "json_fields": "lit_lora.evaluate.tasks:json_fields",
+    "options": "lit_lora.evaluate.tasks:options",
+}
+
+
+def load_task(name: str) -> Callable[[Subject], list[Metric]]:
+    """The task of that name in ``TASKS``."""
+    module, _, attribute = TASKS[name].partition(":")
+    task: Callable[[Subject], list[Metric]] = getattr(importlib.import_module(module), attribute)
+    return task

@@ -1,0 +1,72 @@
+"""How likely a model finds given tokens: the loss of a dataset, and the log-likelihood of single documents."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lit_lora import log
+from lit_lora.data import Rows
+from lit_lora.data.batches import IGNORE_INDEX, MicroBatch, validation_batches
+from lit_lora.evaluate.scores import LossScore
+from lit_lora.model import CausalLM
+
+__all__ = ["evaluate_loss", "log_likelihoods"]
+
+CHUNK = 256
+"""Positions whose logits exist at a time."""
+
+
+def evaluate_loss(model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048) -> LossScore:
+    """Mean loss per learned token over all rows, each token weighing the same whatever row it stands in.
+
+    Args:
+        model: In any dtype; the losses are computed in float32 and summed in float64.
+        rows: Tokenised rows.
+        micro_batch_tokens: The most tokens per forward pass: it decides memory and speed, never the result.
+    """
+    sums = log_likelihoods(model, rows, micro_batch_tokens=micro_batch_tokens)
+    tokens = int(rows.target_counts.sum())
+    return LossScore(-float(sums.sum()) / max(tokens, 1), tokens, len(rows))
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048, what: str = "loss"
+) -> npt.NDArray[np.float64]:
+    """Sum of log-probabilities, in nats, of each row's learned tokens.
+
+    Args:
+        model: The model.
+        rows: Tokenised rows; packed without padding, so that they do not see each other.
+        micro_batch_tokens: The most tokens per forward pass; a longer row gets one of its own.
+        what: Title of the progress bar.
+
+    Returns:
+        (rows,) float64.
+    """
+    sums = np.zeros(len(rows))
+    with log.progress(total=len(rows), what=what, unit="row") as bar:
+        for batch in validation_batches(rows, micro_batch_tokens):
+            sums[batch.rows] = _document_sums(model, batch)
+            bar.update(len(batch.rows))
+    return sums
+
+
+def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64]:
+    """Sum of target log-probabilities of each document of one packed micro-batch."""
+    device = next(model.parameters()).device
+    labels = batch.labels[0]  # (T,)
+    positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    hidden = model.hidden_states(batch.input_ids.to(device), lengths=batch.lengths)[0]  # (T, D)
+    targets, states = labels[positions].to(device), hidden[positions.to(device)]
+    losses: list[Tensor] = [
+        functional.cross_entropy(model.lm_head(some).float(), label, reduction="none")
+        for some, label in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    nats = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)
+    document = np.repeat(np.arange(len(batch.lengths)), batch.lengths)[positions.numpy()]
+    return -np.bincount(document, weights=nats, minlength=len(batch.lengths))

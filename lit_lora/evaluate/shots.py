@@ -1,0 +1,53 @@
+"""Examples in the prompt: what a model can do without finetuning, the baseline that finetuning has to beat."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from lit_lora.errors import UsageError
+from lit_lora.tokenizer import EncodedChat, Message, Tokenizer, encode_chat
+
+__all__ = ["draw_shots", "encode_after_shots", "with_shots"]
+
+T = TypeVar("T")
+
+
+def draw_shots(examples: Sequence[T], count: int, *, seed: int) -> list[T]:
+    """``count`` examples drawn by ``seed`` without repetition.
+
+    Raises:
+        UsageError: There are fewer.
+    """
+    if count > len(examples):
+        raise UsageError(f"--shots {count}: there are only {len(examples)} examples", hint="--examples names a file")
+    return random.Random(seed).sample(list(examples), count)
+
+
+def with_shots(messages: Sequence[Message], shots: Sequence[Sequence[Message]]) -> list[Message]:
+    """The conversation with the shots as earlier turns, after its own system message; theirs are left out."""
+    if not shots:
+        return list(messages)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    earlier = [message for shot in shots for message in shot if message["role"] != "system"]
+    return [*system, *earlier, *messages[len(system) :]]
+
+
+def encode_after_shots(
+    tokenizer: Tokenizer, messages: Sequence[Message], shots: Sequence[Sequence[Message]]
+) -> EncodedChat:
+    """The conversation after its shots; only what is learned of the conversation itself counts.
+
+    Raises:
+        InputError: The template refuses the conversation.
+    """
+    if not shots:
+        return encode_chat(tokenizer, messages)
+    encoded = encode_chat(tokenizer, with_shots(messages, shots))
+    own = sum(encode_chat(tokenizer, messages).learn)
+    places = [place for place, learned in enumerate(encoded.learn) if learned]
+    learn = [False] * len(encoded.learn)
+    for place in places[len(places) - own :]:
+        learn[place] = True
+    return EncodedChat(encoded.ids, learn)

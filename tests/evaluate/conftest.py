@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_lora.checkpoint.save import save_model
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.tokenizer import Tokenizer
+from tests.tiny import tiny_tokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=384,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+
+
+def tiny_model(seed: int = 0) -> CausalLM:
+    """A random float32 decoder with sharp logits, so that its choices are no ties."""
+    torch.manual_seed(seed)
+    model = CausalLM(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint folder; not to be changed."""
+    folder = tiny_tokenizer(tmp_path_factory.mktemp("checkpoint"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model() -> CausalLM:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
