@@ -1,0 +1,576 @@
+"""LoRA finetuning speed and memory against PEFT + transformers, TRL and LitGPT, on the same rows and targets.
+
+Each contender runs in its own virtual environment, one process at a time. A survey runs every variant of a contender
+once; then the fastest variant of each runs in several alternating rounds (A B C A B C …), and the medians are
+reported beside the machine's own limit. The runners are in ``benchmark_peers/``.
+
+    python scripts/benchmark.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl.gz --create-venvs peers
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lit_lora.config import did_you_mean
+from lit_lora.errors import InputError, LitLoraError, UsageError
+from lit_lora.files import human_bytes, write_text
+from lit_lora.log import note, say, table, warn
+
+__all__ = ["main"]
+
+RUNNERS = Path(__file__).parent / "benchmark_peers"
+TORCH = "torch==2.13.0"
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One program to be measured: its runner, what its virtual environment needs, its settings worth trying."""
+
+    title: str
+    runner: str
+    variants: dict[str, dict[str, Any]]
+    requirements: tuple[str, ...] = ()
+    """What ``--create-venvs`` installs beside PyTorch; empty: it runs in this Python."""
+    convert: str | None = None
+    """A script that writes the model folder in the contender's own format, in its Python."""
+
+
+_PRECISIONS = ("fp32", "bf16", "autocast")
+
+
+def _peft_variants() -> dict[str, dict[str, Any]]:
+    variants: dict[str, dict[str, Any]] = {
+        f"{precision}/{size}": {"precision": precision, "micro_batch": size}
+        for precision in _PRECISIONS
+        for size in (1, 2, 4, 8)
+    }
+    for precision in _PRECISIONS:
+        base = {"precision": precision, "micro_batch": 8}
+        variants[f"{precision}/8/length"] = {**base, "group": "length"}
+        variants[f"{precision}/4/length"] = {**base, "micro_batch": 4, "group": "length"}
+    for precision in ("bf16", "autocast"):
+        variants[f"{precision}/1/eager"] = {"precision": precision, "micro_batch": 1, "attention": "eager"}
+        variants[f"{precision}/8/eager"] = {"precision": precision, "micro_batch": 8, "attention": "eager"}
+        variants[f"{precision}/2/packed"] = {"precision": precision, "micro_batch": 2, "packed": True}
+        variants[f"{precision}/8/packed"] = {"precision": precision, "micro_batch": 8, "packed": True}
+    variants["bf16/1/checkpointing"] = {"precision": "bf16", "micro_batch": 1, "checkpointing": True}
+    variants["fp32, bf16 products/1"] = {"precision": "tf32", "micro_batch": 1}
+    variants["fp32, bf16 products/8"] = {"precision": "tf32", "micro_batch": 8}
+    return variants
+
+
+def _trl_variants() -> dict[str, dict[str, Any]]:
+    variants: dict[str, dict[str, Any]] = {
+        f"{precision}/packed {length}": {
+            "precision": precision,
+            "max_length": length,
+            "packed_rows": 1,
+            "accumulation": 2048 // length,
+        }
+        for precision in _PRECISIONS
+        for length in (512, 1024, 2048)
+    }
+    for precision in _PRECISIONS:
+        base = {"precision": precision, "max_length": 2048, "packing": False}
+        variants[f"{precision}/1"] = {**base, "packed_rows": 1, "accumulation": 8}
+        variants[f"{precision}/8"] = {**base, "packed_rows": 8, "accumulation": 1}
+    return variants
+
+
+def _litgpt_variants() -> dict[str, dict[str, Any]]:
+    return {
+        f"{precision}/{size}": {"precision": precision, "micro_batch": size}
+        for precision in ("bf16-true", "bf16-mixed", "32-true")
+        for size in (1, 2, 4, 8)
+    }
+
+
+# A variant is called precision/rows of a micro-batch/anything else.
+CONTENDERS = {
+    "peft": Contender("PEFT + transformers", "peft_loop.py", _peft_variants(), ("peft", "transformers", "accelerate")),
+    "trl": Contender("TRL", "trl_sft.py", _trl_variants(), ("trl", "peft", "transformers", "datasets")),
+    "litgpt": Contender("LitGPT", "litgpt_lora.py", _litgpt_variants(), ("litgpt",), convert="litgpt_convert.py"),
+    "ours": Contender(
+        "lit-lora",
+        "ours.py",
+        {f"bf16/{tokens} tokens": {"dtype": "bf16", "micro_batch_tokens": tokens} for tokens in (2048, 1024, 512)},
+    ),
+    "limit": Contender("the machine's limit", "gemm_limit.py", {"bf16 products": {}}),
+}
+PEERS = ("peft", "trl", "litgpt")
+
+
+@dataclass
+class Result:
+    """What one process did."""
+
+    contender: str
+    variant: str
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+    losses: list[float]
+    seconds: list[float]
+    cpu_seconds: list[float]
+    tokens: list[int]
+    load_before: float
+    versions: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    warmup: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the timed steps."""
+        return sum(self.tokens[self.warmup :]) / sum(self.seconds[self.warmup :])
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        """Per second of processor time: what tells contenders apart while other programs take the processor."""
+        return sum(self.tokens[self.warmup :]) / sum(self.cpu_seconds[self.warmup :])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all processes share."""
+
+    folder: Path
+    models: dict[str, Path]
+    pythons: dict[str, Path]
+    threads: int
+    rank: int = 8
+    alpha: int = 16
+    learning_rate: float = 2e-4
+
+
+def write_rows(data: Path, model: Path, *, batch: int, steps: int, seed: int, target: Path) -> dict[str, float]:
+    """Tokenise GSM8K rows once and write the rows of every step, so that all contenders train the very same ids.
+
+    A row is the question, a line break, the answer and the end-of-sequence token; the answer and that token are
+    learned.
+
+    Raises:
+        InputError: The data or the tokenizer is missing, or there are too few rows.
+    """
+    try:
+        with gzip.open(data, "rt", encoding="utf-8") as file:
+            samples = [json.loads(line) for line in file]
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: not found") from error
+    if len(samples) < steps * batch:
+        raise InputError(f"{data}: {len(samples)} rows, expected at least {steps * batch}")
+    random.Random(seed).shuffle(samples)
+    rows = []
+    tokens, targets = [], []
+    for sample in samples[: steps * batch]:
+        prompt = tokenizer.encode(sample["question"] + "\n", add_special_tokens=False).ids
+        answer = tokenizer.encode(sample["answer"], add_special_tokens=False).ids
+        rows.append({"ids": [*prompt, *answer, eos], "prompt": len(prompt)})
+        tokens.append(len(prompt) + len(answer) + 1)
+        targets.append(len(answer) + 1)
+    write_text(target, json.dumps([rows[start : start + batch] for start in range(0, len(rows), batch)]))
+    return {"tokens a row": statistics.mean(tokens), "targets a row": statistics.mean(targets), "longest": max(tokens)}
+
+
+def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> Result:
+    """Run one contender in one process of its own and read its record.
+
+    Raises:
+        LitLoraError: The process failed; its last lines are in the message.
+    """
+    contender = CONTENDERS[name]
+    orders, out, log = (job.folder / f"{name}.{kind}" for kind in ("orders.json", "record.json", "log"))
+    out.unlink(missing_ok=True)
+    write_text(
+        orders,
+        json.dumps(
+            {
+                "variant": contender.variants[variant],
+                "model": str(job.models[name]),
+                "rows": str(rows),
+                "warmup": warmup,
+                "threads": job.threads,
+                "rank": job.rank,
+                "alpha": job.alpha,
+                "learning_rate": job.learning_rate,
+                "out": str(out),
+            }
+        ),
+    )
+    load = os.getloadavg()[0]
+    command = [str(job.pythons[name]), str(RUNNERS / contender.runner), str(orders)]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(job), cwd=job.folder)
+        status, peak_rss, peak_anonymous = watch(process.pid)
+    process.returncode = status
+    if status != 0 or not out.is_file():
+        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
+        raise LitLoraError(f"{name} ({variant}) ended with status {status}:\n" + "\n".join(tail))
+    record = json.loads(out.read_text(encoding="utf-8"))
+    return Result(
+        contender=name,
+        variant=variant,
+        peak_rss_bytes=peak_rss,
+        peak_anonymous_bytes=peak_anonymous,
+        losses=[step["loss"] for step in record["steps"]],
+        seconds=[step["seconds"] for step in record["steps"]],
+        cpu_seconds=[step["cpu_seconds"] for step in record["steps"]],
+        tokens=[step["tokens"] for step in record["steps"]],
+        load_before=load,
+        versions=record["versions"],
+        extra={key: value for key, value in record.items() if key not in ("steps", "versions")},
+        warmup=warmup,
+    )
+
+
+def _environment(job: Job) -> dict[str, str]:
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **offline, "OMP_NUM_THREADS": str(job.threads), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def watch(pid: int) -> tuple[int, int, int]:
+    """Wait for a process: its exit status, its peak resident bytes, and the peak of its anonymous ones (sampled)."""
+    peak = 0
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, peak
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(SAMPLE_SECONDS)
+
+
+def survey(job: Job, names: Sequence[str], rows: Path, warmup: int) -> list[Result]:
+    """Every variant of the contenders once; one that fails is noted and left out."""
+    results = []
+    for name in names:
+        for variant in CONTENDERS[name].variants:
+            try:
+                results.append(run_once(job, name, variant, rows=rows, warmup=warmup))
+            except LitLoraError as error:
+                note(f"left out: {error}")
+                continue
+            note(describe(results[-1]))
+    return results
+
+
+def alternate(job: Job, chosen: dict[str, str], rows: Path, *, warmup: int, rounds: int) -> list[Result]:
+    """The chosen variant of each contender, ``rounds`` times: A B C A B C …, each in a fresh process."""
+    results = []
+    for _ in range(rounds):
+        for name, variant in chosen.items():
+            results.append(run_once(job, name, variant, rows=rows, warmup=warmup))
+            note(describe(results[-1]))
+    return results
+
+
+def describe(result: Result) -> str:
+    """One line on one process."""
+    return (
+        f"{result.contender} {result.variant}: {result.tokens_per_second:.0f} tokens/s "
+        f"({result.tokens_per_cpu_second:.0f} per processor second), peak {human_bytes(result.peak_rss_bytes)}, "
+        f"load before {result.load_before:.1f}"
+    )
+
+
+def summarise(results: Sequence[Result]) -> list[list[str]]:
+    """The final table: one row per contender, the fastest peer first, then ours, then the limit."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.contender, []).append(result)
+    speed = {name: statistics.median(run.tokens_per_second for run in runs) for name, runs in groups.items()}
+    fastest_peer = max((speed[name] for name in groups if name in PEERS), default=0.0)
+    rows = []
+    for name, runs in sorted(groups.items(), key=lambda item: (item[0] not in PEERS, speed[item[0]])):
+        low, high = (pick(run.tokens_per_second for run in runs) for pick in (min, max))
+        is_limit = name == "limit"
+        rows.append(
+            [
+                CONTENDERS[name].title,
+                runs[0].variant,
+                f"{speed[name]:.0f}",
+                f"{low:.0f}–{high:.0f}",
+                f"{speed[name] / fastest_peer:.2f}" if fastest_peer and not is_limit else "",
+                f"{speed[name] / speed['limit']:.0%}" if "limit" in speed else "",
+                "" if is_limit else human_bytes(statistics.median(run.peak_rss_bytes for run in runs)),
+                "" if is_limit else human_bytes(statistics.median(run.peak_anonymous_bytes for run in runs)),
+            ]
+        )
+    return rows
+
+
+COLUMNS = ("contender", "variant", "tokens/s", "range", "× fastest peer", "of the limit", "peak RSS", "peak RssAnon")
+
+
+def loss_rows(results: Sequence[Result], warmup: int) -> tuple[list[str], list[list[str]]]:
+    """Loss per target token at each step, of the first run of each contender whose steps hold the same rows."""
+    firsts = {result.contender: result for result in reversed(results) if not math.isnan(result.losses[0])}
+    reference = next((result.tokens for name, result in firsts.items() if name != "trl"), [])
+    same = {name: result for name, result in firsts.items() if result.tokens == reference}
+    header = ["step", *(CONTENDERS[name].title for name in same)]
+    rows = [
+        [
+            f"{step + 1}{' (warm-up)' if step < warmup else ''}",
+            *(f"{result.losses[step]:.4f}" for result in same.values()),
+        ]
+        for step in range(len(reference))
+    ]
+    return header, rows
+
+
+def report(args: argparse.Namespace, surveyed: list[Result], final: list[Result], about: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    leanest = min(
+        (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peak_rss_bytes, default=None
+    )
+    lines = [
+        f"# LoRA on the CPU against peers, {date.today():%Y-%m}",
+        "",
+        __doc__.strip().splitlines()[0] if __doc__ else "",
+        "",
+        *(f"- **{key}**: {value}" for key, value in about.items()),
+        "",
+        "Tokens per second count prompt and answer tokens, no padding, over the timed steps of one process; the table",
+        f"holds the median of {args.rounds} alternating processes of each. Peak memory is the whole process's.",
+        "The limit is the time of the unavoidable matrix products alone (see `scripts/benchmark_peers/gemm_limit.py`).",
+        "",
+        *markdown_table(COLUMNS, summarise(final)),
+    ]
+    if leanest is not None:
+        lines += ["", f"Leanest run of any peer: {describe(leanest)}."]
+    limits = [run.extra["gflops"] for run in final if run.contender == "limit"]
+    if limits:
+        rates = ", ".join(f"{part} {rate:.0f}" for part, rate in limits[0].items())
+        lines += ["", f"Rates of the limit's products, GFLOP/s: {rates}."]
+    lines += ["", "## Loss at each step, same rows", "", *markdown_table(*loss_rows(final, args.warmup))]
+    if surveyed:
+        rows = [
+            [
+                CONTENDERS[run.contender].title,
+                run.variant,
+                f"{run.tokens_per_second:.0f}",
+                human_bytes(run.peak_rss_bytes),
+                human_bytes(run.peak_anonymous_bytes),
+                f"{run.losses[-1]:.4f}",
+            ]
+            for run in surveyed
+        ]
+        header = ("contender", "variant", "tokens/s", "peak RSS", "peak RssAnon", "last loss")
+        lines += ["", "## Survey: each variant once", "", *markdown_table(header, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def machine() -> dict[str, str]:
+    """The processor, its cores and memory, and what runs on it."""
+    about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "system": platform.platform()}
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        fields = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        wanted = ("avx512_bf16", "amx_bf16")
+        features = [flag for flag in wanted if flag in fields.get("flags", "").split()]
+        about["machine"] = f"{fields.get('model name', '')}, family {fields.get('cpu family')} model "
+        about["machine"] += f"{fields.get('model')}, {os.cpu_count()} cores, {', '.join(features) or 'no bf16 units'}"
+    return about
+
+
+def create_venv(folder: Path, contender: Contender, torch_index: str | None) -> Path:
+    """A virtual environment with PyTorch first, then the contender; returns its Python.
+
+    Raises:
+        UsageError: pip failed.
+    """
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
+    note(f"creating {folder}")
+    index = ["--index-url", torch_index] if torch_index else []
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [*pip, *index, TORCH],
+        [*pip, *contender.requirements],
+    ):
+        if subprocess.run(command, check=False).returncode != 0:
+            raise UsageError(f"{shlex.join(command)}: failed", hint=f"remove {folder} before trying again")
+    return python
+
+
+def choose_pythons(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Path]:
+    """The Python of each contender.
+
+    Raises:
+        UsageError: A peer has none.
+    """
+    given = {name: Path(path) for name, _, path in (text.partition("=") for text in args.venv)}
+    pythons = {}
+    for name in names:
+        contender = CONTENDERS[name]
+        if name in given:
+            pythons[name] = given[name]
+        elif not contender.requirements:
+            pythons[name] = Path(sys.executable)
+        elif args.create_venvs:
+            pythons[name] = create_venv(args.create_venvs.resolve() / name, contender, args.torch_index)
+        else:
+            raise UsageError(
+                f"{name}: no Python given", hint=f"--venv {name}=PATH/bin/python, or --create-venvs FOLDER"
+            )
+        if not pythons[name].exists():
+            raise UsageError(f"{pythons[name]}: not found")
+    return pythons
+
+
+def choose_models(model: Path, pythons: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The model folder of each contender, converted where it needs its own format.
+
+    Raises:
+        LitLoraError: A conversion failed.
+    """
+    models = dict.fromkeys(pythons, model)
+    for name, python in pythons.items():
+        script = CONTENDERS[name].convert
+        if script:
+            models[name] = folder / f"model-{name}"
+            command = [str(python), str(RUNNERS / script), str(model), str(models[name])]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise LitLoraError(f"{shlex.join(command)}: failed\n{done.stderr[-2000:]}")
+    return models
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UsageError: A contender or a variant is not known.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, weights in bf16")
+    parser.add_argument("--data", type=Path, required=True, help="gsm8k_train.jsonl.gz: question and answer a line")
+    parser.add_argument("--venv", action="append", default=[], metavar="NAME=PYTHON", help="a contender's Python")
+    parser.add_argument(
+        "--create-venvs", type=Path, metavar="FOLDER", help="make the missing ones there, and keep them"
+    )
+    parser.add_argument("--torch-index", metavar="URL", help="package index for PyTorch, such as its CPU builds'")
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS))
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=VARIANT", help="use it, no survey")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step (8)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (2)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a process (8)")
+    parser.add_argument("--survey-steps", type=int, default=2, help="timed steps of a survey's process (2)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender at the end (3)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the record (benchmarks)")
+    args = parser.parse_args(arguments)
+    args.only = [name for name in CONTENDERS if name in args.only] + [
+        name for name in args.only if name not in CONTENDERS
+    ]
+    args.variant = dict(text.partition("=")[::2] for text in args.variant)
+    for name in [*args.only, *args.variant]:
+        if name not in CONTENDERS:
+            raise UsageError(f"{name}: no such contender{did_you_mean(name, CONTENDERS)}")
+    for name, variant in args.variant.items():
+        known = CONTENDERS[name].variants
+        if variant not in known:
+            raise UsageError(f"{name}: no variant {variant!r}, known: {', '.join(known)}")
+    return args
+
+
+def measure(args: argparse.Namespace, folder: Path) -> str:
+    """Do all runs in ``folder`` and write the record.
+
+    Raises:
+        LitLoraError: A contender failed in the final rounds.
+    """
+    pythons = choose_pythons(args, args.only)
+    model = args.model.resolve()
+    job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads)
+    rows, few = folder / "rows.json", folder / "few-rows.json"
+    sizes = write_rows(args.data, model, batch=args.batch, steps=args.warmup + args.steps, seed=0, target=rows)
+    steps = json.loads(rows.read_text(encoding="utf-8"))
+    write_text(few, json.dumps(steps[: 1 + args.survey_steps]))
+    surveyed = survey(job, [name for name in args.only if name not in args.variant and name != "limit"], few, warmup=1)
+    chosen = {}
+    for name in args.only:
+        best = max(
+            (run for run in surveyed if run.contender == name), key=lambda run: run.tokens_per_second, default=None
+        )
+        first = next(iter(CONTENDERS[name].variants))
+        chosen[name] = args.variant.get(name) or (best.variant if best else first)
+    final = alternate(job, chosen, rows, warmup=args.warmup, rounds=args.rounds)
+    versions = {name: version for run in final for name, version in run.versions.items()}
+    about = {
+        **machine(),
+        "threads": args.threads,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": commit(),
+        "command": f"`{shlex.join(['python', 'scripts/benchmark.py', *sys.argv[1:]])}`",
+        "model": model.name,
+        "training": f"LoRA r={job.rank} alpha={job.alpha} on all linear layers, AdamW lr {job.learning_rate}, "
+        f"{args.batch} rows a step, {args.warmup} steps of warm-up and {args.steps} timed",
+        "rows": ", ".join(f"{name} {value:.0f}" for name, value in sizes.items()),
+    }
+    stem = args.out / f"cpu_lora_{date.today():%Y%m}"
+    text = report(args, surveyed, final, about)
+    write_text(stem.with_suffix(".md"), text)
+    runs = {"about": about, "survey": [asdict(run) for run in surveyed], "final": [asdict(run) for run in final]}
+    write_text(stem.with_suffix(".json"), json.dumps(runs, indent=1) + "\n")
+    table("LoRA on the CPU", COLUMNS, summarise(final), right=range(2, len(COLUMNS)))
+    say(f"record: {stem.with_suffix('.md')}")
+    return text
+
+
+def commit() -> str:
+    """The commit of the checkout that this file lies in, and whether it was changed since."""
+    command = ["git", "-C", str(RUNNERS), "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip() or "not a checkout"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the record; returns the exit code."""
+    try:
+        args = parse(arguments)
+        with tempfile.TemporaryDirectory(prefix="lit-lora-benchmark-") as folder:
+            measure(args, Path(folder))
+    except LitLoraError as error:
+        warn(str(error))
+        if error.hint:
+            note(error.hint)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

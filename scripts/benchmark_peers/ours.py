@@ -1,0 +1,106 @@
+"""lit-lora: its model, its LoRA and its training loop, as the recipe joins them.
+
+Variants: ``dtype`` of the base weights; ``micro_batch_tokens``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Clock, Orders, Recorder, lora_a_start, read_orders
+
+from lit_lora.checkpoint.load import load_model
+from lit_lora.data.batches import Batches, MicroBatch
+from lit_lora.data.rows import EncodedRow, Status, TokenTable, record_batch
+from lit_lora.peft import freeze
+from lit_lora.peft.lora import LoRAConfig
+from lit_lora.train.loop import TrainConfig, fit
+from lit_lora.train.optimizer import OptimizerConfig
+from lit_lora.train.schedule import ScheduleConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class OrderedBatches(Batches):
+    """The rows of the orders, step by step; notes the time at which the loop asks for each step."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.sizes = [len(step) for step in orders.steps]
+        rows = [
+            EncodedRow(
+                ids=row.ids,
+                learn=[position >= row.prompt for position in range(len(row.ids))],
+                status=Status.KEPT,
+                length=len(row.ids),
+                file="benchmark",
+                line=number,
+            )
+            for number, row in enumerate((row for step in orders.steps for row in step), start=1)
+        ]
+        super().__init__(
+            TokenTable([record_batch(rows)]).kept(),
+            batch_size=max(self.sizes),
+            micro_batch_tokens=orders.variant["micro_batch_tokens"],
+            seed=0,
+        )
+        self.clocks: list[Clock] = []
+
+    def row_indices(self, step: int) -> np.ndarray:
+        """The rows of ``step``, in the order of the orders; the step after the last repeats the first."""
+        step %= len(self.sizes)
+        start = sum(self.sizes[:step])
+        return np.arange(start, start + self.sizes[step])
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """Note the time, then portion the rows of ``step``."""
+        self.clocks.append(Clock())
+        return super().step(step)
+
+
+def main() -> None:
+    """Train as ordered and write the record."""
+    orders = read_orders()
+    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]])
+    freeze(model)
+    LoRAConfig(rank=orders.rank, alpha=orders.alpha, target_modules="all-linear").apply(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".lora_A"):
+            parameter.data.copy_(lora_a_start(name.removesuffix(".lora_A"), *parameter.shape))
+    batches = OrderedBatches(orders)
+    # One step more than ordered: a step ends where the loop asks for the next one, all bookkeeping included.
+    steps = len(orders.steps) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            model,
+            batches,
+            TrainConfig(
+                max_steps=steps,
+                save_every=steps,
+                micro_batch_tokens=batches.micro_batch_tokens,
+                max_grad_norm=1e9,  # no contender clips
+            ),
+            optimizer=OptimizerConfig(lr=orders.learning_rate),
+            schedule=ScheduleConfig(name="constant", warmup=0),
+            folder=Path(folder),
+        )
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    recorder = Recorder(orders, packages=("lit-lora",))
+    recorder.extra["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for rows, start, end, loss in zip(orders.steps, batches.clocks, batches.clocks[1:], losses, strict=False):
+        recorder.add(
+            seconds=end.wall - start.wall,
+            cpu_seconds=end.cpu - start.cpu,
+            tokens=sum(len(row.ids) for row in rows),
+            targets=sum(row.targets for row in rows),
+            loss=loss,
+        )
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()
