@@ -13,7 +13,7 @@ from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.sample import Conversation, Format, Sample, as_text
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["RowReader", "choose_format"]
+__all__ = ["RowReader", "choose_format", "guess_columns"]
 
 _PLACE = re.compile(r"\{([^{}\"':,\n]+)\}")
 """A column in a text: ``{name}``. Braces around anything else, such as JSON, stay as they are."""
@@ -173,14 +173,27 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
     return True
 
 
+def guess_columns(config: DataConfig, row: Mapping[str, Any]) -> dict[str, str] | None:
+    """A mapping for a row that fits no format, from the usual names of questions and answers; None without a guess."""
+    mapping = _guess(config, row, "prompt_completion")
+    return mapping if config.format in ("auto", "prompt_completion") and all(mapping.values()) else None
+
+
+def _guess(config: DataConfig, row: Mapping[str, Any], name: str) -> dict[str, str]:
+    """A column of the row for each column that the format needs, or an empty text."""
+    format_ = load_format(name)
+    mapping: dict[str, str] = {}
+    for column in format_.required:
+        names = (column, *format_.aliases.get(column, ()), *_GUESSES.get(column, ()))
+        free = (guess for guess in names if guess in row and guess not in mapping.values())
+        mapping[column] = config.columns.get(column) or next(free, "")
+    return mapping
+
+
 def _no_format(config: DataConfig, row: Mapping[str, Any], where: str) -> InputError:
     found = ", ".join(row) or "none"
     name = config.format if config.format != "auto" else _nearest(row)
-    mapping: dict[str, str] = {}
-    for column in load_format(name).required:
-        guesses = (column, *load_format(name).aliases.get(column, ()), *_GUESSES.get(column, ()))
-        free = [guess for guess in guesses if guess in row and guess not in mapping.values()]
-        mapping[column] = config.columns.get(column) or (free[0] if free else "YOUR_COLUMN")
+    mapping = {column: source or "YOUR_COLUMN" for column, source in _guess(config, row, name).items()}
     shown = ", ".join(f"{column}: {source}" for column, source in mapping.items())
     flags = " ".join(f"--columns {column}={source}" for column, source in mapping.items())
     required = ", ".join(load_format(name).required)
