@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 __all__ = ["note", "progress", "say", "table", "warn"]
-
-T = TypeVar("T")
 
 
 def _console(stderr: bool = False) -> Console:
@@ -64,8 +62,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def progress(
-    items: Iterable[T] | None = None, *, total: int | None = None, what: str, unit: str = "it", initial: int = 0
-) -> tqdm[T]:
+    items: Iterable[Any] | None = None, *, total: int | None = None, what: str, unit: str = "it", initial: int = 0
+) -> tqdm[Any]:
     """A progress bar with rate and time left on stderr; off when stderr is not a terminal."""
     return tqdm(
         items,
