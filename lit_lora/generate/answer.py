@@ -134,7 +134,7 @@ def answer_all(
     stop: Sequence[str] = (),
     batch_size: int = 16,
     batch_tokens: int = 16384,
-    on_answer: Callable[[int], None] = lambda _: None,
+    on_answer: Callable[[int], object] = lambda _: None,
 ) -> list[Answer]:
     """Answer many prompts in batches of similar length; in the order of the prompts.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from lit_lora.errors import InputError
 from lit_lora.generate.answer import Answer, stream_answer
@@ -51,7 +51,7 @@ class ChatSession:
         self._tokenizer = tokenizer
         self.memory = Memory()
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Say something and give the answer piece by piece. A cut-off answer stays as far as it came.
 
         Raises:
@@ -79,10 +79,14 @@ class ChatSession:
 
         Args:
             system: A new system prompt, empty for none; the present one stays when omitted.
+
+        Raises:
+            InputError: The template has no place for a system prompt. Everything is then as before.
         """
         kept = [message for message in self.messages[:1] if message["role"] == "system"]
         if system is not None:
             kept = [{"role": "system", "content": system}] if system else []
+            encode_prompt(self._tokenizer, [*kept, {"role": "user", "content": "x"}])
         self.messages = kept
 
     def undo(self) -> bool:

@@ -65,6 +65,21 @@ class Tokenizer:
         """The chat template, ready to render."""
         self._literal: tokenizers.Tokenizer | None = None
 
+    def use_template(self, text: str, where: str) -> None:
+        """Use another chat template than the checkpoint's, from now on and in what is saved.
+
+        Args:
+            text: The Jinja source.
+            where: The file it comes from, for messages.
+
+        Raises:
+            InputError: It is not a valid template.
+        """
+        self.template = ChatTemplate(text, self._named, where)
+        self.has_own_template = True
+        for cached in ("stop_ids", "end_of_turn_id"):  # both follow from the template
+            self.__dict__.pop(cached, None)
+
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read ``tokenizer.json`` and, where present, the files that say how it is used.

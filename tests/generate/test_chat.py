@@ -68,7 +68,7 @@ def test_a_broken_off_answer_stays_as_far_as_it_came(model: CausalLM, tokenizer:
     chat = session(model, tokenizer)
     answer = chat.ask("hello")
     piece = next(answer)
-    answer.close()  # type: ignore[attr-defined]
+    answer.close()
     assert chat.last.ended == "interrupted"
     assert chat.messages[-1] == {"role": "assistant", "content": piece}
 

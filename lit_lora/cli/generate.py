@@ -1,0 +1,212 @@
+"""``lit-lora generate``: answer one prompt, or a file of prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lit_lora import log
+from lit_lora.cli import answering as options
+from lit_lora.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from lit_lora.generate import Sampling
+    from lit_lora.open_model import OpenedModel
+    from lit_lora.tokenizer import Message
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, a run folder or an adapter folder.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question; stdin if omitted.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Many prompts: rows with 'prompt' or 'messages', or text lines.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the answers go (JSONL), instead of stdout.")
+    ] = None,
+    adapter: options.Adapter = None,
+    system: options.System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    template: options.Template = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of a file at once.")] = 16,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
+) -> None:
+    """Answer one prompt, or a file of prompts.
+
+    The answer goes to stdout, notes to stderr. The rows of a file come back in their order with two more columns:
+    'answer', and 'ended' (stop: by itself; length: cut off).
+
+    Examples:
+        lit-lora generate out/quickstart "Where is my order 48213?"
+
+        lit-lora generate MODEL "Name a colour." --temperature 0.7 --seed 1
+
+        lit-lora generate out/quickstart --file prompts.jsonl --out answers.jsonl
+    """
+    if file is not None and prompt is not None:
+        raise UsageError("give a PROMPT or --file, not both")
+    if out is not None and (file is None or out.exists()):
+        raise UsageError(
+            f"{out}: already exists" if file else "--out needs --file", hint="choose another name" if file else None
+        )
+    sampling = options.sampling_from(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    rows = _rows(file, system, raw) if file is not None else _one(prompt, system)
+    from lit_lora.open_model import open_model
+
+    opened = open_model(model, adapter=adapter, dtype=dtype, device=device)
+    log.note(opened.description)
+    if template is not None:
+        options.read_template(opened.tokenizer, template)
+    prompts = [_encode(opened, messages, raw, place) for place, _, messages in rows]
+    if file is None:
+        _answer_one(opened, prompts[0], sampling, stop or [])
+    else:
+        _answer_file(opened, rows, prompts, sampling, stop or [], batch_size, out)
+    log.note(f"next: lit-lora chat {model}")
+
+
+Row = tuple[str, dict[str, Any], "list[Message]"]
+"""(where it stands, its columns, the conversation to answer)."""
+
+
+def _one(prompt: str | None, system: str | None) -> list[Row]:
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError("no PROMPT given", hint='lit-lora generate MODEL "your question", or --file FILE')
+        prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    return [("prompt", {}, _conversation(prompt, system))]
+
+
+def _rows(file: Path, system: str | None, raw: bool) -> list[Row]:
+    """The rows of a file of prompts.
+
+    Raises:
+        InputError: The file cannot be read, holds no prompt, or a row is none.
+    """
+    from lit_lora.data.read import read_rows
+
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    rows: list[Row] = []
+    for number, row in read_rows(file):
+        if set(row) == {"text"}:
+            lines = enumerate(row["text"].split("\n"), number)
+            rows += [
+                (f"{file}:{n}", {"prompt": line}, _conversation(line, system)) for n, line in lines if line.strip()
+            ]
+        else:
+            rows.append((f"{file}:{number}", row, _messages(row, system, raw, f"{file}:{number}")))
+    if not rows:
+        raise InputError(f"{file}: holds no prompts")
+    return rows
+
+
+def _messages(row: dict[str, Any], system: str | None, raw: bool, place: str) -> list[Message]:
+    """The conversation of one row."""
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if isinstance(prompt, str) and prompt.strip():
+        own = row.get("system")
+        return _conversation(prompt, own if isinstance(own, str) and own else system)
+    if isinstance(messages, list) and messages and not raw:
+        if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+            raise InputError(f"{place}: the conversation ends with the assistant, so there is nothing to answer")
+        has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+        return messages if has_system or not system else [{"role": "system", "content": system}, *messages]
+    wanted = "'prompt' with text" if raw else "'prompt' with text, or 'messages'"
+    raise InputError(f"{place}: expected {wanted}, found columns {', '.join(map(str, row)) or 'none'}")
+
+
+def _conversation(prompt: str, system: str | None) -> list[Message]:
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": prompt}]
+
+
+def _encode(opened: OpenedModel, messages: list[Message], raw: bool, place: str) -> list[int]:
+    """Ids of one prompt, short enough for the model."""
+    from lit_lora.tokenizer import encode_prompt, encode_text
+
+    try:
+        if raw:
+            ids = encode_text(opened.tokenizer, str(messages[-1]["content"]))
+        else:
+            ids = encode_prompt(opened.tokenizer, messages)
+    except InputError as error:
+        raise InputError(f"{place}: {error}", hint=error.hint) from error
+    context = opened.model.config.max_position_embeddings
+    if len(ids) >= context:
+        raise InputError(f"{place}: the prompt has {len(ids)} tokens, the model reads at most {context}")
+    return ids
+
+
+def _answer_one(opened: OpenedModel, prompt: list[int], sampling: Sampling, stop: list[str]) -> None:
+    """Print the answer as it comes."""
+    import time
+
+    from lit_lora.generate import stream_answer
+
+    start = time.perf_counter()
+    stream = stream_answer(opened.model, opened.tokenizer, prompt, sampling, stop=stop)
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    answer, seconds = stream.answer, time.perf_counter() - start
+    how = "ended by itself" if answer.ended == "stop" else f"cut off at --max-new-tokens {sampling.max_new_tokens}"
+    log.note(f"{len(prompt)} + {len(answer.ids)} tokens in {seconds:.1f} s, {how}")
+
+
+def _answer_file(
+    opened: OpenedModel,
+    rows: list[Row],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: list[str],
+    batch_size: int,
+    out: Path | None,
+) -> None:
+    """Write one JSON line a row, all of them or none."""
+    from lit_lora.files import write_text
+    from lit_lora.generate import answer_all
+
+    with log.progress(total=len(prompts), what="answers", unit="row") as bar:
+        answers = answer_all(
+            opened.model, opened.tokenizer, prompts, sampling, stop=stop, batch_size=batch_size, on_answer=bar.update
+        )
+    lines = [
+        json.dumps({**row, "answer": answer.text, "ended": answer.ended}, ensure_ascii=False, default=str)
+        for (_, row, _), answer in zip(rows, answers, strict=True)
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)
+        log.say(f"wrote {out}: {len(lines)} answers")
+    cut = sum(answer.ended == "length" for answer in answers)
+    if cut:
+        log.note(f"{cut} of {len(answers)} answers were cut off at --max-new-tokens {sampling.max_new_tokens}")

@@ -1,0 +1,126 @@
+"""A model to use, from whatever the user names: a checkpoint, a run folder, an adapter folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_lora.checkpoint.load import load_model
+from lit_lora.errors import InputError, UsageError
+from lit_lora.model import CausalLM
+from lit_lora.peft import load_adapter, read_adapter
+from lit_lora.tokenizer import Tokenizer
+from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
+
+__all__ = ["OpenedModel", "find_folders", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to use."""
+
+    model: CausalLM
+    """The base model, with the adapter in it if there is one."""
+    tokenizer: Tokenizer
+    """Of the adapter where it brings one (with added tokens), else of the base."""
+    description: str
+    """One line: what it is, on which device, in which dtype."""
+    base: Path
+    """The checkpoint folder."""
+    adapter: Path | None
+    """The adapter folder."""
+
+
+def open_model(
+    model: Path, *, adapter: Path | None = None, dtype: str | None = None, device: str = "auto"
+) -> OpenedModel:
+    """Open a model for use.
+
+    Args:
+        model: A checkpoint folder (base, merged or fully finetuned), a run folder, or an adapter folder; the last two
+            bring their base.
+        adapter: An adapter folder, or a run folder with one, in the place of the run's own.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; what the device computes fastest when omitted.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        InputError: A folder holds no model or adapter, or the adapter does not belong to the base.
+        UsageError: The base of a run or adapter is not on this machine, or no such device or dtype.
+    """
+    base, folder = find_folders(model, adapter=adapter)
+    place = choose_device(device)
+    precision = choose_dtype(dtype or "auto", place)
+    reuse_memory()
+    loaded = load_model(base, dtype=precision, device=place)
+    about = [str(base)]
+    if folder is not None:
+        about.append(f"adapter {load_adapter(loaded, folder)}")
+    has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(folder if folder is not None and has_tokenizer else base)
+    rows = loaded.model.embed_tokens.weight.shape[0] if folder is None else tokenizer.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}",
+            hint="tokenizer.json and config.json are of different models",
+        )
+    about.append(f"{str(precision).removeprefix('torch.')} on {place}")
+    return OpenedModel(loaded.eval(), tokenizer, ", ".join(about), base, folder)
+
+
+def find_folders(model: Path, *, adapter: Path | None = None) -> tuple[Path, Path | None]:
+    """The checkpoint folder and the adapter folder (if any) that :func:`open_model` opens for these arguments.
+
+    Raises:
+        InputError: A folder holds no model or adapter.
+        UsageError: The base of a run or adapter is not on this machine.
+    """
+    base, own = _find(Path(model))
+    return base, _adapter_folder(Path(adapter)) if adapter is not None else own
+
+
+def _find(model: Path) -> tuple[Path, Path | None]:
+    """The checkpoint and the adapter that a folder means.
+
+    Raises:
+        InputError: It holds neither.
+    """
+    for folder in (model, model / "model"):
+        if (folder / "config.json").is_file():
+            return folder, None
+    for folder in (model, model / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return _base_of(folder), folder
+    if not model.exists():
+        raise InputError(f"{model}: no such folder", hint="lit-lora download fetches a model")
+    if (model / "config.yaml").is_file():
+        raise InputError(
+            f"{model}: this run has written no adapter yet",
+            hint=f"lit-lora finetune --config {model / 'config.yaml'} --resume",
+        )
+    raise InputError(
+        f"{model}: expected config.json (a model), adapter_config.json (an adapter) or adapter/ (a run) in it",
+        hint="lit-lora convert makes a model folder of a GGUF or .pth file" if model.is_file() else None,
+    )
+
+
+def _adapter_folder(adapter: Path) -> Path:
+    for folder in (adapter, adapter / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise InputError(f"{adapter}: expected adapter_config.json in it (an adapter) or in adapter/ (a run)")
+
+
+def _base_of(adapter: Path) -> Path:
+    """The base that an adapter names, as written or relative to where the adapter lies.
+
+    Raises:
+        UsageError: It is not a folder here.
+    """
+    named = read_adapter(adapter).base
+    for folder in (Path(named), adapter / named) if named else ():
+        if (folder / "config.json").is_file():
+            return folder
+    raise UsageError(
+        f"{adapter}: its base model ({named or 'none named'}) is not a folder here",
+        hint=f"name the base first: BASE_FOLDER --adapter {adapter}",
+    )
