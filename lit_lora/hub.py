@@ -156,9 +156,9 @@ def fetch_repo(
     staging = out.with_name(f".{out.name}.part")
     with disk_errors(out):
         staging.mkdir(parents=True, exist_ok=True)
-    wanted = {file.name for file in files}
-    for path in staging.iterdir():  # what an earlier call for another revision or repository left
-        if path.is_file() and re.sub(r"\.[0-9a-f]{12}\.part$", "", path.name) not in wanted:
+    wanted = {path for file in files for path in (staging / file.name, _part(file, staging / file.name))}
+    for path in staging.rglob("*"):  # what an earlier call for another revision or repository left
+        if path.is_file() and path not in wanted:
             path.unlink()
     small = [file for file in files if file.sha256 is None]
     _fetch_all(repo, small, staging)
@@ -272,7 +272,7 @@ def _fetch_rest(file: RemoteFile, part: Path, bar: tqdm[Any]) -> None:
             bar.update(-have)
             have = 0
         with open(part, "ab" if have else "wb") as out:
-            for piece in response.iter_bytes(1 << 20):
+            for piece in response.iter_bytes():
                 out.write(piece)
                 have += len(piece)
                 bar.update(len(piece))
@@ -356,6 +356,10 @@ def _explained(repo: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, status: int) -> InputError:
+    if status == 401 and not _token():
+        return InputError(
+            f"{repo}: no such repository on the Hub, or a private one", hint="put your token into HF_TOKEN"
+        )
     if status == 401:
         return InputError(f"{repo}: the Hub does not accept the token in HF_TOKEN (401)", hint="make a new one there")
     if status == 403:

