@@ -56,7 +56,8 @@ class TaskSwitcher:
         self._set_tie(tied and not untied)
         for name in touched:
             if not (name == HEAD and tied and not untied):
-                self._set(name, self._merged(name, updates.get(name)))
+                # Assigned, never written in place: the old values may be pages of the base's files.
+                self.model.get_parameter(name).data = self._merged(name, updates.get(name))
         if tied and not untied:
             self.model.tie_weights()
         rows = len(self.model.model.embed_tokens.weight)
@@ -70,14 +71,7 @@ class TaskSwitcher:
         values = weight if update is None else update.apply(weight, 0, update.rows(len(weight)))
         return values.to(device=here.device, dtype=here.dtype)
 
-    def _set(self, name: str, values: Tensor) -> None:
-        parameter = self.model.get_parameter(name)
-        if parameter.shape == values.shape:
-            parameter.copy_(values)
-        else:
-            parameter.data = values
-
     def _set_tie(self, tied: bool) -> None:
         head, embedding = self.model.lm_head, self.model.model.embed_tokens
         if not tied and head.weight is embedding.weight:
-            head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+            head.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)

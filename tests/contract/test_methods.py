@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from lit_lora import peft
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import CausalLM
 from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import model_updates, own_modules
-
-VOCABULARY, WIDTH, LAYERS = 61, 16, 2
+from tests.peft import tiny
+from tests.peft.tiny import LAYERS, VOCABULARY, make_model, shake, token_ids
 
 CASES = {
     "lora": {"name": "lora"},
@@ -37,53 +37,13 @@ CASES = {
 LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "low-rank"]
 
 
-def make_model(tied: bool = False, dtype: torch.dtype = torch.float32) -> CausalLM:
-    torch.manual_seed(1)
-    config = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-    )
-    model = CausalLM(config)
-    for name, parameter in model.named_parameters():  # norms of one and biases of zero would hide mistakes
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-        else:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
-
-
 def method(case: str) -> peft.Method:
     settings = CASES[case]
     return peft.methods()[settings["name"]].model_validate(settings)
 
 
 def adapted(case: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> CausalLM:
-    model = make_model(tied, dtype)
-    peft.freeze(model)
-    torch.manual_seed(2)
-    method(case).apply(model)
-    return model
-
-
-def tokens(high: int = VOCABULARY) -> torch.Tensor:
-    ids = torch.randint(0, high, (2, 9), generator=torch.Generator().manual_seed(3))
-    ids[0, 0] = 3
-    return ids
-
-
-def shake(model: CausalLM) -> None:
-    """Give every trained parameter some other value, as training would."""
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for parameter in peft.trainable_state(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return tiny.adapted(make_model(tied, dtype), method(case))
 
 
 def train(model: CausalLM, steps: int, ids: torch.Tensor, lr: float = 1e-2) -> list[float]:
@@ -118,7 +78,7 @@ def test_every_method_of_the_table_has_a_case():
 @every_case
 def test_logits_at_init_are_those_of_the_base_bit_for_bit(case, tied):
     with torch.no_grad():
-        expected, got = make_model(tied).eval()(tokens()), adapted(case, tied).eval()(tokens())
+        expected, got = make_model(tied).eval()(token_ids()), adapted(case, tied).eval()(token_ids())
     if "tokens" in case:  # their columns are a product of their own, so not the same bits
         torch.testing.assert_close(got[..., :VOCABULARY], expected, atol=1e-5, rtol=1e-5)
         other = [token for token in range(VOCABULARY) if token != 3]
@@ -158,18 +118,18 @@ def test_every_own_parameter_moves_within_three_steps_after_a_validation_pass(ca
 def test_base_is_bit_identical_after_training_and_comes_back_when_the_adapter_is_taken_out(case, tied):
     original = make_model(tied)
     model = adapted(case, tied)
-    train(model, 3, tokens())
+    train(model, 3, token_ids())
     base = peft.base_tensors(model)
     assert base.keys() == peft.base_tensors(original).keys()
     assert all(torch.equal(base[name], value) for name, value in peft.base_tensors(original).items())
     peft.remove(model)
-    assert torch.equal(model.eval()(tokens()), original.eval()(tokens()))
+    assert torch.equal(model.eval()(token_ids()), original.eval()(token_ids()))
 
 
 def test_parts_of_full_finetuning_that_were_not_named_stay_bit_identical():
     model = adapted("full part")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train(model, 3, tokens())
+    train(model, 3, token_ids())
     for name, value in model.state_dict().items():
         named = "layers.1." in name or name == "lm_head.weight"
         assert torch.equal(value, before[name]) != named, name
@@ -180,7 +140,7 @@ def test_parts_of_full_finetuning_that_were_not_named_stay_bit_identical():
 def test_merged_weights_give_the_same_logits(case, tied):
     model = adapted(case, tied).double().eval()
     shake(model)
-    ids = tokens(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
+    ids = token_ids(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
     with torch.no_grad():
         expected = model(ids)
         updates = model_updates(model)
@@ -201,7 +161,7 @@ def test_merged_weights_give_the_same_logits(case, tied):
 def test_saved_and_loaded_adapter_gives_the_same_logits(case, tied, tmp_path):
     model = adapted(case, tied).eval()
     shake(model)
-    ids = tokens(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
+    ids = token_ids(VOCABULARY + 2 if "tokens" in case else VOCABULARY)
     config = method(case)
     peft.save_adapter(model, config, tmp_path / "adapter", base="some/base")
     fresh = make_model(tied).eval()
@@ -246,7 +206,7 @@ def test_count_is_rank_times_in_plus_out(rank):
 @every_case
 def test_a_fixed_batch_is_learnt(case):
     model = adapted(case)
-    losses = train(model, 60, tokens(), lr=5e-2)
+    losses = train(model, 60, token_ids(), lr=5e-2)
     assert losses[-1] < 0.6 * losses[0]
 
 
