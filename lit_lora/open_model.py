@@ -107,6 +107,8 @@ def _adapter_folder(adapter: Path) -> Path:
     for folder in (adapter, adapter / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
+    if not adapter.exists():
+        raise InputError(f"{adapter}: no such folder")
     raise InputError(f"{adapter}: expected adapter_config.json in it (an adapter) or in adapter/ (a run)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "Template",
     "TopK",
     "TopP",
+    "next_command",
     "read_template",
     "sampling_from",
 ]
@@ -58,6 +60,12 @@ def sampling_from(**given: Any) -> Sampling:
     from lit_lora.generate import Sampling
 
     return validate(given, Sampling, name="command line")
+
+
+def next_command(name: str, model: Path, adapter: Path | None) -> str:
+    """A command line on the same model, to paste."""
+    words = ["lit-lora", name, str(model), *(["--adapter", str(adapter)] if adapter else [])]
+    return shlex.join(words)
 
 
 def read_template(tokenizer: Tokenizer, file: Path) -> None:

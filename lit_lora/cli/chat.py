@@ -81,7 +81,8 @@ def command(
     log.note(variety if sampling.temperature == 0 else f"temperature {sampling.temperature:g}")
     log.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
     _Chat(session, with_adapter, terminal=True).talk()
-    log.note(f"next: lit-lora generate {model} --file prompts.jsonl --out answers.jsonl")
+    command_line = options.next_command("generate", model, adapter)
+    log.note(f"next, for many prompts at once: {command_line} --file prompts.jsonl --out answers.jsonl")
 
 
 # name -> (argument, what it does); each has a method of its name
@@ -205,7 +206,7 @@ class _Chat:
 
     def _help(self, _: str) -> None:
         for name, (argument, what) in _COMMANDS.items():
-            log.note(f"{f'/{name} {argument}':<16} {what}")
+            log.note(f"{f'/{name} {argument}':<18} {what}")
 
     def _note(self, text: str) -> None:
         if self._terminal:

@@ -85,7 +85,7 @@ def command(
         _answer_one(opened, prompts[0], sampling, stop or [])
     else:
         _answer_file(opened, rows, prompts, sampling, stop or [], batch_size, out)
-    log.note(f"next: lit-lora chat {model}")
+    log.note(f"next: {options.next_command('chat', model, adapter)}")
 
 
 Row = tuple[str, dict[str, Any], "list[Message]"]
