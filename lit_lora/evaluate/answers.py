@@ -2,8 +2,8 @@
 
 Before anything is compared, both texts are brought to Unicode NFC, a Markdown code fence around the whole text is
 taken off, and white space at the ends is cut. A reference that is a JSON object or list is compared as JSON: white
-space and the order of keys do not count; types do (``"7"`` is not ``7``). Any other reference is compared as text, with every run
-of white space as one blank; upper and lower case differ.
+space and the order of keys do not count; types do (``"7"`` is not ``7``). Any other reference is compared as text, with
+every run of white space as one blank; upper and lower case differ.
 """
 
 from __future__ import annotations

@@ -6,22 +6,23 @@ import time
 from collections.abc import Sequence
 
 from lit_lora import log
+from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
 from lit_lora.evaluate.answers import Answer, Scores, score_answers
 from lit_lora.evaluate.shots import with_shots
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
-from lit_lora.tokenizer import Message, Tokenizer, encode_prompt
+from lit_lora.tokenizer import Tokenizer, encode_prompt
 
-__all__ = ["evaluate_generation"]
+__all__ = ["evaluate_generation", "reference"]
 
 
 def evaluate_generation(
     model: CausalLM,
     tokenizer: Tokenizer,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Conversation],
     *,
-    shots: Sequence[Sequence[Message]] = (),
+    shots: Sequence[Conversation] = (),
     max_new_tokens: int | None = None,
     batch_size: int = 50,
     what: str = "answers",
@@ -40,17 +41,18 @@ def evaluate_generation(
     Raises:
         UsageError: There is nothing to compare with, or the shots leave no room for an answer.
     """
-    if not conversations or any(messages[-1]["role"] != "assistant" for messages in conversations):
+    references = [reference(conversation) for conversation in conversations]
+    if not all(references):
         raise UsageError("exact match needs conversations that end with the assistant's answer")
-    references = [str(messages[-1]["content"]) for messages in conversations]
-    longest = max(len(tokenizer.encode(reference)) for reference in references)
+    longest = max((len(tokenizer.encode(text)) for text in references), default=1)
     sampling = Sampling(max_new_tokens=max_new_tokens or longest + longest // 4 + 8)
-    prompts = [encode_prompt(tokenizer, with_shots(messages[:-1], shots)) for messages in conversations]
-    context = model.config.max_position_embeddings
-    if max(map(len, prompts)) + longest > context:
+    questions = [Conversation(conversation.messages[:-1], conversation.tools) for conversation in conversations]
+    asked = [with_shots(question, shots) for question in questions]
+    prompts = [encode_prompt(tokenizer, each.messages, tools=each.tools) for each in asked]
+    context, most = model.config.max_position_embeddings, max(map(len, prompts), default=0)
+    if most + longest > context:
         raise UsageError(
-            f"the longest prompt has {max(map(len, prompts))} tokens and its answer up to {longest}; "
-            f"the model reads at most {context}",
+            f"the longest prompt has {most} tokens and its answer up to {longest}; the model reads at most {context}",
             hint="take fewer --shots" if shots else "leave the longest rows out",
         )
     start = time.perf_counter()
@@ -58,7 +60,13 @@ def evaluate_generation(
         given = answer_all(model, tokenizer, prompts, sampling, batch_size=batch_size, on_answer=bar.update)
     seconds = time.perf_counter() - start
     answers = [
-        Answer(list(messages[:-1]), reference, answer.text, answer.ended == "stop")
-        for messages, reference, answer in zip(conversations, references, given, strict=True)
+        Answer(question.messages, text, answer.text, answer.ended == "stop")
+        for question, text, answer in zip(questions, references, given, strict=True)
     ]
     return score_answers(answers, seconds)
+
+
+def reference(conversation: Conversation) -> str:
+    """The text that an answer is compared with: the last message if it is the assistant's, else nothing."""
+    last = conversation.messages[-1]
+    return str(last.get("content") or "") if last["role"] == "assistant" else ""

@@ -14,13 +14,13 @@ import numpy as np
 from lit_lora.config import did_you_mean
 from lit_lora.data import Rows
 from lit_lora.data.read import read_rows
-from lit_lora.data.sample import as_text
+from lit_lora.data.sample import Conversation, as_text
 from lit_lora.errors import InputError, UsageError
 from lit_lora.evaluate.likelihood import log_likelihoods
 from lit_lora.evaluate.scores import Share
 from lit_lora.evaluate.shots import encode_after_shots
 from lit_lora.model import CausalLM
-from lit_lora.tokenizer import EncodedChat, Message, Tokenizer, encode_completion
+from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_completion
 
 __all__ = ["OptionRow", "OptionScores", "evaluate_options", "has_options", "read_option_rows"]
 
@@ -53,6 +53,8 @@ class OptionScores:
     """By the sum of its tokens' log-probabilities."""
     by_mean: Share
     """By that sum divided by the option's length in bytes of UTF-8, so that long options are not at a disadvantage."""
+    loss: float
+    """Mean of the right option's negative log-likelihood, in nats: falls with every improvement."""
     chance: float
     """What guessing gives."""
 
@@ -83,14 +85,16 @@ def evaluate_options(
     tokenised = Rows.from_tokens((each.ids, each.learn) for each in encoded)
     sums = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options")
     right_sum = right_mean = place = 0
+    loss = 0.0
     for row in rows:
         own = sums[place : place + len(row.options)]
         lengths = np.array([max(len(option.encode()), 1) for option in row.options])
         right_sum += int(own.argmax()) == row.answer
         right_mean += int((own / lengths).argmax()) == row.answer
+        loss -= float(own[row.answer]) / len(rows)
         place += len(row.options)
     chance = sum(1 / len(row.options) for row in rows) / max(len(rows), 1)
-    return OptionScores(Share(right_sum, len(rows)), Share(right_mean, len(rows)), chance)
+    return OptionScores(Share(right_sum, len(rows)), Share(right_mean, len(rows)), loss, chance)
 
 
 def _encode_chat(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Sequence[OptionRow]) -> EncodedChat:
@@ -100,8 +104,8 @@ def _encode_chat(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Seque
     )
 
 
-def _turns(row: OptionRow, option: str) -> list[Message]:
-    return [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": option}]
+def _turns(row: OptionRow, option: str) -> Conversation:
+    return Conversation([{"role": "user", "content": row.prompt}, {"role": "assistant", "content": option}])
 
 
 def _encode_plain(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Sequence[OptionRow]) -> EncodedChat:

@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
-from lit_lora.tokenizer import EncodedChat, Message, Tokenizer, encode_chat
+from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_chat
 
 __all__ = ["draw_shots", "encode_after_shots", "with_shots"]
 
@@ -25,29 +26,30 @@ def draw_shots(examples: Sequence[T], count: int, *, seed: int) -> list[T]:
     return random.Random(seed).sample(list(examples), count)
 
 
-def with_shots(messages: Sequence[Message], shots: Sequence[Sequence[Message]]) -> list[Message]:
+def with_shots(conversation: Conversation, shots: Sequence[Conversation]) -> Conversation:
     """The conversation with the shots as earlier turns, after its own system message; theirs are left out."""
     if not shots:
-        return list(messages)
+        return conversation
+    messages = conversation.messages
     system = [message for message in messages[:1] if message["role"] == "system"]
-    earlier = [message for shot in shots for message in shot if message["role"] != "system"]
-    return [*system, *earlier, *messages[len(system) :]]
+    earlier = [message for shot in shots for message in shot.messages if message["role"] != "system"]
+    return Conversation([*system, *earlier, *messages[len(system) :]], conversation.tools)
 
 
 def encode_after_shots(
-    tokenizer: Tokenizer, messages: Sequence[Message], shots: Sequence[Sequence[Message]]
+    tokenizer: Tokenizer, conversation: Conversation, shots: Sequence[Conversation] = ()
 ) -> EncodedChat:
     """The conversation after its shots; only what is learned of the conversation itself counts.
 
     Raises:
         InputError: The template refuses the conversation.
     """
+    alone = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
     if not shots:
-        return encode_chat(tokenizer, messages)
-    encoded = encode_chat(tokenizer, with_shots(messages, shots))
-    own = sum(encode_chat(tokenizer, messages).learn)
+        return alone
+    encoded = encode_chat(tokenizer, with_shots(conversation, shots).messages, tools=conversation.tools)
     places = [place for place, learned in enumerate(encoded.learn) if learned]
     learn = [False] * len(encoded.learn)
-    for place in places[len(places) - own :]:
+    for place in places[len(places) - sum(alone.learn) :]:
         learn[place] = True
     return EncodedChat(encoded.ids, learn)

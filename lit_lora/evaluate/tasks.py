@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lit_lora.data import Rows
+from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
 from lit_lora.evaluate.answers import Scores, parse_json
-from lit_lora.evaluate.generation import evaluate_generation
+from lit_lora.evaluate.generation import evaluate_generation, reference
 from lit_lora.evaluate.likelihood import evaluate_loss
 from lit_lora.evaluate.options import OptionRow, evaluate_options
 from lit_lora.evaluate.scores import Metric
 from lit_lora.evaluate.shots import encode_after_shots
 from lit_lora.model import CausalLM
-from lit_lora.tokenizer import Message, Tokenizer, encode_text
+from lit_lora.tokenizer import Tokenizer, encode_text
 
-__all__ = ["Dataset", "Settings", "Subject", "default_tasks", "exact_match", "json_fields", "loss", "options"]
+__all__ = ["Dataset", "EvaluateSettings", "Subject", "default_tasks", "exact_match", "json_fields", "loss", "options"]
 
 _SHORT_ANSWER = 300  # characters: exact match of longer answers says nothing and takes long
 
@@ -26,7 +27,7 @@ _SHORT_ANSWER = 300  # characters: exact match of longer answers says nothing an
 class Dataset:
     """Rows of one kind."""
 
-    conversations: list[list[Message]] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     options: list[OptionRow] = field(default_factory=list)
 
@@ -34,13 +35,13 @@ class Dataset:
         return len(self.conversations) + len(self.texts) + len(self.options)
 
     @property
-    def answered(self) -> list[list[Message]]:
+    def answered(self) -> list[Conversation]:
         """The conversations that end with an answer."""
-        return [messages for messages in self.conversations if messages[-1]["role"] == "assistant"]
+        return [conversation for conversation in self.conversations if reference(conversation)]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluateSettings:
     """How a model is asked."""
 
     max_new_tokens: int | None = None
@@ -58,7 +59,7 @@ class Subject:
     tokenizer: Tokenizer
     dataset: Dataset
     shots: Dataset = Dataset()
-    settings: Settings = Settings()
+    settings: EvaluateSettings = EvaluateSettings()
 
     @cached_property
     def answers(self) -> Scores:
@@ -80,10 +81,10 @@ def default_tasks(dataset: Dataset) -> list[str]:
     """The tasks that make sense for these rows."""
     if dataset.options:
         return ["options"]
-    references = [str(messages[-1]["content"]) for messages in dataset.answered]
+    references = [reference(conversation) for conversation in dataset.answered]
     if not references or sorted(map(len, references))[len(references) // 2] > _SHORT_ANSWER:
         return ["loss"]
-    json_answers = all(isinstance(parse_json(reference), dict) for reference in references)
+    json_answers = all(isinstance(parse_json(text), dict) for text in references)
     return ["loss", "exact_match", "json_fields"] if json_answers else ["loss", "exact_match"]
 
 
@@ -94,7 +95,9 @@ def loss(subject: Subject) -> list[Metric]:
         UsageError: There is no token to predict.
     """
     tokenizer, context = subject.tokenizer, subject.model.config.max_position_embeddings
-    encoded = [encode_after_shots(tokenizer, m, subject.shots.conversations) for m in subject.dataset.conversations]
+    encoded = [
+        encode_after_shots(tokenizer, each, subject.shots.conversations) for each in subject.dataset.conversations
+    ]
     documents: list[tuple[Sequence[int], Sequence[bool]]] = [(each.ids, each.learn) for each in encoded]
     for ids in (encode_text(tokenizer, text) for text in subject.dataset.texts):
         # pieces overlap by one token, so that every token but the first is predicted once
@@ -153,4 +156,5 @@ def options(subject: Subject) -> list[Metric]:
     return [
         Metric("options", scores.by_sum, f"by summed log-likelihood; chance {scores.chance:.1%}"),
         Metric("options, per byte", scores.by_mean, "by log-likelihood per byte of the option"),
+        Metric("loss of the right option", scores.loss, "nats per option"),
     ]

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora.checkpoint.save import save_model
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
@@ -35,10 +34,9 @@ def tiny_model(seed: int = 0) -> CausalLM:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint folder; not to be changed."""
-    folder = tiny_tokenizer(tmp_path_factory.mktemp("checkpoint"))
-    return folder
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the tiny tokenizer."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +45,5 @@ def model() -> CausalLM:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.load(folder)
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)

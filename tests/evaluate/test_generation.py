@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
 from lit_lora.evaluate import Share, evaluate_generation
 from lit_lora.evaluate.shots import draw_shots, encode_after_shots, with_shots
@@ -12,19 +13,19 @@ from lit_lora.model import CausalLM
 from lit_lora.tokenizer import Message, Tokenizer, encode_chat, encode_prompt
 
 
-def talk(question: str, answer: str, system: str | None = None) -> list[Message]:
+def talk(question: str, answer: str, system: str | None = None) -> Conversation:
     first: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation([*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
-def say(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], tokens: int) -> str:
-    prompt = encode_prompt(tokenizer, messages)
+def say(model: CausalLM, tokenizer: Tokenizer, question: str, tokens: int) -> str:
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": question}])
     return answer_all(model, tokenizer, [prompt], Sampling(max_new_tokens=tokens))[0].text
 
 
 def test_exact_match_counts_the_answers_that_the_model_really_gives(model: CausalLM, tokenizer: Tokenizer) -> None:
     questions = [f"hello number {i}, how are you?" * (1 + i % 3) for i in range(7)]
-    spoken = [say(model, tokenizer, talk(question, "")[:1], 12) for question in questions]
+    spoken = [say(model, tokenizer, question, 12) for question in questions]
     conversations = [talk(question, answer) for question, answer in zip(questions, spoken, strict=True)]
     conversations[3] = talk(questions[3], "something that it does not say")
     scores = evaluate_generation(model, tokenizer, conversations, max_new_tokens=12, batch_size=3)
@@ -42,9 +43,9 @@ def test_the_answers_do_not_depend_on_the_batch(model: CausalLM, tokenizer: Toke
 
 
 def test_conversations_must_end_with_a_reference(model: CausalLM, tokenizer: Tokenizer) -> None:
-    for rows in ([], [talk("a", "b"), talk("a", "b")[:1]]):
-        with pytest.raises(UsageError, match="end with the assistant's answer"):
-            evaluate_generation(model, tokenizer, rows)
+    question = Conversation(talk("a", "b").messages[:1])
+    with pytest.raises(UsageError, match="end with the assistant's answer"):
+        evaluate_generation(model, tokenizer, [talk("a", "b"), question])
 
 
 def test_shots_that_fill_the_context_are_refused(model: CausalLM, tokenizer: Tokenizer) -> None:
@@ -56,7 +57,7 @@ def test_shots_that_fill_the_context_are_refused(model: CausalLM, tokenizer: Tok
 
 def test_shots_come_after_the_system_message_and_without_their_own() -> None:
     shots = [talk("q1", "a1", system="other"), talk("q2", "a2")]
-    contents = [message["content"] for message in with_shots(talk("q", "a", system="mine"), shots)]
+    contents = [message["content"] for message in with_shots(talk("q", "a", system="mine"), shots).messages]
     assert contents == ["mine", "q1", "a1", "q2", "a2", "q", "a"]
     assert with_shots(talk("q", "a"), []) == talk("q", "a")
 
@@ -64,7 +65,7 @@ def test_shots_come_after_the_system_message_and_without_their_own() -> None:
 def test_only_the_own_answer_counts_after_shots(tokenizer: Tokenizer) -> None:
     own = talk("What is it?", "a refund", system="mine")
     encoded = encode_after_shots(tokenizer, own, [talk("q1", "a1"), talk("q2", "a2")])
-    alone = encode_chat(tokenizer, own)
+    alone = encode_chat(tokenizer, own.messages)
     learned = [token for token, learn in zip(encoded.ids, encoded.learn, strict=True) if learn]
     assert learned == [token for token, learn in zip(alone.ids, alone.learn, strict=True) if learn]
     assert encoded.ids[-sum(alone.learn) - 1 :] == alone.ids[-sum(alone.learn) - 1 :]

@@ -78,6 +78,7 @@ QUESTIONS = [
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_likeliest_option_is_the_answer(model: CausalLM, tokenizer: Tokenizer, chat: bool) -> None:
     by_sum = by_mean = 0
+    loss = 0.0
     for row in QUESTIONS:
         sums = []
         for option in row.options:
@@ -90,10 +91,12 @@ def test_the_likeliest_option_is_the_answer(model: CausalLM, tokenizer: Tokenize
                 start, end = tokenizer.encode(row.prompt), tokenizer.encode(" " + option)
                 sums.append(chances(model, start + end, [False] * len(start) + [True] * len(end)))
         means = [value / len(option) for value, option in zip(sums, row.options, strict=True)]
+        loss -= sums[row.answer] / 3
         by_sum += sums.index(max(sums)) == row.answer
         by_mean += means.index(max(means)) == row.answer
     scores = evaluate_options(model, tokenizer, QUESTIONS, chat=chat, micro_batch_tokens=50)
     assert (scores.by_sum, scores.by_mean) == (Share(by_sum, 3), Share(by_mean, 3))
+    assert scores.loss == pytest.approx(loss, rel=1e-5)
     assert scores.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
 
 

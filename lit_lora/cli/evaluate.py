@@ -1,0 +1,245 @@
+"""``lit-lora evaluate``: loss and accuracy of base, adapter and merged models, side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lit_lora import log
+from lit_lora.cli import answering as options
+from lit_lora.cli.prepare import parse_columns
+from lit_lora.config import did_you_mean, validate
+from lit_lora.errors import DiskError, InputError, UsageError
+from lit_lora.files import write_text
+
+if TYPE_CHECKING:
+    from lit_lora.data import DataConfig
+    from lit_lora.evaluate.compare import Candidate, Result
+    from lit_lora.evaluate.tasks import Dataset
+
+__all__ = ["command"]
+
+
+def command(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model, run or adapter folders.")],
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="Held-out rows: as for lit-lora prepare.")] = None,
+    adapter: options.Adapter = None,
+    task: Annotated[str | None, typer.Option(metavar="A,B", help="loss, exact_match, json_fields, options.")] = None,
+    shots: Annotated[int, typer.Option(metavar="K", min=0, help="Also the base with K examples in its prompt.")] = 0,
+    examples: Annotated[str | None, typer.Option(metavar="DATA", help="The training rows, for --shots.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N rows.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="Instead of looking at the columns.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(metavar="A=B", help="The format's column A is your column B; may be repeated.")
+    ] = None,
+    system: options.System = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Multiple choice as plain text, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Where an answer is cut off.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts answered at once.")] = 50,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides which examples --shots takes.")] = 0,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Rows whose answers are printed.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures and answers as JSON.")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "auto",
+) -> None:
+    """Measure models on held-out rows, side by side.
+
+    A run folder gives two columns, its base and its adapter; --shots adds the base with examples in its prompt, which
+    finetuning has to beat. Shares come with their 95 % interval. Answers are compared after Unicode NFC, without white
+    space at the ends and without a code fence; JSON is compared as JSON.
+
+    Rows are read as by lit-lora prepare. Rows of multiple choice (prompt, options, answer) are scored by likelihood.
+
+    Examples:
+        lit-lora evaluate out/quickstart --data tickets_heldout --shots 4 --examples tickets_train
+
+        lit-lora evaluate checkpoints/base out/run out/run/merged --data heldout.jsonl --out results.json
+
+        lit-lora evaluate checkpoints/base --data arc_easy.jsonl --columns prompt=question --columns options=choices
+    """
+    from lit_lora.evaluate.compare import compare, report, same_scores
+    from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
+    from lit_lora.open_model import open_model
+
+    if out is not None and out.exists():
+        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    tasks = _tasks(task)
+    given = {"format": format_, "columns": parse_columns(columns or []) or None, "system": system}
+    config = _data_config(models, data, {key: value for key, value in given.items() if value is not None})
+    candidates = _candidates(models, adapter, shots)
+    dataset = _read(config, tasks, limit)
+    tasks = tasks or default_tasks(dataset)
+    drawn_from = _examples(config, examples, shots, tasks, dataset)
+    log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
+
+    def open_candidate(candidate: Candidate) -> Any:
+        opened = open_model(candidate.model, adapter=candidate.adapter, dtype=dtype, device=device)
+        return opened.model, opened.tokenizer, opened.description
+
+    settings = EvaluateSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, plain=plain)
+    results = compare(candidates, open_candidate, dataset, tasks, examples=drawn_from, seed=seed, settings=settings)
+    _print(results, config.path, samples)
+    for earlier, later in same_scores(results):
+        log.warn(
+            f"{later.candidate.label} scores exactly as {earlier.candidate.label} in everything: "
+            "is it the right model or adapter, and did its training do anything?"
+        )
+    if out is not None:
+        about = {"data": config.path, "rows": len(dataset), "tasks": tasks, "seed": seed}
+        write_text(out, json.dumps(report(results, about), ensure_ascii=False, indent=1) + "\n")
+        log.say(f"wrote {out}")
+    tuned = next((path for path in models if (path / "adapter").is_dir()), None)
+    next_command = (
+        f"lit-lora merge {shlex.quote(str(tuned))}" if tuned else f"lit-lora chat {shlex.quote(str(models[-1]))}"
+    )
+    log.say(f"next: {next_command}")
+
+
+def _tasks(text: str | None) -> list[str]:
+    """The tasks that were asked for; none means those that suit the rows.
+
+    Raises:
+        UsageError: One is not known.
+    """
+    from lit_lora.evaluate import TASKS
+
+    tasks = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in tasks:
+        if name not in TASKS:
+            raise UsageError(f"--task {name}: not known{did_you_mean(name, TASKS)}", hint=f"known: {', '.join(TASKS)}")
+    return list(dict.fromkeys(tasks))
+
+
+def _data_config(models: list[Path], data: str | None, given: dict[str, Any]) -> DataConfig:
+    """What to read: as given, else as the first run's config has it.
+
+    Raises:
+        UsageError: No data was named, and no run says which.
+    """
+    from lit_lora.config import read_yaml
+    from lit_lora.data import DataConfig
+
+    saved: dict[str, Any] = {}
+    for path in models:
+        if (path / "config.yaml").is_file():
+            section = dict(read_yaml(path / "config.yaml")).get("data")
+            saved = section if isinstance(section, dict) else {}
+            break
+    held_out = saved.get("validation")
+    path_ = data or (held_out if isinstance(held_out, str) else None)
+    if path_ is None:
+        raise UsageError("no rows to evaluate on", hint="name them: --data heldout.jsonl")
+    kept = {} if given else {key: saved[key] for key in ("format", "columns", "values", "system") if saved.get(key)}
+    return validate({**kept, **given, "path": path_}, DataConfig, name="evaluate")
+
+
+def _candidates(models: list[Path], adapter: Path | None, shots: int) -> list[Candidate]:
+    """The columns: each base once, with its shots beside it, and what was made of it.
+
+    Raises:
+        InputError: A folder holds no model.
+        UsageError: ``--adapter`` was given with several models.
+    """
+    from lit_lora.evaluate.compare import Candidate
+    from lit_lora.open_model import find_folders
+
+    if adapter is not None and len(models) > 1:
+        raise UsageError("--adapter goes with one MODEL", hint="name runs and adapters as further MODELs")
+    found: list[Candidate] = []
+    for number, path in enumerate(models):
+        base, folder = find_folders(path, adapter=adapter)
+        if all(known.adapter or known.model.resolve() != base.resolve() for known in found):
+            found.append(Candidate(_label(base, found), base))
+            # of plain models only the first is a base; the others are what finetuning made
+            if shots and (folder is not None or number == 0):
+                found.append(Candidate(f"{found[-1].label} + {shots} shots", base, shots=shots))
+        if folder is not None:
+            found.append(Candidate(_label(folder, found), base, folder))
+    return found
+
+
+def _label(folder: Path, taken: list[Candidate]) -> str:
+    """A short name that no other column has."""
+    plain_names = ("adapter", "model", "merged")
+    name = f"{folder.parent.name}/{folder.name}" if folder.name in plain_names else folder.resolve().name
+    return name if all(candidate.label != name for candidate in taken) else str(folder)
+
+
+def _read(config: DataConfig, tasks: list[str], limit: int | None) -> Dataset:
+    """The rows, as conversations, texts or multiple choice.
+
+    Raises:
+        InputError: A file or row cannot be read, or there is no row.
+    """
+    from itertools import islice
+
+    from lit_lora.data import cache_folder
+    from lit_lora.data.prepare import read_samples
+    from lit_lora.data.read import read_rows
+    from lit_lora.data.source import locate
+    from lit_lora.evaluate.options import has_options, read_option_rows
+    from lit_lora.evaluate.tasks import Dataset
+
+    source = locate(config.path, cache_folder())
+    files = list(source.validation or source.train)
+    first = next((row for file in files for _, row in read_rows(file)), None)
+    if first is None:
+        raise InputError(f"{config.path}: no rows in it", hint="expected one row per line or a list")
+    if tasks == ["options"] or (not tasks and config.format == "auto" and has_options(first, config.columns)):
+        return Dataset(options=read_option_rows(files, config.columns, limit=limit))
+    samples = [sample for sample, _ in islice(read_samples(config, files), limit)]
+    texts = [sample for sample in samples if isinstance(sample, str)]
+    return Dataset(conversations=[sample for sample in samples if not isinstance(sample, str)], texts=texts)
+
+
+def _examples(config: DataConfig, path: str | None, shots: int, tasks: list[str], dataset: Dataset) -> Dataset | None:
+    """The rows that shots are drawn from.
+
+    Raises:
+        UsageError: There is no file of examples, or the rows cannot have any.
+    """
+    if not shots:
+        return None
+    if path is None:
+        raise UsageError(f"--shots {shots} needs rows to draw from", hint="--examples train.jsonl: the training rows")
+    if dataset.texts:
+        raise UsageError("--shots needs rows with a prompt and an answer, these are plain texts")
+    found = _read(config.model_copy(update={"path": path}), ["options"] if dataset.options else tasks, None)
+    shown = {json.dumps(each.messages) for each in found.conversations}
+    shared = sum(json.dumps(each.messages) in shown for each in dataset.conversations)
+    if shared:
+        log.warn(f"{shared:,} rows are also among the examples: the scores with shots will look better than they are")
+    return found
+
+
+def _print(results: list[Result], path: str, samples: int) -> None:
+    """The table, what the figures are, and some answers."""
+    from lit_lora.evaluate.compare import comparison_table
+
+    header, lines = comparison_table(results)
+    for number, answer in enumerate(results[0].answers[:samples]):
+        log.say(f"{number + 1}. {_short(str(answer.messages[-1]['content']))}", style="bold")
+        log.say(f"   expected: {_short(answer.reference)}")
+        for result in results:
+            other = result.answers[number]
+            mark = "=" if other.right else "≠"
+            log.say(f"   {mark} {result.candidate.label}: {_short(other.answer)}")
+    log.table(f"{path} (shares with 95 % interval)", header, lines, right=range(1, len(header)))
+    for metric in results[0].metrics:
+        if metric.why:
+            log.note(f"{metric.name}: {metric.why}")
+    for result in results:
+        if result.adapter_sha256:
+            log.say(f"{result.candidate.label}: {result.candidate.adapter}, sha256 {result.adapter_sha256[:16]}")
+
+
+def _short(text: str, most: int = 300) -> str:
+    """One line of at most ``most`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -1,0 +1,140 @@
+"""Several models on the same rows, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_lora import log
+from lit_lora.evaluate import load_task
+from lit_lora.evaluate.answers import Answer
+from lit_lora.evaluate.scores import Metric
+from lit_lora.evaluate.shots import draw_shots
+from lit_lora.evaluate.tasks import Dataset, EvaluateSettings, Subject
+from lit_lora.files import sha256_file
+from lit_lora.model import CausalLM
+from lit_lora.tokenizer import Tokenizer
+
+__all__ = ["Candidate", "Result", "compare", "comparison_table", "report", "same_scores"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One column of the comparison: a model, with or without an adapter, with or without examples in the prompt."""
+
+    label: str
+    model: Path
+    adapter: Path | None = None
+    shots: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one candidate reached."""
+
+    candidate: Candidate
+    description: str
+    """What was opened, in words."""
+    adapter_sha256: str | None
+    metrics: list[Metric]
+    seconds: float
+    answers: list[Answer] = field(default_factory=list)
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    open_candidate: Callable[[Candidate], tuple[CausalLM, Tokenizer, str]],
+    dataset: Dataset,
+    tasks: Sequence[str],
+    *,
+    examples: Dataset | None = None,
+    seed: int = 0,
+    settings: EvaluateSettings | None = None,
+) -> list[Result]:
+    """Run every task on every candidate, one model in memory at a time.
+
+    Args:
+        candidates: The models.
+        open_candidate: Gives a candidate's model, tokenizer and description.
+        dataset: The rows.
+        tasks: Names in ``TASKS``.
+        examples: The rows that the shots are drawn from.
+        seed: Decides which.
+        settings: How the models are asked.
+
+    Raises:
+        UsageError: A task does not go with the rows, or there are too few examples.
+    """
+    results = []
+    for candidate in candidates:
+        start = time.perf_counter()
+        shots = _draw(examples or Dataset(), candidate.shots, seed)
+        model, tokenizer, description = open_candidate(candidate)
+        log.note(f"{candidate.label}: {description}")
+        subject = Subject(model, tokenizer, dataset, shots, settings or EvaluateSettings())
+        metrics = [metric for task in tasks for metric in load_task(task)(subject)]
+        answers = subject.answers.answers if "answers" in vars(subject) else []
+        digest = sha256_file(candidate.adapter / "adapter_model.safetensors") if candidate.adapter else None
+        results.append(Result(candidate, description, digest, metrics, time.perf_counter() - start, answers))
+        del model, subject  # before the next one is opened
+    return results
+
+
+def _draw(examples: Dataset, count: int, seed: int) -> Dataset:
+    if not count:
+        return Dataset()
+    if examples.options:
+        return Dataset(options=draw_shots(examples.options, count, seed=seed))
+    return Dataset(conversations=draw_shots(examples.answered, count, seed=seed))
+
+
+def same_scores(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of an earlier and a later model that gave the same scores and the same answers: then something is wrong."""
+    found = []
+    for index, result in enumerate(results):
+        for earlier in results[:index]:
+            both = zip(earlier.metrics, result.metrics, strict=True)
+            same_answers = [a.answer for a in earlier.answers] == [b.answer for b in result.answers]
+            if same_answers and all(one.value == other.value for one, other in both):
+                found.append((earlier, result))
+                break
+    return found
+
+
+def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a metric per line, a candidate per column."""
+    header = ["", *(result.candidate.label for result in results)]
+    lines = [
+        [metric.name, *(str(result.metrics[index]) for result in results)]
+        for index, metric in enumerate(results[0].metrics)
+    ]
+    return header, [*lines, ["seconds", *(f"{result.seconds:.0f}" for result in results)]]
+
+
+def report(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything as plain data for a JSON file.
+
+    Args:
+        results: What was measured.
+        about: On what and how.
+    """
+    models = [
+        {
+            "label": result.candidate.label,
+            "model": str(result.candidate.model),
+            "adapter": str(result.candidate.adapter) if result.candidate.adapter else None,
+            "adapter_sha256": result.adapter_sha256,
+            "shots": result.candidate.shots,
+            "seconds": round(result.seconds, 3),
+            "scores": {metric.name: metric.to_json() for metric in result.metrics},
+            "answers": [
+                {"reference": answer.reference, "answer": answer.answer, "right": answer.right}
+                for answer in result.answers
+            ],
+        }
+        for result in results
+    ]
+    return {**about, "models": models}

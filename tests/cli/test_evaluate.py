@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_lora import peft
+from lit_lora.checkpoint.load import load_model
+from lit_lora.checkpoint.save import save_model
+from lit_lora.cli import main
+from lit_lora.files import sha256_file
+from tests.evaluate.conftest import tiny_model
+from tests.tiny import tiny_tokenizer
+
+TICKET = '{"product": "laptop", "urgency": "high"}'
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_tokenizer(folder / "tokenizer")
+    return save_model(tiny_model(), folder / "tiny", side_files=folder / "tokenizer", card="tiny\n")
+
+
+@pytest.fixture(scope="session")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an adapter that does something; not to be changed."""
+    return make_run(tmp_path_factory.mktemp("runs") / "run", base, size=0.3)
+
+
+def make_run(folder: Path, base: Path, size: float) -> Path:
+    model = load_model(base)
+    config = peft.methods()["lora"].model_validate({"rank": 2})
+    peft.freeze(model)
+    config.apply(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in peft.trainable_state(model).values():
+            parameter.add_(size * torch.randn_like(parameter))
+    peft.save_adapter(model, config, folder / "adapter", base=base)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture
+def tickets(tmp_path: Path) -> Path:
+    return write(tmp_path / "tickets.jsonl", [{"prompt": f"my laptop {i}", "completion": TICKET} for i in range(5)])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *map(str, arguments), "--dtype", "fp32", "--device", "cpu"])
+    return int(exit_.value.code or 0)
+
+
+def test_base_shots_adapter_and_merged_stand_side_by_side(
+    run: Path, base: Path, tickets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = write(tmp_path / "train.jsonl", [{"prompt": f"phone {i}", "completion": TICKET} for i in range(4)])
+    merged = tmp_path / "merged"
+    with pytest.raises(SystemExit) as exit_:
+        main(["merge", str(run), "--out", str(merged), "--dtype", "fp32"])
+    assert not exit_.value.code
+    capsys.readouterr()
+
+    out = tmp_path / "results.json"
+    code = evaluate(run, merged, "--data", tickets, "--shots", 2, "--examples", examples, "--out", out)
+
+    printed = capsys.readouterr().out
+    assert code == 0
+    saved = json.loads(out.read_text())
+    models = {model["label"]: model for model in saved["models"]}
+    assert list(models) == ["tiny", "tiny + 2 shots", "run/adapter", f"{tmp_path.name}/merged"]
+    assert (saved["rows"], saved["tasks"]) == (5, ["loss", "exact_match", "json_fields"])
+    losses = {label: model["scores"]["loss"]["value"] for label, model in models.items()}
+    assert len(set(losses.values())) == 4
+    assert losses["run/adapter"] == pytest.approx(losses[f"{tmp_path.name}/merged"], rel=1e-4)
+    assert models["tiny"]["scores"]["field urgency"]["rows"] == 5
+    assert len(models["tiny"]["answers"]) == 5
+    digest = sha256_file(run / "adapter" / "adapter_model.safetensors")
+    assert models["run/adapter"]["adapter_sha256"] == digest
+    assert digest[:16] in printed
+    assert f"next: lit-lora merge {run}" in printed
+    assert re.search(rf"^\s+tiny\s+tiny \+ 2 shots\s+run/adapter\s+{tmp_path.name}/merged\s*$", printed, re.MULTILINE)
+
+
+def test_pain_46_equal_scores_of_base_and_tuned_are_a_warning(
+    base: Path, run: Path, tickets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = make_run(tmp_path / "idle", base, size=0.0)
+    assert evaluate(idle, "--data", tickets) == 0
+    assert "idle/adapter scores exactly as tiny in everything" in capsys.readouterr().err
+    assert evaluate(run, "--data", tickets) == 0
+    assert "scores exactly as" not in capsys.readouterr().err
+
+
+def test_an_adapter_can_be_named_apart_from_its_base(base: Path, run: Path, tickets: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert evaluate(base, "--adapter", run, "--data", tickets, "--out", one) == 0
+    assert evaluate(run, "--data", tickets, "--out", two) == 0
+    scores = [[model["scores"] for model in json.loads(path.read_text())["models"]] for path in (one, two)]
+    assert scores[0] == scores[1]
+
+
+def test_multiple_choice_rows_are_recognised(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write(
+        tmp_path / "mc.jsonl", [{"question": "sky?", "choices": ["red", "blue"], "answer": i % 2} for i in range(6)]
+    )
+    assert evaluate(base, "--data", rows, "--shots", 1, "--examples", rows) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^options\s+50.0% \[18.8–81.2\]", printed.out, re.MULTILINE)
+    assert "chance 50.0%" in printed.err
+    assert "scores exactly as" not in printed.err, "equal shares alone are no sign of equal models"
+
+
+def test_plain_text_gets_its_loss(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)  # several contexts long
+    out = tmp_path / "results.json"
+    assert evaluate(base, "--data", text, "--out", out) == 0
+    assert set(json.loads(out.read_text())["models"][0]["scores"]) == {"loss", "perplexity"}
+
+
+def test_the_runs_own_validation_file_and_columns_are_the_default(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "held.jsonl", [{"frage": "was?", "antwort": "nichts"}])
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    section = {"path": "t", "validation": str(rows), "columns": {"prompt": "frage", "completion": "antwort"}}
+    (own / "config.yaml").write_text(json.dumps({"recipe": "lora", "data": section}))
+    assert evaluate(own, "--task", "loss") == 0
+    assert "1 rows, tasks: loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--task", "los"], 2, "--task los: not known (did you mean 'loss'?)"),
+        (["--shots", "2"], 2, "--shots 2 needs rows to draw from"),
+        (["--shots", "9", "--examples", "DATA"], 2, "there are only 5 examples"),
+        (["--task", "options"], 3, "no column for options"),
+        (["--columns", "prompt=nothing"], 3, "no column 'nothing'"),
+        (["--out", "DATA"], 4, "already exists"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    base: Path, tickets: Path, arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(tickets) if argument == "DATA" else argument for argument in arguments]
+    assert evaluate(base, "--data", tickets, *given) == code
+    assert said in capsys.readouterr().err
+
+
+def test_missing_data_and_missing_models_are_named(
+    base: Path, tickets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(base) == 2
+    assert "no rows to evaluate on" in capsys.readouterr().err
+    assert evaluate(base, "--data", tmp_path / "none.jsonl") == 3
+    assert evaluate(tmp_path / "none", "--data", tickets) == 3
+    assert evaluate(base, base, "--adapter", "x", "--data", tickets) == 2
