@@ -65,8 +65,10 @@ def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64
     targets, states = labels[positions].to(device), hidden[positions.to(device)]
     losses: list[Tensor] = [
         functional.cross_entropy(model.lm_head(some).float(), label, reduction="none")
-        for some, label in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        for some, label in zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     nats = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)
     document = np.repeat(np.arange(len(batch.lengths)), batch.lengths)[positions.numpy()]
-    return -np.bincount(document, weights=nats, minlength=len(batch.lengths))
+    sums: npt.NDArray[np.float64] = np.zeros(len(batch.lengths))
+    np.subtract.at(sums, document, nats)
+    return sums
