@@ -22,7 +22,7 @@ from lit_lora import log
 from lit_lora.data.rows import EncodedRow, TokenTable, record_batch
 from lit_lora.files import disk_errors, sha256_file, write_text
 
-__all__ = ["CODE_VERSION", "cache_folder", "cache_key", "cached_table"]
+__all__ = ["CODE_VERSION", "cache_key", "cached_table"]
 
 CODE_VERSION = 1
 """Raised whenever the same file and settings give other tokens, or the layout of the cache changes."""
@@ -30,13 +30,6 @@ CODE_VERSION = 1
 _SAMPLES_PER_FILE = 16_384
 
 T = TypeVar("T")
-
-
-def cache_folder() -> Path:
-    """Where tokenised rows are kept: ``LIT_LORA_CACHE``, or the user's cache folder."""
-    if given := os.environ.get("LIT_LORA_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-lora"
 
 
 def cache_key(files: Sequence[Path], settings: dict[str, Any]) -> str:

@@ -32,21 +32,23 @@ def encode_samples(
         InputError: The chat template refuses a conversation, or a row is too long and ``too_long`` is ``error``.
     """
     for start in range(0, len(samples), _TOGETHER):
-        some = list(zip(samples, places, strict=True))[start : start + _TOGETHER]
+        end = start + _TOGETHER
+        some = list(zip(samples[start:end], places[start:end], strict=True))
+        learn_all = config.learn == "all"
         chats = [
             _render(tokenizer, sample, place)
             for sample, place in some
-            if isinstance(sample, Conversation) and sample.has_answer
+            if isinstance(sample, Conversation) and (sample.has_answer or learn_all)
         ]
         encoded = iter(encode_rendered(tokenizer, chats))
         for sample, place in some:
             if isinstance(sample, str):
                 yield from _pieces(encode_text(tokenizer, sample, end=True), place, config.max_seq_length)
-            elif not sample.has_answer:
+            elif not (sample.has_answer or learn_all):
                 yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
             else:
                 chat = next(encoded)
-                learn = [True] * len(chat.ids) if config.learn == "all" else chat.learn
+                learn = [True] * len(chat.ids) if learn_all else chat.learn
                 yield _fit(chat.ids, learn, place, config)
 
 

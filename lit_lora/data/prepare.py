@@ -90,7 +90,7 @@ def read_samples(
     Args:
         config: Says the format and the mapping, or leaves them to be found from the first row.
         files: Data files.
-        info: Is given the name of the format and the columns that nothing reads.
+        info: Is given the name of the format, the columns that nothing reads, and whether there are tools.
 
     Raises:
         InputError: A file or row cannot be read, or there is no row.
@@ -101,7 +101,9 @@ def read_samples(
             where = f"{file}:{line}"
             if reader is None:
                 reader = choose_format(config, row, where)
-                (info if info is not None else {}).update(format=reader.name, unused=list(reader.unused))
+                (info if info is not None else {}).update(
+                    format=reader.name, unused=list(reader.unused), tools=reader.format.nested and "tools" in row
+                )
             yield reader.sample(row, where), (file.name, line)
     if reader is None:
         raise InputError(f"{', '.join(map(str, files))}: no rows in it", hint="expected one row per line or a list")
@@ -124,6 +126,8 @@ def _load(
             yield sample
 
     table, hit = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
+    if info["tools"] and "tools" not in (tokenizer.chat_template or ""):
+        log.warn("the rows have tools, which the model's chat template does not know: they are left out")
     return table, report_files(", ".join(map(str, files)), table, info, from_cache=hit)
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """The rows as one Arrow record batch."""
     tokens = np.array([len(row.ids) for row in rows], dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(tokens)]), pa.int64())
-    ids = np.fromiter((token for row in rows for token in row.ids), np.int32, count=int(tokens.sum()))
-    learn = np.fromiter((flag for row in rows for flag in row.learn), np.uint8, count=int(tokens.sum()))
+    ids = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, count=int(tokens.sum()))
+    learn = np.fromiter(chain.from_iterable(row.learn for row in rows), np.uint8, count=int(tokens.sum()))
     ends = np.cumsum(tokens)
     pieces = list(zip(ends - tokens, ends, strict=True))
     columns: list[Any] = [

@@ -102,8 +102,8 @@ def test_pain_45_without_a_network_two_lines_say_which_file_to_get(run: Run) -> 
 
 def test_preparing_a_local_file_imports_neither_torch_nor_datasets(run: Run) -> None:
     code = (
-        "import sys; from lit_lora.cli import main\n"
-        "try: main(['prepare', 'rows.jsonl', '--model', 'model'])\n"
+        "import runpy, sys; sys.argv[1:] = ['rows.jsonl', '--model', 'model']\n"
+        "try: runpy.run_module('lit_lora.scripts.prepare', run_name='__main__')\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
     )

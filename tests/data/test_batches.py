@@ -70,7 +70,7 @@ def test_micro_batches_keep_to_the_budget_unless_a_row_alone_breaks_it(rows: lis
         assert micro.lengths == [len(rows[row][0]) for row in micro.rows]
         assert micro.input_ids[0].tolist() == [token for row in micro.rows for token in rows[row][0]]
         assert sum(micro.lengths) <= budget or len(micro.rows) == 1
-        assert micro.target_count == len(_pairs(micro))
+        assert micro.target_count == len(_pairs(micro)) == packed.target_counts[micro.rows].sum()
 
 
 def test_packing_takes_few_micro_batches_of_even_size() -> None:

@@ -148,4 +148,4 @@ def test_rows_of_many_files_are_read_in_their_place(tmp_path: Path, monkeypatch:
 def test_complete_json_is_readable(run: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     run(write_rows([{**question(1), "id": 7}]))
     (done,) = (tmp_path / "cache").rglob("complete.json")
-    assert json.loads(done.read_text()) == {"format": "prompt_completion", "unused": ["id"], "files": 1}
+    assert json.loads(done.read_text()) == {"format": "prompt_completion", "unused": ["id"], "tools": False, "files": 1}

@@ -54,6 +54,8 @@ def test_answers_and_their_end_of_turn_are_learned(tokenizer: Tokenizer) -> None
 def test_everything_is_learned_when_asked_for(tokenizer: Tokenizer) -> None:
     (row,) = _encode(tokenizer, CHAT, learn="all")
     assert all(row.learn)
+    (alone,) = _encode(tokenizer, Conversation([{"role": "user", "content": "x"}]), learn="all")
+    assert (alone.status, all(alone.learn)) == (Status.KEPT, True)
     assert list(row.ids) == _encode(tokenizer, CHAT)[0].ids
 
 

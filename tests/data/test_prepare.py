@@ -106,6 +106,16 @@ def test_validation_rows_that_are_also_training_rows_are_warned_of(
     assert "2 of 3 validation rows are exactly equal to training rows" in capsys.readouterr().err
 
 
+def test_tools_that_the_template_does_not_know_are_warned_of(
+    run: Prepare, write_rows: WriteRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_rows([{"messages": messages, "tools": [{"name": "search"}]}])
+    for _ in range(2):  # from the cache too
+        run(path)
+        assert "the rows have tools, which the model's chat template does not know" in capsys.readouterr().err
+
+
 def test_the_report_counts_what_is_there(run: Prepare, write_rows: WriteRows) -> None:
     rows = [*MANY[:3], {"prompt": "x", "completion": None}, {"prompt": "long " * 200, "completion": "y", "extra": 1}]
     report = run(write_rows(rows), max_seq_length=100, validation=1).report
