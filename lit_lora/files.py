@@ -13,7 +13,15 @@ from pathlib import Path
 
 from lit_lora.errors import DiskError
 
-__all__ = ["atomic_folder", "folder_bytes", "human_bytes", "require_free_space", "sha256_file", "write_text"]
+__all__ = [
+    "atomic_folder",
+    "cache_folder",
+    "folder_bytes",
+    "human_bytes",
+    "require_free_space",
+    "sha256_file",
+    "write_text",
+]
 
 
 @contextmanager
@@ -130,6 +138,13 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def cache_folder() -> Path:
+    """Where tokenised rows and compiled kernels are kept: ``LIT_LORA_CACHE``, or the user's cache folder."""
+    if given := os.environ.get("LIT_LORA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-lora"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """Causal attention: over packed documents (training, scoring) and over a key/value cache (decoding).
 
-Both are objects that a layer calls with its queries, keys and values, so the layer knows neither of documents nor of
-caches. Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
+Both are objects that a layer calls with its queries, keys and values, so the layer knows neither of positions, nor of
+documents, nor of caches. Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_lora import kernels
+from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
+from lit_lora.model.ops import rotate
+from lit_lora.model.packed_attention import packed_attention
+from lit_lora.model.rope import rope_table
 
 __all__ = ["CachedAttention", "PackedAttention"]
 
@@ -21,29 +26,35 @@ class PackedAttention:
     """Documents laid end to end in one row; none sees another, so no token is padding.
 
     Args:
-        lengths: Tokens per document.
-        window: A token sees this many tokens, itself included; ``None`` means all before it.
+        config: The model's.
+        lengths: Tokens per document; positions restart in each.
+        device: Of the tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], window: int | None) -> None:
+    def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = list(lengths)
-        self.window = window
+        self.window = config.sliding_window
+        positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
+        self.rope = rope_table(config, positions, max(self.lengths))
+        self.starts = torch.tensor([0, *self.lengths]).cumsum(0)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend within each document.
+        """Rotate, and attend within each document.
 
         Args:
             layer: Index of the calling layer; unused here.
-            query: (T, N, H), rotated.
-            key: (T, K, H), rotated.
+            query: (T, N, H).
+            key: (T, K, H).
             value: (T, K, H).
 
         Returns:
             (T, N, H) in the dtype of ``query``.
         """
+        if kernels.usable(query, key, value):
+            return packed_attention(query, key, value, self.rope, self.starts, self.lengths, self.window)
         outputs = []
-        documents = zip(*(torch.split(tensor, self.lengths) for tensor in (query, key, value)), strict=True)
-        for q, k, v in documents:
+        turned = rotate(query, *self.rope), rotate(key, *self.rope), value
+        for q, k, v in zip(*(torch.split(tensor, self.lengths) for tensor in turned), strict=True):
             masked = self.window is not None and q.shape[0] > self.window
             out = F.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],
@@ -61,25 +72,26 @@ class CachedAttention:
     """New tokens attend to a cache and to themselves; their keys and values are appended to it in place.
 
     Args:
+        config: The model's.
         cache: The cache.
         batch_size: Rows B.
         tokens: New tokens per row T.
-        window: A token sees this many tokens, itself included; ``None`` means all before it.
     """
 
-    def __init__(self, cache: KVCache, batch_size: int, tokens: int, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, cache: KVCache, batch_size: int, tokens: int) -> None:
         self.cache = cache
         self.batch_size = batch_size
         self.tokens = tokens
-        self.mask = cache.mask(tokens, window)
+        self.mask = cache.mask(tokens, config.sliding_window)
+        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.length + tokens)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend to everything stored so far.
+        """Rotate, and attend to everything stored so far.
 
         Args:
             layer: Index of the calling layer: where its keys and values are stored.
-            query: (B·T, N, H), rotated.
-            key: (B·T, K, H), rotated.
+            query: (B·T, N, H).
+            key: (B·T, K, H).
             value: (B·T, K, H).
 
         Returns:
@@ -87,7 +99,7 @@ class CachedAttention:
         """
         q, k, v = (
             tensor.view(self.batch_size, self.tokens, *tensor.shape[1:]).transpose(1, 2)  # (B, heads, T, H)
-            for tensor in (query, key, value)
+            for tensor in (rotate(query, *self.rope), rotate(key, *self.rope), value)
         )
         keys, values = self.cache.append(layer, k, v)
         grouped = query.shape[1] != key.shape[1]

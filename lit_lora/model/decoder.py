@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from lit_lora.model.attention import CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.layers import MLP, RMSNorm, rotate
-from lit_lora.model.rope import rope_table
+from lit_lora.model.layers import MLP, RMSNorm
 
 __all__ = ["Attend", "CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
@@ -34,19 +32,23 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim))  # (T, heads, H)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        context = attend(self.index, rotate(query, *rope), rotate(key, *rope), value)  # (T, N, H)
+        context = attend(self.index, query, key, value)  # (T, N, H)
         out: Tensor = self.o_proj(context.flatten(-2))
         return out
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on a normed input and added to the residual stream."""
+    """Attention and MLP, each on a normed input and added to the residual stream.
+
+    The addition happens in the next norm, in one pass over memory: a layer takes the stream with what is still to be
+    added to it, and returns the same.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -55,11 +57,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """(T, D) to (T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+        """The residual stream (T, D) and what is to be added to it (T, D) or ``None``; both again after the layer."""
+        x, normed = self.input_layernorm(x, delta)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, attend))
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -71,12 +73,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, input_ids: Tensor, attend: Attend) -> Tensor:
         """(T,) int64 token ids to (T, D)."""
         x: Tensor = self.embed_tokens(input_ids)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, rope, attend)
-        out: Tensor = self.norm(x)
+            x, delta = layer(x, delta, attend)
+        _, normed = self.norm(x, delta)
+        out: Tensor = normed
         return out
 
 
@@ -120,23 +124,17 @@ class CausalLM(nn.Module):
             ValueError: The cache has no room, or ``lengths`` do not cover the row.
         """
         batch_size, tokens = input_ids.shape
-        device = input_ids.device
         attend: Attend
         if cache is not None:
             if cache.length + tokens > cache.max_length:
                 raise ValueError(f"{cache.length} + {tokens} tokens, the cache has room for {cache.max_length}")
-            positions = cache.positions(tokens).reshape(-1)
-            longest = cache.length + tokens
-            attend = CachedAttention(cache, batch_size, tokens, self.config.sliding_window)
+            attend = CachedAttention(self.config, cache, batch_size, tokens)
         else:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
             if sum(lengths) != batch_size * tokens:
                 raise ValueError(f"lengths sum to {sum(lengths)}, the row has {batch_size * tokens} tokens")
-            positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-            longest = max(lengths)
-            attend = PackedAttention(lengths, self.config.sliding_window)
-        rope = rope_table(self.config, positions, longest)
-        hidden: Tensor = self.model(input_ids.reshape(-1), rope, attend)
+            attend = PackedAttention(self.config, lengths, input_ids.device)
+        hidden: Tensor = self.model(input_ids.reshape(-1), attend)
         if cache is not None:
             cache.advance(tokens)
         return hidden.view(batch_size, tokens, -1)

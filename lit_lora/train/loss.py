@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_lora import kernels
+
 __all__ = ["IGNORE_INDEX", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
 
 IGNORE_INDEX = -100
@@ -70,10 +72,10 @@ def backward(model: LanguageModel, batch: Batch, scale: float) -> float:
     leaf = hidden.detach()[positions].requires_grad_(hidden.requires_grad)
     total = 0.0
     for states, labels in zip(torch.split(leaf, CHUNK), torch.split(targets, CHUNK), strict=True):
-        loss = cross_entropy_sum(model.lm_head(states), labels)
-        if loss.requires_grad:
-            torch.autograd.backward(loss * scale)
-        total += float(loss.detach())
+        loss, scaled = cross_entropy_sum(model.lm_head(states), labels, scale)
+        if scaled.requires_grad:
+            torch.autograd.backward(scaled)
+        total += float(loss)
     if leaf.grad is not None:
         gradient = torch.zeros_like(hidden).index_copy_(0, positions, leaf.grad)
         torch.autograd.backward(hidden, gradient)
@@ -89,37 +91,41 @@ def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
     hidden = model.hidden_states(batch.input_ids, lengths=batch.lengths)[0][positions]
     targets = batch.labels[0, positions]
     chunks = zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
-    return sum(float(cross_entropy_sum(model.lm_head(states), labels)) for states, labels in chunks), len(targets)
+    return sum(float(cross_entropy_sum(model.lm_head(states), labels)[0]) for states, labels in chunks), len(targets)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over rows of ``-log softmax(logits)[label]``, computed in float32.
+def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Sum over rows of ``-log softmax(logits)[label]``, computed in float32, and ``scale`` times it.
 
-    The backward overwrites ``logits`` with its own gradient, so a chunk needs no second buffer.
+    Only the second has a gradient. It is computed with the sum, in place of the logits where a kernel applies, so a
+    chunk needs no second buffer and one pass fewer.
 
     Args:
-        logits: (T, V), used up.
+        logits: (T, V); used up.
         labels: (T,) int64, none of them ``IGNORE_INDEX``.
+        scale: Factor of the gradient.
 
     Returns:
-        float32 scalar.
+        Two float32 scalars.
     """
-    out: Tensor = _CrossEntropySum.apply(logits, labels)  # type: ignore[no-untyped-call]
-    return out
+    if kernels.usable(logits):
+        return _CrossEntropySum.apply(logits, labels, scale)  # type: ignore[no-untyped-call, no-any-return]
+    total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return total.detach(), total * scale
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normaliser = torch.logsumexp(logits.float(), dim=-1)  # (T,) float32
-        picked = logits.gather(1, labels[:, None])[:, 0].float()
-        ctx.save_for_backward(logits, labels, normaliser)
-        return (normaliser - picked).sum()
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(len(labels), dtype=torch.float32)
+        kernels.call("cross_entropy", logits, labels, losses, *logits.shape, scale)
+        ctx.save_for_backward(logits)
+        total = losses.sum()
+        ctx.mark_non_differentiable(total)
+        return total, total * scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, labels, normaliser = ctx.saved_tensors
-        probabilities = logits.float().sub_(normaliser[:, None]).exp_()
-        probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-        return probabilities.mul_(grad).to(logits.dtype), None
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient if float(grad) == 1.0 else gradient * grad, None, None

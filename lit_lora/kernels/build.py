@@ -1,0 +1,81 @@
+"""Compile ``cpu.c`` once per machine and source, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_lora import log
+from lit_lora.files import cache_folder
+
+__all__ = ["library", "usable"]
+
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+_WIDE = ["-mprefer-vector-width=512"]  # where the compiler knows it; GCC's default for these CPUs is half
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps."""
+    return (
+        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and library() is not None
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; ``None`` without a compiler, not on Linux, or with ``LIT_LORA_KERNELS=0``."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("LIT_LORA_KERNELS") == "0" or not sys.platform.startswith("linux"):
+        return None
+    if compiler is None:
+        log.note("no C compiler found (cc): training in bfloat16 on this CPU takes about twice the time")
+        return None
+    source = str(resources.files("lit_lora.kernels") / "cpu.c")
+    try:
+        return ctypes.CDLL(str(_compiled(Path(source), compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.note(f"the CPU kernels could not be compiled, going on without them: {error}")
+        return None
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    """The shared library of ``source`` for this CPU, compiled (2 s) when it is not in the cache."""
+    text = source.read_bytes()
+    identity = [text, _cpu().encode(), compiler.encode(), " ".join(_FLAGS).encode()]
+    target = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "cpu.so"
+        for wide in (_WIDE, []):
+            command = [compiler, *_FLAGS, *wide, str(source), "-o", str(made), "-lm"]
+            done = subprocess.run(command, capture_output=True, check=not wide)
+            if done.returncode == 0:
+                break
+        made.replace(target)
+    return target
+
+
+def _cpu() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(
+        next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features")
+    )

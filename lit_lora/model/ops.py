@@ -1,0 +1,110 @@
+"""The decoder's arithmetic between its matrix products: by fused kernels where they apply, else in PyTorch.
+
+Every operation has one PyTorch form, which autograd differentiates, and on a CPU in bfloat16 a fused one with its
+backward written out. Both compute in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lit_lora import kernels
+
+__all__ = ["add_rms_norm", "rotate", "swiglu"]
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and norm the sum: ``s = x + delta``, ``s / sqrt(mean(s²) + eps) * weight``.
+
+    Args:
+        x: (..., D).
+        delta: (..., D), or ``None`` for nothing to add.
+        weight: (D,).
+        eps: Added to the mean square.
+
+    Returns:
+        ``s`` and the normed ``s``, both (..., D) in the dtype of ``x``.
+
+    Source: RMSNorm, arXiv:1910.07467 eq. 4.
+    """
+    if kernels.usable(x, weight) and (delta is None or kernels.usable(delta)):
+        return _AddRMSNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+    total = x if delta is None else x + delta
+    wide = total.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return total, normal.to(x.dtype) * weight
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        width = x.shape[-1]
+        total = x if delta is None else torch.empty_like(x)
+        normed = torch.empty_like(x)
+        roots = torch.empty(x.numel() // width, dtype=torch.float32)
+        kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
+        ctx.save_for_backward(total, weight, roots)
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, roots = ctx.saved_tensors
+        if grad_normed is None:
+            return grad_total, grad_total, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            normal = (total.float().flatten(0, -2) * roots[:, None]).to(total.dtype)
+            grad_weight = (grad_normed.flatten(0, -2) * normal).sum(0, dtype=torch.float32).to(weight.dtype)
+        grad = torch.empty_like(total)
+        grad_normed = grad_normed.contiguous()
+        grad_total = None if grad_total is None else grad_total.contiguous()
+        width = total.shape[-1]
+        kernels.call("rms_norm_backward", grad_normed, grad_total, total, weight, roots, grad, roots.numel(), width)
+        return grad, grad if ctx.needs_input_grad[1] else None, grad_weight, None
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """``silu(gate) * value`` of two tensors of one shape. Source: arXiv:2002.05202."""
+    if kernels.usable(gate, value):
+        return _SwiGLU.apply(gate, value)  # type: ignore[no-untyped-call, no-any-return]
+    return F.silu(gate) * value
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(gate)
+        kernels.call("swiglu", gate, value, out, gate.numel())
+        ctx.save_for_backward(gate, value)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        grad_gate, grad_value = torch.empty_like(gate), torch.empty_like(value)
+        kernels.call("swiglu_backward", grad.contiguous(), gate, value, grad_gate, grad_value, gate.numel())
+        return grad_gate, grad_value
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn each pair ``(x_i, x_{i+H/2})`` by its position's angle.
+
+    Args:
+        x: (T, heads, H).
+        cosine: (T, H/2) float32.
+        sine: (T, H/2) float32.
+
+    Returns:
+        (T, heads, H) in the dtype of ``x``.
+    """
+    first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
+    cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
