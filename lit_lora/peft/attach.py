@@ -84,6 +84,13 @@ def check_base(adapter: Adapter, base: Mapping[str, Tensor], *, tied: bool, forc
             f"{adapter.folder}: {listed(missing)} of {len(updates)} have no place in this model",
             hint=f"the adapter was made for {adapter.base or 'another model'}",
         )
+    modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight") and name not in updates]
+    lacking = [module for module in adapter.lacking(modules) if base[f"{module}.weight"].ndim == 2]
+    if lacking:
+        raise InputError(
+            f"{adapter.folder}: lacks {listed(lacking, 'module')}, which its adapter_config.json lists as targets",
+            hint="the file is incomplete: copy or save it again",
+        )
     wrong = [problem for name, update in updates.items() if (problem := _misfit(name, update, base[name]))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

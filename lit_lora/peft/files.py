@@ -25,7 +25,7 @@ from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.peft.base import base_tensors, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
-from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
+from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear, layer_number
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Replace, Rows, Update, Updates
 
@@ -60,8 +60,31 @@ class Adapter:
     """Base tensors that PEFT wrote into the file; the base must have the same."""
     fingerprint: dict[str, Any] | None
     """Values at a few places of the base it was trained on."""
+    raw: dict[str, Any]
+    """``adapter_config.json`` as it was read."""
     tensors: int
     """Tensors in the file."""
+
+    def lacking(self, modules: Iterable[str]) -> list[str]:
+        """Which of a model's modules ``adapter_config.json`` lists as targets, while the file has nothing for them."""
+        targets, excluded = self.raw.get("target_modules"), self.raw.get("exclude_modules") or []
+        layers = self.raw.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(targets, list) or not isinstance(excluded, list):
+            return []  # PEFT's patterns as one string: nobody counts on them any more once the file is there
+        whole = [name for name in self.raw.get("modules_to_save") or [] if isinstance(name, str)]
+
+        def named(module: str, names: list[str]) -> bool:
+            return any(f".{module}".endswith(f".{name}") for name in names)
+
+        return [
+            module
+            for module in modules
+            if named(module, targets)
+            and not named(module, [*excluded, *whole])
+            and (not layers or layer_number(module) in layers)
+            and f"{module}.weight" not in self.updates
+        ]
 
 
 def save_adapter(
@@ -131,13 +154,13 @@ def read_adapter(folder: Path) -> Adapter:
     extras = _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     base = raw.get("base_model_name_or_path")
     found = extras.get("base")
-    return Adapter(folder, base or None, config, updates, copies, found, len(tensors))
+    return Adapter(folder, base or None, config, updates, copies, found, raw, len(tensors))
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], what: str = "tensor") -> str:
     """``1 tensor (a)`` or ``3 tensors (a, b, c)``, at most three names."""
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lit_lora.peft.lora_function import lora_linear
 from lit_lora.peft.trained import TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Replace, Update
 
-__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear"]
+__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "layer_number"]
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -238,7 +238,7 @@ class LoRAConfig(Method):
         """The targets within the chosen layers, and those that are in no numbered layer."""
         if self.layers is None:
             return targets
-        layer = {name: _layer(name) for name in targets}
+        layer = {name: layer_number(name) for name in targets}
         there = sorted({number for number in layer.values() if number is not None})
         missing = [number for number in self.layers if number not in there]
         if missing:
@@ -301,7 +301,7 @@ def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> 
     return found
 
 
-def _layer(name: str) -> int | None:
-    """The first number in a dotted name."""
+def layer_number(name: str) -> int | None:
+    """The layer that a module lies in: the first number in its dotted name."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(match[1]) if match else None
