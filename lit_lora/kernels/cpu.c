@@ -35,6 +35,16 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : p * scale.f;
 }
 
+// 1 / x for x >= 1, to 1e-7 relative: three Newton steps cost less than a vector division.
+static inline float reciprocal(float x) {
+    union { float f; int32_t i; } v = {x};
+    v.i = 0x7EF311C7 - v.i;
+    float r = v.f;
+    r = r * (2.0f - x * r);
+    r = r * (2.0f - x * r);
+    return r * (2.0f - x * r);
+}
+
 // s = x + delta; y = s * rstd * weight. delta may be null: then s is not written.
 void add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *s, bf16 *y, float *rstd,
                   long tokens, long width, float eps) {
@@ -86,7 +96,7 @@ void swiglu(const bf16 *gate, const bf16 *value, bf16 *y, long count) {
 #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < count; i++) {
         float g = up(gate[i]);
-        y[i] = down(g / (1.0f + exponential(-g)) * up(value[i]));
+        y[i] = down(g * reciprocal(1.0f + exponential(-g)) * up(value[i]));
     }
 }
 
@@ -94,81 +104,104 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *
 #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < count; i++) {
         float d = up(dy[i]), g = up(gate[i]), v = up(value[i]);
-        float sigmoid = 1.0f / (1.0f + exponential(-g));
+        float sigmoid = reciprocal(1.0f + exponential(-g));
         dgate[i] = down(d * v * sigmoid * (1.0f + g * (1.0f - sigmoid)));
         dvalue[i] = down(d * g * sigmoid);
     }
 }
 
-// Between token order (T, heads, size) and document order (heads, length, size) per document, turning each pair
-// (i, i + size/2) by its position's angle on the way. sign: +1 forward, -1 for the gradient, 0 without turning.
-// starts holds documents + 1 offsets into the tokens. to_tokens: write token order, else document order.
+// Between token order (T, heads, size) and document order: (heads, padded length, size) for each document, which begins
+// at padded[d] tokens and ends in zeros. Each pair (i, i + size/2) turns by its position's angle on the way: sign +1
+// forward, -1 for the gradient, 0 not at all. starts and padded hold documents + 1 offsets. Into token order, factors
+// (heads, padded length) per document, if given, multiply each vector.
 void rotate_and_pack(const bf16 *source, bf16 *target, const float *cosine, const float *sine, const long *starts,
-                     long documents, long heads, long size, long sign, long to_tokens) {
-    long half = size / 2, tokens = starts[documents];
+                     const long *padded, const float *factors, long documents, long heads, long size, long sign,
+                     long to_tokens) {
+    long half = size / 2;
 #pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
+    for (long place = 0; place < padded[documents]; place++) {
         long document = 0;
-        while (starts[document + 1] <= t) document++;
-        long begin = starts[document], length = starts[document + 1] - begin;
-        const float *c = cosine + t * half, *s = sine + t * half;
+        while (padded[document + 1] <= place) document++;
+        long first = padded[document], length = padded[document + 1] - first;
+        long position = place - first, t = starts[document] + position, tail = t >= starts[document + 1];
+        if (tail && to_tokens) continue;
         for (long h = 0; h < heads; h++) {
-            long by_token = (t * heads + h) * size, by_document = begin * heads * size + (h * length + t - begin) * size;
-            const bf16 *in = source + (to_tokens ? by_document : by_token);
-            bf16 *out = target + (to_tokens ? by_token : by_document);
-            if (sign == 0) {
-                for (long i = 0; i < size; i++) out[i] = in[i];
-                continue;
-            }
+            long by_token = (t * heads + h) * size, row = first * heads + h * length + position;
+            const bf16 *in = source + (to_tokens ? row * size : by_token);
+            bf16 *out = target + (to_tokens ? by_token : row * size);
+            float factor = factors ? factors[row] : 1.0f;
+            if (tail) {
+                for (long i = 0; i < size; i++) out[i] = 0;
+            } else if (sign == 0) {
 #pragma omp simd
-            for (long i = 0; i < half; i++) {
-                float a = up(in[i]), b = up(in[i + half]), turn = (float)sign * s[i];
-                out[i] = down(a * c[i] - b * turn);
-                out[i + half] = down(b * c[i] + a * turn);
+                for (long i = 0; i < size; i++) out[i] = down(up(in[i]) * factor);
+            } else {
+                const float *c = cosine + t * half, *s = sine + t * half;
+#pragma omp simd
+                for (long i = 0; i < half; i++) {
+                    float a = up(in[i]), b = up(in[i + half]), turn = (float)sign * s[i];
+                    out[i] = down(a * c[i] - b * turn);
+                    out[i + half] = down(b * c[i] + a * turn);
+                }
             }
         }
     }
 }
 
-// Rows of scores (queries (first .. first + rows) of each of `heads` heads, over `keys` keys) to probabilities, in
-// place, causal and within the window; lse gets each row's log of the sum of exponentials.
-void causal_softmax(bf16 *scores, float *lse, long heads, long rows, long keys, long first, long window, float scale) {
-#pragma omp parallel for schedule(static)
+// The keys that a query sees are [begin, end). The loops below run over whole groups of 16, so the rest of the first
+// and last group is set to what softmax turns into 0. keys is a multiple of 16.
+typedef struct { long begin, end; } range;
+
+static inline range seen(bf16 *row, long query, long window) {
+    long begin = query - window + 1 > 0 ? query - window + 1 : 0, end = query + 1;
+    range groups = {begin / 16 * 16, (end + 15) / 16 * 16};
+    for (long i = groups.begin; i < begin; i++) row[i] = 0xff7f;
+    for (long i = end; i < groups.end; i++) row[i] = 0xff7f;
+    return groups;
+}
+
+// Rows of scores (queries first .. first + rows of each head, over keys) to exp(score - row maximum), in place, causal
+// and within the window. lse gets the log of each row's sum of exponentials, inverse the inverse of their sum.
+void causal_softmax(bf16 *scores, float *lse, float *inverse, long heads, long rows, long keys, long first,
+                    long window, float scale) {
+#pragma omp parallel for schedule(dynamic, 32)
     for (long r = 0; r < heads * rows; r++) {
         bf16 *row = scores + r * keys;
-        long query = first + r % rows, begin = query - window + 1 > 0 ? query - window + 1 : 0, end = query + 1;
+        range in = seen(row, first + r % rows, window);
         float most = -3.0e38f, sum = 0.0f;
 #pragma omp simd reduction(max : most)
-        for (long i = begin; i < end; i++) most = up(row[i]) > most ? up(row[i]) : most;
+        for (long i = in.begin; i < in.end; i++) most = up(row[i]) > most ? up(row[i]) : most;
 #pragma omp simd reduction(+ : sum)
-        for (long i = begin; i < end; i++) sum += exponential((up(row[i]) - most) * scale);
-        float inverse = 1.0f / sum;
-        for (long i = 0; i < begin; i++) row[i] = 0;
-#pragma omp simd
-        for (long i = begin; i < end; i++) row[i] = down(exponential((up(row[i]) - most) * scale) * inverse);
-        for (long i = end; i < keys; i++) row[i] = 0;
+        for (long i = in.begin; i < in.end; i++) {
+            float weight = exponential((up(row[i]) - most) * scale);
+            sum += weight;
+            row[i] = down(weight);
+        }
+        for (long i = 0; i < in.begin; i++) row[i] = 0;
+        for (long i = in.end; i < keys; i++) row[i] = 0;
         lse[r] = most * scale + __builtin_logf(sum);
+        inverse[r] = 1.0f / sum;
     }
 }
 
 // scores -> probabilities (from lse); dprobabilities -> dscores; both in place.
 void causal_softmax_backward(bf16 *scores, bf16 *dprobabilities, const float *lse, long heads, long rows, long keys,
                              long first, long window, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 32)
     for (long r = 0; r < heads * rows; r++) {
         bf16 *p = scores + r * keys, *d = dprobabilities + r * keys;
-        long query = first + r % rows, begin = query - window + 1 > 0 ? query - window + 1 : 0, end = query + 1;
-        float dot = 0.0f;
-        for (long i = 0; i < begin; i++) p[i] = 0, d[i] = 0;
+        range in = seen(p, first + r % rows, window);
+        float dot = 0.0f, sum = lse[r];
 #pragma omp simd reduction(+ : dot)
-        for (long i = begin; i < end; i++) {
-            float probability = exponential(up(p[i]) * scale - lse[r]);
+        for (long i = in.begin; i < in.end; i++) {
+            float probability = exponential(up(p[i]) * scale - sum);
             p[i] = down(probability);
             dot += probability * up(d[i]);
         }
 #pragma omp simd
-        for (long i = begin; i < end; i++) d[i] = down(up(p[i]) * (up(d[i]) - dot) * scale);
-        for (long i = end; i < keys; i++) p[i] = 0, d[i] = 0;
+        for (long i = in.begin; i < in.end; i++) d[i] = down(up(p[i]) * (up(d[i]) - dot) * scale);
+        for (long i = 0; i < in.begin; i++) p[i] = 0, d[i] = 0;
+        for (long i = in.end; i < keys; i++) p[i] = 0, d[i] = 0;
     }
 }
 
@@ -187,29 +220,5 @@ void cross_entropy(bf16 *logits, const int64_t *labels, float *losses, long rows
 #pragma omp simd
         for (long i = 0; i < vocabulary; i++) row[i] = down(exponential(up(row[i]) - lse) * scale);
         row[labels[t]] = down((exponential(label - lse) - 1.0f) * scale);
-    }
-}
-
-// y += scale * low @ b^T, with low (tokens, rank) and b (rank, width) already transposed.
-void low_rank_add(bf16 *y, const bf16 *low, const bf16 *b, long tokens, long width, long rank, float scale) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
-        bf16 *out = y + t * width;
-        const bf16 *l = low + t * rank;
-        float factors[256];
-        for (long r = 0; r < rank; r++) factors[r] = up(l[r]) * scale;
-        for (long start = 0; start < width; start += 64) {
-            float sums[64];
-            long n = width - start < 64 ? width - start : 64;
-#pragma omp simd
-            for (long i = 0; i < n; i++) sums[i] = up(out[start + i]);
-            for (long r = 0; r < rank; r++) {
-                const bf16 *row = b + r * width + start;
-#pragma omp simd
-                for (long i = 0; i < n; i++) sums[i] += factors[r] * up(row[i]);
-            }
-#pragma omp simd
-            for (long i = 0; i < n; i++) out[start + i] = down(sums[i]);
-        }
     }
 }

@@ -16,7 +16,7 @@ from lit_lora import kernels
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
-from lit_lora.model.packed_attention import packed_attention
+from lit_lora.model.packed_attention import Layout, packed_attention
 from lit_lora.model.rope import rope_table
 
 __all__ = ["CachedAttention", "PackedAttention"]
@@ -36,7 +36,7 @@ class PackedAttention:
         self.window = config.sliding_window
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
         self.rope = rope_table(config, positions, max(self.lengths))
-        self.starts = torch.tensor([0, *self.lengths]).cumsum(0)
+        self.layout = Layout(self.lengths, self.window)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend within each document.
@@ -51,7 +51,7 @@ class PackedAttention:
             (T, N, H) in the dtype of ``query``.
         """
         if kernels.usable(query, key, value):
-            return packed_attention(query, key, value, self.rope, self.starts, self.lengths, self.window)
+            return packed_attention(query, key, value, self.rope, self.layout)
         outputs = []
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value
         for q, k, v in zip(*(torch.split(tensor, self.lengths) for tensor in turned), strict=True):

@@ -81,7 +81,7 @@ class _LoRALinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_x = grad_weight = grad_bias = grad_A = grad_B = None
         if need_B:
-            grad_B = (grad.T @ low).to(B.dtype).mul_(ctx.scaling)  # (out, R)
+            grad_B = (low.T @ grad).T.to(B.dtype).mul_(ctx.scaling)  # (out, R); the wide operand goes last: faster
         if need_A or need_x:
             grad_low = (grad @ B.to(grad.dtype)).mul_(ctx.scaling)  # (tokens, R)
         if need_A:

@@ -1,0 +1,116 @@
+"""The fused CPU kernels against the same arithmetic in PyTorch, in float32, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_lora import kernels
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model.ops import add_rms_norm, swiglu
+from lit_lora.train.loss import cross_entropy_sum
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler for the CPU kernels")
+
+TOLERANCE = 2**-6  # of a tensor's largest value: bfloat16 keeps 8 bits, and products of it are rounded in between
+
+
+def _compare(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
+    """Run in bfloat16 (kernels) and float32 (PyTorch) on equal values; outputs and gradients must agree."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        generator = torch.Generator().manual_seed(1)
+        outer = [torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(dtype) for out in outputs]
+        grads = torch.autograd.grad(outputs, leaves, outer)
+        results.append([*outputs, *grads])
+    for fused, plain in zip(*results, strict=True):
+        assert fused.dtype == torch.bfloat16
+        scale = max(1.0, float(plain.abs().max()))
+        torch.testing.assert_close(fused.float(), plain, rtol=0, atol=TOLERANCE * scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 48), (33, 576)])
+def test_norm_equals_pytorch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x, delta, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[1])
+    _compare(lambda x, delta, weight: add_rms_norm(x, delta, weight, 1e-5), x, delta, weight)
+    _compare(lambda x, weight: add_rms_norm(x, None, weight, 1e-5), x, weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 80), (33, 1536)])
+def test_gate_equals_pytorch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    _compare(lambda gate, value: (swiglu(gate, value),), 6 * torch.randn(shape), torch.randn(shape))
+
+
+def test_cross_entropy_equals_pytorch() -> None:
+    torch.manual_seed(0)
+    logits, labels = (4 * torch.randn(9, 1003)).to(torch.bfloat16), torch.randint(1003, (9,))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = logits.detach().clone().to(dtype).requires_grad_()
+        total, scaled = cross_entropy_sum(leaf.clone(), labels, 0.25)
+        scaled.backward()
+        results.append((total, leaf.grad.float()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0.25 * TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40, 300])
+@pytest.mark.parametrize("lengths", [[1], [33, 7, 1], [300, 31], [530]])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None, groups: int) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "mistral",
+            "vocab_size": 8,
+            "hidden_size": 96,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 6,
+            "num_key_value_heads": groups,
+            "sliding_window": window,
+        }
+    )
+    from lit_lora.model.attention import PackedAttention
+
+    attend = PackedAttention(config, lengths, torch.device("cpu"))
+    query, key, value = (torch.randn(sum(lengths), heads, 16) for heads in (6, groups, groups))
+    _compare(lambda *tensors: (attend(0, *tensors),), query, key, value)
+
+
+def test_pain_07_changing_one_document_leaves_the_others_bit_equal() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = CausalLM(
+        ModelConfig.from_hf({"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
+    ).to(torch.bfloat16)
+    ids = torch.randint(61, (1, 50))
+    changed = ids.clone()
+    changed[0, :20] = (changed[0, :20] + 1) % 61
+    before, after = model(ids, lengths=[20, 30]), model(changed, lengths=[20, 30])
+    assert torch.equal(before[0, 20:], after[0, 20:])
+    later = ids.clone()
+    later[0, 49] = (later[0, 49] + 1) % 61
+    assert torch.equal(before[0, :49], model(later, lengths=[20, 30])[0, :49])
+
+
+def test_without_kernels_the_same_arithmetic_runs_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(4, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)
+    fused = add_rms_norm(x, x, weight, 1e-5)
+    monkeypatch.setenv("LIT_LORA_KERNELS", "0")
+    kernels.library.cache_clear()
+    try:
+        assert not kernels.usable(x)
+        plain = add_rms_norm(x, x, weight, 1e-5)
+    finally:
+        monkeypatch.undo()
+        kernels.library.cache_clear()
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
