@@ -42,7 +42,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     template: options.Template = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of a file at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of a file at once.")] = 32,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
 ) -> None:

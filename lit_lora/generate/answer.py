@@ -132,7 +132,7 @@ def answer_all(
     sampling: Sampling,
     *,
     stop: Sequence[str] = (),
-    batch_size: int = 16,
+    batch_size: int = 32,
     batch_tokens: int = 16384,
     on_answer: Callable[[int], object] = lambda _: None,
 ) -> list[Answer]:

@@ -38,7 +38,7 @@ def test_a_prompt_longer_than_one_piece_is_read_right(model: CausalLM, monkeypat
     assert tokens(model, prompt) == whole
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(prompts=st.lists(PROMPTS, min_size=2, max_size=5), sampled=st.booleans())
 def test_each_row_of_a_batch_is_as_if_alone(model: CausalLM, prompts: list[list[int]], sampled: bool) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.0 if sampled else 0.0, seed=3, repetition_penalty=1.2)
@@ -51,7 +51,7 @@ def test_each_row_of_a_batch_is_as_if_alone(model: CausalLM, prompts: list[list[
     assert rows == [tokens(model, prompt, sampling, stop_ids=stop) for prompt in prompts]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(first=PROMPTS, second=PROMPTS, common=st.integers(0, 40))
 def test_a_memory_gives_the_same_answer_and_keeps_the_common_beginning(
     model: CausalLM, first: list[int], second: list[int], common: int

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.answering import Terminal, make_base, make_run
+from tests.tiny import CHATML
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", base)
+
+
+@pytest.fixture
+def type_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    return Terminal(monkeypatch, capsys)
+
+
+def test_pain_52_the_same_question_gets_the_same_answer_and_only_that_on_stdout(type_in: Terminal, base: Path) -> None:
+    code, out, err = type_in("generate", base, "hello", "--temperature", "0")
+    assert code == 0
+    assert out.endswith("\n")
+    assert "tokens in" in err
+    assert f"next: lit-lora chat {base}" in err
+    assert type_in("generate", base, "hello", "--temperature", "0")[1] == out
+    assert type_in("generate", base, stdin="hello\n")[1] == out
+
+
+def test_a_seed_gives_the_same_varied_answer(type_in: Terminal, base: Path) -> None:
+    hot = ("generate", base, "hello", "--temperature", "5", "--top-k", "300", "--min-p", "0", "--top-p", "1", "--seed")
+    assert type_in(*hot, "1")[1] == type_in(*hot, "1")[1] != type_in(*hot, "2")[1]
+
+
+def test_run_adapter_and_base_with_adapter_are_the_same_model(type_in: Terminal, base: Path, run: Path) -> None:
+    plain = type_in("generate", base, "hello")[1]
+    code, out, err = type_in("generate", run, "hello")
+    assert code == 0
+    assert out != plain
+    assert "tensors applied" in err
+    assert type_in("generate", run / "adapter", "hello")[1] == out
+    assert type_in("generate", base, "hello", "--adapter", run)[1] == out
+    assert type_in("generate", base, "hello", "--adapter", run / "adapter")[1] == out
+
+
+def test_an_adapter_with_tokens_of_its_own_brings_its_tokenizer(type_in: Terminal, run: Path, base: Path) -> None:
+    from lit_lora.open_model import open_model
+
+    assert open_model(run).tokenizer.fingerprint == open_model(base).tokenizer.fingerprint
+
+
+def test_a_file_of_prompts_comes_back_in_order_and_as_if_alone(type_in: Terminal, base: Path) -> None:
+    rows = [
+        {"prompt": "hello", "id": 1},
+        {"messages": [{"role": "user", "content": "word " * 20}], "id": 2},
+        {"prompt": "你好 😀", "system": "Be kind.", "id": 3},
+    ]
+    text = "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    Path("prompts.jsonl").write_text(text, encoding="utf-8")
+    code, out, _ = type_in("generate", base, "--file", "prompts.jsonl", "--out", "answers.jsonl")
+    assert code == 0
+    assert "wrote answers.jsonl: 3 answers" in out
+    answers = [json.loads(line) for line in Path("answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [{key: row[key] for key in row if key not in ("answer", "ended")} for row in answers] == rows
+    assert answers[0]["answer"] + "\n" == type_in("generate", base, "hello")[1]
+    assert answers[1]["answer"] + "\n" == type_in("generate", base, "word " * 20)[1]
+    assert answers[2]["answer"] + "\n" == type_in("generate", base, "你好 😀", "--system", "Be kind.")[1]
+    assert {row["ended"] for row in answers} <= {"stop", "length"}
+
+
+def test_lines_of_a_text_file_are_prompts_and_answers_go_to_stdout(type_in: Terminal, base: Path) -> None:
+    Path("prompts.txt").write_text("hello\n\nand you?\n")
+    out = type_in("generate", base, "--file", "prompts.txt")[1]
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["hello", "and you?"]
+
+
+def test_raw_continues_the_text_without_template(type_in: Terminal, base: Path) -> None:
+    from lit_lora.tokenizer import Tokenizer
+
+    _, raw, err = type_in("generate", base, "hello", "--raw")
+    assert raw != type_in("generate", base, "hello")[1]
+    assert f"{len(Tokenizer.load(base).encode('hello'))} + " in err
+
+
+def test_a_stop_text_ends_the_answer(type_in: Terminal, base: Path) -> None:
+    whole = type_in("generate", base, "hello")[1].removesuffix("\n")
+    stop = whole[3:5]
+    assert type_in("generate", base, "hello", "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
+
+
+def test_pain_03_another_template_needs_a_flag_and_shows_what_it_changes(type_in: Terminal, base: Path) -> None:
+    Path("other.jinja").write_text(CHATML.replace("assistant", "bot"))
+    plain, (code, out, err) = (
+        type_in("generate", base, "hi"),
+        type_in("generate", base, "hi", "--template", "other.jinja"),
+    )
+    assert code == 0
+    assert out != plain[1]
+    assert "-<|im_start|>assistant" in err
+    assert "+<|im_start|>bot" in err
+    Path("same.jinja").write_text(CHATML)
+    assert type_in("generate", base, "hi", "--template", "same.jinja")[1] == plain[1]
+
+
+def test_pain_45_a_local_model_opens_no_socket(
+    type_in: Terminal, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert type_in("generate", base, "hello")[0] == 0
+    assert type_in("generate", run, "hello")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["nowhere", "hello"], 3, "nowhere: no such folder"),
+        (["BASE", ""], 2, "the prompt is empty"),
+        (["BASE", "hello", "--temperature=-1"], 2, "temperature"),
+        (["BASE", "hello", "--top-p", "2"], 2, "top_p"),
+        (["BASE", "hello", "--adapter", "nowhere"], 3, "nowhere: no such folder"),
+        (["BASE", "hello", "--adapter", "."], 3, "expected adapter_config.json"),
+        (["BASE", "hello", "--file", "x.jsonl"], 2, "a PROMPT or --file"),
+        (["BASE", "hello", "--out", "x.jsonl"], 2, "--out needs --file"),
+        (["BASE", "--file", "x.jsonl"], 3, "x.jsonl: no such file"),
+        (
+            ["BASE", "--file", "rows.jsonl"],
+            3,
+            "rows.jsonl:2: expected 'prompt' with text, or 'messages', found columns prmpt",
+        ),
+        (["BASE", "--file", "answered.jsonl"], 3, "answered.jsonl:1: the conversation ends with the assistant"),
+        (["BASE", "--file", "empty.txt"], 3, "empty.txt: holds no prompts"),
+        (["BASE", "--file", "one.txt", "--out", "rows.jsonl"], 2, "rows.jsonl: already exists"),
+        (["BASE", "--file", "long.txt"], 3, "long.txt:2: the prompt has"),
+        (["BASE", "hello", "--template", "nowhere.jinja"], 3, "nowhere.jinja"),
+        (["BASE", "hello", "--device", "tpu"], 2, "device 'tpu' is not there"),
+        ([".", "hello"], 3, "expected config.json"),
+        (["unfinished", "hello"], 3, "has written no adapter yet"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    type_in: Terminal, base: Path, arguments: list[str], code: int, problem: str
+) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a"}\n{"prmpt": "a"}\n')
+    answered = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    Path("answered.jsonl").write_text(json.dumps(answered))
+    Path("empty.txt").write_text("\n\n")
+    Path("one.txt").write_text("one\n")
+    Path("long.txt").write_text("hello\n" + "word " * 300 + "\n")
+    Path("unfinished").mkdir()
+    Path("unfinished/config.yaml").write_text("recipe: lora\n")
+    before = Path("rows.jsonl").read_text()
+    found, out, err = type_in("generate", *[str(base) if word == "BASE" else word for word in arguments])
+    assert (found, out) == (code, "")
+    assert problem in next(line for line in err.splitlines() if line.startswith("error: "))
+    assert Path("rows.jsonl").read_text() == before
+
+
+def test_an_adapter_whose_base_is_not_here_says_how_to_name_it(type_in: Terminal, base: Path, run: Path) -> None:
+    import shutil
+
+    shutil.copytree(run / "adapter", "moved")
+    config = json.loads(Path("moved/adapter_config.json").read_text())
+    Path("moved/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
+    code, _, err = type_in("generate", "moved", "hello")
+    assert code == 2
+    assert "its base model (owner/name) is not a folder here" in err
+    assert "--adapter moved" in err
+    assert type_in("generate", base, "hello", "--adapter", "moved")[0] == 0
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(type_in: Terminal, base: Path) -> None:
+    import shutil
+
+    from lit_lora.tokenizer import Tokenizer
+
+    shutil.copytree(base, "grown")
+    tokenizer = Tokenizer.load(base)
+    tokenizer.add_tokens(["[NEW]"])
+    tokenizer.save(Path("grown"))
+    code, _, err = type_in("generate", "grown", "hello")
+    assert code == 3
+    assert "the tokenizer has 385 tokens, the model's embedding 384" in err
