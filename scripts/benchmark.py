@@ -118,6 +118,8 @@ CONTENDERS = {
     "limit": Contender("the machine's limit", "gemm_limit.py", {"bf16 products": {}}),
 }
 PEERS = ("peft", "trl", "litgpt")
+REFERENCE = ("peft", "fp32/1")
+"""Run once more at the end: its losses are what the others' are held against."""
 
 
 @dataclass
@@ -170,13 +172,13 @@ def write_rows(data: Path, model: Path, *, batch: int, steps: int, seed: int, ta
     Raises:
         InputError: The data or the tokenizer is missing, or there are too few rows.
     """
-    try:
-        with gzip.open(data, "rt", encoding="utf-8") as file:
-            samples = [json.loads(line) for line in file]
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: not found") from error
+    for path in (data, model / "tokenizer.json", model / "config.json"):
+        if not path.is_file():
+            raise InputError(f"{path}: not found")
+    with gzip.open(data, "rt", encoding="utf-8") as file:
+        samples = [json.loads(line) for line in file]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
     if len(samples) < steps * batch:
         raise InputError(f"{data}: {len(samples)} rows, expected at least {steps * batch}")
     random.Random(seed).shuffle(samples)
@@ -328,23 +330,29 @@ COLUMNS = ("contender", "variant", "tokens/s", "range", "× fastest peer", "of t
 
 
 def loss_rows(results: Sequence[Result], warmup: int) -> tuple[list[str], list[list[str]]]:
-    """Loss per target token at each step, of the first run of each contender whose steps hold the same rows."""
-    firsts = {result.contender: result for result in reversed(results) if not math.isnan(result.losses[0])}
-    reference = next((result.tokens for name, result in firsts.items() if name != "trl"), [])
-    same = {name: result for name, result in firsts.items() if result.tokens == reference}
-    header = ["step", *(CONTENDERS[name].title for name in same)]
-    rows = [
-        [
-            f"{step + 1}{' (warm-up)' if step < warmup else ''}",
-            *(f"{result.losses[step]:.4f}" for result in same.values()),
-        ]
-        for step in range(len(reference))
-    ]
-    return header, rows
+    """Loss per target token at each step, of the first run of each contender and variant on the very same steps."""
+    firsts = {(run.contender, run.variant): run for run in reversed(results) if not math.isnan(run.losses[0])}
+    same = [run for run in firsts.values() if run.tokens == _ordered_tokens(results)]
+    header = ["step", *(f"{CONTENDERS[run.contender].title} {run.variant}" for run in same)]
+    steps = [f"{step + 1}{' (warm-up)' if step < warmup else ''}" for step in range(len(same[0].losses) if same else 0)]
+    rows = [[name, *(f"{run.losses[step]:.4f}" for run in same)] for step, name in enumerate(steps)]
+    return header, [*rows, ["mean", *(f"{statistics.mean(run.losses):.4f}" for run in same)]]
 
 
-def report(args: argparse.Namespace, surveyed: list[Result], final: list[Result], about: dict[str, Any]) -> str:
-    """The record as Markdown."""
+def _ordered_tokens(results: Sequence[Result]) -> list[int]:
+    """Tokens of each step as ordered: the limit's process and the plain loops take the steps as they are."""
+    plain = (run for run in results if run.contender != "trl" and not run.variant.endswith("/length"))
+    return next((run.tokens for run in plain), [])
+
+
+def report(
+    args: argparse.Namespace,
+    surveyed: list[Result],
+    final: list[Result],
+    reference: list[Result],
+    about: dict[str, Any],
+) -> str:
+    """The record as Markdown; ``reference`` is shown for its losses only."""
     leanest = min(
         (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peak_rss_bytes, default=None
     )
@@ -367,7 +375,7 @@ def report(args: argparse.Namespace, surveyed: list[Result], final: list[Result]
     if limits:
         rates = ", ".join(f"{part} {rate:.0f}" for part, rate in limits[0].items())
         lines += ["", f"Rates of the limit's products, GFLOP/s: {rates}."]
-    lines += ["", "## Loss at each step, same rows", "", *markdown_table(*loss_rows(final, args.warmup))]
+    lines += ["", "## Loss at each step, same rows", "", *markdown_table(*loss_rows([*final, *reference], args.warmup))]
     if surveyed:
         rows = [
             [
@@ -529,6 +537,7 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         first = next(iter(CONTENDERS[name].variants))
         chosen[name] = args.variant.get(name) or (best.variant if best else first)
     final = alternate(job, chosen, rows, warmup=args.warmup, rounds=args.rounds)
+    reference = [run_once(job, *REFERENCE, rows=rows, warmup=args.warmup)] if REFERENCE[0] in args.only else []
     versions = {name: version for run in final for name, version in run.versions.items()}
     about = {
         **machine(),
@@ -542,9 +551,10 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         "rows": ", ".join(f"{name} {value:.0f}" for name, value in sizes.items()),
     }
     stem = args.out / f"cpu_lora_{date.today():%Y%m}"
-    text = report(args, surveyed, final, about)
+    text = report(args, surveyed, final, reference, about)
     write_text(stem.with_suffix(".md"), text)
-    runs = {"about": about, "survey": [asdict(run) for run in surveyed], "final": [asdict(run) for run in final]}
+    groups = {"survey": surveyed, "final": final, "reference": reference}
+    runs = {"about": about, **{name: [asdict(run) for run in group] for name, group in groups.items()}}
     write_text(stem.with_suffix(".json"), json.dumps(runs, indent=1) + "\n")
     table("LoRA on the CPU", COLUMNS, summarise(final), right=range(2, len(COLUMNS)))
     say(f"record: {stem.with_suffix('.md')}")

@@ -1,0 +1,105 @@
+"""The benchmark against peers: the rows it gives out, the table it draws, and our own runner end to end."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lit_lora.scripts import benchmark
+from safetensors.torch import save_file
+
+from lit_lora.model import CausalLM, ModelConfig
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl.gz"
+    samples = [{"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"} for n in range(20)]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(sample) for sample in samples))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tiny_tokenizer(tmp_path / "tiny")
+    config = ModelConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    torch.manual_seed(0)
+    tensors = {name: parameter.detach().mul(0.1).bfloat16() for name, parameter in CausalLM(config).named_parameters()}
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def run(contender: str, tokens: list[int], seconds: list[float], variant: str = "v") -> benchmark.Result:
+    return benchmark.Result(
+        contender, variant, 2_000_000, 1_000_000, [1.0] * len(tokens), seconds, seconds, tokens, 0.0
+    )
+
+
+def test_rows_learn_the_answer_and_the_end_token(data: Path, model: Path, tmp_path: Path) -> None:
+    benchmark.write_rows(data, model, batch=4, steps=3, seed=0, target=tmp_path / "rows.json")
+    steps = json.loads((tmp_path / "rows.json").read_text())
+    tokenizer = benchmark.Tokenizer.from_file(str(model / "tokenizer.json"))
+    assert [len(step) for step in steps] == [4, 4, 4]
+    for row in steps[0]:
+        learned = row["ids"][row["prompt"] :]
+        assert learned[-1] == 2
+        assert "####" in tokenizer.decode(learned)
+        assert tokenizer.decode(row["ids"][: row["prompt"]]).startswith("What is")
+
+
+def test_speed_is_the_median_over_runs_against_the_fastest_peer() -> None:
+    peer = [run("peft", [100], [seconds]) for seconds in (1.0, 2.0, 4.0)]
+    rows = benchmark.summarise([*peer, run("ours", [100], [0.5]), run("limit", [100], [0.25])])
+    assert [row[0] for row in rows] == ["PEFT + transformers", "lit-lora", "the machine's limit"]
+    assert rows[0][2:6] == ["50", "25–100", "1.00", "12%"]
+    assert rows[1][2:6] == ["200", "200–200", "4.00", "50%"]
+
+
+def test_warm_up_steps_are_not_timed() -> None:
+    result = run("ours", [100, 100, 100], [9.0, 1.0, 1.0])
+    result.warmup = 1
+    assert result.tokens_per_second == 100.0
+
+
+def test_losses_are_shown_only_of_runs_on_the_same_steps() -> None:
+    grouped = run("peft", [30, 10], [1.0, 1.0], "bf16/8/length")
+    header, rows = benchmark.loss_rows([run("ours", [20, 20], [1.0, 1.0]), grouped], warmup=1)
+    assert header == ["step", "lit-lora v"]
+    assert [row[0] for row in rows] == ["1 (warm-up)", "2", "mean"]
+
+
+def test_an_unknown_contender_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--model", "x", "--data", "y", "--only", "pefft"]) == 2
+    assert "pefft: no such contender (did you mean 'peft'?)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_our_runner_and_the_limit_measure_a_tiny_model(data: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(model), "--data", str(data), "--only", "ours", "limit", "--out", str(tmp_path / "out")]
+    arguments += ["--variant", "ours=bf16/512 tokens", "--threads", "1", "--batch", "4", "--warmup", "1"]
+    assert benchmark.main([*arguments, "--steps", "1", "--rounds", "1"]) == 0
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    ours = next(one for one in record["final"] if one["contender"] == "ours")
+    assert len(ours["losses"]) == len(ours["tokens"]) == 2
+    assert all(5 < loss < 7 for loss in ours["losses"]), "a random model is near log(384)"
+    assert ours["peak_anonymous_bytes"] > 0 or sys.platform != "linux"
+    assert record["final"][1]["extra"]["gflops"]["head"] > 0
