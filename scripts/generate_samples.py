@@ -96,7 +96,7 @@ def _compose(
     extras = [deck.draw(phrases.orders)] if order else []
     if urgency == "high":
         extras.append(deck.draw(phrases.urgent))
-    elif random_.random() < 0.4:
+    elif random_.random() < 0.5:
         extras.append(deck.draw(phrases.relaxed))
     if not terse and random_.random() < 0.3:
         extras.append(deck.draw(phrases.chatter))
@@ -152,12 +152,12 @@ def _agreement(word: str) -> dict[str, str]:
 
 
 def _style(text: str, random_: random.Random) -> str:
-    """How the customer types: properly, all in small letters, without full stops, or with typing errors."""
-    style = random_.choices(("proper", "small", "unpunctuated", "typos"), (65, 12, 8, 15))[0]
+    """How the customer types: properly, all in small letters, in lines without full stops, or with typing errors."""
+    style = random_.choices(("proper", "small", "lines", "typos"), (65, 12, 8, 15))[0]
     if style == "small":
         return text.lower()
-    if style == "unpunctuated":
-        return re.sub(r"[.,!](?= |$)", "", text)
+    if style == "lines":
+        return re.sub(r"[.!] |[.!]$", "\n", text).replace(",", "").rstrip("\n")
     if style == "typos":
         words = text.split(" ")
         long = [index for index, word in enumerate(words) if len(word) > 4 and word.isalpha()]
