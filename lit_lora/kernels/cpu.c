@@ -205,12 +205,18 @@ void causal_softmax_backward(bf16 *scores, bf16 *dprobabilities, const float *ls
     }
 }
 
-// losses[t] = -log softmax(logits[t])[label]; logits become their gradient, (softmax - onehot) * scale.
+// losses[t] = -log softmax(logits[t])[label]; logits become their gradient, (softmax - onehot) * scale. A negative label
+// counts nothing.
 void cross_entropy(bf16 *logits, const int64_t *labels, float *losses, long rows, long vocabulary, float scale) {
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < rows; t++) {
         bf16 *row = logits + t * vocabulary;
         float most = -3.0e38f, sum = 0.0f;
+        if (labels[t] < 0) {
+            for (long i = 0; i < vocabulary; i++) row[i] = 0;
+            losses[t] = 0.0f;
+            continue;
+        }
 #pragma omp simd reduction(max : most)
         for (long i = 0; i < vocabulary; i++) most = up(row[i]) > most ? up(row[i]) : most;
 #pragma omp simd reduction(+ : sum)
