@@ -44,7 +44,7 @@ _LAYER_NAMES = {
 _DERIVED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
 
 # Values dequantised at a time, in float32: bounds what a huge tensor needs beyond its result.
-_CHUNK_VALUES = 1 << 24
+_CHUNK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class GGUFReader:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, dequantised in float32 and rounded once to ``dtype``, in Hugging Face row order.
 
-        Memory: the result and about 0.3 GB for the rows in work.
+        Memory: the result (twice for q and k) and about 0.1 GB for the rows in work.
         """
         at = self._stored[name]
         tensor = _dequantise(at, dtype or self.dtype(name))

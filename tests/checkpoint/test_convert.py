@@ -76,7 +76,7 @@ def test_every_format_becomes_the_same_checkpoint(source: Path, tmp_path: Path) 
         assert sha256_file(file) in (out / "README.md").read_text()
 
 
-def test_transformers_opens_the_result_with_equal_logits(source: Path, tmp_path: Path) -> None:
+def test_pain_17_transformers_opens_the_result_with_equal_logits(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = converted(source, tmp_path / "out", dtype=torch.float32)
