@@ -15,6 +15,8 @@ __all__ = ["Generation", "Memory", "generate"]
 
 # A prompt is read in pieces of this many tokens, which bounds the memory that a long one takes.
 _PIECE = 1024
+# What several prompts begin with, such as a system message or examples, is read once from so many tokens on.
+_SHARED = 16
 
 
 class Memory:
@@ -83,6 +85,8 @@ class Generation(Iterator[list[int | None]]):
         else:
             waiting, self._cache = _padded(model, prompts, max(self._left))
         self._waiting = torch.tensor(waiting, device=self._device)  # (B, T), not yet read
+        if memory is None and len(prompts) > 1:
+            self._read_common_beginning()
         self._seen: Tensor | None = None
         self._generators = [self._generator() for _ in prompts] if sampling.temperature else []
 
@@ -129,6 +133,29 @@ class Generation(Iterator[list[int | None]]):
         finally:
             if training:
                 self._model.train()
+
+    def _read_common_beginning(self) -> None:
+        """Read once what all prompts begin with, and put it behind the padding of every row of the cache.
+
+        The cache's rows have one length, so a row with padding reads the last tokens of the beginning again.
+        """
+        prompts = [list(prompt) for prompt in self._prompts]
+        first, last = min(prompts), max(prompts)  # in dictionary order: no two prompts differ earlier
+        limit = min(len(prompt) for prompt in prompts) - 1
+        common = next((place for place in range(limit) if first[place] != last[place]), limit)
+        if common < _SHARED:
+            return
+        cache, waiting = self._cache, self._waiting
+        self._cache = _new_cache(self._model, 1, common)
+        self._waiting = torch.tensor([first[:common]], device=self._device)
+        self._read()
+        for row, prompt in enumerate(prompts):
+            padding = waiting.shape[1] - len(prompt)
+            kept = max(common - padding, 0)
+            cache.keys[:, row, :, padding : padding + kept] = self._cache.keys[:, 0, :, :kept]
+            cache.values[:, row, :, padding : padding + kept] = self._cache.values[:, 0, :, :kept]
+        cache.advance(common)
+        self._cache, self._waiting = cache, waiting[:, common:]
 
     def _drop_ended_rows(self) -> None:
         """Take ended rows out of the cache once they are half of it, so that few long answers do not pay for them."""

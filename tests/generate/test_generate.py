@@ -52,6 +52,31 @@ def test_each_row_of_a_batch_is_as_if_alone(model: CausalLM, prompts: list[list[
 
 
 @settings(deadline=None, max_examples=12)
+@given(
+    beginning=st.lists(st.integers(3, 383), min_size=14, max_size=60),
+    ends=st.lists(PROMPTS, min_size=2, max_size=5),
+)
+def test_a_beginning_that_prompts_share_changes_nothing(
+    model: CausalLM, beginning: list[int], ends: list[list[int]]
+) -> None:
+    prompts = [beginning + end for end in ends]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in generate(model, prompts, Sampling(max_new_tokens=6)):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    assert rows == [without_cache(model, prompt, 6) for prompt in prompts]
+
+
+def test_a_beginning_that_prompts_share_is_read_once(model: CausalLM) -> None:
+    read: list[int] = []
+    handle = model.model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    next(generate(model, [[*range(3, 103), end] for end in range(3, 13)], GREEDY))
+    handle.remove()
+    assert sum(read) == 100 + 10
+
+
+@settings(deadline=None, max_examples=12)
 @given(first=PROMPTS, second=PROMPTS, common=st.integers(0, 40))
 def test_a_memory_gives_the_same_answer_and_keeps_the_common_beginning(
     model: CausalLM, first: list[int], second: list[int], common: int
