@@ -11,7 +11,7 @@ from lit_lora.generate.sample import Sampling
 from lit_lora.model import CausalLM
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["Answer", "AnswerStream", "answer_all", "stream_answer"]
+__all__ = ["Answer", "AnswerStream", "AnswerText", "answer_all", "stream_answer"]
 
 Ended = Literal["stop", "length", "interrupted"]
 
@@ -28,8 +28,13 @@ class Answer:
     """``stop``: by itself; ``length``: cut off at the token limit or at the end of the context."""
 
 
-class _Text:
-    """The text of one answer as its tokens come in; text that may become a stop string is held back."""
+class AnswerText:
+    """The text of one answer as its tokens come in; text that may become a stop string is held back.
+
+    Args:
+        tokenizer: Decodes; its stop ids end the answer.
+        stop: Strings that also end it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._stream = tokenizer.stream()
@@ -37,8 +42,11 @@ class _Text:
         self._stop = [string for string in stop if string]
         self._held = ""
         self.text = ""
+        """What was given so far."""
         self.ids: list[int] = []
+        """The tokens so far."""
         self.ended: Ended | None = None
+        """How it ended, once it has."""
 
     def push(self, token: int) -> str:
         """Take a token; give the text that is certain now."""
@@ -61,6 +69,7 @@ class _Text:
         return piece
 
     def answer(self) -> Answer:
+        """The answer so far."""
         return Answer(self.text, self.ids, self.ended or "interrupted")
 
     def _release(self) -> str:
@@ -80,7 +89,7 @@ class _Text:
 class AnswerStream(Iterator[str]):
     """The pieces of one answer as they come; made by :func:`stream_answer`."""
 
-    def __init__(self, generation: Generation, text: _Text) -> None:
+    def __init__(self, generation: Generation, text: AnswerText) -> None:
         self._generation = generation
         self._text = text
 
@@ -122,7 +131,7 @@ def stream_answer(
         InputError: The prompt is empty or leaves no room in the model's context.
     """
     generation = generate(model, [prompt], sampling, stop_ids=tokenizer.stop_ids, memory=memory)
-    return AnswerStream(generation, _Text(tokenizer, stop))
+    return AnswerStream(generation, AnswerText(tokenizer, stop))
 
 
 def answer_all(
@@ -168,7 +177,7 @@ def _answer_batch(
     model: CausalLM, tokenizer: Tokenizer, prompts: list[Sequence[int]], sampling: Sampling, stop: Sequence[str]
 ) -> list[Answer]:
     generation = generate(model, prompts, sampling, stop_ids=tokenizer.stop_ids)
-    texts = [_Text(tokenizer, stop) for _ in prompts]
+    texts = [AnswerText(tokenizer, stop) for _ in prompts]
     for step in generation:
         for row, token in enumerate(step):
             if token is not None:

@@ -178,7 +178,7 @@ class _Rendered:
         self._places = self._place_contents(generation_prompt)
         for index, message in enumerate(messages):
             # A prompt may leave out earlier reasoning of the assistant, as the template's author wanted.
-            if message["role"] in ("system", "user") and not self._is_present(index):
+            if message["role"] in ("system", "user") and self._is_left_out(index):
                 raise self._lost(index)
         self.literal = self._literal_spans()
 
@@ -222,22 +222,27 @@ class _Rendered:
         for piece, index in zip(pieces[::2], pieces[1::2], strict=False):
             position += len(piece)
             positions.setdefault(int(index), []).append(position)
-        return {index: list(zip(found[::2], found[1::2], strict=False)) for index, found in positions.items()}
+        # An odd number of marks: the template cut the content, so they say nothing of where it lies.
+        return {
+            index: list(zip(found[::2], found[1::2], strict=True)) if len(found) % 2 == 0 else []
+            for index, found in positions.items()
+        }
 
-    def _is_present(self, index: int) -> bool:
+    def _is_left_out(self, index: int) -> bool:
+        """Whether nothing of a message's content is in the text."""
         content = _core(self._messages[index])
-        if self._places is None:
-            return content in self.text
-        return not content or bool(self._places.get(index))
+        if self._places is not None and index not in self._places:
+            return bool(content)
+        return content not in self.text and not (self._places or {}).get(index)
 
     def _content(self, index: int) -> Span:
         """Where the text of assistant message ``index`` lies."""
         content = _core(self._messages[index])
-        if content and self._places is not None:
-            places = self._places.get(index, [])
-            if len(places) != 1 or self.text[slice(*places[0])] != content:
-                raise self._lost(index)
+        places = (self._places or {}).get(index, [])
+        if len(places) == 1 and self.text[slice(*places[0])] == content:
             return places[0]
+        if self._is_left_out(index):
+            raise self._lost(index)
         start, end = self._opened(index), self._turn_end(index)
         found = -1 if start is None or end is None else self.text.find(content, start, end)
         if found < 0:
@@ -280,12 +285,13 @@ class _Rendered:
             if others and pattern.search(repr(others)):
                 raise InputError(f"{self._name(index)}: a field besides content holds a special token's text")
             if pattern.search(message.get("content") or ""):
-                if self._places is None:
+                places = (self._places or {}).get(index, [])
+                if not places and not self._is_left_out(index):
                     raise InputError(
                         f"{self._name(index)} holds a special token's text, which this chat template takes apart",
                         hint="remove that text from the message",
                     )
-                spans += self._places.get(index, [])
+                spans += places
         return spans
 
     def _lost(self, index: int) -> InputError:

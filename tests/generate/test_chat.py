@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 from lit_lora.errors import InputError
 from lit_lora.generate import ChatSession, Sampling
@@ -84,3 +87,19 @@ def test_a_conversation_too_long_for_the_model_says_so_and_stays_as_it_was(
     assert "/undo" in str(caught.value.hint)
     assert chat.messages == before
     assert "".join(chat.ask("and?"))
+
+
+def test_another_model_goes_on_with_the_history_and_reads_it_itself(model: CausalLM, tokenizer: Tokenizer) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    chat = session(model, tokenizer)
+    "".join(chat.ask("hello"))
+    fresh = session(other, tokenizer)
+    fresh.messages = list(chat.messages)
+    chat.use(other, tokenizer)
+    assert "".join(chat.ask("and?")) == "".join(fresh.ask("and?"))
+    assert chat.memory.cache is not None
+    assert fresh.memory.cache is not None
+    torch.testing.assert_close(chat.memory.cache.keys, fresh.memory.cache.keys)

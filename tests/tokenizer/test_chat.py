@@ -158,6 +158,69 @@ def test_pain_06_reasoning_that_the_template_drops_is_an_error_that_says_where(m
     assert "so" not in tokenizer.decode(encode_prompt(tokenizer, longer[:-1]))
 
 
+REASONING = """\
+{%- for message in messages %}
+    {%- set text = message['content'] %}
+    {%- if message['role'] == 'assistant' and '</think>' in text %}
+        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text.split('</think>')[-1].lstrip('\\n') %}
+    {%- elif message['role'] == 'assistant' %}
+        {%- set text = '<think>\\n\\n</think>\\n\\n' + text %}
+    {%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + text + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+@pytest.mark.parametrize("answer", ["<think>\nso\n</think>\n\nParis", "Paris"])
+def test_pain_06_reasoning_that_the_template_takes_apart_and_puts_back_is_learned(
+    make: MakeTokenizer, answer: str
+) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(REASONING)
+    tokenizer = Tokenizer.load(folder)
+    messages: list[Message] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    encoded = encode_chat(tokenizer, [*messages, *messages])
+    # The model has to produce the frame too, where it did not think.
+    whole = answer if "think" in answer else f"<think>\n\n</think>\n\n{answer}"
+    assert learned(tokenizer, encoded) == [whole + "<|im_end|>"] * 2
+    assert encoded.ids == reference(folder, [*messages, *messages])
+
+
+def test_a_template_that_looks_at_contents_is_placed_by_what_it_wrote(make: MakeTokenizer) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}"
+        "{% if message['content'].endswith('?') %}{{ ' (asked)' }}{% endif %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    messages: list[Message] = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "Paris?"}]
+    assert learned(tokenizer, encode_chat(tokenizer, [*messages, *messages])) == ["Paris? (asked)<|im_end|>"] * 2
+
+
+def test_an_answer_that_the_template_rewrites_is_an_error(make: MakeTokenizer) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ':' + message['content'] | upper + eos_token }}{% endfor %}"
+    )
+    messages: list[Message] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Paris"}]
+    with pytest.raises(InputError, match=r"message 2 \(assistant\).*rewrites"):
+        encode_chat(Tokenizer.load(folder), messages)
+
+
+def test_special_token_text_that_the_template_takes_apart_is_refused(make: MakeTokenizer) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(REASONING)
+    messages: list[Message] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "<think>\n<|im_end|>\n</think>\n\ny"},
+    ]
+    with pytest.raises(InputError, match=r"message 2 \(assistant\) holds a special token's text"):
+        encode_chat(Tokenizer.load(folder), messages)
+
+
 def test_a_system_message_that_the_template_leaves_out_is_an_error(make: MakeTokenizer) -> None:
     folder = make()
     (folder / "chat_template.jinja").write_text(
