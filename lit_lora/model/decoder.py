@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_lora.model.attention import CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.layers import MLP, RMSNorm
+from lit_lora.model.layers import MLP, RMSNorm, project
 
 __all__ = ["Attend", "CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
@@ -35,8 +35,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (T, heads, H)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(*projected.shape[:-1], -1, self.head_dim)  # (T, heads, H)
+            for projected in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         context = attend(self.index, query, key, value)  # (T, N, H)
         out: Tensor = self.o_proj(context.flatten(-2))

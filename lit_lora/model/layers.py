@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_lora.model.ops import add_rms_norm, swiglu
 
-__all__ = ["MLP", "RMSNorm"]
+__all__ = ["MLP", "RMSNorm", "project"]
 
 
 class RMSNorm(nn.Module):
@@ -34,5 +34,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
         return out
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of several layers for one input.
+
+    Layers of one type that has a static ``forward_together(layers, x)`` compute them at once: a seam for modules that a
+    finetuning method puts in the place of linear layers.
+    """
+    together = getattr(type(layers[0]), "forward_together", None)
+    if together is not None and all(type(layer) is type(layers[0]) for layer in layers):
+        outputs: tuple[Tensor, ...] = together(layers, x)
+        return outputs
+    return tuple(layer(x) for layer in layers)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select
-from lit_lora.peft.lora_function import lora_linear
+from lit_lora.peft.lora_function import Part, lora_linears
 from lit_lora.peft.trained import TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Replace, Update
 
@@ -78,13 +78,19 @@ class LoRALinear(OwnModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        scaling, mask = self.scaling, None
-        if self.training and self.dropout:
-            mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
-            scaling = scaling / (1 - self.dropout)
+        return LoRALinear.forward_together([self], x)[0]
+
+    @staticmethod
+    def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
+        dropout = layers[0].dropout if layers[0].training else 0.0
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout) if dropout else None
+        return lora_linears(x, [layer._part(1 - dropout) for layer in layers], mask)
+
+    def _part(self, keep: float) -> Part:
         base = self.base_layer
         bias = base.bias if self.trained_bias is None else self.trained_bias
-        return lora_linear(x, base.weight, bias, self.lora_A, self.lora_B, scaling, mask)
+        return Part(base.weight, bias, self.lora_A, self.lora_B, self.scaling / keep)
 
     def updates(self) -> dict[str, Update]:
         """``W + s B A``, and the trained bias."""

@@ -1,45 +1,68 @@
-"""The maths of one LoRA linear, ``y = x W^T + b + s (x A^T) B^T``, with its backward written out.
+"""The maths of LoRA linears, ``y = x W^T + b + s (x A^T) B^T``, with the backward written out.
 
 Nothing else in the package knows how the product is computed, so this is the one file to tune for speed. What autograd
-would do and this does not: it saves ``x`` once for all uses (nothing when ``A`` is frozen), never forms a gradient of
-the frozen ``W``, and adds the low-rank product into the base output in place.
+would do and this does not: it saves ``x`` once for all uses (nothing when ``A`` is frozen), and never forms a gradient
+of the frozen ``W``. Layers that read the same ``x`` (q, k, v; gate, up) go together: their ``A`` are one product, and
+their input gradients add up in place.
+
+The update is computed first and the base product accumulates onto it, so their sum is rounded once, from float32. The
+other way round, a bfloat16 base output would be rounded before a small update is added, and half of the updates of the
+first steps would be lost.
 
 Source: LoRA, Hu et al. 2021, section 4.1.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["lora_linear", "lora_linear_reference"]
+__all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears"]
 
 
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
-    """A linear layer with a low-rank branch beside it.
+class Part(NamedTuple):
+    """One layer's tensors."""
+
+    weight: Tensor
+    """(out, in), in the dtype of the input; frozen or not."""
+    bias: Tensor | None
+    """(out,)."""
+    A: Tensor
+    """(R, in), usually float32."""
+    B: Tensor
+    """(out, R), usually float32."""
+    scaling: float
+    """The factor ``s`` of the update."""
+
+
+def lora_linears(x: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Linear layers of one input, each with a low-rank update.
 
     Products run in the dtype of ``x``; the gradients of ``A`` and ``B`` come back in their own dtype (float32), so
     micro-batches add up in float32.
 
     Args:
-        x: (..., in), in the dtype of ``weight``.
-        weight: (out, in), frozen or not.
-        bias: (out,) or None.
-        A: (R, in), usually float32.
-        B: (out, R), usually float32.
-        scaling: The factor ``s`` of the branch.
-        mask: (..., in) bool or None: the inputs that the branch sees (dropout); the caller puts 1 / keep into ``s``.
+        x: (..., in).
+        parts: The layers.
+        mask: (..., in) bool or None: the inputs that the updates see (dropout); the caller puts 1 / keep into ``s``.
 
     Returns:
-        (..., out), in the dtype of ``x``.
+        (..., out) of each layer, in the dtype of ``x``.
     """
-    y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scaling, mask)  # type: ignore[no-untyped-call]
-    return y
+    tensors = [tensor for part in parts for tensor in part[:4]]
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, mask, [part.scaling for part in parts], *tensors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """One layer of :func:`lora_linears`."""
+    return lora_linears(x, [Part(weight, bias, A, B, scaling)], mask)[0]
 
 
 def lora_linear_reference(
@@ -51,53 +74,73 @@ def lora_linear_reference(
     return y + scaling * (branch @ A.to(x.dtype).T) @ B.to(x.dtype).T
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, mask: Tensor | None, scalings: list[float], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        parts = _parts(tensors, scalings)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))  # (tokens, out)
         flat_mask = None if mask is None else mask.reshape(flat.shape)
-        low = _masked(flat, flat_mask) @ A.to(x.dtype).T  # (tokens, R)
-        y.addmm_(low, B.to(x.dtype).T, alpha=scaling)
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(flat if needs_x else None, low, weight, A, B, flat_mask)
-        ctx.scaling, ctx.shape, ctx.bias_dtype = scaling, x.shape, None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        low = _masked(flat, flat_mask) @ _stacked(parts, x.dtype).T  # (tokens, all ranks)
+        outputs = []
+        for part, part_low in zip(parts, torch.split(low, [p.A.shape[0] for p in parts], dim=1), strict=True):
+            y = part_low @ (part.B * part.scaling).to(x.dtype).T  # (tokens, out)
+            if part.bias is not None:
+                y += part.bias.to(x.dtype)
+            outputs.append(y.addmm_(flat, part.weight.T).view(*x.shape[:-1], -1))
+        ctx.scalings, ctx.shape = scalings, x.shape
+        trains_A = any(ctx.needs_input_grad[5::4]) or any(ctx.needs_input_grad[3::4])
+        ctx.save_for_backward(flat if trains_A else None, flat_mask, low, *tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, A, B, mask = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_weight = grad_bias = grad_A = grad_B = None
-        if need_B:
-            grad_B = (low.T @ grad).T.to(B.dtype).mul_(ctx.scaling)  # (out, R); the wide operand goes last: faster
-        if need_A or need_x:
-            grad_low = (grad @ B.to(grad.dtype)).mul_(ctx.scaling)  # (tokens, R)
-        if need_A:
-            grad_A = (grad_low.T @ _masked(x, mask)).to(A.dtype)  # (R, in)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mask, low, *tensors = ctx.saved_tensors
+        parts = _parts(tensors, ctx.scalings)
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        lows = torch.split(low, [part.A.shape[0] for part in parts], dim=1)
+        grad_low = torch.zeros_like(low)
+        grad_lows = torch.split(grad_low, [part.A.shape[0] for part in parts], dim=1)
+        results: list[Tensor | None] = []
+        flats: list[Tensor | None] = []
+        for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
+            need_weight, need_bias, _, need_B = needs[4 * index : 4 * index + 4]
+            grad_weight = grad_bias = grad_B = None
+            flat = None if grad is None else grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+            flats.append(flat)
+            if flat is not None:
+                grad_lows[index].copy_(flat @ (part.B * part.scaling).to(flat.dtype))
+                if need_B:  # the wide operand goes last: faster
+                    grad_B = (lows[index].T @ flat).T.to(part.B.dtype).mul_(part.scaling)  # (out, R)
+                if need_weight:
+                    grad_weight = flat.T @ x
+                if need_bias:
+                    grad_bias = flat.sum(0, dtype=None if part.bias is None else part.bias.dtype)
+            results += [grad_weight, grad_bias, None, grad_B]
+        if any(needs[2::4]):
+            grad_A = grad_low.T @ _masked(x, mask)  # (all ranks, in)
+            for index, piece in enumerate(torch.split(grad_A, [part.A.shape[0] for part in parts])):
+                results[4 * index + 2] = piece.to(parts[index].A.dtype) if needs[4 * index + 2] else None
+        grad_x = None
         if need_x:
-            grad_x = grad @ weight  # (tokens, in)
-            if mask is None:
-                grad_x.addmm_(grad_low, A.to(grad.dtype))
-            else:
-                grad_x.addcmul_(grad_low @ A.to(grad.dtype), mask.to(grad.dtype))
+            grad_x = _masked(grad_low @ _stacked(parts, low.dtype), mask)  # (tokens, in)
+            for part, flat in zip(parts, flats, strict=True):
+                if flat is not None:
+                    grad_x.addmm_(flat, part.weight)
             grad_x = grad_x.view(ctx.shape)
-        if need_weight:
-            grad_weight = grad.T @ x
-        if need_bias:
-            grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
+        return grad_x, None, None, *results
+
+
+def _parts(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Part]:
+    return [Part(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]  # type: ignore[call-arg]
+
+
+def _stacked(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """All ``A`` below one another, (all ranks, in)."""
+    return torch.cat([part.A for part in parts]).to(dtype)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_lora.peft.lora_function import lora_linear, lora_linear_reference
+from lit_lora.peft.lora_function import Part, lora_linear, lora_linear_reference, lora_linears
 
 
 def make(dtype, *, bias=True, masked=False, weight_grad=False, a_grad=True):
@@ -71,3 +71,35 @@ def test_the_input_is_saved_once_and_not_at_all_when_a_is_frozen():
     x_bytes, low_bytes = 2 * 5 * 7 * 4, 2 * 5 * 3 * 4
     assert saved_bytes(lora_linear, make(torch.float32)) == x_bytes + low_bytes
     assert saved_bytes(lora_linear, make(torch.float32, a_grad=False)) == low_bytes
+
+
+def test_layers_of_one_input_together_equal_each_alone():
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, requires_grad=True)
+    parts = [
+        Part(torch.randn(out, 7), None, torch.randn(rank, 7, requires_grad=True), torch.randn(out, rank), 0.5)
+        for out, rank in ((6, 3), (2, 1), (4, 2))
+    ]
+    together = lora_linears(x, parts)
+    alone = [lora_linear_reference(x, *part) for part in parts]
+    leaves = [x, *(part.A for part in parts)]
+    upstream = [torch.randn_like(out) for out in alone]
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for got, expected in zip(
+        torch.autograd.grad(together, leaves, upstream), torch.autograd.grad(alone, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_small_update_is_not_rounded_away_in_bfloat16():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 128).bfloat16(), torch.randn(32, 128).bfloat16()
+    A, B = torch.randn(4, 128), 1e-4 * torch.randn(32, 4)  # the update is about 1/100 of the base output's rounding
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    update = (x.double() @ A.double().T) @ B.double().T
+    kept = lora_linear(x, weight, None, A, B, 1.0).double() - exact
+    naive = (torch.nn.functional.linear(x, weight) + ((x @ A.bfloat16().T) @ B.bfloat16().T)).double() - exact
+    projected = [float((moved * update).sum() / update.square().sum()) for moved in (kept, naive)]
+    assert abs(projected[0] - 1) < 0.3
+    assert abs(projected[1]) < 0.3
