@@ -51,7 +51,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     if not console.is_terminal:
         console.print(f"# {title}")
         for row in [list(columns), *cells]:
-            console.print("\t".join(row))
+            print("\t".join(row))  # rich would turn tabs into spaces
         return
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
