@@ -81,12 +81,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
     """
     require_free_space(out, plan.bytes() + (1 << 24), "the merged model")
     with atomic_folder(out, replace=replace) as temporary, disk_errors(out):
-        proofs = []
-        with CheckpointWriter(temporary) as writer:
-            for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
-                writer.add(name, tensor)
-                if proof is not None:
-                    proofs.append(proof)
+        proofs = _write_tensors(plan, temporary)
         whole = totals(proofs)
         if whole.relative_error > MAX_ERROR and not allow_lossy:
             raise _lossy(plan, whole)
@@ -97,6 +92,16 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
         report = MergeReport(Path(out), proofs, whole, blocks, logits, plan.untied)
         write_text(temporary / "README.md", _card(plan, report))
     return report
+
+
+def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
+    proofs = []
+    with CheckpointWriter(folder) as writer:
+        for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
+            writer.add(name, tensor)
+            if proof is not None:
+                proofs.append(proof)
+    return proofs
 
 
 def _lossy(plan: MergePlan, whole: Totals) -> NumericalError:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import NumericalError
-from lit_lora.merge.plan import EMBEDDING, HEAD, MergePlan
-from lit_lora.model import ModelConfig
-from lit_lora.model.attention import PackedAttention
-from lit_lora.model.decoder import DecoderLayer
-from lit_lora.model.layers import RMSNorm
-from lit_lora.model.rope import rope_table
+from lit_lora.merge.plan import EMBEDDING, MergePlan
+from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.updates import LowRank, Updates
 
 __all__ = ["BlockProof", "LogitsProof", "prove_blocks"]
@@ -84,30 +81,24 @@ class _Weights:
         weight, update = self.tensors[name], self.updates.get(name)
         return weight.float() if update is None else update.apply(weight, 0, len(weight))
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """(T,) token ids to (T, D)."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """(T,) token ids to (T, D); tokens that the model does not have count as its last one."""
         weight, update = self.tensors[EMBEDDING], self.updates.get(EMBEDDING)
         if update is None:
-            return weight[list(ids)].float()
-        return torch.cat([update.apply(weight, token, token + 1) for token in ids])
-
-    def head(self, hidden: Tensor, config: ModelConfig) -> Tensor:
-        """(T, D) to logits (T, V)."""
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        norm.weight = nn.Parameter(self.vector("model.norm.weight"), requires_grad=False)
-        return self.linear(HEAD.removesuffix(".weight"), norm(hidden))
+            return weight[ids.clamp(max=len(weight) - 1)].float()
+        return torch.cat([update.apply(weight, token, token + 1) for token in ids.tolist()])
 
 
 class _Streamed(nn.Module):
-    """A linear layer that reads its weight from the files while it multiplies."""
+    """A linear layer or an embedding that reads its weight from the files while it computes."""
 
-    def __init__(self, weights: _Weights, name: str) -> None:
+    def __init__(self, weights: _Weights, name: str, *, embedding: bool) -> None:
         super().__init__()
-        self.weights, self.name = weights, name
+        self.weights, self.name, self.embedding = weights, name, embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) to (T, out)."""
-        return self.weights.linear(self.name, x)
+        """(T, in) to (T, out), or (T,) ids to (T, D)."""
+        return self.weights.embed(x) if self.embedding else self.weights.linear(self.name, x)
 
 
 @torch.no_grad()
@@ -125,19 +116,18 @@ def prove_blocks(
     Raises:
         NumericalError: A block differs by more than rounding explains.
     """
-    config = plan.config
-    base, adapted = _Weights(plan.base, {}), _Weights(plan.base, plan.updates)
-    written = _Weights(merged, {})
-    rope = rope_table(config, torch.arange(len(ids)), len(ids))
-    attend = PackedAttention([len(ids)], config.sliding_window)
-    known = [min(token, len(plan.base[EMBEDDING]) - 1) for token in ids]
-    plain, exact, final = base.embed(known), adapted.embed(ids), written.embed(ids)
+    base, adapted, written = (
+        _streaming_model(plan.config, weights)
+        for weights in (_Weights(plan.base, {}), _Weights(plan.base, plan.updates), _Weights(merged, {}))
+    )
     proofs = []
-    for index in range(config.num_hidden_layers):
-        unadapted = _layer(config, base, index)(exact, rope, attend)
-        layer = _layer(config, written, index)
-        rounded, wanted = layer(exact, rope, attend), _layer(config, adapted, index)(exact, rope, attend)
-        difference, effect = (rounded - wanted).norm(), (wanted - unadapted).norm()
+
+    def compare(index: int, inputs: tuple[Any, ...], output: Any) -> None:
+        """The same block of the three models on the same inputs."""
+        plain, wanted, got = (
+            _stream(out) for out in (base.model.layers[index](*inputs), output, written.model.layers[index](*inputs))
+        )
+        difference, effect = (got - wanted).norm(), (wanted - plain).norm()
         error = float(difference / wanted.norm())
         proofs.append(BlockProof(index, error, float(difference / effect) if effect else 0.0))
         if not error <= TOLERANCES[dtype]:
@@ -145,29 +135,39 @@ def prove_blocks(
                 f"layer {index}: merged and base + adapter differ by {error:.2g} of the output, expected at most "
                 f"{TOLERANCES[dtype]:.2g} in {str(dtype).removeprefix('torch.')}; nothing was written"
             )
-        plain, exact, final = _layer(config, base, index)(plain, rope, attend), wanted, layer(final, rope, attend)
-    logits = [
-        weights.head(hidden[-_LAST_TOKENS:], config)
-        for weights, hidden in ((base, plain), (adapted, exact), (written, final))
-    ]
-    return proofs, _compare(*logits)
+
+    for index, layer in enumerate(adapted.model.layers):
+        layer.register_forward_hook(lambda _, inputs, output, index=index: compare(index, inputs, output))
+    tokens = torch.tensor([list(ids)])
+    exact, plain, final = (
+        model.lm_head(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, written)
+    )
+    return proofs, _compare_logits(plain, exact, final)
 
 
-def _layer(config: ModelConfig, weights: _Weights, index: int) -> DecoderLayer:
-    """A decoder layer that streams its matrices; its small vectors are in memory."""
+def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
+    """A model that streams its matrices; its small vectors are in memory."""
     with torch.device("meta"):
-        layer = DecoderLayer(config, index)
-    prefix = f"model.layers.{index}"
-    for name, module in list(layer.named_modules()):
+        model = CausalLM(config)
+    for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
-        if isinstance(module, nn.Linear):
-            setattr(layer.get_submodule(parent), last, _Streamed(weights, f"{prefix}.{name}"))
-        elif isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(weights.vector(f"{prefix}.{name}.weight"), requires_grad=False)
-    return layer
+        if isinstance(module, nn.Linear | nn.Embedding):
+            streamed = _Streamed(weights, name, embedding=isinstance(module, nn.Embedding))
+            setattr(model.get_submodule(parent), last, streamed)
+    for name, _ in list(model.named_parameters()):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, nn.Parameter(weights.vector(name), requires_grad=False))
+    return model.eval()
 
 
-def _compare(base: Tensor, adapted: Tensor, merged: Tensor) -> LogitsProof:
+def _stream(output: Any) -> Tensor:
+    """The residual stream after a block, which may return it in parts that are yet to be added."""
+    parts = output if isinstance(output, tuple) else (output,)
+    total: Tensor = sum(part for part in parts if isinstance(part, Tensor))  # type: ignore[assignment]
+    return total
+
+
+def _compare_logits(base: Tensor, adapted: Tensor, merged: Tensor) -> LogitsProof:
     shared = base.shape[-1]  # added tokens are unknown to the base
     wanted, got = adapted.log_softmax(-1), merged.log_softmax(-1)
     kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
