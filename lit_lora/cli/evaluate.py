@@ -25,12 +25,21 @@ __all__ = ["command"]
 
 
 def command(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Model, run or adapter folders.")],
-    data: Annotated[str | None, typer.Option(metavar="DATA", help="Held-out rows: as for lit-lora prepare.")] = None,
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model, run or adapter folders.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Held-out rows, as for lit-lora prepare; a run's own if omitted.")
+    ] = None,
     adapter: options.Adapter = None,
-    task: Annotated[str | None, typer.Option(metavar="A,B", help="loss, exact_match, json_fields, options.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="loss, exact_match, json_fields, options; if omitted, those that suit the rows."
+        ),
+    ] = None,
     shots: Annotated[int, typer.Option(metavar="K", min=0, help="Also the base with K examples in its prompt.")] = 0,
-    examples: Annotated[str | None, typer.Option(metavar="DATA", help="The training rows, for --shots.")] = None,
+    examples: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Training rows for --shots; a run's own if omitted.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N rows.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Instead of looking at the columns.")] = None,
     columns: Annotated[
@@ -57,7 +66,7 @@ def command(
     Rows are read as by lit-lora prepare. Rows of multiple choice (prompt, options, answer) are scored by likelihood.
 
     Examples:
-        lit-lora evaluate out/quickstart --data tickets_heldout --shots 4 --examples tickets_train
+        lit-lora evaluate out/quickstart --data tickets_heldout --shots 4
 
         lit-lora evaluate checkpoints/base out/run out/run/merged --data heldout.jsonl --out results.json
 
@@ -71,11 +80,12 @@ def command(
         raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
     tasks = _tasks(task)
     given = {"format": format_, "columns": parse_columns(columns or []) or None, "system": system}
-    config = _data_config(models, data, {key: value for key, value in given.items() if value is not None})
+    trained_on = _run_data(models)
+    config = _data_config(trained_on, data, {key: value for key, value in given.items() if value is not None})
     candidates = _candidates(models, adapter, shots)
     dataset = _read(config, tasks, limit)
     tasks = tasks or default_tasks(dataset)
-    drawn_from = _examples(config, examples, shots, tasks, dataset)
+    drawn_from = _examples(config, examples or trained_on.get("path"), shots, tasks, dataset)
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:
@@ -116,27 +126,32 @@ def _tasks(text: str | None) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
-def _data_config(models: list[Path], data: str | None, given: dict[str, Any]) -> DataConfig:
-    """What to read: as given, else as the first run's config has it.
-
-    Raises:
-        UsageError: No data was named, and no run says which.
-    """
+def _run_data(models: list[Path]) -> dict[str, Any]:
+    """The data section that the first run among the models was trained with; empty without a run."""
     from lit_lora.config import read_yaml
-    from lit_lora.data import DataConfig
 
-    saved: dict[str, Any] = {}
     for path in models:
         if (path / "config.yaml").is_file():
             section = dict(read_yaml(path / "config.yaml")).get("data")
-            saved = section if isinstance(section, dict) else {}
-            break
-    held_out = saved.get("validation")
-    path_ = data or (held_out if isinstance(held_out, str) else None)
-    if path_ is None:
+            return section if isinstance(section, dict) else {}
+    return {}
+
+
+def _data_config(trained_on: dict[str, Any], data: str | None, given: dict[str, Any]) -> DataConfig:
+    """What to read and how: as given, else as the run was trained.
+
+    Raises:
+        UsageError: No data was named, and the run has no file of held-out rows.
+    """
+    from lit_lora.data import DataConfig
+
+    held_out = trained_on.get("validation")
+    path = data or (held_out if isinstance(held_out, str) else None)
+    if path is None:
         raise UsageError("no rows to evaluate on", hint="name them: --data heldout.jsonl")
-    kept = {} if given else {key: saved[key] for key in ("format", "columns", "values", "system") if saved.get(key)}
-    return validate({**kept, **given, "path": path_}, DataConfig, name="evaluate")
+    reading = ("format", "columns", "values", "system")
+    kept = {} if given else {key: trained_on[key] for key in reading if trained_on.get(key)}
+    return validate({**kept, **given, "path": path}, DataConfig, name="evaluate")
 
 
 def _candidates(models: list[Path], adapter: Path | None, shots: int) -> list[Candidate]:

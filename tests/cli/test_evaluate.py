@@ -131,16 +131,19 @@ def test_plain_text_gets_its_loss(base: Path, tmp_path: Path) -> None:
     assert set(json.loads(out.read_text())["models"][0]["scores"]) == {"loss", "perplexity"}
 
 
-def test_the_runs_own_validation_file_and_columns_are_the_default(
+def test_the_runs_own_files_and_columns_are_the_default(
     base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write(tmp_path / "held.jsonl", [{"frage": "was?", "antwort": "nichts"}])
+    train = write(tmp_path / "train.jsonl", [{"frage": "wer?", "antwort": "niemand"}])
     own = tmp_path / "run"
     shutil.copytree(run, own)
-    section = {"path": "t", "validation": str(rows), "columns": {"prompt": "frage", "completion": "antwort"}}
+    section = {"path": str(train), "validation": str(rows), "columns": {"prompt": "frage", "completion": "antwort"}}
     (own / "config.yaml").write_text(json.dumps({"recipe": "lora", "data": section}))
-    assert evaluate(own, "--task", "loss") == 0
-    assert "1 rows, tasks: loss" in capsys.readouterr().err
+    assert evaluate(own, "--task", "loss", "--shots", 1) == 0
+    printed = capsys.readouterr()
+    assert "1 rows, tasks: loss" in printed.err
+    assert "tiny + 1 shots" in printed.out
 
 
 @pytest.mark.parametrize(
