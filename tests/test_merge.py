@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lit_lora import merge as merging
+from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.tensors import open_tensors
 from lit_lora.errors import DiskError, InputError, NumericalError, UsageError
@@ -21,7 +22,9 @@ from lit_lora.merge import TaskSwitcher, find_places, plan_merge
 from lit_lora.merge.plan import EMBEDDING, HEAD
 from lit_lora.merge.write import merged_tensors
 from lit_lora.peft import load_adapter
-from tests.peft.tiny import VOCABULARY, make_adapter, make_model, save_base, token_ids
+from lit_lora.tokenizer import Tokenizer
+from tests.peft.tiny import VOCABULARY, adapted, lora, make_adapter, make_model, save_base, shake, token_ids
+from tests.tiny import tiny_tokenizer
 
 CASES = {
     "all-linear": {},
@@ -293,6 +296,29 @@ def test_the_adapters_tokenizer_goes_with_the_merged_model(tmp_path):
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "LoRA, rank 8" in card
     assert str(tmp_path) not in card
+
+
+@both_ties
+def test_pain_15_tokens_added_by_text_go_through_tokenizer_training_merge_and_reload(tied, tmp_path):
+    base = save_base(make_model(tied, vocabulary=384), tmp_path / "base")
+    tiny_tokenizer(base)
+    tokenizer = Tokenizer.load(base)
+    config = lora(target_modules="q,v", trainable_tokens=["<tool>", "</tool>", "<none>"])
+    config = config.with_token_ids(tokenizer.add_tokens)
+    model = adapted(load_model(base), config)
+    shake(model)
+    peft.save_adapter(model, config, tmp_path / "run" / "adapter", base=base)
+    tokenizer.save(tmp_path / "run" / "adapter")
+    merge(tmp_path / "run", tmp_path / "run" / "merged")
+    again = Tokenizer.load(tmp_path / "run" / "merged")
+    ids = again.encode("a <tool>x</tool>", special=True)
+    assert {384, 385} <= set(ids)
+    assert again.fingerprint == tokenizer.fingerprint
+    merged = load_model(tmp_path / "run" / "merged").eval()
+    assert merged.lm_head.weight.shape == merged.model.embed_tokens.weight.shape == (387, 16)
+    with torch.no_grad():
+        wanted, got = model.eval()(torch.tensor([ids])), merged(torch.tensor([ids]))
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

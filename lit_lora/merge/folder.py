@@ -83,7 +83,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
     with atomic_folder(out, replace=replace) as temporary, disk_errors(out):
         proofs = _write_tensors(plan, temporary)
         whole = totals(proofs)
-        if whole.relative_error > MAX_ERROR and not allow_lossy:
+        if not (whole.relative_error <= MAX_ERROR or allow_lossy):
             raise _lossy(plan, whole)
         _write_side_files(plan, temporary)
         dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)

@@ -143,7 +143,7 @@ def _check_values(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
 def _same(tensor: Tensor, base: Tensor | None) -> bool:
     if base is None or tensor.shape != base.shape:
         return False
-    return torch.allclose(tensor.float(), base.float(), rtol=1e-2, atol=1e-6)
+    return torch.allclose(tensor.float(), base.float().to(tensor.device), rtol=1e-2, atol=1e-6)
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -75,7 +75,7 @@ class Replace:
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of the change, rows beyond the base counted from zero."""
         known = weight.shape[0]
-        change = self.tensor[:known].float() - weight.float()
+        change = self.tensor[:known].float() - weight.float().to(self.tensor.device)
         return float(torch.hypot(change.norm(), self.tensor[known:].float().norm()))
 
 
@@ -108,7 +108,8 @@ class Rows:
         """Frobenius norm of the change, rows beyond the base counted from zero."""
         old = [slot for slot, token in enumerate(self.ids) if token < weight.shape[0]]
         new = [slot for slot, token in enumerate(self.ids) if token >= weight.shape[0]]
-        change = self.values[old].float() - weight[[self.ids[slot] for slot in old]].float()
+        before = weight[[self.ids[slot] for slot in old]].float().to(self.values.device)
+        change = self.values[old].float() - before
         return float(torch.hypot(change.norm(), self.values[new].float().norm()))
 
 

@@ -14,10 +14,12 @@ from lit_lora.model import CausalLM, ModelConfig
 VOCABULARY, WIDTH, LAYERS = 61, 16, 2
 
 
-def make_model(tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1) -> CausalLM:
+def make_model(
+    tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1, vocabulary: int = VOCABULARY
+) -> CausalLM:
     torch.manual_seed(seed)
     config = ModelConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=24,
         num_hidden_layers=LAYERS,
