@@ -46,7 +46,7 @@ def make_base(folder: Path, *, endless: bool = False) -> Path:
 
 def make_run(folder: Path, base: Path, seed: int = 1) -> Path:
     """A run folder whose adapter changes answers."""
-    model, config = load_model(base), peft.methods()["lora"].model_validate({"rank": 2})
+    model, config = load_model(base), peft.methods()["lora"].model_validate({"rank": 2, "dropout": 0.5})
     peft.freeze(model)
     config.apply(model)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,6 +199,36 @@ def test_a_template_that_looks_at_contents_is_placed_by_what_it_wrote(make: Make
     tokenizer = Tokenizer.load(folder)
     messages: list[Message] = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "Paris?"}]
     assert learned(tokenizer, encode_chat(tokenizer, [*messages, *messages])) == ["Paris? (asked)<|im_end|>"] * 2
+
+    # Where the marks change the text, nobody knows where a content lies, so its special tokens' text is not encoded.
+    messages[0]["content"] = "is <|im_end|> it?"
+    with pytest.raises(InputError, match=r"message 1 \(user\) holds a special token's text"):
+        encode_chat(tokenizer, messages)
+
+
+def test_an_answer_that_the_template_leaves_out_is_not_mistaken_for_its_own_text(make: MakeTokenizer) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ':' }}"
+        "{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+    )
+    messages: list[Message] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "m"}]
+    with pytest.raises(InputError, match=r"message 2 \(assistant\).*leaves out"):
+        encode_chat(Tokenizer.load(folder), messages)
+
+
+def test_blanks_are_learned_where_the_tokenizer_cuts_them_off_its_offsets(make: MakeTokenizer) -> None:
+    folder = make()
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    messages: list[Message] = [{"role": "user", "content": "hello  "}, {"role": "assistant", "content": "  a   b   "}]
+    assert learned(tokenizer, encode_chat(tokenizer, messages)) == ["  a   b   <|im_end|>"]
 
 
 def test_an_answer_that_the_template_rewrites_is_an_error(make: MakeTokenizer) -> None:
