@@ -55,10 +55,10 @@ def open_model(
     about = [str(base)]
     if folder is not None:
         about.append(f"adapter {load_adapter(loaded, folder)}")
-    has_tokenizer = folder is not None and (folder / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(folder if folder is not None and has_tokenizer else base)
-    rows = loaded.model.embed_tokens.weight.shape[0] if folder is None else tokenizer.vocab_size
-    if tokenizer.vocab_size > rows:
+    brings_own = folder is not None and (folder / "tokenizer.json").is_file()  # one with added tokens
+    tokenizer = Tokenizer.load(folder if folder is not None and brings_own else base)
+    rows = loaded.config.vocab_size
+    if tokenizer.vocab_size > rows and not brings_own:
         raise InputError(
             f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}",
             hint="tokenizer.json and config.json are of different models",

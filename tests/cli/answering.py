@@ -14,6 +14,7 @@ from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.save import save_model
 from lit_lora.cli import main
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
 
 __all__ = ["Terminal", "make_base", "make_run"]
@@ -44,16 +45,20 @@ def make_base(folder: Path, *, endless: bool = False) -> Path:
     return save_model(model, folder, side_files=tokenizer, card="tiny\n")
 
 
-def make_run(folder: Path, base: Path, seed: int = 1) -> Path:
+def make_run(folder: Path, base: Path, *, add_tokens: tuple[str, ...] = ()) -> Path:
     """A run folder whose adapter changes answers."""
-    model, config = load_model(base), peft.methods()["lora"].model_validate({"rank": 2, "dropout": 0.5})
+    model, tokenizer = load_model(base), Tokenizer.load(base)
+    settings = {"rank": 2, "dropout": 0.5, "trainable_tokens": list(add_tokens)}
+    config = peft.methods()["lora"].model_validate(settings).with_token_ids(tokenizer.add_tokens)  # type: ignore[attr-defined]
     peft.freeze(model)
     config.apply(model)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in peft.trainable_state(model).values():
             parameter.normal_(std=0.5)
-    peft.save_adapter(model, config, folder / "adapter", base=base)  # type: ignore[arg-type]
+    peft.save_adapter(model, config, folder / "adapter", base=base)
+    if add_tokens:
+        tokenizer.save(folder / "adapter")
     (folder / "config.yaml").write_text("recipe: lora\n")
     return folder
 

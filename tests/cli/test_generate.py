@@ -52,10 +52,14 @@ def test_run_adapter_and_base_with_adapter_are_the_same_model(type_in: Terminal,
     assert type_in("generate", base, "hello", "--adapter", run / "adapter")[1] == out
 
 
-def test_an_adapter_with_tokens_of_its_own_brings_its_tokenizer(type_in: Terminal, run: Path, base: Path) -> None:
+def test_an_adapter_with_added_tokens_brings_its_tokenizer(type_in: Terminal, base: Path) -> None:
     from lit_lora.open_model import open_model
 
-    assert open_model(run).tokenizer.fingerprint == open_model(base).tokenizer.fingerprint
+    run = make_run(Path("tokens"), base, add_tokens=("[TICKET]", "[END]"))
+    tokenizer = open_model(run, dtype="fp32").tokenizer
+    assert tokenizer.encode("[TICKET]") == [384]
+    assert tokenizer.fingerprint != open_model(base, dtype="fp32").tokenizer.fingerprint
+    assert type_in("generate", run, "[TICKET] hello [END]", "--repetition-penalty", "1.3")[0] == 0
 
 
 def test_a_file_of_prompts_comes_back_in_order_and_as_if_alone(type_in: Terminal, base: Path) -> None:
