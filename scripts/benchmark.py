@@ -229,6 +229,8 @@ def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> R
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
         raise LitLoraError(f"{name} ({variant}) ended with status {status}:\n" + "\n".join(tail))
     record = json.loads(out.read_text(encoding="utf-8"))
+    if len(record["steps"]) <= warmup:
+        raise LitLoraError(f"{name} ({variant}): no step is left to time after {warmup} of warm-up: give more --steps")
     return Result(
         contender=name,
         variant=variant,
