@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from lit_lora.model.ops import add_rms_norm, swiglu
 
-__all__ = ["MLP", "RMSNorm", "project"]
+__all__ = ["MLP", "RMSNorm", "project", "recomputed"]
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +37,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        out: Tensor = self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        gate, value = project(x, self.gate_proj, self.up_proj)
+        inner = swiglu(gate, value)
+        with recomputed(inner, lambda: swiglu(gate, value)):
+            out: Tensor = self.down_proj(inner)
         return out
 
 
@@ -49,3 +55,34 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = together(layers, x)
         return outputs
     return tuple(layer(x) for layer in layers)
+
+
+@contextmanager
+def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside the block, ``value`` is not kept for the backward but computed again there.
+
+    For what is cheap to compute from tensors that are kept anyway: a gate's output, a norm's. It must not be changed in
+    place, and ``compute`` must give the same bits.
+
+    Args:
+        value: (..., D).
+        compute: Gives it again, from tensors that the backward holds.
+    """
+    place, shape = value.data_ptr(), value.shape
+
+    def keep(tensor: Tensor) -> Tensor | tuple[int, ...]:
+        is_value = tensor.data_ptr() == place and tensor.numel() == value_size and tensor.is_contiguous()
+        return tuple(tensor.shape) if is_value else tensor
+
+    def give(kept: Tensor | tuple[int, ...]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return compute().view(kept)
+
+    value_size = shape.numel()
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        yield

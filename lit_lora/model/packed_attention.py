@@ -73,7 +73,7 @@ class _PackedAttention(torch.autograd.Function):
             block.softmax("causal_softmax", scores, sums[0], sums[1])
             block.put(lse, sums[0])
             block.put(inverse, sums[1])
-            block.put(out, torch.bmm(scores, block.keys(v)))
+            block.product(out, scores, block.keys(v))
         ctx.save_for_backward(q, k, v, lse, cosine, sine)
         ctx.layout = layout
         return turn.unpack(out, query.shape[0], 0, inverse)
@@ -90,9 +90,9 @@ class _PackedAttention(torch.autograd.Function):
             scores = torch.bmm(queries, keys.transpose(1, 2))  # (K, group * rows, keys)
             grads = torch.bmm(outer, block.keys(v).transpose(1, 2))
             block.softmax("causal_softmax_backward", scores, grads, block.flat(lse))
-            block.put(grad_q, torch.bmm(grads, keys))
-            block.add(grad_v, torch.bmm(scores.transpose(1, 2), outer))
-            block.add(grad_k, torch.bmm(grads.transpose(1, 2), queries))
+            block.product(grad_q, grads, keys)
+            block.add_product(grad_v, scores.transpose(1, 2), outer)
+            block.add_product(grad_k, grads.transpose(1, 2), queries)
         parts = ((grad_q, -1), (grad_k, -1), (grad_v, 0))
         return *(turn.unpack(part, grad.shape[0], sign) for part, sign in parts), None, None, None
 
@@ -140,6 +140,11 @@ class _Block:
     def end(self) -> int:
         return self.first + self.rows
 
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a whole document: then every part of it is a view."""
+        return self.rows == self.length
+
     def queries(self, x: Tensor) -> Tensor:
         """(K, group * rows, H) of a (T, N, H) tensor: a view for a whole document, a copy for a part of one."""
         return self._rows(x).reshape(self.groups, -1, x.shape[2])
@@ -157,9 +162,19 @@ class _Block:
         target = self._rows(x)
         target.copy_(values.view(target.shape))
 
-    def add(self, x: Tensor, values: Tensor) -> None:
-        """Add (K, keys, H) to the keys that this block sees; those that no block before it saw are set."""
-        document = self._document(x)
+    def product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
+        """Write the product, (K, group * rows, H), into the rows of this block."""
+        if self.is_document:
+            torch.bmm(left, right, out=self._document(x).view(self.groups, -1, x.shape[2]))
+        else:
+            self.put(x, torch.bmm(left, right))
+
+    def add_product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product, (K, keys, H), to the keys that this block sees; set those that no block before it saw."""
+        if self.is_document:
+            torch.bmm(left, right, out=self._document(x))
+            return
+        values, document = torch.bmm(left, right), self._document(x)
         document[:, : self.first] += values[:, : self.first]
         document[:, self.first : self.end] = values[:, self.first :]
 
