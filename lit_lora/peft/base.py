@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -56,6 +56,10 @@ class Method(Settings):
         Raises:
             UsageError: The settings do not fit this model, such as a target that matches nothing.
         """
+
+    def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> Method:
+        """These settings with tokens named by text turned into ids; a method without such tokens stays as it is."""
+        return self
 
 
 class OwnModule(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
-from lit_lora.peft.base import base_tensors, own_modules
+from lit_lora.peft.base import Method, base_tensors, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
 from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear, layer_number
@@ -89,7 +89,7 @@ class Adapter:
 
 def save_adapter(
     model: nn.Module,
-    config: LoRAConfig,
+    config: Method,
     folder: Path,
     *,
     base: str | Path,
@@ -115,6 +115,7 @@ def save_adapter(
     """
     if not own_modules(model):
         raise UsageError(f"{folder}: the model has no adapter to save")
+    assert isinstance(config, LoRAConfig), "the one method so far that adds modules"
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _file_tensors(model).items()}
     extras = {"format": 1, "base": fingerprint(base_tensors(model)), "method": config.model_dump(mode="json")}
     method = f"LoRA, rank {config.rank}, alpha {config.base_alpha:g}"
