@@ -1,0 +1,52 @@
+# The two commands to know: make quickstart, make test. Everything happens in a virtual environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+# What decides whether the environment is up to date.
+PINS := pyproject.toml constraints.txt
+
+.PHONY: help venv quickstart test slow lint docs wheel clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+venv: $(VENV)/.dev  ## Make .venv with everything that developing needs.
+
+quickstart: $(VENV)/.installed  ## Download, finetune, merge and try a small model.
+	$(VENV)/bin/lit-lora quickstart
+
+test: $(VENV)/.dev  ## Run the default tests: no GPU, no network, a few minutes.
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu and not network"
+
+slow: $(VENV)/.dev  ## Run the slow tests too, on real weights where they are given.
+	$(RUN) -m pytest -m "slow and not gpu and not network"
+
+lint: $(VENV)/.dev  ## Check style, format and types.
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy lit_lora finetune scripts
+
+docs: $(VENV)/.dev  ## Write the reference pages in docs/ anew.
+	$(RUN) scripts/docs.py
+
+wheel: $(VENV)/.dev  ## Build the sdist, and the wheel from the sdist, into dist/.
+	rm -rf dist build
+	$(RUN) -m build
+
+clean:  ## Remove the environment, builds and caches; checkpoints, data and out/ stay.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lit-lora needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(PINS)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.created $(PINS)
+	$(INSTALL) --editable '.[dev]'
+	touch $(VENV)/.installed $@
