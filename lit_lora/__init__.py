@@ -1,13 +1,14 @@
 """lit-lora: turn an open LLM into a specialist on the machine you have.
 
-The package is built in floors; imports go down only (``tests/test_floors.py`` walks them):
+The package is built in floors. An import goes to a lower floor, or on one floor from the left of a ``>`` to its right;
+names between which no ``>`` stands do not know each other. ``tests/test_floors.py`` reads this table and holds to it:
 
-    5  cli                                             the commands
-    4  finetune  scripts                               the recipes, where model, method, data and loop meet
-    3  recipe  merge  evaluate                         what recipes and commands share
-    2  checkpoint  peft  data  train  generate         five neighbours that do not know each other
-    1  model  tokenizer  hub                           the parts they are made of
-    0  config  errors  log  files                      no torch
+    5  scripts > cli                                     entry points of a checkout; the commands
+    4  finetune                                          the recipes, where model, method, data and loop meet
+    3  recipe  merge  evaluate  open_model > estimate    what recipes and commands share
+    2  checkpoint  peft  data  train  generate           five neighbours that do not know each other
+    1  model  tokenizer  hub > kernels                   the parts they are made of
+    0  config  files > log  errors                       no torch
 """
 
 __version__ = "0.1.0"

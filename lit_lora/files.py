@@ -16,7 +16,9 @@ from lit_lora.errors import DiskError
 __all__ = [
     "atomic_folder",
     "cache_folder",
+    "disk_errors",
     "folder_bytes",
+    "free_bytes",
     "human_bytes",
     "require_free_space",
     "sha256_file",

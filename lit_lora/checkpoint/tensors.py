@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 
-__all__ = ["TensorReader", "open_tensors"]
+__all__ = ["INDEX", "TensorReader", "open_tensors", "read_weight_map"]
 
 INDEX = "model.safetensors.index.json"
 

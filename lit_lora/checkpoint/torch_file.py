@@ -6,11 +6,11 @@ lit-lora changes that: a file that needs more is refused.
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def _load(file: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles: what matters is an error
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
             raise InputError(f"{file}: not a PyTorch file, or damaged", hint="download it again") from error

@@ -12,7 +12,7 @@ from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import RenderedChat, Tokenizer, encode_rendered, encode_text, render_chat
 
-__all__ = ["encode_samples"]
+__all__ = ["Place", "encode_samples"]
 
 _TOGETHER = 1024
 _KEEP = 16  # tokens of a prompt's stretch that are left standing at each side of a cut

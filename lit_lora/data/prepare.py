@@ -23,7 +23,7 @@ from lit_lora.data.source import locate
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "prepare", "read_samples"]
+__all__ = ["PlacedSample", "Prepared", "prepare", "read_samples"]
 
 PlacedSample = tuple[Sample, Place]
 

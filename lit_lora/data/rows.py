@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["EncodedRow", "Row", "Rows", "Status", "TokenTable", "record_batch"]
+__all__ = ["EncodedRow", "Integers", "Row", "Rows", "Status", "TokenTable", "record_batch"]
 
 Integers = npt.NDArray[np.int64]
 

@@ -18,7 +18,7 @@ from lit_lora.peft.attach import check_base
 from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.updates import LowRank, Update, Updates
 
-__all__ = ["BaseTensors", "MergePlan", "Places", "find_adapter", "find_places", "plan_merge"]
+__all__ = ["EMBEDDING", "HEAD", "BaseTensors", "MergePlan", "Places", "find_adapter", "find_places", "plan_merge"]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

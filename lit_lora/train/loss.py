@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_lora import kernels
 
-__all__ = ["IGNORE_INDEX", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
+__all__ = ["CHUNK", "IGNORE_INDEX", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
 
 IGNORE_INDEX = -100
 """Label of a position that is not learned."""

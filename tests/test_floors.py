@@ -1,0 +1,300 @@
+"""The architecture: what may import what, and what must not be written anywhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import lit_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+# The folders of the package, and the name of each in it. data/samples and configs hold no code.
+FOLDERS = {"lit_lora": "lit_lora", "finetune": "lit_lora.finetune", "scripts": "lit_lora.scripts"}
+HEAVY = {"torch", "transformers", "datasets", "safetensors", "numpy", "pyarrow", "matplotlib", "gguf", "tokenizers"}
+
+
+class Source(NamedTuple):
+    """A source file of the package."""
+
+    path: Path
+    module: str
+    tree: ast.Module
+
+    @property
+    def part(self) -> str:
+        """The part of the package it belongs to: ``model`` of ``lit_lora.model.rope``."""
+        return self.module.split(".")[1] if "." in self.module else ""
+
+    def at(self, node: ast.AST) -> str:
+        return f"{self.path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def sources() -> list[Source]:
+    found = []
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "benchmark_peers" in path.parts:  # programs of other environments, started by path
+                continue
+            names = [*package.split("."), *path.relative_to(ROOT / folder).with_suffix("").parts]
+            module = ".".join(names).removesuffix(".__init__")
+            found.append(Source(path, module, ast.parse(path.read_text(encoding="utf-8"))))
+    return found
+
+
+SOURCES = sources()
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The dotted names that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def ranks(table: str) -> dict[str, tuple[int, int]]:
+    """Of every part: the number of its floor, and its place on it (further left is higher)."""
+    found = {}
+    for number, names in re.findall(r"^ {4}(\d)  (.+?) {3,}", table, flags=re.MULTILINE):
+        groups = names.split(" > ")
+        for place, group in enumerate(groups):
+            found.update({name: (int(number), len(groups) - place) for name in group.split()})
+    return found
+
+
+RANKS = ranks(lit_lora.__doc__ or "")
+
+
+def wrong_edges(files: list[Source]) -> list[str]:
+    """Imports that go up or sideways, each with its file and line."""
+    wrong = []
+    for source in files:
+        for node in ast.walk(source.tree):
+            for name in imported(node):
+                target = name.split(".")[1] if name.startswith("lit_lora.") else ""
+                if target in RANKS and target != source.part and RANKS[target] >= RANKS[source.part]:
+                    way = "up" if RANKS[target] > RANKS[source.part] else "sideways"
+                    wrong.append(f"{source.at(node)}: {source.part} imports {target}, which is {way}")
+    return wrong
+
+
+def test_the_table_of_floors_names_every_part_once() -> None:
+    assert RANKS.keys() == {source.part for source in SOURCES} - {""}
+    assert [RANKS[part] for part in ("scripts", "cli", "model", "kernels", "errors")] == [
+        (5, 2), (5, 1), (1, 2), (1, 1), (0, 1),
+    ]  # fmt: skip
+
+
+def test_imports_go_down_only() -> None:
+    assert wrong_edges(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "expected"),
+    [
+        ("lit_lora.peft.lora", "from lit_lora.model.rope import Rope", []),
+        ("lit_lora.peft.lora", "from lit_lora import train", ["peft imports train, which is sideways"]),
+        ("lit_lora.peft.lora", "from lit_lora.data.rows import Rows", ["peft imports data, which is sideways"]),
+        ("lit_lora.model.rope", "import lit_lora.train.loop", ["model imports train, which is up"]),
+        ("lit_lora.kernels.call", "def f():\n from lit_lora.model import x", ["kernels imports model, which is up"]),
+        ("lit_lora.finetune.lora", "from lit_lora.cli import main", ["finetune imports cli, which is up"]),
+        ("lit_lora.estimate", "from lit_lora.recipe import Run", ["estimate imports recipe, which is up"]),
+    ],
+)
+def test_a_wrong_edge_is_named_with_file_and_line(module: str, line: str, expected: list[str]) -> None:
+    source = Source(ROOT / "lit_lora/x.py", module, ast.parse(line))
+    number = 2 if "\n" in line else 1
+    assert wrong_edges([source]) == [f"lit_lora/x.py:{number}: {text}" for text in expected]
+
+
+def top_level_imports(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Imports that run when the module is imported: none in functions, none for type checkers alone."""
+    statements = list(tree.body)
+    while statements:
+        statement = statements.pop()
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            continue
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            yield statement
+        for field in ("body", "orelse", "handlers", "finalbody"):
+            if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+                statements += getattr(statement, field, [])
+
+
+def test_no_command_imports_anything_heavy_before_it_runs() -> None:
+    heavy_parts = {part for part, (floor, _) in RANKS.items() if 1 <= floor <= 4}
+    wrong = [
+        f"{source.at(node)}: {name}"
+        for source in SOURCES
+        if source.part == "cli"
+        for node in top_level_imports(source.tree)
+        for name in imported(node)
+        if name.split(".")[0] in HEAVY or (name.startswith("lit_lora.") and name.split(".")[1] in heavy_parts)
+    ]
+    assert wrong == []
+
+
+def test_the_ground_floor_knows_no_torch() -> None:
+    ground = {part for part, (floor, _) in RANKS.items() if floor == 0}
+    wrong = [
+        f"{source.at(node)}: {name}"
+        for source in SOURCES
+        if source.part in ground
+        for node in ast.walk(source.tree)
+        for name in imported(node)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert wrong == []
+
+
+def dangers(source: Source) -> Iterator[str]:
+    """Whatever could run code out of a file: unpickling, eval, exec, YAML objects, a shell, remote code."""
+    for node in ast.walk(source.tree):
+        for name in imported(node):
+            if name != "pickle.UnpicklingError" and name.split(".")[0] in {
+                "pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "marshal",
+                "shelve",
+            }:
+                yield f"{source.at(node)}: import {name}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called in {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}:
+            yield f"{source.at(node)}: {called}"
+        if keywords.get("shell", "False") != "False":
+            yield f"{source.at(node)}: shell={keywords['shell']}"
+        if "trust_remote_code" in keywords or any(
+            isinstance(part, ast.Constant) and part.value == "trust_remote_code" for part in ast.walk(node)
+        ):
+            yield f"{source.at(node)}: trust_remote_code"
+        if called in {"torch.save", "np.save", "numpy.save"} or keywords.get("allow_pickle", "False") != "False":
+            yield f"{source.at(node)}: {called} writes or reads pickle"
+        if called == "torch.load":
+            allowed = source.module == "lit_lora.checkpoint.torch_file" and keywords.get("weights_only") == "True"
+            if not allowed:
+                yield f"{source.at(node)}: torch.load, only checkpoint/torch_file.py may, with weights_only=True"
+
+
+def test_pain_48_nothing_can_run_code_out_of_a_file() -> None:
+    assert [danger for source in SOURCES for danger in dangers(source)] == []
+    (loader,) = [source for source in SOURCES if source.module == "lit_lora.checkpoint.torch_file"]
+    calls = [node for node in ast.walk(loader.tree) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call.func) for call in calls].count("torch.load") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from dill import loads",
+        "eval(text)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=flag)",
+        "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
+        "torch.load(path, weights_only=True)",
+        "np.load(path, allow_pickle=True)",
+        "torch.save(state, path)",
+    ],
+)
+def test_each_danger_would_be_found(code: str) -> None:
+    assert len(list(dangers(Source(ROOT / "lit_lora/x.py", "lit_lora.x", ast.parse(code))))) == 1
+
+
+def test_torch_load_without_weights_only_would_be_found_even_where_it_may_be_called() -> None:
+    code = ast.parse("torch.load(path, weights_only=flag)")
+    assert list(dangers(Source(ROOT / "lit_lora/x.py", "lit_lora.checkpoint.torch_file", code)))
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Public names that a module defines."""
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def public(tree: ast.Module) -> list[str] | None:
+    """``__all__``, if the module has one."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return None
+
+
+def test_every_module_that_defines_something_says_what_is_public() -> None:
+    modules = [source for source in SOURCES if defined(source.tree)]
+    assert [str(source.path.relative_to(ROOT)) for source in modules if public(source.tree) is None] == []
+
+
+def test_only_public_names_are_imported_by_other_modules() -> None:
+    trees = {source.module: source.tree for source in SOURCES}
+    wrong = []
+    for source in SOURCES:
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.ImportFrom) or node.module not in trees:
+                continue
+            known = public(trees[node.module]) or []
+            for alias in node.names:
+                if (
+                    alias.name not in known
+                    and f"{node.module}.{alias.name}" not in trees
+                    and alias.name != "__version__"
+                ):
+                    wrong.append(f"{source.at(node)}: {alias.name} is not in the __all__ of {node.module}")
+    assert wrong == []
+
+
+def test_no_file_is_named_for_what_has_no_name() -> None:
+    banned = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py", "manager.py", "handler.py"}
+    assert [str(source.path) for source in SOURCES if source.path.name in banned] == []
+
+
+def test_neither_the_model_nor_the_loop_knows_a_method() -> None:
+    wrong = [
+        f"{source.path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for source in SOURCES
+        if source.part in ("model", "train")
+        for number, line in enumerate(source.path.read_text(encoding="utf-8").splitlines(), 1)
+        if "lora" in re.sub(r"lit[-_]lora", "", line, flags=re.IGNORECASE).lower()
+    ]
+    assert wrong == []
+
+
+def test_a_recipe_reads_top_to_bottom_without_loops() -> None:
+    loops = (ast.For, ast.While, ast.AsyncFor)
+    wrong = [
+        source.at(node)
+        for source in SOURCES
+        if source.part == "finetune"
+        for node in ast.walk(source.tree)
+        if isinstance(node, loops)
+    ]
+    assert wrong == []
+
+
+def test_functions_stay_short() -> None:
+    sizes = sorted(
+        (node.end_lineno or node.lineno) - node.lineno + 1
+        for source in SOURCES
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert sizes[int(0.95 * len(sizes))] <= 50
