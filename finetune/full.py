@@ -10,7 +10,19 @@ from pathlib import Path
 from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.save import save_model
 from lit_lora.peft import freeze, model_card
-from lit_lora.recipe import FinetuneConfig, Options, finetune_config, finish, load_data, main, plan, start, summary
+from lit_lora.recipe import (
+    FinetuneConfig,
+    Options,
+    answer_samples,
+    claim_folder,
+    finetune_config,
+    finish,
+    load_data,
+    main,
+    plan,
+    start,
+    summary,
+)
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.optimizer import OptimizerConfig
@@ -35,6 +47,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     plan(run, model, data)
     if options.dry_run:
         return run.folder
+    claim_folder(run)
     result = fit(
         model,
         data.batches,
@@ -44,6 +57,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         folder=run.folder,
         seed=config.seed,
         validation=data.validation,
+        sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
     )
     target = run.folder / "model"

@@ -9,7 +9,19 @@ from pathlib import Path
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.peft import freeze, save_adapter
-from lit_lora.recipe import FinetuneConfig, Options, finetune_config, finish, load_data, main, plan, start, summary
+from lit_lora.recipe import (
+    FinetuneConfig,
+    Options,
+    answer_samples,
+    claim_folder,
+    finetune_config,
+    finish,
+    load_data,
+    main,
+    plan,
+    start,
+    summary,
+)
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 
@@ -34,6 +46,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     plan(run, model, data)
     if options.dry_run:
         return run.folder
+    claim_folder(run)
     result = fit(
         model,
         data.batches,
@@ -43,6 +56,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         folder=run.folder,
         seed=config.seed,
         validation=data.validation,
+        sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
     )
     adapter = run.folder / "adapter"

@@ -21,7 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lit_lora.errors import UsageError
 
-__all__ = ["Settings", "did_you_mean", "dump_yaml", "load_config", "read_yaml", "shipped_configs", "validate"]
+__all__ = [
+    "Settings",
+    "did_you_mean",
+    "dump_yaml",
+    "find_config",
+    "load_config",
+    "read_yaml",
+    "shipped_configs",
+    "validate",
+]
 
 Path_ = tuple[str | int, ...]
 
@@ -106,14 +115,21 @@ def _scalar(text: str, *, plain: bool) -> str | int | float | bool | None:
     return text
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, problems: list[str] | None = None) -> Any:
     """Plain data of a YAML file, read strictly.
+
+    Args:
+        path: The file.
+        problems: Is given what is wrong inside valid YAML, such as a key given twice, instead of raising it.
 
     Raises:
         UsageError: The file is missing, not UTF-8 or not valid YAML.
     """
     document = _Document(_read(path), str(path))
-    _raise(document.problems)
+    if problems is None:
+        _raise(document.problems)
+    else:
+        problems += document.problems
     return document.data
 
 

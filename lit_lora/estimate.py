@@ -26,14 +26,16 @@ class Estimate:
     """Rough figures; a real measurement is in the run's result."""
 
     memory_bytes: int
+    disk_bytes: int
     seconds_per_step: float
 
 
 def estimate(model: nn.Module, rows: Rows, config: TrainConfig, dtype: torch.dtype, device: torch.device) -> Estimate:
-    """Estimate peak memory and time per step of training ``model`` on ``rows``.
+    """Estimate peak memory, disk space, and time per step of training ``model`` on ``rows``.
 
     Memory: the weights; 16 bytes per trainable number (float32 value, gradient, two moments); what the layers keep of a
-    micro-batch for their backward; one chunk of logits.
+    micro-batch for their backward; one chunk of logits. Disk: 12 bytes per trainable number in each checkpoint
+    (the best, those kept and one more while it is written), and the trained weights at the end.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = {id(p): p for p in model.parameters()}.values()
@@ -48,7 +50,9 @@ def estimate(model: nn.Module, rows: Rows, config: TrainConfig, dtype: torch.dty
     logits = CHUNK * max((linear.out_features for linear in linears), default=0) * (4 + dtype.itemsize)
     memory = _PROCESS_BYTES * (device.type == "cpu") + stored + 16 * trainable + activations + logits
     products = 4 * step_tokens * sum(linear.weight.numel() for linear in linears)
-    return Estimate(int(memory), products / (_product_rate(dtype, device) * _EFFICIENCY))
+    written = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+    disk = 12 * trainable * (config.keep_last + 2) + written
+    return Estimate(int(memory), int(disk), products / (_product_rate(dtype, device) * _EFFICIENCY))
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -11,7 +11,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -22,9 +22,12 @@ from lit_lora import log
 from lit_lora.config import Settings, did_you_mean, dump_yaml, find_config, load_config, read_yaml
 from lit_lora.data import DataConfig, Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
+from lit_lora.data.rows import Row
 from lit_lora.errors import LitLoraError, UsageError
 from lit_lora.estimate import estimate
-from lit_lora.files import disk_errors, human_bytes, write_text
+from lit_lora.files import human_bytes, require_free_space, write_text
+from lit_lora.generate import Sampling, answer_all
+from lit_lora.model import CausalLM
 from lit_lora.peft import Kind, Method, count_parameters, matched_table, methods
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
@@ -39,13 +42,16 @@ __all__ = [
     "Options",
     "Run",
     "RunData",
+    "answer_samples",
+    "claim_folder",
     "finetune_config",
+    "finish",
     "load_data",
     "load_recipe",
     "main",
-    "finish",
     "plan",
     "start",
+    "summary",
 ]
 
 # `recipe:` in a config -> the file in finetune/ that runs it
@@ -140,8 +146,8 @@ class RunData:
     batches: Batches
     validation: list[MicroBatch]
     prepared: Prepared
-    sample_prompts: list[list[int]] = field(default_factory=list)
-    """Token ids of validation prompts that are answered while training."""
+    samples: list[tuple[list[int], list[int]]]
+    """Validation rows that are answered while training: token ids of the prompt, and of the answer in the data."""
 
     @property
     def about(self) -> str:
@@ -150,42 +156,43 @@ class RunData:
 
 
 def start(config: FinetuneConfig, options: Options) -> Run:
-    """Seed, choose device and dtype, and make the run folder with the resolved config in it.
+    """Seed, choose device and dtype, and look whether the run folder can be used.
 
     Raises:
-        UsageError: The folder holds another run, or the device is not there.
-        DiskError: The folder cannot be written.
+        UsageError: The folder holds another run, or none to resume, or the device is not there.
     """
     torch.manual_seed(config.seed)
     device = choose_device(config.model.device)
     run = Run(config, options, device, choose_dtype(config.model.dtype, device))
     reuse_memory()
-    if not options.dry_run:
-        _claim_folder(run)
+    saved = run.folder / "config.yaml"
+    if options.resume and not saved.is_file():
+        raise UsageError(f"{run.folder}: holds no run to resume", hint="leave --resume out to start one")
+    if options.resume:
+        _check_same_run(saved, config)
+    elif saved.is_file() and not (options.overwrite or options.dry_run):
+        raise UsageError(
+            f"{run.folder}: holds a run already",
+            hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another beside it",
+        )
     return run
 
 
-def _claim_folder(run: Run) -> None:
-    saved, text = run.folder / "config.yaml", dump_yaml(run.config)
-    if saved.is_file():
-        if run.options.resume:
-            _check_same_run(saved, run.config)
-        elif not run.options.overwrite:
-            raise UsageError(
-                f"{run.folder}: holds a run already",
-                hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another beside it",
-            )
-        else:
-            _remove_run(run.folder)
-    elif run.options.resume:
-        raise UsageError(f"{run.folder}: holds no run to resume", hint="start one by leaving --resume out")
-    with disk_errors(run.folder):
-        run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(saved, text)
+def claim_folder(run: Run) -> None:
+    """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
+
+    Raises:
+        DiskError: The folder cannot be written.
+    """
+    if run.options.overwrite and not run.options.resume:
+        _remove_run(run.folder)
+    write_text(run.folder / "config.yaml", dump_yaml(run.config))
 
 
 # What a resumed run may do differently; anything else makes it another run.
-_MAY_CHANGE = {"out", "train.eval_every", "train.save_every", "train.keep_last", "train.patience", "train.samples"}
+_MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens"} | {
+    f"train.{key}" for key in ("eval_every", "save_every", "keep_last", "patience", "samples")
+}
 
 
 def _check_same_run(saved: Path, config: FinetuneConfig) -> None:
@@ -238,70 +245,126 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
         seed=config.seed,
     )
     validation = prepared.validation
-    held_out = list(validation_batches(validation, config.train.micro_batch_tokens)) if validation is not None else []
-    prompts = []
-    for number in range(min(config.train.samples, len(validation) if validation is not None else 0)):
-        assert validation is not None
-        row = validation[number]
-        prompts.append([int(token) for token in row.input_ids[: int(row.learn[1:].argmax()) + 1]])
-    return RunData(batches, held_out, prepared, prompts)
+    if validation is None:
+        return RunData(batches, [], prepared, [])
+    held_out = list(validation_batches(validation, config.train.micro_batch_tokens))
+    samples = [_sample(validation[number]) for number in range(min(config.train.samples, len(validation)))]
+    return RunData(batches, held_out, prepared, samples)
 
 
-def plan(run: Run, model: torch.nn.Module, data: RunData) -> None:
-    """Print what will train, on how much, and what it needs, before the first step."""
-    config, counts = run.config, count_parameters(model)
-    rows = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
-    log.table("What trains", ["modules", "count", "weight", "parameters"], rows, right=(1, 3))
+def _sample(row: Row) -> tuple[list[int], list[int]]:
+    """The first answer of a row and what stands before it; plain text is to be continued after a few words."""
+    ids, learned = row.input_ids.tolist(), row.learn.tolist()
+    start = learned.index(True, 1)
+    if start == 1:
+        start = min(len(ids) // 2, 32)
+    end = learned.index(False, start) if False in learned[start:] else len(ids)
+    return ids[:start], ids[start:end]
+
+
+def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
+    """A function of the step that answers the sample rows and prints the answers beside those of the data.
+
+    It draws no random numbers and leaves the model as it was, so a run with samples trains like one without.
+    """
+    context = model.config.max_position_embeddings
+    samples = [(prompt, expected) for prompt, expected in data.samples if len(prompt) < context]
+    sampling = Sampling(max_new_tokens=60)
+
+    def answer(step: int) -> None:
+        training = model.training
+        model.eval()
+        answers = answer_all(model, tokenizer, [prompt for prompt, _ in samples], sampling)
+        model.train(training)
+        for given, (_, expected) in zip(answers, samples, strict=True):
+            log.note(f"step {step}: answers {_short(given.text)}, expected {_short(tokenizer.decode(expected))}")
+
+    return answer
+
+
+def _short(text: str) -> str:
+    """One line of at most 100 characters, in quotes."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 100 else text[:99] + "…")
+
+
+def plan(run: Run, model: CausalLM, data: RunData) -> None:
+    """Print what will train, on how much, and what it needs, before the first step.
+
+    Raises:
+        DiskError: The disk has too little room for it.
+    """
+    config, counts, rows = run.config, count_parameters(model), data.prepared.train
+    matched = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
+    log.table("What trains", ["modules", "count", "weight", "parameters"], matched, right=(1, 3))
     total = config.train.total_steps(data.batches.steps_per_epoch)
-    warmup = config.schedule.warmup_steps(total)
-    if config.schedule.warmup > 1 and warmup < config.schedule.warmup:
-        log.warn(f"schedule.warmup {config.schedule.warmup:g} is more than half of {total} steps: {warmup} are used")
-    epochs = total / data.batches.steps_per_epoch
-    if epochs > 1.5:
-        log.note(f"{epochs:.1f} passes over the rows: more than one often overfits, watch the validation loss")
+    _warn_of(config, model, data, total)
+    figures = estimate(model, rows, config.train, run.dtype, run.device)
+    passes, interval = total / data.batches.steps_per_epoch, config.train.eval_interval(total)
+    warmup, held_out = config.schedule.warmup_steps(total), len(data.prepared.validation or ())
+    tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
+    table = [
+        ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
+        ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
+        ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
+        ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
+        ["learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {warmup} steps of warm-up"],
+        ["memory, about", human_bytes(figures.memory_bytes)],
+        ["time, about", f"{_duration(figures.seconds_per_step * total)}, without validation"],
+        ["disk, about", human_bytes(figures.disk_bytes)],
+        ["run folder", str(run.folder)],
+    ]
+    log.table("Plan", ["what", "figure"], table)
+    require_free_space(run.folder, figures.disk_bytes, "this run")
+
+
+def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int) -> None:
+    """Say what a user would want to change before ``total`` steps begin."""
+    warmup, asked = config.schedule.warmup_steps(total), config.schedule.asked_steps(total)
+    if warmup < asked:
+        log.warn(f"schedule.warmup: {asked} steps are more than half of all {total}: the warm-up takes {warmup}")
     if not data.validation:
-        log.warn("no validation rows: the last weights are kept, not the best (data.validation: 0.1 holds rows out)")
-    figures = estimate(model, data.prepared.train, config.train, run.dtype, run.device)
-    log.table(
-        "Plan",
-        ["what", "figure"],
-        [
-            ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
-            ["device, dtype", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
-            ["rows, learned tokens", f"{len(data.prepared.train):,}, {int(data.prepared.train.target_counts.sum()):,}"],
-            ["steps", f"{total:,} of {config.train.batch_size} rows ({epochs:.2g} epochs), warm-up {warmup}"],
-            ["memory, about", human_bytes(figures.memory_bytes)],
-            ["time, about", _duration(figures.seconds_per_step * total)],
-            ["run folder", str(run.folder)],
-        ],
-    )
+        log.warn(
+            "no validation rows: overfitting will not show, and the last weights are kept, not the best "
+            "(data.validation=0.1 holds a tenth of the rows out)"
+        )
+        if config.train.patience is not None:
+            log.warn("train.patience has no effect without validation rows")
+    longest, context = int(data.prepared.train.token_counts.max()), model.config.max_position_embeddings
+    if longest > context:
+        log.warn(
+            f"the longest row has {longest:,} tokens, the model was made for {context:,}: "
+            f"data.max_seq_length={context} keeps to that"
+        )
 
 
 def finish(run: Run, result: FitResult, written: Path, next_command: str) -> None:
     """Print what came out, and what to type next."""
-    log.table(
-        "Result", ["what", "figure"], [[name, "" if v is None else _figure(v)] for name, v in summary(result).items()]
-    )
+    rows = [[name, f"{value:.4f}" if isinstance(value, float) else value] for name, value in summary(result).items()]
+    log.table("Result", ["what", "figure"], rows)
+    before, after = result.untrained_validation_loss, result.validation_loss
+    if before is not None and after is not None and after >= before:
+        log.warn(
+            "the validation loss did not fall: try a lower optimizer.lr, and look at the rows with "
+            "lit-lora prepare FILE --show 3"
+        )
     log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
     log.say(f"next: {next_command}")
 
 
-def _figure(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def summary(result: FitResult) -> dict[str, object]:
     """The figures of a run for its model card and its closing lines."""
-    return {
+    figures = {
         "Steps": result.steps,
         "Best step": result.best_step,
         "Training loss": result.loss,
+        "Validation loss before training": result.untrained_validation_loss,
         "Validation loss": result.validation_loss,
         "Tokens per second": round(result.tokens_per_second),
         "Peak memory": human_bytes(result.peak_memory_bytes),
     }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], FinetuneConfig]:
@@ -314,7 +377,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[
     Raises:
         UsageError: Unknown recipe, or problems in the config, all at once.
     """
-    data = read_yaml(find_config(source))
+    # Problems of the YAML are reported by load_config, with all others.
+    data = read_yaml(find_config(source), problems=[])
     given = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
     name = str(given[-1] if given else data.get("recipe", "lora") if isinstance(data, dict) else "lora")
     if name not in RECIPES:
@@ -343,10 +407,14 @@ def main(recipe: Callable[[Any, Options], Path], config: type[FinetuneConfig]) -
         recipe(load_config(arguments.config, config, arguments.overrides), options)
     except LitLoraError as error:
         raise SystemExit(error.report()) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _duration(seconds: float) -> str:
     """``125.0`` as ``2 min 5 s``."""
+    if seconds < 1:
+        return "less than a second"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from lit_lora.errors import UsageError
+from lit_lora.errors import OutOfMemoryError, UsageError
 
-__all__ = ["choose_device", "choose_dtype", "peak_memory_bytes", "reuse_memory"]
+__all__ = ["choose_device", "choose_dtype", "peak_memory_bytes", "report_lack_of_memory", "reuse_memory"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,3 +77,22 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def report_lack_of_memory(setting: str) -> Iterator[None]:
+    """Say plainly when memory runs out inside the block.
+
+    Args:
+        setting: What to lower, and what it is now.
+
+    Raises:
+        OutOfMemoryError: An allocation failed, of the GPU's memory or of the machine's.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            hint = f"{setting}: lower it; or choose shorter rows (data.max_seq_length), or model.dtype bf16"
+            raise OutOfMemoryError("out of memory; the last checkpoint is kept", hint=hint) from error
+        raise

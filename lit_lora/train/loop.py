@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any, Protocol
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora import log
 from lit_lora.config import Settings
-from lit_lora.errors import Interrupted, NumericalError
-from lit_lora.train.device import peak_memory_bytes
+from lit_lora.errors import InputError, Interrupted, NumericalError, UsageError
+from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory
 from lit_lora.train.loss import IGNORE_INDEX, Batch, backward, evaluate
 from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
@@ -63,10 +64,35 @@ class TrainConfig(Settings):
         return self.eval_every or max(1, math.ceil(total_steps / 10))
 
 
+class Row(Protocol):
+    """A training row, as far as the loop looks into it."""
+
+    @property
+    def source(self) -> str:
+        """Where it came from, such as ``file:line``."""
+
+
+class Rows(Protocol):
+    """The training rows."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal rows in the same order."""
+
+    def __getitem__(self, i: int) -> Row:
+        """Row ``i``."""
+
+
 class Batches(Protocol):
     """The training rows, portioned: a pure function of the step."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit each row once."""
+
+    @property
+    def rows(self) -> Rows:
+        """What is portioned."""
 
     def step(self, step: int) -> Sequence[Batch]:
         """The micro-batches of one optimizer step."""
@@ -82,10 +108,12 @@ class FitResult:
     """Training loss of the last step."""
     validation_loss: float | None
     """Of the weights that the model now has; ``None`` without validation rows."""
+    untrained_validation_loss: float | None
+    """Before the first step."""
     tokens: int
-    """Tokens trained on by this process, prompts included."""
+    """Tokens trained on in the whole run, prompts included."""
     seconds: float
-    """Spent in training steps by this process."""
+    """Spent in training steps in the whole run."""
     peak_memory_bytes: int
 
     @property
@@ -127,57 +155,82 @@ class _Run:
         folder: Path,
         seed: int,
     ) -> None:
-        self.model, self.batches, self.validation, self.config = model, batches, validation, config
+        self.model, self.batches, self.config = model, batches, config
         self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
         self.trainables = Trainables(model)
         self.optimizer = build_optimizer(optimizer, self.trainables)
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
         self.total = config.total_steps(batches.steps_per_epoch)
         self.device = next(model.parameters()).device
+        self.validation = [_on(self.device, batch) for batch in validation]
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if half else 1.0)
         self.half = half
-        self.loss: float | None = None
-        self.tokens, self.seconds = 0, 0.0
+        self.loss = math.nan
+        self.fingerprint = batches.rows.fingerprint
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many validations in a row were no better."""
+        return self.config.patience is not None and self.progress.waited >= self.config.patience
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.total or self.out_of_patience
 
     def resume(self, step: int) -> None:
-        """Continue after a checkpoint."""
+        """Continue after a checkpoint.
+
+        Raises:
+            InputError: The checkpoint is broken or of another run, or the training rows are not the same.
+        """
         state = self.store.load(step, self.trainables, self.optimizer)
+        if state.get("rows") != self.fingerprint:
+            raise InputError(
+                f"{self.folder}: the training rows are not those that the run began with: the data or its tokenizer "
+                "has changed",
+                hint="put the data back as it was, or start a new run in another folder",
+            )
         self.progress = _Progress(**{key: value for key, value in state.items() if key in vars(self.progress)})
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics."""
+    def train_step(self, metrics: Metrics) -> str:
+        """One optimizer step; returns its loss and speed in words.
+
+        Raises:
+            NumericalError: The loss or a gradient is not finite; it is recorded before.
+        """
         started, step = time.perf_counter(), self.progress.step
         # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
         torch.manual_seed((self.seed << 32) + step)
         lr = self.lr * self.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = list(self.batches.step(step))
+        micro_batches = [_on(self.device, batch) for batch in self.batches.step(step)]
         targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
         losses = [backward(self.model, batch, scale) for batch in micro_batches]
-        norm = self._clip()
+        norm, problem = self._clip(), None
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
             self.optimizer.step()
             self.trainables.publish()
             self._grow_scale()
+        elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
+            # float16 gradients beyond their range: leave this step out and scale less from now on.
+            self.progress.loss_scale /= 2
+            self.progress.good_steps = 0
         else:
-            self._skip(micro_batches, losses, norm)
+            problem = self._not_finite(micro_batches, losses, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.loss = sum(losses) / max(targets, 1)
         tokens = sum(sum(batch.lengths) for batch in micro_batches)
         seconds = time.perf_counter() - started
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        return {
-            "loss": self.loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "targets": targets,
-            "tokens_per_second": tokens / seconds,
-        }
+        self.loss, speed = sum(losses) / max(targets, 1), tokens / seconds
+        values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
+        metrics.record(step + 1, **values, tokens_per_second=speed)
+        if problem is not None:
+            raise problem
+        return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
 
     def _clip(self) -> float:
         """Undo the loss scale, scale the gradient down to ``max_grad_norm``; returns the norm before that."""
@@ -195,16 +248,8 @@ class _Run:
         if self.half and self.progress.good_steps % _GROW_AFTER == 0:
             self.progress.loss_scale *= 2
 
-    def _skip(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> None:
-        """Deal with a step that is not finite: lower the scale of a float16 run, stop any other.
-
-        Raises:
-            NumericalError: With the step, the rows and the parameters that went wrong.
-        """
-        if self.half and self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
-            self.progress.loss_scale /= 2
-            self.progress.good_steps = 0
-            return
+    def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> NumericalError:
+        """Which rows and which parameter went wrong."""
         bad = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
         rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
         names = [
@@ -213,24 +258,38 @@ class _Run:
             if master.grad is not None and not bool(master.grad.isfinite().all())
         ]
         where = f", first in the gradient of {names[0]}" if names else ""
-        raise NumericalError(
+        return NumericalError(
             f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
-            f"training rows {', '.join(map(str, rows[:8]))}{' …' if len(rows) > 8 else ''}",
-            hint="look at these rows, lower optimizer.lr, or use dtype bf16/fp32; the last checkpoint is kept",
+            f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}",
+            hint="look at these rows, lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
         )
 
-    def validate(self) -> float:
-        """Validation loss of the current weights; remembers the best."""
-        loss = validation_loss(self.model, self.validation)
-        if self.progress.best_loss is None or loss < self.progress.best_loss:
-            self.progress.best_loss, self.progress.best_step, self.progress.waited = loss, self.progress.step, 0
+    def validate(self, metrics: Metrics) -> None:
+        """Record the validation loss of the current weights, and remember the best trained ones.
+
+        Raises:
+            NumericalError: It is not finite.
+        """
+        loss, progress = validation_loss(self.model, self.validation), self.progress
+        metrics.record(progress.step, validation_loss=loss)
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"step {progress.step}: the validation loss {loss} is not finite",
+                hint="lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
+            )
+        if progress.step == 0:
+            log.note(f"before training: validation loss {loss:.4f}")
+            return
+        log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, validation loss {loss:.4f}")
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.waited = loss, progress.step, 0
         else:
-            self.progress.waited += 1
-        return loss
+            progress.waited += 1
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
-        self.store.save(self.progress.step, self.trainables, self.optimizer, self.progress.to_json())
+        state = {**self.progress.to_json(), "rows": self.fingerprint}
+        self.store.save(self.progress.step, self.trainables, self.optimizer, state)
 
 
 def fit(
@@ -243,7 +302,7 @@ def fit(
     folder: Path,
     seed: int = 0,
     validation: Sequence[Batch] = (),
-    sample: Callable[[int], None] | None = None,
+    sample: Callable[[int], None] = lambda _: None,
     resume: bool = False,
 ) -> FitResult:
     """Train whatever of ``model`` requires a gradient, in place; at the end the model has the best weights.
@@ -260,67 +319,82 @@ def fit(
         folder: The run folder.
         seed: Of dropout.
         validation: Micro-batches of the validation rows.
-        sample: Called with the step after each validation, to show answers.
+        sample: Called with the step before training and after each validation, to show answers.
         resume: Continue after the newest checkpoint in ``folder``.
 
     Raises:
-        NumericalError: Loss or gradient is not finite.
+        UsageError: ``folder`` holds checkpoints, and ``resume`` is false.
+        InputError: The checkpoint to resume from is broken or of another run, or the training rows have changed.
+        NumericalError: A loss or gradient is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
         DiskError: A checkpoint could not be written; older ones are still there.
+        OutOfMemoryError: A step needs more memory than there is.
     """
     run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed)
     saved = run.store.steps()
-    if resume and saved:
+    if saved and not resume:
+        raise UsageError(
+            f"{run.store.folder}: holds checkpoints of another run", hint="resume it, or take another folder"
+        )
+    if saved:
         run.resume(saved[-1])
-        log.note(f"resumed after step {saved[-1]}")
+        left = "nothing is left to train" if run.finished else f"{run.total - saved[-1]} are left"
+        log.note(f"resumed after step {saved[-1]} of {run.total}: {left}")
     metrics = Metrics(run.folder, first_step=run.progress.step)
     model.train()
     try:
-        with _stop_signals() as stop:
+        with _stop_signals() as stop, report_lack_of_memory(f"train.micro_batch_tokens is {config.micro_batch_tokens}"):
             _steps(run, metrics, sample, stop)
     finally:
         model.eval()
+        run.trainables.release()
         metrics.close()
-        if read_metrics(metrics.path):
-            plot_losses(metrics.path, run.folder / "loss.png")
+        plot_losses(metrics.path, run.folder / "loss.png")
     best = run.progress.best_step or run.progress.step
     if best != run.progress.step:
         run.store.load(best, run.trainables)
+    records = read_metrics(metrics.path)
+    steps = [record for record in records if "tokens" in record]
     return FitResult(
         steps=run.progress.step,
         best_step=best,
-        loss=run.loss,
+        loss=steps[-1]["loss"] if steps else None,
         validation_loss=run.progress.best_loss,
-        tokens=run.tokens,
-        seconds=run.seconds,
+        untrained_validation_loss=next((r["validation_loss"] for r in records if r["step"] == 0), None),
+        tokens=sum(record["tokens"] for record in steps),
+        seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
         peak_memory_bytes=peak_memory_bytes(run.device),
     )
 
 
-def _steps(run: _Run, metrics: Metrics, sample: Callable[[int], None] | None, stop: list[int]) -> None:
-    """All steps that are left, with validation, checkpoints and samples between them."""
+def _steps(run: _Run, metrics: Metrics, sample: Callable[[int], None], stop: list[int]) -> None:
+    """All steps that are left, with validation, checkpoints and samples between them.
+
+    Raises:
+        NumericalError: A loss or gradient is not finite.
+        Interrupted: A signal came; a checkpoint was saved.
+    """
     eval_interval = run.config.eval_interval(run.total)
     save_interval = run.config.save_every or eval_interval
+    if run.validation and run.progress.step == 0:
+        run.validate(metrics)
+        sample(0)
     with log.progress(total=run.total, what="training", unit="step", initial=run.progress.step) as bar:
-        while run.progress.step < run.total:
-            values = run.train_step()
-            step, last = run.progress.step, run.progress.step == run.total
-            metrics.record(step, **values)
-            bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:.0f} tok/s", refresh=False)
+        while not run.finished:
+            bar.set_postfix_str(run.train_step(metrics), refresh=False)
             bar.update()
-            if run.validation and (last or step % eval_interval == 0):
-                loss = run.validate()
-                metrics.record(step, validation_loss=loss)
-                log.note(f"step {step}/{run.total}: loss {values['loss']:.4f}, validation loss {loss:.4f}")
-                if sample is not None:
-                    sample(step)
+            step, last = run.progress.step, run.progress.step == run.total
+            validated = bool(run.validation) and (last or step % eval_interval == 0)
+            if validated:
+                run.validate(metrics)
             if last or stop or step % save_interval == 0 or run.progress.best_step == step:
                 run.save()
             if stop:
                 raise Interrupted(stop[0], f"stopped after step {step} of {run.total}, checkpoint saved")
-            if run.config.patience is not None and run.progress.waited >= run.config.patience:
-                log.note(f"no better validation loss in {run.progress.waited} validations: stopping at step {step}")
-                break
+            if validated:
+                sample(step)
+    if run.out_of_patience:
+        log.note(f"no better validation loss in {run.progress.waited} validations: stopped at step {run.progress.step}")
 
 
 def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
@@ -343,7 +417,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
-        log.note("stopping after this step (again: at once)")
+        # Not through sys.stderr: the signal may have come while the progress bar was being written to it.
+        os.write(2, b"\nstopping after this step; again stops at once\n")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         try:
@@ -355,3 +430,25 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A micro-batch on the device of the model."""
+
+    input_ids: Tensor  # (1, T) int64
+    labels: Tensor  # (1, T) int64
+    lengths: list[int]
+    rows: list[int]
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    if device.type == "cpu":
+        return batch
+    return _Moved(batch.input_ids.to(device), batch.labels.to(device), batch.lengths, batch.rows)
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    """The first of them, separated by commas."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,6 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lit_lora import log
+from lit_lora.files import disk_errors, write_text
+
 __all__ = ["Metrics", "plot_losses", "read_metrics"]
 
 
@@ -18,12 +21,15 @@ class Metrics:
         folder: The run folder.
         first_step: Records of this step and later, left by a run that was stopped after its checkpoint, are dropped.
         tensorboard: Also write TensorBoard events; ignored when TensorBoard is not installed.
+
+    Raises:
+        DiskError: The disk is full or read-only.
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
         self.path = Path(folder) / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard and importlib.util.find_spec("tensorboard"):
@@ -33,17 +39,27 @@ class Metrics:
             self._board = SummaryWriter(str(folder))
 
     def record(self, step: int, **values: float | None) -> None:
-        """Write one record. A value that is not finite is written as null, never left out or averaged away."""
+        """Write one record. A value that is not finite is written as null, never left out or averaged away.
+
+        Raises:
+            DiskError: The disk is full.
+        """
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with disk_errors(self.path):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
         for key, value in values.items():
             if self._board is not None and value is not None:
                 self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files.
+
+        Raises:
+            DiskError: The disk is full.
+        """
+        with disk_errors(self.path):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -62,14 +78,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(path: Path, target: Path) -> None:
-    """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file."""
+    """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file.
+
+    Nothing is drawn of nothing; and since all figures are in the other file, a disk that cannot take it is a warning.
+    """
+    records = read_metrics(path)
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
+    if not training and not validation:
+        return
     # matplotlib takes a second to import: only when there is something to draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    records = read_metrics(path)
-    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -83,7 +104,10 @@ def plot_losses(path: Path, target: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(target, dpi=120)
+    try:
+        figure.savefig(target, dpi=120)
+    except OSError as error:
+        log.warn(f"{target}: the plot could not be written: {error.strerror}")
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,9 @@ class OptimizerConfig(Settings):
     """Which optimizer, with its own settings."""
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum.")
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate. LoRA 1e-4…1e-3, full finetuning 1e-5…5e-5.")
+    lr: float = Field(
+        2e-4, gt=0, description="Peak learning rate: 1e-4…1e-3 where few weights train, 1e-5…5e-5 where all do."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="adamw: decay of the first and second moment.")
     eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment.")
@@ -40,6 +42,7 @@ class Trainables:
     def __init__(self, model: nn.Module) -> None:
         self.masters: dict[str, Tensor] = {}
         self._rounded: list[tuple[Tensor, Tensor]] = []  # (parameter, master)
+        self._hooks: list[Any] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -49,7 +52,8 @@ class Trainables:
             master = parameter.detach().float().requires_grad_()
             self.masters[name] = master
             self._rounded.append((parameter, master))
-            parameter.register_post_accumulate_grad_hook(_hand_over(master))  # type: ignore[no-untyped-call]
+            hook = parameter.register_post_accumulate_grad_hook(_hand_over(master))  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
         if not self.masters:
             raise UsageError("no parameter requires a gradient: the method trains nothing of this model")
 
@@ -58,6 +62,11 @@ class Trainables:
         with torch.no_grad():
             for parameter, master in self._rounded:
                 parameter.copy_(master)
+
+    def release(self) -> None:
+        """Leave the parameters' gradients to themselves again."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _hand_over(master: Tensor) -> Callable[[Tensor], None]:

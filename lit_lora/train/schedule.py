@@ -24,10 +24,13 @@ class ScheduleConfig(Settings):
     )
     min_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
 
+    def asked_steps(self, total_steps: int) -> int:
+        """Steps of warm-up that were asked for."""
+        return round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
+
     def warmup_steps(self, total_steps: int) -> int:
         """Steps of warm-up in a run of ``total_steps``: as asked for, but at most half of the run."""
-        asked = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
-        return min(asked, total_steps // 2)
+        return min(self.asked_steps(total_steps), total_steps // 2)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Share of the peak learning rate in ``step`` (0-based) of ``total_steps``; never 0 in the first step."""

@@ -60,6 +60,8 @@ class CheckpointStore:
         for old in self.steps():
             if old not in kept:
                 shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
+        for left in (*self.folder.glob(".tmp-*"), *self.folder.glob(".old-*")):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, in order."""
