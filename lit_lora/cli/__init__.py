@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
 from lit_lora import __version__
 from lit_lora.errors import LitLoraError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "help_texts", "main"]
 
 # name -> (module with a function ``command``, one line of help), in the order in which a user meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,16 +67,31 @@ def _app(asked: str | None) -> typer.Typer:
     app.callback()(_options)
     for name, (module, help_line) in COMMANDS.items():
         function = importlib.import_module(module).command if name == asked else _placeholder
-        app.command(name, short_help=help_line)(function)
+        prose, examples = help_texts(function)
+        epilog = "\n\n".join(["Examples:", *examples]) if examples else None
+        app.command(name, short_help=help_line, help=prose, epilog=epilog)(function)
     return app
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def help_texts(function: Callable[..., None]) -> tuple[str, list[str]]:
+    """The docstring of a command as prose, one line per paragraph, and the command lines of its ``Examples:``."""
+    prose, _, examples = (inspect.getdoc(function) or "").partition("Examples:\n")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in prose.strip().split("\n\n")]
+    return "\n\n".join(paragraphs), [line.strip() for line in examples.splitlines() if line.strip()]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    """Options of ``lit-lora`` itself; each acts by its callback."""
 
 
 def _placeholder() -> None:
