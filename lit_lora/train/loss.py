@@ -6,6 +6,7 @@ once, so that logits of prompt tokens are never computed and at most ``chunk`` r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,9 @@ class LanguageModel(Protocol):
 
     lm_head: Any
 
+    def parameters(self) -> Iterator[Tensor]:
+        """All parameters; they are on one device."""
+
     def hidden_states(self, input_ids: Tensor, *, lengths: list[int]) -> Tensor:
         """(1, T) token ids to (1, T, D)."""
 
@@ -67,29 +71,29 @@ def backward(model: LanguageModel, batch: Batch, scale: float) -> float:
     Returns:
         The unscaled sum of token losses, in nats; 0.0 (and no gradient) when the batch has no target.
     """
-    targets = _targets(batch)
+    targets = _targets(batch, _device(model))
     if targets is None:
         return 0.0
     hidden = _hidden_states(model, batch)  # (T, D)
     positions, labels = targets
     # The graph is cut at the gathered states: each chunk's backward ends there and its logits are freed at once.
     leaf = hidden.detach()[positions].requires_grad_(hidden.requires_grad)
-    total = 0.0
+    total = torch.zeros((), device=leaf.device)
     for part, part_labels in zip(torch.split(leaf, CHUNK), torch.split(labels, CHUNK), strict=True):
         loss, scaled = cross_entropy_sum(model.lm_head(part), part_labels, scale)
         if scaled.requires_grad:
             torch.autograd.backward(scaled)
-        total += float(loss)
+        total += loss
     if leaf.grad is not None:
         gradient = torch.zeros_like(hidden).index_add_(0, positions, leaf.grad)
         torch.autograd.backward(hidden, gradient)
-    return total
+    return float(total)
 
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
     """The sum of token losses in nats, and how many target tokens it is over."""
-    targets = _targets(batch)
+    targets = _targets(batch, _device(model))
     if targets is None:
         return 0.0, 0
     positions, labels = targets
@@ -101,13 +105,15 @@ def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
 def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     """(T, D) with T rounded up by a document of padding that nobody looks at."""
     filler = -batch.input_ids.shape[1] % STEP
-    if not filler:
-        return model.hidden_states(batch.input_ids, lengths=batch.lengths)[0]
-    ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
-    return model.hidden_states(ids, lengths=[*batch.lengths, filler])[0]
+    ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(_device(model))
+    return model.hidden_states(ids, lengths=[*batch.lengths, filler] if filler else batch.lengths)[0]
 
 
-def _targets(batch: Batch) -> tuple[Tensor, Tensor] | None:
+def _device(model: LanguageModel) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Positions with a target and their labels, rounded up with ignored ones; ``None`` when there is no target."""
     labels = batch.labels[0]
     positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
@@ -115,7 +121,8 @@ def _targets(batch: Batch) -> tuple[Tensor, Tensor] | None:
         return None
     filler = -positions.numel() % STEP
     ignored = labels.new_full((filler,), IGNORE_INDEX)
-    return torch.cat((positions, positions.new_zeros(filler))), torch.cat((labels[positions], ignored))
+    positions, labels = torch.cat((positions, positions.new_zeros(filler))), torch.cat((labels[positions], ignored))
+    return positions.to(device), labels.to(device)
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
