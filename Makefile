@@ -16,8 +16,8 @@ venv: $(VENV)/.dev  ## Make .venv with everything that developing needs.
 quickstart: $(VENV)/.installed  ## Download, finetune, merge and try a small model.
 	$(VENV)/bin/lit-lora quickstart
 
-test: $(VENV)/.dev  ## Run the default tests: no GPU, no network, a few minutes.
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu and not network"
+test: $(VENV)/.dev  ## Run the default tests: no GPU, no network, nothing slow.
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 slow: $(VENV)/.dev  ## Run the slow tests too, on real weights where they are given.
 	$(RUN) -m pytest -m "slow and not gpu and not network"
