@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union
 
 import torch
 from pydantic import Discriminator, Field, Tag, create_model
+from pydantic.json_schema import models_json_schema
 
 from lit_lora import log
 from lit_lora.config import Settings, did_you_mean, dump_yaml, find_config, load_config, read_yaml
@@ -44,6 +45,7 @@ __all__ = [
     "RunData",
     "answer_samples",
     "claim_folder",
+    "config_schema",
     "finetune_config",
     "finish",
     "load_data",
@@ -387,6 +389,26 @@ def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[
         )
     module = importlib.import_module(RECIPES[name])
     return module.finetune, load_config(source, module.Config, overrides)
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file, by which an editor completes and checks the YAML; ``recipe`` picks the part."""
+    configs = {name: importlib.import_module(module).Config for name, module in RECIPES.items()}
+    parts, schema = models_json_schema([(config, "validation") for config in configs.values()])
+    cases = []
+    for name, config in configs.items():
+        case: dict[str, Any] = {"properties": {"recipe": {"const": name}}}
+        if name != FinetuneConfig.model_fields["recipe"].default:
+            case["required"] = ["recipe"]
+        cases.append({"if": case, "then": parts[config, "validation"]})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lit-lora config",
+        "type": "object",
+        "properties": {"recipe": {"enum": list(configs)}},
+        "allOf": cases,
+        **schema,
+    }
 
 
 def main(recipe: Callable[[Any, Options], Path], config: type[FinetuneConfig]) -> None:

@@ -1,7 +1,8 @@
-"""``lit-lora configs``: list, show or copy the shipped configs."""
+"""``lit-lora configs``: list, show or copy the shipped configs; the schema that editors complete them by."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,9 @@ __all__ = ["command"]
 def command(
     name: Annotated[str | None, typer.Argument(help="A shipped config to print.")] = None,
     copy: Annotated[Path | None, typer.Option("--copy", metavar="FILE", help="Copy it to FILE, to edit.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", metavar="FILE", help="Write the JSON Schema of configs, for your editor.")
+    ] = None,
 ) -> None:
     """List the shipped configs, print one, or copy one to edit.
 
@@ -25,7 +29,18 @@ def command(
         lit-lora configs
 
         lit-lora configs lora --copy my.yaml
+
+        lit-lora configs --schema lit-lora.schema.json
     """
+    if schema is not None:
+        from lit_lora.recipe import config_schema
+
+        write_text(schema, json.dumps(config_schema(), indent=1) + "\n")
+        log.say(
+            f"wrote {schema}; next: with this first line in a config beside it, your editor completes and checks the keys:"
+        )
+        log.say(f"# yaml-language-server: $schema={schema}")
+        return
     if name is None:
         if copy is not None:
             raise UsageError("--copy needs the name of a config", hint="lit-lora configs lists them")
