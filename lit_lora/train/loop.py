@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from lit_lora import log
 from lit_lora.config import Settings
@@ -162,7 +163,7 @@ class _Run:
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
         self.total = config.total_steps(batches.steps_per_epoch)
         self.device = next(model.parameters()).device
-        self.validation = [_on(self.device, batch) for batch in validation]
+        self.validation = validation
         half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if half else 1.0)
         self.half = half
@@ -202,11 +203,11 @@ class _Run:
         """
         started, step = time.perf_counter(), self.progress.step
         # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
-        torch.manual_seed((self.seed << 32) + step)
+        torch.manual_seed(_mixed(self.seed, step))
         lr = self.lr * self.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = [_on(self.device, batch) for batch in self.batches.step(step)]
+        micro_batches = list(self.batches.step(step))
         targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
         losses = [backward(self.model, batch, scale) for batch in micro_batches]
@@ -432,20 +433,9 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class _Moved:
-    """A micro-batch on the device of the model."""
-
-    input_ids: Tensor  # (1, T) int64
-    labels: Tensor  # (1, T) int64
-    lengths: list[int]
-    rows: list[int]
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    if device.type == "cpu":
-        return batch
-    return _Moved(batch.input_ids.to(device), batch.labels.to(device), batch.lengths, batch.rows)
+def _mixed(seed: int, step: int) -> int:
+    """32 random bits: all that the CPU's generator takes of a seed."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

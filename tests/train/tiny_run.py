@@ -1,0 +1,134 @@
+"""A tiny model, tiny rows and one call of the loop, for all tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from lit_lora import peft
+from lit_lora.data.batches import Batches, validation_batches
+from lit_lora.data.rows import Rows
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.train.loop import FitResult, TrainConfig, fit
+from lit_lora.train.optimizer import OptimizerConfig
+from lit_lora.train.schedule import ScheduleConfig
+
+VOCABULARY = 61
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, *, std: float = 0.2, layers: int = 2) -> CausalLM:
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(1)
+    model = CausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=std)
+    return model.to(dtype)
+
+
+def adapted(dtype: torch.dtype = torch.float32, *, shaken: bool = False, **settings: Any) -> CausalLM:
+    """The model with a LoRA; a shaken one has no zeros in it, so that every tensor has a gradient at once."""
+    model = tiny_model(dtype)
+    peft.freeze(model)
+    torch.manual_seed(2)
+    peft.methods()["lora"].model_validate({"rank": 4, **settings}).apply(model)
+    if shaken:
+        with torch.no_grad():
+            for parameter in peft.trainable_state(model).values():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def unfrozen(dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model for full finetuning."""
+    return tiny_model(dtype).requires_grad_(True)
+
+
+def make_rows(count: int = 8, *, seed: int = 0, stride: int = 7, without_targets: tuple[int, ...] = ()) -> Rows:
+    """Rows of 4 to 21 tokens of which each follows from the one before; the first third is prompt.
+
+    Who learns the rows of one stride does worse on those of another.
+    """
+    draw = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length, start = int(draw.integers(4, 22)), int(draw.integers(VOCABULARY))
+        ids = [(start + stride * place) % VOCABULARY for place in range(length)]
+        rows.append((ids, [place >= length // 3 and number not in without_targets for place in range(length)]))
+    return Rows.from_tokens(rows)
+
+
+def train(
+    model: CausalLM,
+    folder: Path,
+    *,
+    rows: Rows | None = None,
+    batches: Batches | None = None,
+    validation: Rows | None = None,
+    sample: Callable[[int], None] = lambda _: None,
+    optimizer: dict[str, Any] | None = None,
+    schedule: dict[str, Any] | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> FitResult:
+    """One call of the loop in ``folder``; ``settings`` are those of the ``train`` section."""
+    config = TrainConfig(**{"batch_size": 4, "micro_batch_tokens": 48, **settings})
+    portions = batches or Batches(
+        rows or make_rows(), batch_size=config.batch_size, micro_batch_tokens=config.micro_batch_tokens, seed=0
+    )
+    return fit(
+        model,
+        portions,
+        config,
+        optimizer=OptimizerConfig(**{"lr": 1e-2, **(optimizer or {})}),
+        schedule=ScheduleConfig(**(schedule or {})),
+        folder=folder,
+        seed=seed,
+        validation=list(validation_batches(validation, config.micro_batch_tokens)) if validation else [],
+        sample=sample,
+        resume=resume,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, without what the clock says."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: v for key, v in json.loads(line).items() if key != "tokens_per_second"} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    """The training losses of a run."""
+    return [record["loss"] for record in metrics(folder) if "loss" in record]
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of which a run keeps a checkpoint."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def stored(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: masters and moments."""
+    place = folder / "checkpoints" / f"step-{step:08d}"
+    return load_file(place / "trainable.safetensors") | load_file(place / "optimizer.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
