@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_lora.model.attention import CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.layers import MLP, RMSNorm, project
+from lit_lora.model.layers import MLP, Linear, RMSNorm, project
 
 __all__ = ["Attend", "CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
@@ -27,10 +27,10 @@ class SelfAttention(nn.Module):
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
@@ -91,7 +91,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
 

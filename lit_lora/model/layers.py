@@ -8,9 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_lora.model.ops import add_rms_norm, swiglu
+from lit_lora.model.ops import add_rms_norm, linear, swiglu
 
-__all__ = ["MLP", "RMSNorm", "project", "recomputed"]
+__all__ = ["MLP", "Linear", "RMSNorm", "project", "recomputed"]
+
+
+class Linear(nn.Linear):
+    """A linear layer that decodes one token fast; see :func:`lit_lora.model.ops.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        return linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -31,9 +39,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, inner: int, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""

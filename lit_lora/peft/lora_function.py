@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_lora.model.ops import linear
+
 __all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears"]
 
 
@@ -53,6 +55,8 @@ def lora_linears(x: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -
     Returns:
         (..., out) of each layer, in the dtype of ``x``.
     """
+    if not torch.is_grad_enabled() and x.numel() == x.shape[-1] and mask is None:
+        return tuple(_one_token(x, part) for part in parts)
     tensors = [tensor for part in parts for tensor in part[:4]]
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, mask, [part.scaling for part in parts], *tensors)  # type: ignore[no-untyped-call]
     return outputs
@@ -72,6 +76,14 @@ def lora_linear_reference(
     branch = x if mask is None else x * mask
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y + scaling * (branch @ A.to(x.dtype).T) @ B.to(x.dtype).T
+
+
+def _one_token(x: Tensor, part: Part) -> Tensor:
+    """One layer for one token, as in decoding: all products are matrix-vector products."""
+    bias = None if part.bias is None else part.bias.to(x.dtype)
+    base = linear(x, part.weight, bias).float()
+    low = linear(x, part.A.to(x.dtype)).to(part.B.dtype)
+    return (base + part.scaling * linear(low, part.B).float()).to(x.dtype)
 
 
 class _LoRALinears(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.model.ops import add_rms_norm, swiglu
+from lit_lora.model.ops import add_rms_norm, linear, swiglu
 from lit_lora.train.loss import cross_entropy_sum
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler for the CPU kernels")
@@ -100,6 +100,19 @@ def test_pain_07_changing_one_document_leaves_the_others_bit_equal() -> None:
     later = ids.clone()
     later[0, 49] = (later[0, 49] + 1) % 61
     assert torch.equal(before[0, :49], model(later, lengths=[20, 30])[0, :49])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_for_one_token_equals_pytorch(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 577), torch.randn(193, 577)
+    added = torch.randn(193) if bias else None
+    x, weight = x.bfloat16(), weight.bfloat16()
+    with torch.no_grad():
+        fused = linear(x, weight, None if added is None else added.bfloat16())
+    plain = torch.nn.functional.linear(x.float(), weight.float(), None if added is None else added.bfloat16().float())
+    assert fused.shape == (1, 1, 193)
+    torch.testing.assert_close(fused.float(), plain, rtol=0, atol=TOLERANCE * float(plain.abs().max()))
 
 
 def test_without_kernels_the_same_arithmetic_runs_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
