@@ -31,7 +31,7 @@ from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
 from lit_lora.peft import Kind, Method, count_parameters, matched_table, methods
 from lit_lora.tokenizer import Tokenizer
-from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
+from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult, TrainConfig
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
@@ -166,7 +166,6 @@ def start(config: FinetuneConfig, options: Options) -> Run:
     torch.manual_seed(config.seed)
     device = choose_device(config.model.device)
     run = Run(config, options, device, choose_dtype(config.model.dtype, device))
-    reuse_memory()
     saved = run.folder / "config.yaml"
     if options.resume and not saved.is_file():
         raise UsageError(f"{run.folder}: holds no run to resume", hint="leave --resume out to start one")

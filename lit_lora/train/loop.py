@@ -331,6 +331,7 @@ def fit(
         DiskError: A checkpoint could not be written; older ones are still there.
         OutOfMemoryError: A step needs more memory than there is.
     """
+    reuse_memory()
     run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed)
     saved = run.store.steps()
     if saved and not resume:
