@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -107,17 +108,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        if error.errno in reasons:
-            free = f", {human_bytes(free_bytes(path))} free" if error.errno == errno.ENOSPC else ""
-            raise DiskError(f"{path}: {reasons[error.errno]}{free}; what was there is kept") from error
-        raise
     except Exception as error:
-        # safetensors reports a full disk as its own error type, with the system's words inside.
-        if "No space left on device" in str(error):
-            free = human_bytes(free_bytes(path))
-            raise DiskError(f"{path}: no space left on the disk, {free} free; what was there is kept") from error
-        raise
+        number = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors says it in the text of its own error
+            number = int(found[1])
+        if number not in reasons:
+            raise
+        free = f", {human_bytes(free_bytes(path))} free" if number == errno.ENOSPC else ""
+        raise DiskError(f"{path}: {reasons[number]}{free}; what was there is kept") from error
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
