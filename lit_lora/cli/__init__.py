@@ -13,7 +13,7 @@ import typer
 from lit_lora import __version__
 from lit_lora.errors import LitLoraError
 
-__all__ = ["COMMANDS", "help_texts", "main"]
+__all__ = ["COMMANDS", "build_app", "help_texts", "main"]
 
 # name -> (module with a function ``command``, one line of help), in the order in which a user meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _app(arguments[0] if arguments else None)(arguments, prog_name="lit-lora")
+        build_app(arguments[0] if arguments else None)(arguments, prog_name="lit-lora")
     except LitLoraError as error:
         raise SystemExit(error.report()) from None
     except BrokenPipeError:  # `lit-lora … | head` closed the pipe: not an error, and stdout must not be flushed again
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(6) from None
 
 
-def _app(asked: str | None) -> typer.Typer:
+def build_app(asked: str | None) -> typer.Typer:
+    """The command line, with the module of one command imported and the others known by their line of help."""
     app = typer.Typer(
         name="lit-lora",
         help="Turn an open LLM into a specialist on the machine you have.",

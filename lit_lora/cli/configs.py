@@ -36,9 +36,7 @@ def command(
         from lit_lora.recipe import config_schema
 
         write_text(schema, json.dumps(config_schema(), indent=1) + "\n")
-        log.say(
-            f"wrote {schema}; next: with this first line in a config beside it, your editor completes and checks the keys:"
-        )
+        log.say(f"wrote {schema}; next: a config beside it that begins so is completed and checked by your editor:")
         log.say(f"# yaml-language-server: $schema={schema}")
         return
     if name is None:

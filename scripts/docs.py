@@ -1,0 +1,172 @@
+"""Write the reference pages ``docs/commands.md`` and ``docs/config.md`` from the code they describe.
+
+python scripts/docs.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from lit_lora.cli import COMMANDS, build_app, help_texts
+from lit_lora.files import write_text
+from lit_lora.recipe import config_schema
+
+__all__ = ["commands_page", "config_page", "pages"]
+
+_MADE = "<!-- Made by scripts/docs.py from the code: edit that, then run make docs. -->"
+_DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def pages() -> dict[Path, str]:
+    """The pages and what they should say."""
+    return {_DOCS / "commands.md": commands_page(), _DOCS / "config.md": config_page()}
+
+
+def commands_page() -> str:
+    """Every command with its arguments, options and examples, as its ``--help`` has them."""
+    lines = [
+        "# Commands",
+        _MADE,
+        "Results go to stdout (tables as tab-separated lines in a pipe), notes, warnings and progress to stderr. Exit "
+        "codes: 0 done, 2 wrong command line or config, 3 wrong input file, 4 disk, 5 numbers went wrong, 6 out of "
+        "memory, 128 + signal when stopped.",
+        "\n".join(["| command | what it does |", "|---|---|", *(_index(name) for name in COMMANDS)]),
+    ]
+    for name in COMMANDS:
+        lines += _command(name)
+    return "\n\n".join(lines) + "\n"
+
+
+def _index(name: str) -> str:
+    return f"| [{name}](#lit-lora-{name}) | {COMMANDS[name][1]} |"
+
+
+def _command(name: str) -> Iterator[str]:
+    prose, examples = help_texts(importlib.import_module(COMMANDS[name][0]).command)
+    yield f"## lit-lora {name}"
+    yield prose
+    rows = []
+    for parameter in typer.main.get_command(build_app(name)).commands[name].params:  # type: ignore[attr-defined]
+        if parameter.hidden:
+            continue
+        names = [parameter.metavar or parameter.name] if parameter.param_type_name == "argument" else parameter.opts
+        default = "required" if parameter.required else _default(parameter.default)
+        words = ", ".join(f"`{word}`" for word in names)
+        rows.append(_row([words, default, parameter.help or ""]))
+    yield "\n".join(["| argument | default | what it does |", "|---|---|---|", *rows])
+    yield "\n".join(["```text", *examples, "```"])
+
+
+def _default(value: Any) -> str:
+    """A default for a table cell; nothing where leaving it out means nothing."""
+    if value is None or value is False or value == ():
+        return ""
+    return f"`{value}`"
+
+
+def config_page() -> str:
+    """Every key of a config, by section, from the settings models."""
+    schema = config_schema()
+    recipes = {case["if"]["properties"]["recipe"]["const"]: _resolve(schema, case["then"]) for case in schema["allOf"]}
+    first = next(iter(recipes.values()))["properties"]
+    lines = [
+        "# Config",
+        _MADE,
+        "A config is a YAML file for `lit-lora finetune --config FILE`. A key that is not listed here, a key given "
+        "twice or a value of another kind is an error that names file and line. Any key can be changed on the command "
+        "line, `train.max_steps=20`. `lit-lora configs` lists the shipped files, and `lit-lora configs --schema FILE` "
+        "writes a JSON Schema for your editor. The run folder keeps the config with every default written out.",
+        "## Top level",
+        _table({**_plain(first), "recipe": {**first["recipe"], "enum": list(recipes)}}),
+    ]
+    for section, reference in first.items():
+        if "$ref" not in reference or section == "peft":
+            continue
+        model = _resolve(schema, reference)
+        defaults = {name: recipe["properties"][section].get("default", {}) for name, recipe in recipes.items()}
+        lines += [f"## {section}", model["description"], _table(model["properties"], defaults, model.get("required"))]
+    for name, recipe in recipes.items():
+        for method in _methods(schema, recipe["properties"]["peft"]):
+            chosen = method["properties"]["name"]["const"]
+            lines += [f"## peft, name: {chosen}", f"For `recipe: {name}`. " + method["description"].replace("``", "`")]
+            lines.append(_table(method["properties"]))
+    return "\n\n".join(lines) + "\n"
+
+
+def _resolve(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _methods(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each method that a recipe can run: one, or the members of a union."""
+    return [_resolve(schema, part) for part in ([node] if "$ref" in node else node["oneOf"])]
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys that are no sections."""
+    return {name: field for name, field in fields.items() if "$ref" not in field}
+
+
+def _table(
+    fields: dict[str, Any], defaults: dict[str, dict[str, Any]] | None = None, required: list[str] | None = None
+) -> str:
+    """Rows of key, values, default and description.
+
+    Args:
+        fields: Key: its JSON Schema.
+        defaults: Recipe: key: default, where recipes may differ.
+        required: Keys without a default.
+    """
+    rows = []
+    for name, field in fields.items():
+        default = "required" if name in (required or []) else _config_default(name, field, defaults or {})
+        rows.append(_row([f"`{name}`", _values(field), default, field["description"]]))
+    return "\n".join(["| key | value | default | what it does |", "|---|---|---|---|", *rows])
+
+
+def _config_default(name: str, field: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> str:
+    given = {recipe: defaults[name] for recipe, defaults in recipes.items() if name in defaults}
+    if len({json.dumps(value) for value in given.values()}) > 1:
+        return ", ".join(f"{_yaml(value)} ({recipe})" for recipe, value in given.items())
+    return _yaml(field["default"]) if "default" in field else ""
+
+
+def _yaml(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return ""
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _values(field: dict[str, Any]) -> str:
+    """What a key can be, in words."""
+    if "anyOf" in field:
+        return " or ".join(_values(part) for part in field["anyOf"] if part.get("type") != "null")
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    kind: str = field["type"]
+    if kind == "array":
+        inner = field.get("items") or field["prefixItems"][0]
+        return f"list of {_values(inner)}s"
+    if kind == "object":
+        return "mapping"
+    words = {"integer": "whole number", "boolean": "`true`, `false`", "string": field.get("format", "text")}
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
+    return " ".join([words.get(kind, kind), ", ".join(limits)]).strip()
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        write_text(path, text)
+        print(f"wrote {path}")
