@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
+from tests.train.tiny_run import adapted, losses, metrics, tiny_model, train, unfrozen
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_only_matrices_decay(name):
+    trainables = Trainables(unfrozen())
+    optimizer = build_optimizer(OptimizerConfig(name=name, weight_decay=0.1), trainables)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(tensor) for tensor in trainables.masters.values() if tensor.ndim == 2}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trainables.masters)
+
+
+def test_float32_parameters_are_their_own_masters_and_others_get_one():
+    model = adapted(torch.bfloat16)
+    assert all(master is model.get_parameter(name) for name, master in Trainables(model).masters.items())
+    model = tiny_model(torch.bfloat16).requires_grad_(True)
+    masters = Trainables(model).masters
+    assert "lm_head.weight" not in masters  # tied: the embedding's
+    for name, master in masters.items():
+        assert master.dtype == torch.float32
+        assert torch.equal(master, model.get_parameter(name).float())
+
+
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    model = torch.nn.Module()
+    model.weight = parameter
+    trainables = Trainables(model)
+    for value in (1.0, 2**-9, 2**-9):  # in bfloat16 the small ones would be rounded away
+        (parameter * torch.tensor(value, dtype=torch.bfloat16)).sum().backward()
+    assert trainables.masters["weight"].grad.tolist() == [1 + 2**-8] * 3
+    assert parameter.grad is None
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_its_uses(tmp_path):
+    settings = {"optimizer": {"name": "sgd", "lr": 1.0}, "schedule": {"name": "constant", "warmup": 0}}
+    norms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        train(unfrozen(dtype), folder, max_steps=1, max_grad_norm=1e9, **settings)
+        norms.append(metrics(folder)[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_adamw_of_the_loop_is_that_of_torch(tmp_path):
+    settings = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    train(unfrozen(), tmp_path, max_steps=5, max_grad_norm=1e9, optimizer={"lr": 1e-2, **settings})
+    train(unfrozen(), tmp_path / "none", max_steps=5, max_grad_norm=1e9, optimizer={"lr": 1e-2})
+    assert losses(tmp_path) != losses(tmp_path / "none")
+    # the same by hand: one dense batch, plain cross entropy, torch's unfused AdamW
+    from lit_lora.data.batches import Batches
+    from lit_lora.train.schedule import ScheduleConfig
+    from tests.train.test_loop import plain_losses
+    from tests.train.tiny_run import make_rows
+
+    model, rows = unfrozen(), make_rows()
+    order = Batches(rows, batch_size=4, micro_batch_tokens=48, seed=0)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2]},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer, expected = torch.optim.AdamW(groups, lr=1e-2, **settings), []
+    for step in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * ScheduleConfig().factor(step, 5)
+        total, count = plain_losses(model, rows.subset(order.row_indices(step)))
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+        expected.append(total.item() / count)
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-4)
