@@ -78,8 +78,10 @@ def test_pain_14_15_16_merged_folder_gives_the_logits_of_base_and_adapter(case, 
     changes_one_of_the_two = case.startswith(("embedding", "head"))
     assert report.untied == (tied and changes_one_of_the_two)
     assert merged.config.tie_word_embeddings == (tied and not changes_one_of_the_two)
-    assert len(report.blocks) == 2
-    assert report.logits.agreement == 1
+    assert [block.place for block in report.proof.blocks] == ["layer 0", "layer 1"]
+    assert [block.place for block in report.proof.ends] == ["model.embed_tokens", "lm_head"]
+    assert report.proof.logits.agreement == 1
+    assert report.proof.lost < 1e-4
     assert report.totals.kept == 1
     assert report.totals.relative_error < 1e-5
 
@@ -135,21 +137,34 @@ def test_bfloat16_merge_rounds_once_from_float32(tmp_path):
 def test_pain_16_a_merge_that_loses_the_update_is_refused_with_the_remedy(tmp_path):
     base = save_base(make_model(dtype=torch.bfloat16), tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", size=0.0005)
-    with pytest.raises(
-        NumericalError, match=r"rounding to bf16 loses \d\d% of the update .* nothing was written"
-    ) as error:
+    with pytest.raises(NumericalError, match=r"rounding to bf16 loses \d\d% of what the adapter does") as error:
         merge(adapter, tmp_path / "merged")
     assert "--dtype fp16" in error.value.hint
     assert "--dtype fp32" in error.value.hint
     assert not (tmp_path / "merged").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
     lossy = merge(adapter, tmp_path / "lossy", allow_lossy=True)
+    assert lossy.proof.lost > 0.2
     assert lossy.totals.relative_error > 0.2
     assert lossy.totals.kept < 0.9
     exact = merge(adapter, tmp_path / "exact", dtype=torch.float32)
+    assert exact.proof.lost < 1e-3
     assert exact.totals.relative_error < 1e-3
     assert load_model(tmp_path / "exact").lm_head.weight.dtype == torch.float32
     assert json.loads((tmp_path / "exact" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_forecast_is_what_the_merge_then_does(tmp_path):
+    base = save_base(make_model(dtype=torch.bfloat16), tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", size=0.01, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    plan = plan_merge(find_places(adapter, base=base))
+    expected = merging.forecast(plan, torch.bfloat16)
+    report = merge(adapter, tmp_path / "merged", allow_lossy=True)
+    assert report.totals == expected.totals
+    assert report.proof.lost == pytest.approx(expected.proof.lost, rel=1e-3)
+    assert 0.01 < report.proof.lost < 1
+    finer = merging.forecast(plan, torch.float16)
+    assert finer.proof.lost < 0.3 * expected.proof.lost
 
 
 @pytest.mark.parametrize("damage", ["scaling", "tensor"])

@@ -79,7 +79,9 @@ def _forecast(plan: MergePlan) -> None:
 
     rows = []
     for name, dtype in DTYPES.items():
-        whole = forecast(plan, dtype)
+        found = forecast(plan, dtype)
         size = human_bytes(replace(plan, dtype=dtype).bytes())
-        rows.append([name, size, f"{whole.relative_error:.2%}", f"{whole.kept:.1%}"])
-    log.table("Merged", ["dtype", "size", "update off by", "values kept"], rows, right=[1, 2, 3])
+        whole = found.totals
+        rows.append([name, size, f"{found.proof.lost:.2%}", f"{whole.relative_error:.2%}", f"{whole.kept:.1%}"])
+    columns = ["dtype", "size", "effect lost", "update off by", "values kept"]
+    log.table("Merged", columns, rows, right=[1, 2, 3, 4])

@@ -13,16 +13,16 @@ from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
 from lit_lora.errors import NumericalError
 from lit_lora.files import atomic_folder, disk_errors, require_free_space, write_text
 from lit_lora.merge.plan import BaseTensors, MergePlan
-from lit_lora.merge.prove import BlockProof, LogitsProof, prove_blocks
-from lit_lora.merge.write import TensorProof, Totals, forecast, merged_tensors, totals
+from lit_lora.merge.prove import Proof, prove
+from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
 from lit_lora.peft.card import model_card
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["DTYPES", "MergeReport", "merge"]
+__all__ = ["DTYPES", "Forecast", "MergeReport", "forecast", "merge"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# More of the update than this lost to rounding is refused.
-MAX_ERROR = 0.2
+# More than this of what the adapter does lost to rounding is refused.
+MAX_LOST = 0.2
 # Any text will do; its tokens' embeddings are what the blocks are compared on.
 _TEXT = (
     "The parcel arrived on Tuesday, three days late and with a dented corner. She opened it at the kitchen table, "
@@ -42,28 +42,37 @@ class MergeReport:
     """Per tensor with an update."""
     totals: Totals
     """Over all of them."""
-    blocks: list[BlockProof]
-    """Per decoder layer."""
-    logits: LogitsProof
-    """End to end."""
+    proof: Proof
+    """Merged against base + adapter, block by block and end to end."""
     untied: bool
     """Head and embedding were one tensor and are two now."""
 
     def lines(self) -> list[str]:
         """The report in a few lines."""
         worst = max(self.tensors, key=lambda proof: proof.relative_error)
-        block = max(self.blocks, key=lambda proof: proof.error)
+        block = max([*self.proof.blocks, *self.proof.ends], key=lambda proof: proof.error)
+        logits = self.proof.logits
         lines = [
-            f"{len(self.tensors)} tensors updated: the stored update is off by {self.totals.relative_error:.2%} "
+            f"{len(self.tensors)} tensors updated: rounding is {self.totals.relative_error:.2%} of the update "
             f"(worst {worst.relative_error:.2%}, {worst.name}), {self.totals.kept:.1%} of its values are in",
-            f"{len(self.blocks)} blocks agree with base + adapter: outputs differ by {block.error:.1e} at most "
-            f"(layer {block.layer}), {max(proof.lost for proof in self.blocks):.2%} of what the adapter does there",
-            f"predictions: KL {self.logits.kl:.1e} (the adapter changed them by {self.logits.base_kl:.1e}), "
-            f"{self.logits.agreement:.0%} same most likely token",
+            f"{len(self.proof.blocks)} blocks agree with base + adapter: outputs differ by {block.error:.1e} at most "
+            f"({block.place}); {self.proof.lost:.2%} of what the adapter does is lost",
+            f"predictions: KL {logits.kl:.1e} (the adapter changed them by {logits.base_kl:.1e}), "
+            f"{logits.agreement:.0%} same most likely token",
         ]
         if self.untied:
             lines.append("head and embedding differ now, so the head is stored too and tie_word_embeddings is false")
         return lines
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What merging into a dtype would keep."""
+
+    totals: Totals
+    """Of the weights' update."""
+    proof: Proof
+    """Of what it does."""
 
 
 def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: bool = False) -> MergeReport:
@@ -72,7 +81,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
     Args:
         plan: The merge.
         out: The folder to create.
-        allow_lossy: Write a merge even if rounding loses much of the update.
+        allow_lossy: Write a merge even if rounding loses much of what the adapter does.
         replace: Replace an existing ``out``.
 
     Raises:
@@ -82,16 +91,25 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
     require_free_space(out, plan.bytes() + (1 << 24), "the merged model")
     with atomic_folder(out, replace=replace) as temporary, disk_errors(out):
         proofs = _write_tensors(plan, temporary)
-        whole = totals(proofs)
-        if not (whole.relative_error <= MAX_ERROR or allow_lossy):
-            raise _lossy(plan, whole)
         _write_side_files(plan, temporary)
         dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
         written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings)
-        blocks, logits = prove_blocks(plan, written, _token_ids(plan, temporary), dtype=dtype)
-        report = MergeReport(Path(out), proofs, whole, blocks, logits, plan.untied)
+        proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
+        report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied)
+        if not (proof.lost <= MAX_LOST or allow_lossy):
+            raise _lossy(plan, report)
         write_text(temporary / "README.md", _card(plan, report))
     return report
+
+
+def forecast(plan: MergePlan, dtype: torch.dtype) -> Forecast:
+    """Measure what merging into ``dtype`` would keep, without writing anything.
+
+    Raises:
+        NumericalError: The result would differ by more than rounding explains, as when values overflow.
+    """
+    folder = plan.adapter.folder if (plan.adapter.folder / "tokenizer.json").is_file() else plan.folder
+    return Forecast(measure(plan, dtype), prove(plan, _token_ids(plan, folder), dtype=dtype))
 
 
 def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
@@ -104,18 +122,18 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
     return proofs
 
 
-def _lossy(plan: MergePlan, whole: Totals) -> NumericalError:
+def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
     """What is lost, and the dtypes that would keep it, smallest first."""
     used = {plan.target(name) for name in plan.updates}
     names = sorted(name for name, dtype in DTYPES.items() if dtype in used)
     remedies = []
     for name in ("fp16", "bf16", "fp32"):
-        error = 1.0 if DTYPES[name] in used else forecast(plan, DTYPES[name]).relative_error
-        if error <= MAX_ERROR:
-            remedies.append(f"--dtype {name} (off by {error:.1%})")
+        lost = 1.0 if DTYPES[name] in used else forecast(plan, DTYPES[name]).proof.lost
+        if lost <= MAX_LOST:
+            remedies.append(f"--dtype {name} (loses {lost:.1%})")
     return NumericalError(
-        f"rounding to {'/'.join(names)} loses {whole.relative_error:.0%} of the update ({1 - whole.kept:.0%} of its "
-        f"values vanish), more than {MAX_ERROR:.0%}; nothing was written",
+        f"rounding to {'/'.join(names)} loses {report.proof.lost:.0%} of what the adapter does, more than "
+        f"{MAX_LOST:.0%} ({1 - report.totals.kept:.0%} of the update's values vanish); nothing was written",
         hint=f"use {' or '.join(remedies)}; or keep the adapter beside the base; or --allow-lossy",
     )
 
@@ -142,8 +160,8 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     adapter = plan.adapter
     figures = {
         "Rounding error of the update": f"{report.totals.relative_error:.2%}",
-        "Blocks against base + adapter": f"differ by {max(block.error for block in report.blocks):.1e} at most",
-        "Same most likely token": f"{report.logits.agreement:.0%}",
+        "Lost of what the adapter does": f"{report.proof.lost:.2%}",
+        "Same most likely token as base + adapter": f"{report.proof.logits.agreement:.0%}",
     }
     method = f"LoRA, rank {adapter.config.rank}, alpha {adapter.config.base_alpha:g}, merged ({plan.config.dtype})"
     title = f"{plan.folder.name} with {adapter.folder.parent.name}/{adapter.folder.name} merged"

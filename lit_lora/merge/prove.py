@@ -7,6 +7,7 @@ the merged weights did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from lit_lora.merge.plan import EMBEDDING, MergePlan
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.updates import LowRank, Updates
 
-__all__ = ["BlockProof", "LogitsProof", "prove_blocks"]
+__all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
 
 # Norm of the difference of a block's outputs relative to the outputs. Rounding gives a third of this or less; a wrong
 # scaling, a swapped factor or a missing tensor gives far more.
@@ -30,14 +31,26 @@ _LAST_TOKENS = 16
 
 @dataclass(frozen=True)
 class BlockProof:
-    """One decoder layer on the same inputs."""
+    """A decoder layer, the embedding or the head, on the same inputs."""
 
-    layer: int
-    """Its index."""
-    error: float
-    """Merged against base + adapter: norm of the difference relative to the output."""
-    lost: float
-    """The same relative to what the adapter does in this block; 0 where it does nothing."""
+    place: str
+    """Which."""
+    output: float
+    """Norm of the output of base + adapter."""
+    effect: float
+    """Norm of what the adapter does to it."""
+    difference: float
+    """Norm of merged minus base + adapter."""
+
+    @property
+    def error(self) -> float:
+        """The difference relative to the output."""
+        return self.difference / self.output if self.output else 0.0
+
+    @property
+    def lost(self) -> float:
+        """The difference relative to what the adapter does; 0 where it does nothing."""
+        return self.difference / self.effect if self.effect else 0.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +65,35 @@ class LogitsProof:
     """Share of the tokens with the same most likely next token."""
 
 
-class _Weights:
-    """A checkpoint's weights with an adapter's branch beside them, or none."""
+@dataclass(frozen=True)
+class Proof:
+    """Merged against base + adapter."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], updates: Updates) -> None:
-        self.tensors, self.updates = tensors, updates
+    blocks: list[BlockProof]
+    """Decoder layers."""
+    ends: list[BlockProof]
+    """Embedding and head."""
+    logits: LogitsProof
+    """End to end."""
+
+    @property
+    def lost(self) -> float:
+        """Share of what the adapter does that is lost: over all layers, or at an end where that is more.
+
+        The rounding error of the weights overstates it several times: it is noise in all directions, of which few
+        matter. Measured on a trained adapter scaled down step by step (SmolLM2-135M, bfloat16): weights off by 53 %,
+        this 12 %, 1.5 % of the gain in loss gone; 72 %, 24 %, 18 %; 85 %, 43 %, 49 %.
+        """
+        effect = math.hypot(*(block.effect for block in self.blocks))
+        layers = math.hypot(*(block.difference for block in self.blocks)) / effect if effect else 0.0
+        return max(layers, *(end.lost for end in self.ends))
+
+
+class _Weights:
+    """A checkpoint's weights: with an adapter's branch beside them, or merged and rounded, or as they are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], updates: Updates, rounded: torch.dtype | None = None) -> None:
+        self.tensors, self.updates, self.rounded = tensors, updates, rounded
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """(T, in) to (T, out) by the matrix of ``name``, some rows at a time."""
@@ -64,13 +101,11 @@ class _Weights:
         rows = len(weight) if update is None else update.rows(len(weight))
         step = max(1, _CHUNK_VALUES // weight.shape[1])
         parts = []
+        beside = isinstance(update, LowRank) and self.rounded is None
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            if update is None or isinstance(update, LowRank):
-                part = x @ weight[start:stop].float().T
-            else:
-                part = x @ update.apply(weight, start, stop).T
-            if isinstance(update, LowRank):
+            part = x @ (weight[start:stop].float() if beside else self._rows(f"{name}.weight", start, stop)).T
+            if beside and isinstance(update, LowRank):
                 part += update.scaling * (x @ update.right.float().T) @ update.left[start:stop].float().T
             parts.append(part)
         out = torch.cat(parts, dim=-1)
@@ -78,15 +113,20 @@ class _Weights:
 
     def vector(self, name: str) -> Tensor:
         """A bias or the weight of a norm."""
-        weight, update = self.tensors[name], self.updates.get(name)
-        return weight.float() if update is None else update.apply(weight, 0, len(weight))
+        return self._rows(name, 0, len(self.tensors[name]))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(T,) token ids to (T, D); tokens that the model does not have count as its last one."""
-        weight, update = self.tensors[EMBEDDING], self.updates.get(EMBEDDING)
-        if update is None:
-            return weight[ids.clamp(max=len(weight) - 1)].float()
-        return torch.cat([update.apply(weight, token, token + 1) for token in ids.tolist()])
+        rows = len(self.tensors[EMBEDDING])
+        update = self.updates.get(EMBEDDING)
+        last = (rows if update is None else update.rows(rows)) - 1
+        return torch.cat([self._rows(EMBEDDING, token, token + 1) for token in ids.clamp(max=last).tolist()])
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows with the update in them, float32."""
+        weight, update = self.tensors[name], self.updates.get(name)
+        rows = weight[start:stop].float() if update is None else update.apply(weight, start, stop)
+        return rows if self.rounded is None else rows.to(self.rounded).float()
 
 
 class _Streamed(nn.Module):
@@ -102,47 +142,55 @@ class _Streamed(nn.Module):
 
 
 @torch.no_grad()
-def prove_blocks(
-    plan: MergePlan, merged: Mapping[str, Tensor], ids: Sequence[int], *, dtype: torch.dtype
-) -> tuple[list[BlockProof], LogitsProof]:
+def prove(
+    plan: MergePlan, ids: Sequence[int], *, dtype: torch.dtype, merged: Mapping[str, Tensor] | None = None
+) -> Proof:
     """Run ``ids`` through base, base + adapter and merged, and compare.
 
     Args:
         plan: The merge.
-        merged: The merged tensors as they were written.
         ids: Token ids of some text.
         dtype: The coarsest dtype of the result: it sets the tolerance.
+        merged: The merged tensors as they were written; without them, what rounding to ``dtype`` would give.
 
     Raises:
         NumericalError: A block differs by more than rounding explains.
     """
-    base, adapted, written = (
+    written = _Weights(plan.base, plan.updates, dtype) if merged is None else _Weights(merged, {})
+    base, adapted, final = (
         _streaming_model(plan.config, weights)
-        for weights in (_Weights(plan.base, {}), _Weights(plan.base, plan.updates), _Weights(merged, {}))
+        for weights in (_Weights(plan.base, {}), _Weights(plan.base, plan.updates), written)
     )
-    proofs = []
+    found: dict[str, BlockProof] = {}
 
-    def compare(index: int, inputs: tuple[Any, ...], output: Any) -> None:
+    def compare(name: str, inputs: tuple[Any, ...], output: Any) -> None:
         """The same block of the three models on the same inputs."""
-        plain, wanted, got = (
-            _stream(out) for out in (base.model.layers[index](*inputs), output, written.model.layers[index](*inputs))
+        wanted, plain, got = (
+            _sum(out) for out in (output, base.get_submodule(name)(*inputs), final.get_submodule(name)(*inputs))
         )
-        difference, effect = (got - wanted).norm(), (wanted - plain).norm()
-        error = float(difference / wanted.norm())
-        proofs.append(BlockProof(index, error, float(difference / effect) if effect else 0.0))
-        if not error <= TOLERANCES[dtype]:
+        known = plain.shape[-1]  # logits of added tokens: the base has none
+        effect = torch.hypot((wanted[..., :known] - plain).norm(), wanted[..., known:].norm())
+        place = f"layer {name.rpartition('.')[2]}" if ".layers." in name else name
+        proof = BlockProof(place, float(wanted.norm()), float(effect), float((got - wanted).norm()))
+        if not proof.error <= TOLERANCES[dtype]:
             raise NumericalError(
-                f"layer {index}: merged and base + adapter differ by {error:.2g} of the output, expected at most "
+                f"{place}: merged and base + adapter differ by {proof.error:.2g} of the output, expected at most "
                 f"{TOLERANCES[dtype]:.2g} in {str(dtype).removeprefix('torch.')}; nothing was written"
             )
+        found[name] = proof
 
-    for index, layer in enumerate(adapted.model.layers):
-        layer.register_forward_hook(lambda _, inputs, output, index=index: compare(index, inputs, output))
+    layers = [f"model.layers.{index}" for index in range(plan.config.num_hidden_layers)]
+    ends = ["model.embed_tokens", "lm_head"]
+    for name in [*layers, *ends]:
+        adapted.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: compare(name, inputs, output)
+        )
     tokens = torch.tensor([list(ids)])
-    exact, plain, final = (
-        model.lm_head(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, written)
+    exact, plain, rounded = (
+        model.lm_head(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, final)
     )
-    return proofs, _compare_logits(plain, exact, final)
+    blocks, both_ends = ([found[name] for name in names] for names in (layers, ends))
+    return Proof(blocks, both_ends, _compare_logits(plain, exact, rounded))
 
 
 def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
@@ -160,8 +208,8 @@ def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
     return model.eval()
 
 
-def _stream(output: Any) -> Tensor:
-    """The residual stream after a block, which may return it in parts that are yet to be added."""
+def _sum(output: Any) -> Tensor:
+    """A block's output, which may come in parts that are yet to be added."""
     parts = output if isinstance(output, tuple) else (output,)
     total: Tensor = sum(part for part in parts if isinstance(part, Tensor))  # type: ignore[assignment]
     return total

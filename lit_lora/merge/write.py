@@ -16,7 +16,7 @@ from lit_lora.errors import NumericalError
 from lit_lora.merge.plan import MergePlan
 from lit_lora.peft.updates import Update
 
-__all__ = ["TensorProof", "Totals", "forecast", "merged_tensors", "totals"]
+__all__ = ["TensorProof", "Totals", "measure", "merged_tensors", "totals"]
 
 _CHUNK_VALUES = 1 << 22
 
@@ -91,7 +91,7 @@ def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor, TensorProof |
         yield name, tensor, proof
 
 
-def forecast(plan: MergePlan, dtype: torch.dtype) -> Totals:
+def measure(plan: MergePlan, dtype: torch.dtype) -> Totals:
     """What merging into ``dtype`` would keep, without writing anything."""
     whole = TensorProof("all", dtype)
     for name, update in plan.updates.items():
