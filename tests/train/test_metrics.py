@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,9 @@ def test_a_plot_that_cannot_be_written_is_a_warning(tmp_path, capsys):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_said_plainly(tmp_path):
     metrics = Metrics(tmp_path, tensorboard=False)
-    metrics._file.close()
-    metrics._file = Path("/dev/full").open("w")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, metrics._file.fileno())
+    os.close(full)
     with pytest.raises(DiskError, match="no space left"):
         metrics.record(1, loss=1.0)
     with pytest.raises(DiskError, match="no space left"):

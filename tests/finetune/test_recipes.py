@@ -1,0 +1,145 @@
+"""The recipes end to end, called as functions and as files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lit_lora.finetune import full, lora
+from safetensors.torch import load_file
+
+from lit_lora import peft
+from lit_lora.checkpoint.load import load_model
+from lit_lora.data.batches import validation_batches
+from lit_lora.recipe import Options, load_data, load_recipe, start
+from lit_lora.tokenizer import Tokenizer
+from lit_lora.train.loop import validation_loss
+from tests.finetune.tiny_task import ROOT, contents, make_base, write_config, write_rows
+from tests.train.tiny_run import checkpoints, losses, metrics
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base model and rows."""
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl")
+    return tmp_path
+
+
+def finetuned(config: Path, *overrides: str, **options: bool) -> Path:
+    recipe, settings = load_recipe(config, overrides)
+    return recipe(settings, Options(**options))
+
+
+def held_out_loss(config: Path, model) -> float:
+    """The validation loss of ``model`` on the rows that the run held out."""
+    settings = load_recipe(config, [])[1]
+    run = start(settings, Options(dry_run=True))
+    data = load_data(run, Tokenizer.load(settings.model.path))
+    assert data.prepared.validation is not None
+    return validation_loss(model, list(validation_batches(data.prepared.validation, 64)))
+
+
+def test_lora_writes_an_adapter_with_the_best_weights_and_leaves_the_base_alone(task):
+    config, base = (
+        write_config(task, train={"eval_every": 1, "max_steps": 12}, optimizer={"lr": 0.3}),
+        contents(task / "base"),
+    )
+    folder = finetuned(config)
+    assert folder == task / "run"
+    by_step = {r["step"]: r["validation_loss"] for r in metrics(folder) if "validation_loss" in r and r["step"]}
+    best = min(by_step, key=by_step.__getitem__)
+    assert checkpoints(folder) == sorted({best, 12})
+    model = load_model(task / "base")
+    report = peft.load_adapter(model, folder / "adapter")
+    assert report.adapter.tensors == 2 * 7 * 2
+    stored = load_file(folder / "checkpoints" / f"step-{best:08d}" / "trainable.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in peft.trainable_state(model).items())
+    assert held_out_loss(config, model.eval()) == pytest.approx(by_step[best], rel=1e-5)
+    assert contents(task / "base") == base
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "rows.jsonl, 20 rows" in card
+    assert f"| Best step | {best} |" in card
+
+
+def test_full_writes_a_whole_model_with_the_best_weights(task):
+    config = write_config(task, recipe="full", optimizer={"lr": 1e-3}, model={"dtype": "bf16"})
+    folder = finetuned(config)
+    model = load_model(folder / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    best = min((r for r in metrics(folder) if "validation_loss" in r and r["step"]), key=lambda r: r["validation_loss"])
+    assert held_out_loss(config, model) == pytest.approx(best["validation_loss"], rel=1e-4)
+    assert Tokenizer.load(folder / "model").fingerprint == Tokenizer.load(task / "base").fingerprint
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
+def test_part_of_the_weights_can_be_trained(task):
+    folder = finetuned(write_config(task, recipe="full", peft={"name": "full", "train": ["mlp"]}))
+    before, after = load_model(task / "base"), load_model(folder / "model")
+    for name, value in before.named_parameters():
+        assert torch.equal(value, after.get_parameter(name)) != ("mlp" in name), name
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_the_saved_config_makes_the_same_run_again(task, recipe):
+    first = finetuned(write_config(task, recipe=recipe))
+    again = finetuned(first / "config.yaml", f"out={task / 'again'}")
+    assert metrics(again) == metrics(first)
+    weights = "adapter/adapter_model.safetensors" if recipe == "lora" else "model/model.safetensors"
+    assert (again / weights).read_bytes() == (first / weights).read_bytes()
+
+
+def test_new_tokens_are_trained_and_their_tokenizer_is_saved_with_the_adapter(task):
+    folder = finetuned(write_config(task, peft={"trainable_tokens": ["<ticket>"]}))
+    tokenizer = Tokenizer.load(folder / "adapter")
+    assert tokenizer.vocab_size == 385
+    assert tokenizer.encode("<ticket>", special=True) == [384]
+    model = load_model(task / "base")
+    peft.load_adapter(model, folder / "adapter")
+    assert model(torch.tensor([[384]])).shape == (1, 1, 385)
+
+
+def test_answers_shown_while_training_leave_it_as_it_is(task, capsys):
+    with_dropout = {"peft": {"dropout": 0.3}, "model": {"dtype": "bf16"}}
+    quiet = finetuned(write_config(task, **with_dropout))
+    capsys.readouterr()
+    shown = finetuned(write_config(task, **with_dropout, out=str(task / "shown"), train={"samples": 2}))
+    assert metrics(shown) == metrics(quiet)
+    assert contents(shown / "checkpoints") == contents(quiet / "checkpoints")
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": answers '" in line]
+    assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in (0, 0, 3, 3, 6, 6, 8, 8)]
+    assert all(", expected '" in line for line in lines)
+
+
+def test_a_recipe_file_runs_from_any_folder(task, tmp_path):
+    write_config(task)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, ROOT / "finetune" / "lora.py", "--config", "../config.yaml", "train.max_steps=2"]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"next: lit-lora chat {task / 'run'}   or   lit-lora merge {task / 'run'}\n")
+    assert (task / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_recipe_file_ends_in_one_line_and_an_exit_code(task, tmp_path):
+    write_config(task, recipe="full", model={"path": str(task / "nothing")})
+    command = [sys.executable, ROOT / "finetune" / "full.py", "--config", task / "config.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {task / 'nothing'}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("recipe", [lora, full])
+def test_a_recipe_reads_as_one_story(recipe):
+    """The loop, the data and the method are called, never written out: the file stays short."""
+    lines = Path(recipe.__file__).read_text().splitlines()
+    assert len(lines) < 80
+    assert not any(line.lstrip().startswith(("for ", "while ", "try:", "class ")) for line in lines)
