@@ -1,0 +1,190 @@
+"""The documents tell the truth: their commands run, their tables are those of the code, their links lead somewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from lit_lora.cli import COMMANDS, build_app, help_texts, main
+from lit_lora.data.formats import FORMATS
+from lit_lora.peft import METHODS
+from lit_lora.recipe import RECIPES, load_recipe
+from scripts.docs import pages
+from tests.cli.answering import make_base
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+MODEL = "checkpoints/SmolLM2-135M-Instruct"
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
+    """Kind, text and why it is not run of every fenced block."""
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        yield match["kind"], match["text"], match["why"]
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines of a block of commands, without what follows a #."""
+    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in text.splitlines()) if line]
+
+
+@pytest.fixture(scope="module")
+def prototype(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model under the name of a real one."""
+    return make_base(tmp_path_factory.mktemp("checkpoints") / "tiny", endless=True)
+
+
+@pytest.fixture
+def world(prototype: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documents take for granted: a model, rows, the files of the checkout."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    Path("checkpoints").mkdir()
+    Path(MODEL).symlink_to(prototype)
+    for name in ("finetune", "scripts", "configs", "Makefile"):
+        Path(name).symlink_to(ROOT / name)
+    for name, count in {"my_data.jsonl": 40, "heldout.jsonl": 4}.items():
+        rows = [{"prompt": f"Is order {n} from {name}?", "completion": "no" if n % 3 else "yes"} for n in range(count)]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run one line of a document as a shell would, in this process: torch is imported once for all of them."""
+    before, pipe, command = line.rpartition(" | ")
+    words = shlex.split(command)
+    given = " ".join(shlex.split(before)[1:]) + "\n" if pipe else ""
+    assert not pipe or before.startswith("echo "), line
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    if words[0] == "python":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+        return 0
+    assert words[0] == "lit-lora", f"{line}: mark this block <!-- not run: why -->"
+    with pytest.raises(SystemExit) as done:
+        main(words[1:])
+    return int(done.value.code or 0)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pain_47_every_command_of_a_page_runs(
+    page: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, text, why in blocks(page):
+        if kind == "yaml" and (name := re.match(r"# (\w+\.yaml)\n", text)):
+            Path(name[1]).write_text(text)
+        for line in command_lines(text) if kind == "bash" and why is None else []:
+            code = run(line, monkeypatch)
+            assert code == 0, f"{page.name}: {line}: exit code {code}\n{capsys.readouterr().err}"
+
+
+def parse(line: str) -> None:
+    """Check the words of a command line as the command itself would, without running it."""
+    words = shlex.split(line[line.index("lit-lora ") :])
+    command: Any = typer.main.get_command(build_app(words[1])).commands[words[1]]  # type: ignore[attr-defined]
+    command.make_context(words[1], words[2:])
+
+
+NOT_RUN = [
+    line
+    for page in PAGES
+    for kind, text, why in blocks(page)
+    if (kind == "bash" and why) or page.name == "commands.md"
+    for line in command_lines(text)
+]
+
+
+@pytest.mark.parametrize("line", NOT_RUN)
+def test_pain_47_commands_that_are_not_run_exist_at_least(line: str) -> None:
+    first, *rest = shlex.split(line)
+    if "lit-lora " in line:
+        parse(line)
+    elif first == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert rest[0] in targets
+    elif first == ".ci/run":
+        assert (ROOT / first).stat().st_mode & 0o111
+    else:
+        assert line == "pip install -c constraints.txt ."
+        assert (ROOT / "constraints.txt").is_file()
+
+
+@pytest.mark.parametrize("line", ["lit-lora merge --into x", "lit-lora prepare", "lit-lora chat a b"])
+def test_a_command_that_does_not_exist_would_be_found(line: str) -> None:
+    with pytest.raises(Exception, match=r"No such option|Missing|unexpected extra argument"):
+        parse(line)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_of_itself(name: str) -> None:
+    _, examples = help_texts(__import__(COMMANDS[name][0], fromlist=["command"]).command)
+    assert examples
+    assert all(f"lit-lora {name}" in example for example in examples)
+
+
+@pytest.mark.parametrize(("page", "text"), pages().items(), ids=lambda value: getattr(value, "name", ""))
+def test_a_reference_page_says_what_the_code_says(page: Path, text: str) -> None:
+    assert page.read_text(encoding="utf-8") == text, "run: make docs"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "data" / "README.md"], ids=lambda page: page.name
+)
+def test_links_within_the_project_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def first_cells(heading: str) -> list[str]:
+    """The first column of the table after a heading or line of the README, without its backquotes."""
+    table = README.partition(heading)[2].partition("\n|---")[2]
+    rows = table.partition("\n\n")[0].splitlines()[1:]
+    return [row.split("|")[1].strip().strip("`") for row in rows]
+
+
+def test_the_tables_of_the_readme_are_those_of_the_code() -> None:
+    assert sorted(first_cells("| format |")) == sorted(FORMATS)
+    assert first_cells("## Methods") == list(RECIPES)
+    names = re.findall(r"^\| `\w+` \| `(\w+)` \|", README.partition("## Methods")[2], flags=re.MULTILINE)
+    assert names == list(METHODS)
+
+
+def test_the_example_config_of_the_readme_is_valid(tmp_path: Path) -> None:
+    (text,) = [text for kind, text, _ in blocks(ROOT / "README.md") if kind == "yaml"]
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    _, config = load_recipe(path, [])
+    assert (config.recipe, config.train.epochs, str(config.out)) == ("lora", 2, "out/example")
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    (tree,) = [text for kind, text, _ in blocks(ROOT / "README.md") if kind == "text" and "lit_lora/" in text]
+    top = [line.split()[0] for line in tree.splitlines() if not line.startswith(" ")]
+    inside = [line.split()[0] for line in tree.splitlines() if line.startswith("  ") and not line.startswith("   ")]
+    assert [name for name in top if not (ROOT / name).exists()] == []
+    assert [name for name in inside if not (ROOT / "lit_lora" / name).exists()] == []
+    packages = {path.parent.name + "/" for path in (ROOT / "lit_lora").glob("*/__init__.py")}
+    assert packages - set(inside) == set()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    tracked = {name.partition("/")[0] for name in listed.splitlines() if not name.startswith(".")}
+    documents = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    assert {name for name in tracked - documents if name not in top and f"{name}/" not in top} == set()
