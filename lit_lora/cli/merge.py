@@ -74,13 +74,18 @@ def _forecast(plan: MergePlan) -> None:
     """A table of what each dtype costs and keeps."""
     from dataclasses import replace
 
+    from lit_lora.errors import NumericalError
     from lit_lora.files import human_bytes
     from lit_lora.merge import DTYPES, forecast
 
     rows = []
     for name, dtype in DTYPES.items():
-        found = forecast(plan, dtype)
         size = human_bytes(replace(plan, dtype=dtype).bytes())
+        try:
+            found = forecast(plan, dtype)
+        except NumericalError:
+            rows.append([name, size, "does not fit", "", ""])
+            continue
         whole = found.totals
         rows.append([name, size, f"{found.proof.lost:.2%}", f"{whole.relative_error:.2%}", f"{whole.kept:.1%}"])
     columns = ["dtype", "size", "effect lost", "update off by", "values kept"]

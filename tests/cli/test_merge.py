@@ -54,6 +54,17 @@ def test_a_dry_run_writes_nothing_and_shows_what_each_dtype_keeps(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
+def test_a_dry_run_tells_a_dtype_that_the_values_overflow(tmp_path, capsys):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    base = save_base(model, tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", target_modules="q,v")
+    code, out, _ = call(capsys, "merge", tmp_path / "adapter", "--dry-run")
+    assert code == 0
+    assert [line.split("\t")[2] for line in out.splitlines() if line.startswith("fp16")] == ["does not fit"]
+
+
 def test_pain_16_a_lossy_merge_exits_5_and_names_the_remedies(run, capsys, tmp_path):
     make_adapter(tmp_path / "base", tmp_path / "weak", size=0.0005)
     code, out, err = call(capsys, "merge", tmp_path / "weak", "--out", tmp_path / "merged")
