@@ -98,7 +98,7 @@ def _compose(
         extras.append(deck.draw(phrases.urgent))
     elif random_.random() < 0.5:
         extras.append(deck.draw(phrases.relaxed))
-    if not terse and random_.random() < 0.3:
+    if not terse and random_.random() < 0.5:
         extras.append(deck.draw(phrases.chatter))
     for extra in extras:
         body.insert(random_.randint(0, len(body)), extra)
@@ -113,6 +113,7 @@ def _compose(
 
     word = deck.draw(phrases.products[product])
     slots = {"price": random_.randint(15, 900), "percent": random_.randint(5, 50), **_agreement(word)}
+    slots |= {name: deck.draw(words) for name, words in phrases.slots.items()}
     text = _style(" ".join(body), random_)
     message = text.format(product=word.removeprefix("*"), order=order, name=customer, **slots)
     ticket = {"product": product, "intent": intent, "urgency": urgency, "order": order, "customer": customer}

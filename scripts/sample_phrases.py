@@ -5,7 +5,7 @@ product and, once composed, no run of five words; ``tests/test_samples.py`` prov
 
 Slots: ``{product}`` (a word of one category), ``{order}``, ``{name}``, ``{price}``, ``{percent}``; and, because some
 product words are plural (marked ``*``), ``{it}`` (it/them), ``{they}`` (it/they), ``{a}``, ``{this}``, ``{that}``,
-``{was}``, ``{is}``, ``{has}``, ``{does}``.
+``{was}``, ``{is}``, ``{has}``, ``{does}``. Phrases about time have slots of their pool's ``slots``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Phrases:
     terse: Mapping[str, Sequence[str]]
     """Per intent: fact and request in a few words."""
     urgent: Sequence[str]
-    """A deadline, a danger, or work that stands still: the ticket's ``urgency`` is high."""
+    """Time presses: a deadline, an occasion soon, or a plain request to hurry. The ticket's ``urgency`` is high."""
     relaxed: Sequence[str]
     """The customer says that it can wait."""
     chatter: Sequence[str]
@@ -48,6 +48,8 @@ class Phrases:
     """How a name is given at the end."""
     closings: Sequence[str]
     """Ends without a name."""
+    slots: Mapping[str, Sequence[str]]
+    """Occasions and times for the slots of the same name: what makes a message urgent is when something happens."""
 
 
 # fmt: off
@@ -570,14 +572,10 @@ TRAIN = Phrases(
         "My daughter's birthday is tomorrow.",
         "I have guests coming this weekend.",
         "We fly out in two days.",
-        "I can not work without it.",
         "Please do this right away.",
         "It has to be sorted out before the weekend.",
         "This can not wait.",
         "Please reply as soon as possible.",
-        "There was smoke and I am scared.",
-        "My child cut her hand on it.",
-        "It is dangerous to have around the house.",
         "I start my new job on Monday and depend on it.",
         "We open our shop in three hours.",
         "Please act immediately.",
@@ -587,13 +585,11 @@ TRAIN = Phrases(
         "I am travelling tonight.",
         "Every hour counts for us.",
         "My rent is due and I need this settled now.",
-        "It gave me an electric shock.",
         "We have a newborn at home and need this at once.",
         "ASAP please!",
         "I must have an answer within the hour.",
         "The event is this evening.",
         "I am moving out on Thursday, so it must happen before then.",
-        "Our business is losing money every day because of this.",
         "It is an emergency.",
         "Christmas is in three days.",
         "The concert is tomorrow night.",
@@ -602,8 +598,6 @@ TRAIN = Phrases(
         "It is very time sensitive.",
         "Quick response needed, please.",
         "The funeral is on Thursday morning.",
-        "The kids have nothing to sleep on tonight.",
-        "It started to burn when I came near.",
         "Please make it quick, my holiday begins on Sunday.",
         "URGENT!!",
         "I have to leave for the airport soon.",
@@ -613,16 +607,8 @@ TRAIN = Phrases(
         "My boss wants it on his desk in the morning.",
         "I promised it to a client for Tuesday.",
         "If it is not settled by Friday I will lose my deposit.",
-        "We are stuck until this is fixed.",
-        "My whole office is waiting and nobody can do anything.",
-        "I can't do my job like this.",
-        "Production has come to a stop.",
         "My students start class in an hour.",
-        "It is leaking and there is water all over the floor.",
-        "It gets so hot that it could start a fire.",
-        "My son almost choked on a loose part.",
         "The baby is due any day now.",
-        "It is freezing here and my grandmother is sick.",
         "I need it for surgery recovery starting Monday.",
         "The show opens tomorrow evening.",
         "Our guests arrive in half an hour.",
@@ -643,16 +629,11 @@ TRAIN = Phrases(
         "Every minute matters.",
         "It must arrive before Sunday.",
         "We need a solution before tonight.",
-        "This is critical for our hospital ward.",
         "High priority!",
         "Please expedite this.",
         "My holiday starts in a few hours.",
         "The school play is on Thursday and my girl has the lead.",
         "I am already on my way to the station.",
-        "It burned my fingers, please react fast.",
-        "The neighbours called the fire brigade because of it.",
-        "Someone is going to get hurt.",
-        "I am losing customers with each day that passes.",
         "The competition takes place this weekend.",
         "I need it back before my flight.",
         "Can this be done by lunchtime?",
@@ -662,6 +643,22 @@ TRAIN = Phrases(
         "Emergency!",
         "Act fast, please.",
         "I beg you, do it immediately.",
+    )
+    + 4
+    * (
+        "My {event} is {soon}.",
+        "The {event} is {soon} and I have nothing else.",
+        "I need it for the {event} {soon}.",
+        "The {event} starts {soon}!",
+        "We have the {event} {soon}, please hurry.",
+        "My daughter's {event} is {soon}.",
+        "I leave for the {event} {soon}.",
+        "I must have this by {by}.",
+        "I need it settled by {by}.",
+        "Please sort it out by {by}.",
+        "Have it done by {by}, please.",
+        "If it is not done by {by}, it is too late.",
+        "Please get back to me by {by} at the latest.",
     ),
     relaxed=(
         "There is no rush.",
@@ -725,6 +722,16 @@ TRAIN = Phrases(
         "Relax, it is nothing serious.",
         "I do not expect an answer this week.",
         "Let us talk about it sometime.",
+    )
+    + 4
+    * (
+        "My {event} is not before {far}.",
+        "We will not have the {event} until {far}.",
+        "I do not need it until {far}.",
+        "It can wait until {far}.",
+        "The {event} is a long way off, so relax.",
+        "If I hear from you by {far}, I am happy.",
+        "I will use it for the {event}, but not before {far}.",
     ),
     chatter=(
         "I have been a customer for years.",
@@ -787,6 +794,19 @@ TRAIN = Phrases(
         "I have told all my friends about you.",
         "This never happened to me before.",
         "Your phone line plays nice music.",
+    )
+    + 4
+    * (
+        "I bought it {past}.",
+        "It was for the {event} {past}.",
+        "I already called you {past}.",
+        "I paid for it {past}.",
+        "We moved here {past}.",
+        "I used it at the {event} {past}.",
+        "My first message was {past}.",
+        "The {event} {past} was nice anyway.",
+        "I was at a {event} {past}.",
+        "I saw the advert {past}.",
     ),
     orders=(
         "My order number is {order}.",
@@ -860,6 +880,33 @@ TRAIN = Phrases(
         "Kind regards", "Thank you for your help.", "Have a nice day.", "Thx", "I look forward to your reply.",
         "Please let me know.", "Hope to hear from you.", "Thanks a lot!", "Please write back.",
     ),
+    slots={
+        "event": (
+            "wedding", "birthday party", "job interview", "exam", "flight", "holiday", "concert", "school play",
+            "conference", "operation", "presentation", "anniversary", "business trip", "first day at work",
+            "christening", "photo shoot", "match", "marathon", "court date", "driving test", "housewarming",
+            "baby shower", "camping trip", "barbecue", "audition", "recital", "team meeting", "training course",
+            "trade fair", "ski trip", "class reunion", "cruise", "dinner party", "family visit", "big race",
+            "lecture",
+        ),
+        "soon": (
+            "tomorrow", "tonight", "today", "this afternoon", "in two hours", "in an hour", "tomorrow morning",
+            "this evening", "the day after tomorrow", "on Friday", "this weekend", "in two days", "in a few hours",
+            "at noon", "on Saturday", "in three days",
+        ),
+        "by": (
+            "today", "tonight", "tomorrow", "noon", "this evening", "Friday", "the end of the day",
+            "tomorrow morning", "the weekend", "Monday", "five o'clock", "Thursday night",
+        ),
+        "far": (
+            "next year", "next spring", "the autumn", "next summer", "the end of the year", "next winter",
+            "next Christmas", "the year after next", "the next season", "my retirement",
+        ),
+        "past": (
+            "last week", "yesterday", "last month", "on Monday", "two weeks ago", "in March", "last summer",
+            "a few days ago", "on Friday", "last year", "over the weekend", "this morning",
+        ),
+    },
 )
 
 
@@ -879,7 +926,7 @@ HELDOUT = Phrases(
         ),
         "garden": (
             "shovel", "trowel", "weed killer", "*tulip bulbs", "pitchfork", "trellis", "potting soil",
-            "apple tree", "grass cutter",
+            "*daffodils", "grass cutter",
         ),
         "kitchen": (
             "espresso maker", "waffle iron", "teapot", "whisk", "colander", "rolling pin", "freezer", "*soup spoons",
@@ -1083,30 +1130,29 @@ HELDOUT = Phrases(
         "We depart at dawn tomorrow.",
         "Speed matters here, as our ceremony takes place in 48 hours.",
         "Respond at once, if you can.",
-        "Sparks flew out and nearly hurt my kid!",
         "Without a solution by this afternoon I lose a client.",
-        "My team sits idle until that is settled.",
         "Drop everything else, it's critical.",
         "The anniversary dinner takes place tonight.",
         "My flight leaves in five hours.",
-        "Someone could get injured if this goes on.",
         "It must be dealt with this very day.",
         "Graduation is on Friday, so tomorrow is the latest.",
         "Treat it as top priority.",
         "I'm desperate, the landlord arrives this evening.",
         "Any later than Thursday would be a disaster.",
         "Immediate action required!",
-        "My grandchild could swallow the loose bit, so act quickly!",
         "Rehearsal begins at eight this evening.",
-        "Our café cannot open without it.",
         "Trust me, each hour of delay costs us dearly.",
         "I set off on my trip at sunrise.",
         "The jury meets on Tuesday, not a day later.",
-        "Smells of burning plastic in here, help at once!",
         "It has to be resolved prior to Saturday's ceremony.",
         "Get back to me before the end of today.",
-        "A patient of mine relies on this right now.",
         "Time critical!",
+        "Only a day and a half remain.",
+        "We're in a great rush.",
+        "Kindly make haste.",
+        "Next Monday would be far too late.",
+        "Twelve hours from now everything has to be in place.",
+        "Tonight's premiere depends on it.",
         "The moving van comes tomorrow at nine.",
     ),
     relaxed=(
@@ -1175,4 +1221,5 @@ HELDOUT = Phrases(
         "Much appreciated.", "Ta!", "So long", "Awaiting your answer.", "All the best", "Looking forward to an answer.",
         "Grateful for any reply.",
     ),
+    slots={},
 )
