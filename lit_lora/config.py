@@ -251,7 +251,8 @@ def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[
     where = next((places[path[:cut]] for cut in range(len(path), -1, -1) if path[:cut] in places), name)
     key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}{did_you_mean(str(raw[-1]), _fields(model, raw[:-1]))}"
+        known = _fields(model, raw[:-1])
+        return f"{where}: unknown key {key!r}{did_you_mean(str(raw[-1]), known) or ', known: ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

@@ -1,0 +1,393 @@
+"""``lit-lora finetune`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lit_lora.cli import main
+from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
+from tests.train.tiny_run import checkpoints, metrics
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base model, rows and a config."""
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl")
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], task: Path) -> Call:
+    """Run the command on the task's config: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(["finetune", "--config", str(task / "config.yaml"), *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def table(out: str, title: str) -> dict[str, str]:
+    """First and last cell of each row of a printed table."""
+    lines = out.split(f"# {title}\n")[1].split("\n#")[0].splitlines()
+    return {line.split("\t")[0]: line.split("\t")[-1] for line in lines if "\t" in line}
+
+
+def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
+    code, out, err = call()
+    assert code == 0
+    assert table(out, "What trains")["model.layers.*.mlp.gate_proj"] == "1,280"
+    plan = table(out, "Plan")
+    assert plan["trainable parameters"].startswith("7,424 of ")
+    assert plan["training rows"].startswith("20: ")
+    assert plan["validation rows"] == "4, every 3 steps"
+    assert plan["steps"] == "8 of 4 rows each, 1.6 passes over the rows"
+    assert plan["run folder"] == str(task / "run")
+    result = table(out, "Result")
+    assert float(result["Validation loss"]) < float(result["Validation loss before training"])
+    assert out.endswith(f"next: lit-lora chat {task / 'run'}   or   lit-lora merge {task / 'run'}\n")
+    assert "step 8 of 8: loss " in err
+    assert "\r" not in err  # no progress bar in a pipe
+    assert {path.name for path in (task / "run").iterdir()} >= {"adapter", "config.yaml", "loss.png", "metrics.jsonl"}
+
+
+def test_a_dry_run_writes_nothing_and_prints_the_plan(task, call):
+    call("--dry-run")  # fills the cache of rows
+    before = contents(task)
+    code, out, _ = call("--dry-run")
+    assert code == 0
+    assert table(out, "What trains")
+    assert table(out, "Plan")["learning rate"] == "0.01, cosine, 0 steps of warm-up"
+    assert contents(task) == before
+
+
+def test_overrides_change_single_keys(call, task):
+    code, out, _ = call("--dry-run", "peft.rank=2", "train.epochs=2", "train.max_steps=null", "optimizer.lr=1e-4")
+    assert code == 0
+    assert "rank 2" in out
+    assert table(out, "Plan")["steps"].startswith("10 of 4 rows")
+    assert table(out, "Plan")["learning rate"].startswith("0.0001,")
+
+
+def test_pain_28_a_folder_with_a_run_is_not_touched_without_being_told(task, call):
+    assert call()[0] == 0
+    before = contents(task / "run")
+    code, out, err = call()
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {task / 'run'}: holds a run already\nhint: --resume")
+    assert contents(task / "run") == before
+    (task / "run" / "notes.txt").write_text("mine")
+    assert call("--overwrite", "train.max_steps=2")[0] == 0
+    assert checkpoints(task / "run") == [2]
+    assert (task / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_is_not_removed_before_its_replacement_can_start(task, call):
+    assert call()[0] == 0
+    before = contents(task / "run")
+    assert call("--overwrite", "data.path=missing.jsonl")[0] == 3
+    assert call("--overwrite", f"model.path={task / 'missing'}")[0] == 3
+    assert call("--overwrite", "peft.target_modules=[q_prjo]")[0] == 2
+    assert contents(task / "run") == before
+
+
+def test_a_run_that_could_not_start_takes_no_folder(task, call):
+    assert call("data.path=missing.jsonl")[0] == 3
+    assert not (task / "run").exists()
+    assert call()[0] == 0
+
+
+def test_pain_25_resuming_with_other_settings_names_them(task, call):
+    assert call()[0] == 0
+    before = contents(task / "run")
+    code, _, err = call("--resume", "optimizer.lr=0.1", "peft.rank=4", "data.validation=3")
+    assert code == 2
+    assert err.startswith(f"error: {task / 'run/config.yaml'}: the run to resume has other settings: ")
+    assert "data.validation, optimizer.lr, peft.rank\n" in err
+    assert contents(task / "run") == before
+
+
+def test_pain_25_resuming_a_finished_run_says_so_and_keeps_its_result(task, call):
+    first = table(call()[1], "Result")
+    before = contents(task / "run")
+    code, out, err = call("--resume", "train.keep_last=3")
+    assert code == 0
+    assert "resumed after step 8 of 8: nothing is left to train" in err
+    keys = ("Steps", "Best step", "Training loss", "Validation loss")
+    assert [table(out, "Result")[key] for key in keys] == [first[key] for key in keys]
+    after = contents(task / "run")
+    same = ("adapter/adapter_model.safetensors", "metrics.jsonl")
+    assert [after[name] for name in same] == [before[name] for name in same]
+
+
+def test_pain_25_resuming_without_a_run_is_a_mistake(task, call):
+    code, _, err = call("--resume")
+    assert code == 2
+    assert f"{task / 'run'}: holds no run to resume" in err
+    assert not (task / "run").exists()
+
+
+def test_pain_25_resuming_on_other_rows_is_refused(task, call):
+    assert call()[0] == 0
+    write_rows(task / "rows.jsonl", [{"prompt": f"{n}?", "completion": "x"} for n in range(24)])
+    code, _, err = call("--resume")
+    assert code == 3
+    assert "the training rows are not those that the run began with" in err
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from lit_lora.train import metrics
+
+record = metrics.Metrics.record
+
+def record_and_stop(self, step, **values):
+    record(self, step, **values)
+    if step == 5 and "loss" in values:
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+metrics.Metrics.record = record_and_stop
+from lit_lora.cli import main
+main(sys.argv[2:])
+"""
+
+KILLED = """
+import os, signal, sys
+
+fsync, calls = os.fsync, []
+
+def fsync_or_die(handle):
+    calls.append(1)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(handle)
+
+os.fsync = fsync_or_die
+from lit_lora.cli import main
+main(sys.argv[2:])
+"""
+
+
+def in_process(task: Path, script: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", script, str(number), "finetune", "--config", str(task / "config.yaml"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=task)
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Same metrics, same checkpoints, same adapter."""
+    assert metrics(a) == metrics(b)
+    assert contents(a / "checkpoints") == contents(b / "checkpoints")
+    weights = "adapter/adapter_model.safetensors"
+    assert (a / weights).read_bytes() == (b / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_pain_27_a_stopped_command_leaves_a_checkpoint_and_resumes(task, call, number):
+    write_config(task, peft={"dropout": 0.2})
+    done = in_process(task, INTERRUPTED, number)
+    assert done.returncode == 128 + number
+    assert "error: stopped after step 5 of 8, checkpoint saved\nhint: the same command with --resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints(task / "run")[-1] == 5
+    assert call("--resume")[0] == 0
+    assert call(f"out={task / 'whole'}")[0] == 0
+    same_run(task / "run", task / "whole")
+
+
+@pytest.mark.parametrize("number", [17, 20])
+def test_pain_23_a_command_killed_while_saving_resumes_bit_for_bit(task, call, number):
+    write_config(task, peft={"dropout": 0.2}, train={"save_every": 1, "keep_last": 2})
+    done = in_process(task, KILLED, number)
+    assert done.returncode == -signal.SIGKILL
+    assert list((task / "run" / "checkpoints").glob(".tmp-step-*"))  # it was in the middle of a save
+    last = checkpoints_of_a_killed_run(task / "run")[-1]
+    code, _, err = call("--resume")
+    assert code == 0
+    assert f"resumed after step {last} of 8: {8 - last} are left" in err
+    assert call(f"out={task / 'whole'}")[0] == 0
+    same_run(task / "run", task / "whole")
+
+
+def checkpoints_of_a_killed_run(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_pain_12_nan_stops_with_the_rows_and_exit_code_5(task, call):
+    make_base(task / "poisoned", poison=True)
+    rows = [{"prompt": f"question {n}?", "completion": "zoo" if n == 7 else "yes"} for n in range(12)]
+    write_rows(task / "rows.jsonl", rows)
+    write_config(
+        task,
+        model={"path": str(task / "poisoned")},
+        data={"validation": None},
+        train={"batch_size": 2, "micro_batch_tokens": 1, "save_every": 1, "epochs": 2, "max_steps": None},
+    )
+    code, _, err = call()
+    assert code == 5
+    line = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert line.endswith("the step's rows: rows.jsonl:8")
+    step = int(line.removeprefix("error: step ").partition(":")[0])
+    assert "gradient of model.layers." in line
+    assert "Traceback" not in err
+    records = metrics(task / "run")
+    assert (records[-1]["step"], records[-1]["loss"], records[-1]["grad_norm"]) == (step, None, None)
+    assert all(record["loss"] > 0 for record in records[:-1])
+    assert checkpoints(task / "run") == ([step - 1] if step > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        (
+            "model: {path: base}\ndata: {path: rows.jsonl}\noptimizer: {learning_rat: 1e-4}\npefft: {rank: 4}\n",
+            [
+                "c.yaml:3: unknown key 'optimizer.learning_rat', known: name, lr, weight_decay, betas, eps, momentum",
+                "c.yaml:4: unknown key 'pefft' (did you mean 'peft'?)",
+            ],
+        ),
+        (
+            "model: {path: base}\ndata: {path: rows.jsonl}\npeft:\n  rank: eight\n  rnak: 8\ntrain:\n  epochs: 0\n",
+            [
+                "c.yaml:4: peft.rank: input should be a valid integer",
+                "c.yaml:5: unknown key 'peft.rnak' (did you mean 'rank'?)",
+                "c.yaml:7: train.epochs: input should be greater than 0, got 0",
+            ],
+        ),
+        (
+            "recipe: lora\nmodel: {path: base}\nseed: 1\nseed: 2\ntrain: {max_step: 3}\n",
+            [
+                "c.yaml:4: 'seed' is given twice (first on line 3)",
+                "c.yaml:5: unknown key 'train.max_step' (did you mean 'max_steps'?)",
+                "c.yaml:1: 'data' is missing",
+            ],
+        ),
+        ("recipe: lor\nmodel: {path: base}\n", ["c.yaml: recipe 'lor' is not known (did you mean 'lora'?)"]),
+        ("model: [\n", ["c.yaml:2: not valid YAML"]),
+    ],
+)
+def test_pain_41_every_mistake_in_the_yaml_is_said_at_once_with_its_line(tmp_path, capsys, monkeypatch, text, problems):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    with pytest.raises(SystemExit) as done:
+        main(["finetune", "--config", "c.yaml"])
+    captured = capsys.readouterr()
+    assert (done.value.code, captured.out) == (2, "")
+    errors = [line.removeprefix("error: ") for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(problems), captured.err
+    for problem in problems:
+        assert any(error.startswith(problem) for error in errors), (problem, errors)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".1e-3"])
+def test_pain_40_learning_rates_are_numbers_however_written(task, call, text):
+    config = task / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.01", f"lr: {text}"))
+    code, out, _ = call("--dry-run")
+    assert code == 0
+    assert table(out, "Plan")["learning rate"].startswith("0.0001,")
+
+
+def test_pain_40_a_number_in_quotes_is_said_to_be_a_text_or_taken_as_a_number(task, call):
+    config = task / "config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.01", 'lr: "fast"'))
+    code, _, err = call("--dry-run")
+    assert code == 2
+    assert "optimizer.lr: input should be a valid number" in err
+    assert 'got "fast"' in err
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("model.path=nowhere", 3, "error: nowhere"),
+        ("data.path=nowhere.jsonl", 3, "error: nowhere.jsonl"),
+        ("peft.target_modules=[q_porj]", 2, "'q_porj' matches no module (did you mean 'q_proj'?)"),
+        ("model.device=cuda:7", 2, "device 'cuda:7' is not there"),
+        ("train.max_stpes=3", 2, "unknown key 'train.max_stpes' (did you mean 'max_steps'?)"),
+        ("data.max_seq_length=3", 3, "nothing to learn from"),
+        ("data.validation=99", 3, "validation: 99 holds out 99 rows, but there are only 24"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_writes_nothing(task, call, override, code, message):
+    got, out, err = call(override)
+    assert got == code
+    assert message in err
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (task / "run").exists()
+
+
+def test_pain_44_a_broken_row_is_named_by_its_line(task, call):
+    lines = (task / "rows.jsonl").read_text().splitlines()
+    (task / "rows.jsonl").write_text("\n".join([*lines[:5], '{"prompt": "half', *lines[5:]]))
+    code, out, err = call()
+    assert (code, out) == (3, "")
+    assert f"error: {task / 'rows.jsonl'}:6: " in err
+
+
+def test_pain_42_a_warmup_longer_than_the_run_is_cut_with_a_warning(call, task):
+    code, _, err = call("schedule.warmup=100")
+    assert code == 0
+    assert "warning: schedule.warmup: 100 steps are more than half of all 8: the warm-up takes 4" in err
+    assert max(record["lr"] for record in metrics(task / "run") if "lr" in record) == 0.01
+
+
+def test_pain_49_tokens_of_the_environment_are_written_nowhere(task, call, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRETSECRET")
+    monkeypatch.setenv("WANDB_API_KEY", "SECRETSECRET")
+    code, out, err = call()
+    assert code == 0
+    assert "SECRET" not in out + err
+    assert not any(b"SECRETSECRET" in data for data in contents(task).values())
+
+
+def test_pain_45_a_run_on_local_files_opens_no_connection(call, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert call()[0] == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A folder on a disk of its own, of 100 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=100k tmpfs {folder} 2>/dev/null"):
+        pytest.skip("no right to mount a disk")
+    yield folder
+    os.system(f"umount {folder}")
+
+
+def test_pain_28_too_small_a_disk_is_said_before_training(call, small_disk):
+    code, _, err = call(f"out={small_disk / 'run'}")
+    assert code == 4
+    assert "this run needs 297.0 KB, the disk has " in err
+    assert list(small_disk.iterdir()) == []
+
+
+def test_the_metrics_file_can_be_read_line_by_line(task, call):
+    assert call()[0] == 0
+    for line in (task / "run" / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line)["step"], int)
