@@ -66,7 +66,7 @@ def test_a_dry_run_tells_a_dtype_that_the_values_overflow(tmp_path, capsys):
 
 
 def test_pain_16_a_lossy_merge_exits_5_and_names_the_remedies(run, capsys, tmp_path):
-    make_adapter(tmp_path / "base", tmp_path / "weak", size=0.0005)
+    make_adapter(tmp_path / "base", tmp_path / "weak", size=0.001)
     code, out, err = call(capsys, "merge", tmp_path / "weak", "--out", tmp_path / "merged")
     assert (code, out) == (5, "")
     assert "of what the adapter does" in err
