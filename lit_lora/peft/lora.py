@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
@@ -169,6 +169,23 @@ class LoRAConfig(Method):
     trainable_tokens: list[int] | list[str] = Field(
         [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """A text that is no preset is names with commas between."""
+        if isinstance(value, str) and value not in ("all-linear", *_PRESETS):
+            return [name.strip() for name in value.split(",")]
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise ValueError(f"expected all-linear, {', '.join(_PRESETS)} or a list of names, got {value!r}")
+
+    @field_validator("trainable_tokens", mode="before")
+    @classmethod
+    def _ids_or_texts(cls, value: Any) -> Any:
+        if isinstance(value, list) and ({type(token) for token in value} in (set(), {int}, {str})):
+            return value
+        raise ValueError(f"expected a list of token ids or a list of token texts, got {value!r}")
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> LoRAConfig:
         """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""

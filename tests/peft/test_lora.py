@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lit_lora import peft
+from lit_lora.config import validate
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import matches, own_modules
-from lit_lora.peft.lora import LoRALinear
+from lit_lora.peft.lora import LoRAConfig, LoRALinear
 from lit_lora.peft.trained import TokenEmbedding, TokenHead
 from tests.peft.tiny import VOCABULARY, adapted, lora, make_model, shake, token_ids
 
@@ -92,6 +93,26 @@ def test_layers_leave_a_named_head_in():
 def test_pain_09_what_matches_nothing_is_an_error_with_a_suggestion(settings, message):
     with pytest.raises(UsageError, match=message):
         adapted(make_model(), lora(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": 3}, r"c\.yaml: target_modules: expected all-linear, q,v or a list of names, got 3"),
+        ({"trainable_tokens": [1, "a"]}, r"c\.yaml: trainable_tokens: expected a list of token ids or a list of token"),
+        ({"trainable_tokens": "a"}, r"c\.yaml: trainable_tokens: expected a list"),
+        ({"rank": 0}, "rank: input should be greater than or equal to 1, got 0"),
+        ({"r": 8}, "unknown key 'r'"),
+    ],
+)
+def test_wrong_settings_are_one_line_with_their_key(settings, message):
+    with pytest.raises(UsageError, match=message) as error:
+        validate({"name": "lora", **settings}, LoRAConfig, name="c.yaml")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_names_can_be_given_with_commas():
+    assert targets(target_modules="q_proj, v_proj") == targets(target_modules=["q_proj", "v_proj"])
 
 
 def test_pain_09_the_table_shows_what_was_matched():
