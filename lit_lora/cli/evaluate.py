@@ -104,11 +104,9 @@ def command(
         about = {"data": config.path, "rows": len(dataset), "tasks": tasks, "seed": seed}
         write_text(out, json.dumps(report(results, about), ensure_ascii=False, indent=1) + "\n")
         log.say(f"wrote {out}")
-    tuned = next((path for path in models if (path / "adapter").is_dir()), None)
-    next_command = (
-        f"lit-lora merge {shlex.quote(str(tuned))}" if tuned else f"lit-lora chat {shlex.quote(str(models[-1]))}"
-    )
-    log.say(f"next: {next_command}")
+    unmerged = next((path for path in models if (path / "adapter").is_dir() and not (path / "merged").is_dir()), None)
+    next_command = f"merge {shlex.quote(str(unmerged))}" if unmerged else f"chat {shlex.quote(str(models[-1]))}"
+    log.say(f"next: lit-lora {next_command}")
 
 
 def _tasks(text: str | None) -> list[str]:
