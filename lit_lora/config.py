@@ -211,7 +211,19 @@ def shipped_configs() -> dict[str, Path]:
 def dump_yaml(settings: BaseModel) -> str:
     """YAML text that ``load_config`` reads back to equal settings."""
     data = json.loads(settings.model_dump_json())
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts such as ``1e3`` in quotes: PyYAML's own rules, which are YAML 1.1's, take them for words."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = None if _scalar(text, plain=True) == text else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
