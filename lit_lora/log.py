@@ -6,7 +6,8 @@ Results go to stdout; notes, warnings and progress go to stderr, so that a pipe 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -22,19 +23,29 @@ def _console(stderr: bool = False) -> Console:
     return Console(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
+@contextmanager
+def _line(stderr: bool = False) -> Iterator[Console]:
+    """A console to print whole lines on: a progress bar makes room first, and comes back below."""
+    with tqdm.external_write_mode(sys.stderr):
+        yield _console(stderr)
+
+
 def say(text: str = "", style: str | None = None) -> None:
     """Print a result line to stdout. ``style`` is a rich style such as ``bold green``."""
-    _console().print(text, style=style)
+    with _line() as console:
+        console.print(text, style=style)
 
 
 def note(text: str) -> None:
     """Print a line about what is going on to stderr."""
-    _console(stderr=True).print(text, style="dim")
+    with _line(stderr=True) as console:
+        console.print(text, style="dim")
 
 
 def warn(text: str) -> None:
     """Print a warning to stderr: something the user should act on, though work goes on."""
-    _console(stderr=True).print(f"warning: {text}", style="yellow")
+    with _line(stderr=True) as console:
+        console.print(f"warning: {text}", style="yellow")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[int] = ()) -> None:
@@ -58,7 +69,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*row)
-    console.print(drawn)
+    with _line() as console:
+        console.print(drawn)
 
 
 def progress(
