@@ -268,7 +268,7 @@ def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Call
 
     It draws no random numbers and leaves the model as it was, so a run with samples trains like one without.
     """
-    context = model.config.max_position_embeddings
+    context = model.context
     samples = [(prompt, expected) for prompt, expected in data.samples if len(prompt) < context]
     sampling = Sampling(max_new_tokens=60)
 
@@ -332,7 +332,7 @@ def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int)
         )
         if config.train.patience is not None:
             log.warn("train.patience has no effect without validation rows")
-    longest, context = int(data.prepared.train.token_counts.max()), model.config.max_position_embeddings
+    longest, context = int(data.prepared.train.token_counts.max()), model.context
     if longest > context:
         log.warn(
             f"the longest row has {longest:,} tokens, the model was made for {context:,}: "

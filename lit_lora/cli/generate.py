@@ -157,7 +157,7 @@ def _encode(opened: OpenedModel, messages: list[Message], raw: bool, place: str)
             ids = encode_prompt(opened.tokenizer, messages)
     except InputError as error:
         raise InputError(f"{place}: {error}", hint=error.hint) from error
-    context = opened.model.config.max_position_embeddings
+    context = opened.model.context
     if len(ids) >= context:
         raise InputError(f"{place}: the prompt has {len(ids)} tokens, the model reads at most {context}")
     return ids

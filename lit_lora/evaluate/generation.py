@@ -49,7 +49,7 @@ def evaluate_generation(
     questions = [Conversation(conversation.messages[:-1], conversation.tools) for conversation in conversations]
     asked = [with_shots(question, shots) for question in questions]
     prompts = [encode_prompt(tokenizer, each.messages, tools=each.tools) for each in asked]
-    context, most = model.config.max_position_embeddings, max(map(len, prompts), default=0)
+    context, most = model.context, max(map(len, prompts), default=0)
     if most + longest > context:
         raise UsageError(
             f"the longest prompt has {most} tokens and its answer up to {longest}; the model reads at most {context}",

@@ -94,7 +94,7 @@ def loss(subject: Subject) -> list[Metric]:
     Raises:
         UsageError: There is no token to predict.
     """
-    tokenizer, context = subject.tokenizer, subject.model.config.max_position_embeddings
+    tokenizer, context = subject.tokenizer, subject.model.context
     encoded = [
         encode_after_shots(tokenizer, each, subject.shots.conversations) for each in subject.dataset.conversations
     ]

@@ -60,7 +60,7 @@ class ChatSession:
         """
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         prompt = encode_prompt(self._tokenizer, asked)
-        context = self._model.config.max_position_embeddings
+        context = self._model.context
         if len(prompt) >= context:
             raise InputError(
                 f"the conversation has {len(prompt)} tokens, the model reads at most {context}",

@@ -43,10 +43,9 @@ class Memory:
         needed = len(prompt) + room
         if self.cache is None or self.cache.max_length < needed:
             # Twice what is needed, so that a chat that grows turn by turn copies its cache seldom.
-            larger = _new_cache(model, 1, min(2 * needed, max(needed, _context(model))))
+            larger = _new_cache(model, 1, min(2 * needed, max(needed, model.context)))
             if self.cache is not None and common:
-                larger.keys[:, :, :, :common] = self.cache.keys[:, :, :, :common]
-                larger.values[:, :, :, :common] = self.cache.values[:, :, :, :common]
+                larger.copy_row(self.cache, 0, common)
                 larger.advance(common)
             self.cache = larger
         self.cache.truncate(common)
@@ -75,7 +74,7 @@ class Generation(Iterator[list[int | None]]):
         self._prompts = prompts
         self._rows = list(range(len(prompts)))  # prompts that the cache's rows belong to
         self._running = [True] * len(prompts)
-        context = _context(model)
+        context = model.context
         self._left = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
         self._memory = memory
         if memory is not None:
@@ -151,9 +150,7 @@ class Generation(Iterator[list[int | None]]):
         self._read()
         for row, prompt in enumerate(prompts):
             padding = waiting.shape[1] - len(prompt)
-            kept = max(common - padding, 0)
-            cache.keys[:, row, :, padding : padding + kept] = self._cache.keys[:, 0, :, :kept]
-            cache.values[:, row, :, padding : padding + kept] = self._cache.values[:, 0, :, :kept]
+            cache.copy_row(self._cache, row, max(common - padding, 0), start=padding)
         cache.advance(common)
         self._cache, self._waiting = cache, waiting[:, common:]
 
@@ -163,9 +160,7 @@ class Generation(Iterator[list[int | None]]):
         if len(keep) > len(self._rows) // 2:
             return
         index = torch.tensor(keep, device=self._device)
-        self._cache.keys, self._cache.values = self._cache.keys[:, index], self._cache.values[:, index]
-        if self._cache.padding is not None:
-            self._cache.padding = self._cache.padding[index]
+        self._cache.select(index)
         self._waiting = self._waiting[index]
         self._seen = None if self._seen is None else self._seen[index]
         self._rows = [self._rows[i] for i in keep]
@@ -209,7 +204,7 @@ def generate(
     """
     if memory is not None and len(prompts) != 1:
         raise ValueError("a memory serves one prompt")
-    context = _context(model)
+    context = model.context
     for prompt in prompts:
         if not prompt:
             raise InputError("the prompt is empty")
@@ -219,10 +214,6 @@ def generate(
                 hint="shorten the prompt",
             )
     return Generation(model, prompts, sampling, stop_ids, memory)
-
-
-def _context(model: CausalLM) -> int:
-    return model.config.max_position_embeddings
 
 
 def _device(model: CausalLM) -> torch.device:

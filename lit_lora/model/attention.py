@@ -2,11 +2,15 @@
 
 Both are objects that a layer calls with its queries, keys and values, so the layer knows neither of positions, nor of
 documents, nor of caches. Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
+
+``behind(P)`` of either gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
+they are the first rows of queries, keys and values, before those of the documents, and get the first positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +23,31 @@ from lit_lora.model.ops import rotate
 from lit_lora.model.packed_attention import Layout, packed_attention
 from lit_lora.model.rope import rope_table
 
-__all__ = ["CachedAttention", "PackedAttention"]
+__all__ = ["Attend", "CachedAttention", "PackedAttention"]
+
+
+class Attend(Protocol):
+    """How tokens attend: what a layer is given."""
+
+    front: int
+    """The first rows of what is given are this many tokens that stand before every document; mostly 0."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``front`` tokens before every document.
+
+        Args:
+            front: How many.
+            rotated: Their keys are in their final form.
+
+        Returns:
+            Its :attr:`front` says how many of these rows are to be given: none if a cache holds them already.
+        """
 
 
 class PackedAttention:
@@ -31,7 +59,10 @@ class PackedAttention:
         device: Of the tokens.
     """
 
+    front = 0
+
     def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device) -> None:
+        self.config = config
         self.lengths = list(lengths)
         self.window = config.sliding_window
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
@@ -67,6 +98,49 @@ class PackedAttention:
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+        return rotate(x, *self.rope)
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``front`` tokens before every document; see :class:`Attend`."""
+        return _PackedBehind(self, front, rotated)
+
+
+class _PackedBehind:
+    """Documents behind common tokens: they are put before each for attention, and only there."""
+
+    def __init__(self, tokens: PackedAttention, front: int, rotated: bool) -> None:
+        device = tokens.rope[0].device
+        self.front, self.lengths = front, tokens.lengths
+        self.inner = PackedAttention(tokens.config, [front + length for length in self.lengths], device)
+        if rotated:
+            cosine, sine = (self._gather(table)[front:] for table in self.inner.rope)
+            still = cosine.new_ones(front, cosine.shape[1])
+            self.inner.rope = self._spread(torch.cat([still, cosine])), self._spread(torch.cat([0 * still, sine]))
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(P + T, …) to (P + T, N, H)."""
+        return self._gather(self.inner(layer, self._spread(query), self._spread(key), self._spread(value)))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(P + T, heads, H) turned by the positions of its rows."""
+        return rotate(x, *(self._gather(table) for table in self.inner.rope))
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """Refused: something stands before every document already."""
+        raise ValueError(f"{self.front} tokens stand before every document already")
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """The first rows before every document."""
+        first, *documents = x.split([self.front, *self.lengths])
+        return torch.cat([part for document in documents for part in (first, document)])
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """The other way: what the first rows became before the first document, which is the same before all."""
+        parts = x.split([part for length in self.lengths for part in (self.front, length)])
+        return torch.cat([parts[0], *parts[1::2]])
+
 
 class CachedAttention:
     """New tokens attend to a cache and to themselves; their keys and values are appended to it in place.
@@ -78,12 +152,14 @@ class CachedAttention:
         tokens: New tokens per row T.
     """
 
+    front = 0
+
     def __init__(self, config: ModelConfig, cache: KVCache, batch_size: int, tokens: int) -> None:
-        self.cache = cache
+        self.config, self.cache = config, cache
         self.batch_size = batch_size
         self.tokens = tokens
         self.mask = cache.mask(tokens, config.sliding_window)
-        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.length + tokens)
+        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.front + cache.length + tokens)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend to everything stored so far.
@@ -105,6 +181,44 @@ class CachedAttention:
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=grouped)
         return out.transpose(1, 2).reshape(query.shape)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(B·T, heads, H) turned by the positions of its rows."""
+        return rotate(x, *self.rope)
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``front`` tokens before every row; see :class:`Attend`."""
+        return _CachedBehind(self, front, rotated)
+
+
+class _CachedBehind:
+    """Rows behind common tokens, whose keys and values the cache keeps before those of the first tokens read."""
+
+    def __init__(self, tokens: CachedAttention, front: int, rotated: bool) -> None:
+        cache = self.cache = tokens.cache
+        self.front = 0 if cache.length else front
+        cache.reserve(front)
+        self.tokens = CachedAttention(tokens.config, cache, tokens.batch_size, tokens.tokens)
+        self.common = PackedAttention(tokens.config, [front], cache.keys.device)
+        if rotated:
+            cosine, sine = self.common.rope
+            self.common.rope = torch.ones_like(cosine), torch.zeros_like(sine)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(P + B·T, …) to (P + B·T, N, H), P being :attr:`front`."""
+        if not self.front:
+            return self.tokens(layer, query, key, value)
+        (q, first_q), (k, first_k), (v, first_v) = ((x[self.front :], x[: self.front]) for x in (query, key, value))
+        self.cache.put_front(layer, self.common.rotate(first_k).transpose(0, 1), first_v.transpose(0, 1))
+        return torch.cat([self.common(layer, first_q, first_k, first_v), self.tokens(layer, q, k, v)])
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(P + B·T, heads, H) turned by the positions of its rows."""
+        return torch.cat([self.common.rotate(x[: self.front]), self.tokens.rotate(x[self.front :])])
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """Refused: something stands before every row already."""
+        raise ValueError(f"{self.front} tokens stand before every row already")
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:

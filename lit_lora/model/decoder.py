@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lit_lora.model.attention import CachedAttention, PackedAttention
+from lit_lora.model.attention import Attend, CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.layers import MLP, Linear, RMSNorm, project
 
-__all__ = ["Attend", "CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
+__all__ = ["CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
 
 class SelfAttention(nn.Module):
@@ -72,10 +69,11 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.front = 0
+        """Positions before every document that something added to the model takes up."""
 
-    def forward(self, input_ids: Tensor, attend: Attend) -> Tensor:
-        """(T,) int64 token ids to (T, D)."""
-        x: Tensor = self.embed_tokens(input_ids)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Embedded tokens (T, D) to (T, D)."""
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, attend)
@@ -94,6 +92,11 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
+
+    @property
+    def context(self) -> int:
+        """The longest document, in tokens."""
+        return self.config.max_position_embeddings - self.model.front
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter."""
@@ -134,7 +137,7 @@ class CausalLM(nn.Module):
             if sum(lengths) != batch_size * tokens:
                 raise ValueError(f"lengths sum to {sum(lengths)}, the row has {batch_size * tokens} tokens")
             attend = PackedAttention(self.config, lengths, input_ids.device)
-        hidden: Tensor = self.model(input_ids.reshape(-1), attend)
+        hidden: Tensor = self.model(self.model.embed_tokens(input_ids.reshape(-1)), attend)
         if cache is not None:
             cache.advance(tokens)
         return hidden.view(batch_size, tokens, -1)

@@ -39,22 +39,50 @@ class KVCache:
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.max_length = max_length
         self.length = 0
+        self.front = 0
+        """Slots before all tokens, for what every row begins with: see :meth:`reserve`. Filled once length > 0."""
+
+    def reserve(self, front: int) -> None:
+        """Keep ``front`` slots before the tokens, beside ``max_length``, for what stands before every document.
+
+        Raises:
+            ValueError: There are tokens already, and they were stored without it.
+        """
+        if front == self.front:
+            return
+        if self.length:
+            raise ValueError(f"{self.length} tokens are stored behind {self.front} others, not behind {front}")
+        shape = (*self.keys.shape[:3], front + self.max_length, self.keys.shape[4])
+        self.keys, self.values, self.front = self.keys.new_zeros(shape), self.values.new_zeros(shape), front
 
     def positions(self, tokens: int) -> Tensor:
-        """Positions of the next ``tokens`` tokens, (B, T) int64; padding has position 0."""
+        """Positions of the next ``tokens`` tokens, (B, T) int64; padding has that of the first token."""
         batch_size, device = self.keys.shape[1], self.keys.device
         positions = torch.arange(self.length, self.length + tokens, device=device).expand(batch_size, -1)
-        return positions if self.padding is None else (positions - self.padding[:, None]).clamp(min=0)
+        if self.padding is not None:
+            positions = (positions - self.padding[:, None]).clamp(min=0)
+        return positions + self.front
 
     def mask(self, tokens: int, window: int | None) -> Tensor | None:
         """Which stored tokens the next ``tokens`` tokens may see.
 
         Returns:
-            (B or 1, 1, T, S) bool with S = length + tokens; ``None`` when all of them.
+            (B or 1, 1, T, S) bool with S = front + length + tokens; ``None`` when all of them.
         """
         end = self.length + tokens
-        if tokens == 1 and self.padding is None and (window is None or end <= window):
+        if tokens == 1 and self.padding is None and (window is None or self.front + end <= window):
             return None
+        seen = self._among_tokens(tokens, window)
+        if not self.front:
+            return seen
+        # Padding lies between the front and the first token, so distances to the front are counted in positions.
+        distance = self.positions(tokens)[:, None, :, None] - torch.arange(self.front, device=self.keys.device)
+        near = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window  # (B, 1, T, P)
+        return torch.cat([near, seen.expand(near.shape[0], -1, -1, -1)], dim=-1)
+
+    def _among_tokens(self, tokens: int, window: int | None) -> Tensor:
+        """(B or 1, 1, T, length + tokens) bool."""
+        end = self.length + tokens
         source = torch.arange(end, device=self.keys.device)  # (S,)
         target = source[self.length :, None]  # (T, 1)
         seen = source <= target
@@ -67,14 +95,33 @@ class KVCache:
         return (seen & real) | (source == target)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, H) keys and values of one layer; return those of all tokens so far, (B, K, S, H) views.
+        """Store (B, K, T, H) keys and values of one layer; return all so far, the front's first, (B, K, S, H) views.
 
         :attr:`length` does not move: the decoder calls :meth:`advance` after the last layer.
         """
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
+        start = self.front + self.length
+        end = start + key.shape[2]
+        self.keys[layer, :, :, start:end] = key
+        self.values[layer, :, :, start:end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def put_front(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store the (K, P, H) keys and values of one layer that stand before the tokens of every row."""
+        self.keys[layer, :, :, : self.front] = key
+        self.values[layer, :, :, : self.front] = value
+
+    def copy_row(self, other: KVCache, row: int, tokens: int, start: int = 0) -> None:
+        """Copy the front and ``tokens`` tokens of the first row of ``other`` to ``row``, from ``start`` on."""
+        self.reserve(other.front)
+        for own, others in ((self.keys, other.keys), (self.values, other.values)):
+            own[:, row, :, : self.front] = others[:, 0, :, : self.front]
+            first = self.front + start
+            own[:, row, :, first : first + tokens] = others[:, 0, :, other.front : other.front + tokens]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.padding = None if self.padding is None else self.padding[rows]
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` tokens as stored."""

@@ -71,7 +71,7 @@ def test_a_beginning_that_prompts_share_changes_nothing(
 
 def test_a_beginning_that_prompts_share_is_read_once(model: CausalLM) -> None:
     read: list[int] = []
-    handle = model.model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    handle = model.model.register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
     next(generate(model, [[*range(3, 103), end] for end in range(3, 13)], GREEDY))
     handle.remove()
     assert sum(read) == 100 + 10
