@@ -3,7 +3,7 @@
 The package is built in floors. An import goes to a lower floor, or on one floor from the left of a ``>`` to its right;
 names between which no ``>`` stands do not know each other. ``tests/test_floors.py`` reads this table and holds to it:
 
-    5  scripts > cli                                     entry points of a checkout; the commands
+    5  __main__ scripts > cli                            entry points of a checkout; the commands
     4  finetune                                          the recipes, where model, method, data and loop meet
     3  recipe  merge  evaluate  open_model > estimate    what recipes and commands share
     2  checkpoint  peft  data  train  generate           five neighbours that do not know each other
@@ -11,4 +11,9 @@ names between which no ``>`` stands do not know each other. ``tests/test_floors.
     0  config  files > log  errors                       no torch
 """
 
+__all__ = ["IGNORE_INDEX", "__version__"]
+
 __version__ = "0.1.0"
+
+IGNORE_INDEX = -100
+"""The label of a position from which nothing is learned."""

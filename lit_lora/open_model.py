@@ -64,7 +64,7 @@ def open_model(
             hint="tokenizer.json and config.json are of different models",
         )
     about.append(f"{str(precision).removeprefix('torch.')} on {place}")
-    return OpenedModel(loaded.eval(), tokenizer, ", ".join(about), base, folder)
+    return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
 
 
 def find_folders(model: Path, *, adapter: Path | None = None) -> tuple[Path, Path | None]:

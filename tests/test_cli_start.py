@@ -53,6 +53,13 @@ def test_a_mistyped_command_is_told_the_nearest() -> None:
     assert "No such command 'fintune'. Did you mean 'finetune'?" in err
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lit_lora", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)
+    done = subprocess.run([sys.executable, "-m", "lit_lora", "fintune"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+
+
 def test_no_command_shows_the_help() -> None:
     code, out, _, _ = call()
     assert code == 2

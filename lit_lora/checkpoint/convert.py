@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 import torch
@@ -19,7 +19,7 @@ from lit_lora.checkpoint.gguf import GGUFReader
 from lit_lora.checkpoint.gguf_tokenizer import write_tokenizer
 from lit_lora.checkpoint.litgpt import LitGPTReader
 from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
-from lit_lora.checkpoint.tensors import INDEX, open_tensors, read_weight_map
+from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, open_tensors, read_weight_map
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder, human_bytes, require_free_space, sha256_file, write_text
@@ -29,7 +29,6 @@ __all__ = [
     "DTYPES",
     "Plan",
     "Source",
-    "Tensors",
     "convert",
     "open_source",
     "plan_conversion",
@@ -41,22 +40,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".bin", ".pth", ".pt")
-
-
-class Tensors(Protocol):
-    """What every reader offers: tensors under their Hugging Face names."""
-
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype that holds its values without loss."""
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Its values."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +130,8 @@ def plan_conversion(
     described = _read_config(config) if config is not None else source.config()
     described["tie_word_embeddings"] = _tied(source, described)
     expected = _expected(described, str(config or source.files[0].parent))
-    _check(source, expected)
+    where = source.files[0].parent if len(source.files) > 1 else source.files[0]
+    check_tensors(where, source.tensors, expected)
     dtype = dtype or source.dtype
     dtypes = {name: dtype or source.tensors.dtype(name) for name in expected}
     sizes = {name: torch.Size(shape).numel() for name, shape in expected.items()}
@@ -300,21 +284,6 @@ def _expected(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = CausalLM(ModelConfig.from_hf(config, name=where))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
-    where, stored = source.files[0].parent if len(source.files) > 1 else source.files[0], set(source.tensors.names())
-    missing = [name for name in expected if name not in stored]
-    extra = sorted(
-        name for name in stored - set(expected) if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))
-    )
-    for what, names in (("is missing", missing), ("is not part of the model that its config describes", extra)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise InputError(f"{where}: tensor {names[0]} {what}{more}")
-    for name, shape in expected.items():
-        if source.tensors.shape(name) != shape:
-            raise InputError(f"{where}: tensor {name}: shape {source.tensors.shape(name)}, the config says {shape}")
 
 
 def _finite(source: Source, name: str, dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 
-__all__ = ["INDEX", "TensorReader", "open_tensors", "read_weight_map"]
+__all__ = ["INDEX", "TensorReader", "Tensors", "check_tensors", "open_tensors", "read_weight_map"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -30,6 +31,22 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+class Tensors(Protocol):
+    """What every reader offers: tensors under their Hugging Face names."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that holds its values without loss."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Its values."""
 
 
 class TensorReader:
@@ -107,6 +124,31 @@ def _open_index(index: Path) -> TensorReader:
         shown = missing[0] if len(missing) == 1 else f"{missing[0]} and {len(missing) - 1} more"
         raise InputError(f"{index}: lists {shown}, which no shard holds")
     return reader
+
+
+def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes before anything is read. A tied head's copy and rotary tables are let be.
+
+    Args:
+        where: The file or folder, for the message.
+        tensors: What is stored.
+        expected: Shape of every tensor of the model by name.
+
+    Raises:
+        InputError: A tensor is missing, unexpected or of another shape.
+    """
+    stored = set(tensors.names())
+    missing = [name for name in expected if name not in stored]
+    extra = sorted(
+        name for name in stored - set(expected) if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))
+    )
+    for what, names in (("is missing", missing), ("is not part of the model that its config describes", extra)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise InputError(f"{where}: tensor {names[0]} {what}{more}")
+    for name, shape in expected.items():
+        if tensors.shape(name) != shape:
+            raise InputError(f"{where}: tensor {name}: shape {tensors.shape(name)}, the config says {shape}")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

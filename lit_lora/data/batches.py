@@ -14,12 +14,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from lit_lora import IGNORE_INDEX
 from lit_lora.data.rows import Integers, Rows
 
-__all__ = ["IGNORE_INDEX", "Batches", "MicroBatch", "collate", "validation_batches"]
-
-IGNORE_INDEX = -100
-"""The label of a position that predicts nothing which is learned."""
+__all__ = ["Batches", "MicroBatch", "collate", "validation_batches"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lit_lora import log
+from lit_lora import IGNORE_INDEX, log
 from lit_lora.data import Rows
-from lit_lora.data.batches import IGNORE_INDEX, MicroBatch, validation_batches
+from lit_lora.data.batches import MicroBatch, validation_batches
 from lit_lora.evaluate.scores import LossScore
 from lit_lora.model import CausalLM
 

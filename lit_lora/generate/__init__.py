@@ -3,7 +3,7 @@
 from lit_lora.generate.answer import Answer, AnswerStream, answer_all, stream_answer
 from lit_lora.generate.chat import ChatSession
 from lit_lora.generate.decoding import Generation, Memory, generate
-from lit_lora.generate.sample import Sampling, draw, probabilities
+from lit_lora.generate.sample import Sampling, choose, draw, probabilities
 
 __all__ = [
     "Answer",
@@ -13,6 +13,7 @@ __all__ = [
     "Memory",
     "Sampling",
     "answer_all",
+    "choose",
     "draw",
     "generate",
     "probabilities",

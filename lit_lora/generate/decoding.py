@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.errors import InputError
-from lit_lora.generate.sample import Sampling, draw, probabilities
+from lit_lora.generate.sample import Sampling, choose
 from lit_lora.model import CausalLM, KVCache
 
 __all__ = ["Generation", "Memory", "generate"]
@@ -97,11 +97,8 @@ class Generation(Iterator[list[int | None]]):
         logits = self._read()
         if self._seen is None and self._sampling.repetition_penalty != 1.0:
             self._seen = self._seen_tokens(logits)
-        if self._sampling.temperature:
-            chances = probabilities(logits, self._sampling, self._seen)
-            tokens = draw(chances, [self._generators[row] for row in self._rows])
-        else:
-            tokens = probabilities(logits, self._sampling, self._seen).argmax(dim=-1).tolist()
+        generators = [self._generators[row] for row in self._rows] if self._generators else []
+        tokens = choose(logits, self._sampling, self._seen, generators)
         self._waiting = torch.tensor(tokens, device=self._device)[:, None]
         if self._seen is not None:
             self._seen.scatter_(1, self._waiting, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from lit_lora.config import Settings
 from lit_lora.errors import NumericalError
 
-__all__ = ["Sampling", "draw", "probabilities"]
+__all__ = ["Sampling", "choose", "draw", "probabilities"]
 
 
 class Sampling(Settings):
@@ -22,6 +24,42 @@ class Sampling(Settings):
     min_p: float | None = Field(None, ge=0, le=1, description="Draw among tokens this likely, relative to the best.")
     repetition_penalty: float = Field(1.0, gt=0, description="Above 1: tokens that already occur become less likely.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="For the same draws again; another each time if absent.")
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, generators: Sequence[torch.Generator] = ()
+) -> list[int]:
+    """The next token of each row: the most likely one at temperature 0, else a draw.
+
+    Args:
+        logits: (B, V), any floating dtype.
+        sampling: The settings.
+        seen: As in :func:`probabilities`.
+        generators: As in :func:`draw`; not used at temperature 0.
+
+    Raises:
+        NumericalError: A logit is NaN, or a whole row is infinite.
+    """
+    if sampling.temperature == 0:  # one pass over the vocabulary, and no probabilities
+        tokens: list[int] = _scores(logits, sampling, seen)[2].tolist()
+        return tokens
+    return draw(probabilities(logits, sampling, seen), generators)
+
+
+def _scores(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Penalised logits (B, V) float32, the best of each row, (B, 1), and its token, (B,).
+
+    Raises:
+        NumericalError: A logit is NaN, or a whole row is infinite.
+    """
+    scores = logits.float()
+    if seen is not None and sampling.repetition_penalty != 1.0:
+        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
+        scores = torch.where(seen, penalised, scores)
+    best, tokens = scores.max(dim=-1)
+    if not torch.isfinite(best).all():  # NaN anywhere in a row makes its maximum NaN
+        raise NumericalError("the model's output is not a number", hint="check the adapter, or use dtype float32")
+    return scores, best[:, None], tokens
 
 
 def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -41,15 +79,9 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     Raises:
         NumericalError: A logit is NaN, or a whole row is infinite.
     """
-    scores = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1.0:
-        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
-        scores = torch.where(seen, penalised, scores)
-    best = scores.max(dim=-1, keepdim=True).values
-    if not torch.isfinite(best).all():  # NaN anywhere in a row makes its maximum NaN
-        raise NumericalError("the model's output is not a number", hint="check the adapter, or use dtype float32")
+    scores, best, tokens = _scores(logits, sampling, seen)
     if sampling.temperature == 0:
-        return torch.zeros_like(scores).scatter_(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
+        return torch.zeros_like(scores).scatter_(-1, tokens[:, None], 1.0)
     scores = (scores - best) / sampling.temperature  # the maximum is 0, so no temperature overflows
     count = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
     if count == scores.shape[-1] and sampling.top_p is None and not sampling.min_p:
@@ -66,7 +98,7 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return torch.zeros_like(scores).scatter_(-1, tokens, chances / chances.sum(dim=-1, keepdim=True))
 
 
-def draw(chances: Tensor, generators: list[torch.Generator]) -> list[int]:
+def draw(chances: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
     """Draw one token a row; each row has its own generator, so that its draws do not depend on the other rows.
 
     Args:

@@ -17,11 +17,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from lit_lora import log
+from lit_lora import IGNORE_INDEX, log
 from lit_lora.config import Settings
 from lit_lora.errors import InputError, Interrupted, NumericalError, UsageError
 from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reuse_memory
-from lit_lora.train.loss import IGNORE_INDEX, Batch, backward, evaluate
+from lit_lora.train.loss import Batch, backward, evaluate
 from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
 from lit_lora.train.schedule import ScheduleConfig

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_lora import kernels
+from lit_lora import IGNORE_INDEX, kernels
 
-__all__ = ["CHUNK", "IGNORE_INDEX", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
-
-IGNORE_INDEX = -100
-"""Label of a position that is not learned."""
+__all__ = ["CHUNK", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
 
 CHUNK = 256
 """Rows of logits that exist at a time: 25 MB in bfloat16 for a vocabulary of 49k."""

@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.answering import Terminal, make_base, make_run
 from tests.tiny import CHATML
@@ -50,6 +51,17 @@ def test_run_adapter_and_base_with_adapter_are_the_same_model(type_in: Terminal,
     assert type_in("generate", run / "adapter", "hello")[1] == out
     assert type_in("generate", base, "hello", "--adapter", run)[1] == out
     assert type_in("generate", base, "hello", "--adapter", run / "adapter")[1] == out
+
+
+def test_an_opened_model_is_ready_to_use_whatever_dropout_it_was_trained_with(base: Path, tmp_path: Path) -> None:
+    from lit_lora.open_model import open_model
+
+    run = make_run(tmp_path / "run", base)  # its dropout is 0.5
+    for folder in (base, run):
+        model = open_model(folder, dtype="fp32").model
+        assert not [name for name, module in model.named_modules() if module.training]
+        ids = torch.arange(8)[None]
+        assert torch.equal(model(ids), model(ids))
 
 
 def test_an_adapter_with_added_tokens_brings_its_tokenizer(type_in: Terminal, base: Path) -> None:

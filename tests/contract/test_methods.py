@@ -74,6 +74,14 @@ def test_every_method_of_the_table_has_a_case():
         assert settings.model_validate(settings().model_dump()) == settings()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@every_case
+def test_applying_a_method_leaves_the_mode_of_every_module_as_it_was(case, training):
+    model = make_model().train(training)
+    method(case).apply(model)
+    assert {module.training for module in model.modules()} == {training}
+
+
 @both_ties
 @every_case
 def test_logits_at_init_are_those_of_the_base_bit_for_bit(case, tied):

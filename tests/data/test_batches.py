@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_lora.data.batches import IGNORE_INDEX, Batches, MicroBatch, collate, validation_batches
+from lit_lora import IGNORE_INDEX
+from lit_lora.data.batches import Batches, MicroBatch, collate, validation_batches
 from lit_lora.data.rows import Rows
 
 TokenRow = tuple[list[int], list[bool]]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lit_lora.config import validate
 from lit_lora.errors import NumericalError, UsageError
-from lit_lora.generate import Sampling, draw, probabilities
+from lit_lora.generate import Sampling, choose, draw, probabilities
 
 # Quarters: subtracting the maximum does not round them, so order and ties stay exactly what they were.
 LOGITS = arrays("float32", (2, 12), elements=st.integers(-120, 120).map(lambda n: n / 4)).map(torch.from_numpy)
@@ -64,6 +64,7 @@ def test_pain_52_temperature_zero_is_the_best_token_whatever_else_is_set(
 ) -> None:
     sampling = Sampling(temperature=0, top_p=top_p, top_k=top_k)
     assert draws(logits, sampling, seed=1) == draws(logits, sampling, seed=2) == logits.argmax(dim=-1).tolist()
+    assert choose(logits, sampling) == logits.argmax(dim=-1).tolist()
 
 
 @settings(deadline=None)
@@ -113,10 +114,13 @@ def test_draws_follow_the_probabilities() -> None:
     assert_close(counts, torch.tensor([0.7, 0.2, 0.1]), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_numbers_are_an_error(bad: float) -> None:
+def test_logits_that_are_not_numbers_are_an_error(bad: float, temperature: float) -> None:
     with pytest.raises(NumericalError, match="not a number"):
-        probabilities(torch.tensor([[0.0, bad]]), Sampling())
+        probabilities(torch.tensor([[0.0, bad]]), Sampling(temperature=temperature))
+    with pytest.raises(NumericalError, match="not a number"):
+        choose(torch.tensor([[0.0, bad]]), Sampling(temperature=temperature))
 
 
 @pytest.mark.parametrize(
