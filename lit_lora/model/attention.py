@@ -133,12 +133,12 @@ class _PackedBehind:
 
     def _spread(self, x: Tensor) -> Tensor:
         """The first rows before every document."""
-        first, *documents = x.split([self.front, *self.lengths])
+        first, *documents = torch.split(x, [self.front, *self.lengths])
         return torch.cat([part for document in documents for part in (first, document)])
 
     def _gather(self, x: Tensor) -> Tensor:
         """The other way: what the first rows became before the first document, which is the same before all."""
-        parts = x.split([part for length in self.lengths for part in (self.front, length)])
+        parts = torch.split(x, [part for length in self.lengths for part in (self.front, length)])
         return torch.cat([parts[0], *parts[1::2]])
 
 
