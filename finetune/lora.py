@@ -58,6 +58,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         validation=data.validation,
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
+        lr_factors=method.lr_factors(model),
     )
     adapter = run.folder / "adapter"
     save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))

@@ -57,6 +57,10 @@ class Method(Settings):
             UsageError: The settings do not fit this model, such as a target that matches nothing.
         """
 
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""
+        return {}
+
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> Method:
         """These settings with tokens named by text turned into ids; a method without such tokens stays as it is."""
         return self

@@ -8,7 +8,8 @@
 
 ``y = W x + b + s B A x`` with ``s = alpha / rank``. ``B`` starts at zero, so nothing changes until the first step.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; the init of ``A`` follows
-loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is Kalajdzievski 2023.
+loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is Kalajdzievski 2023, LoRA+ Hayou et al.
+2024, LoRA-FA Zhang et al. 2023 (a frozen ``A``: the backward needs ``A x`` in the place of ``x``).
 """
 
 from __future__ import annotations
@@ -164,6 +165,10 @@ class LoRAConfig(Method):
         "none", description="Train no bias, every bias of the model, or those of the adapted modules."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), which stays stable for large ranks.")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: B learns at this many times optimizer.lr; try 16, with half the lr."
+    )
+    freeze_A: bool = Field(False, description="LoRA-FA: A keeps its random start, only B trains: less memory.")
     init: Init = Field("kaiming", description="How A starts; B starts at zero.")
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
     trainable_tokens: list[int] | list[str] = Field(
@@ -201,6 +206,16 @@ class LoRAConfig(Method):
         """The factor of a module's branch."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def lr_factors(self, model: nn.Module) -> dict[str, float]:
+        """LoRA+: the factor of every ``lora_B`` beside a linear layer, which starts at zero.
+
+        Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
+        """
+        if self.loraplus_lr_ratio == 1:
+            return {}
+        own = own_modules(model).items()
+        return {f"{name}.lora_B": self.loraplus_lr_ratio for name, module in own if isinstance(module, LoRALinear)}
+
     def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each target.
 
@@ -228,7 +243,9 @@ class LoRAConfig(Method):
                 replace_module(model, name, LoRAEmbedding(base, rank, scaling))
             elif isinstance(base, nn.Linear):
                 bias = self.bias != "none"
+                _check_rank(name, rank, base)
                 wrapped = LoRALinear(base, rank, scaling, self.dropout, self.init, train_bias=bias)
+                wrapped.lora_A.requires_grad_(not self.freeze_A)
                 replace_module(model, name, wrapped)
         for name in copies:
             replace_module(model, name, TrainedCopy(model.get_submodule(name)))
@@ -322,6 +339,18 @@ def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> 
                 raise UsageError(f"{key}: {name}: expected more than 0, got {value}")
             found[name] = value
     return found
+
+
+def _check_rank(name: str, rank: int, base: nn.Linear) -> None:
+    """An update of a matrix has at most the rank of the matrix.
+
+    Raises:
+        UsageError: ``rank`` is larger.
+    """
+    most = min(base.weight.shape)
+    if rank > most:
+        shape = "×".join(str(size) for size in base.weight.shape)
+        raise UsageError(f"peft.rank: {rank} is too large for {name} ({shape}), expected at most {most}")
 
 
 def layer_number(name: str) -> int | None:

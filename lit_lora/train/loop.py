@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +155,12 @@ class _Run:
         schedule: ScheduleConfig,
         folder: Path,
         seed: int,
+        lr_factors: Mapping[str, float] | None,
     ) -> None:
         self.model, self.batches, self.config = model, batches, config
         self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
         self.trainables = Trainables(model)
-        self.optimizer = build_optimizer(optimizer, self.trainables)
+        self.optimizer = build_optimizer(optimizer, self.trainables, lr_factors)
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
         self.total = config.total_steps(batches.steps_per_epoch)
         self.device = next(model.parameters()).device
@@ -206,7 +207,7 @@ class _Run:
         torch.manual_seed(_mixed(self.seed, step))
         lr = self.lr * self.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         micro_batches = list(self.batches.step(step))
         targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
@@ -305,6 +306,7 @@ def fit(
     validation: Sequence[Batch] = (),
     sample: Callable[[int], None] = lambda _: None,
     resume: bool = False,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> FitResult:
     """Train whatever of ``model`` requires a gradient, in place; at the end the model has the best weights.
 
@@ -322,6 +324,7 @@ def fit(
         validation: Micro-batches of the validation rows.
         sample: Called with the step before training and after each validation, to show answers.
         resume: Continue after the newest checkpoint in ``folder``.
+        lr_factors: Parameter name: factor of its learning rate, where that is not 1.
 
     Raises:
         UsageError: ``folder`` holds checkpoints, and ``resume`` is false.
@@ -332,7 +335,7 @@ def fit(
         OutOfMemoryError: A step needs more memory than there is.
     """
     reuse_memory()
-    run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed)
+    run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed, lr_factors)
     saved = run.store.steps()
     if saved and not resume:
         raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -81,14 +81,25 @@ def _hand_over(master: Tensor) -> Callable[[Tensor], None]:
     return hook
 
 
-def build_optimizer(config: OptimizerConfig, trainables: Trainables) -> torch.optim.Optimizer:
-    """The optimizer over all masters: matrices with weight decay, vectors without."""
-    tensors = list(trainables.masters.values())
+def build_optimizer(
+    config: OptimizerConfig, trainables: Trainables, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over all masters: matrices with weight decay, vectors without.
+
+    Args:
+        config: Its settings.
+        trainables: The masters.
+        lr_factors: Parameter name: factor of its learning rate, where that is not 1. Each group of the optimizer
+            carries its own as ``lr_factor``.
+    """
+    factors, members = lr_factors or {}, dict[tuple[float, float], list[Tensor]]()
+    for name, tensor in trainables.masters.items():
+        decay = config.weight_decay if tensor.dim() >= 2 else 0.0
+        members.setdefault((decay, factors.get(name, 1.0)), []).append(tensor)
     groups = [
-        {"params": [tensor for tensor in tensors if tensor.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [tensor for tensor in tensors if tensor.dim() < 2], "weight_decay": 0.0},
+        {"params": tensors, "weight_decay": decay, "lr": config.lr * factor, "lr_factor": factor}
+        for (decay, factor), tensors in members.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

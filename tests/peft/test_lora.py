@@ -80,6 +80,7 @@ def test_layers_leave_a_named_head_in():
         ({"layers": [2]}, r"no layer 2 with a target, the model has 0 to 1"),
         ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern: 'q_porj' matches no module \(did you mean 'q_proj'"),
         ({"alpha_pattern": {"lm_head": 4}}, "alpha_pattern: 'lm_head' matches no module"),
+        ({"rank": 9}, r"peft\.rank: 9 is too large for .*k_proj \(8×16\), expected at most 8"),
         ({"rank_pattern": {"q_proj": 0}}, "expected more than 0, got 0"),
         ({"modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed' matches no module \(did you mean 'lm_head'"),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in target_modules and in modules_to_save"),
@@ -111,6 +112,31 @@ def test_wrong_settings_are_one_line_with_their_key(settings, message):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_lora_plus_gives_every_b_its_own_rate_and_nothing_else():
+    model = adapted(make_model(), lora(loraplus_lr_ratio=16, target_modules=["q_proj", "embed_tokens"]))
+    factors = lora(loraplus_lr_ratio=16).lr_factors(model)
+    assert factors == {f"model.layers.{n}.self_attn.q_proj.lora_B": 16.0 for n in (0, 1)}
+    assert lora().lr_factors(model) == {}
+
+
+def test_a_frozen_a_keeps_only_its_product_for_the_backward():
+    def saved_bytes(**settings):
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        layer = adapted(nn.Sequential(nn.Linear(256, 256)), lora(rank=4, **settings))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(torch.randn(512, 256))
+        weights = {p.data_ptr() for p in layer.parameters()}
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    assert saved_bytes(freeze_A=True) == 512 * 4 * 4
+    assert saved_bytes() == 512 * (4 + 256) * 4
+
+
 def test_names_can_be_given_with_commas():
     assert targets(target_modules="q_proj, v_proj") == targets(target_modules=["q_proj", "v_proj"])
 
@@ -128,7 +154,7 @@ def test_pain_09_the_table_shows_what_was_matched():
 def test_asking_for_biases_where_there_are_none_is_an_error():
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     with pytest.raises(UsageError, match="no bias to train"):
-        lora(bias="all").apply(model)
+        lora(bias="all", rank=2).apply(model)
 
 
 def test_a_second_adapter_is_refused():
@@ -228,7 +254,7 @@ def test_any_tree_of_linear_layers_can_be_adapted():
     x, expected = torch.randn(5, 6), None
     expected = model(x)
     peft.freeze(model)
-    lora(target_modules=["0"], modules_to_save=["2"]).apply(model)
+    lora(target_modules=["0"], modules_to_save=["2"], rank=2).apply(model)
     assert torch.equal(model(x), expected)
     assert set(own_modules(model)) == {"0", "2"}
     peft.remove(model)

@@ -16,6 +16,21 @@ def test_only_matrices_decay(name):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trainables.masters)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_parameters_with_an_lr_factor_learn_at_that_rate(name, tmp_path):
+    factors = {"model.layers.0.self_attn.q_proj.lora_B": 16.0, "model.layers.1.mlp.up_proj.lora_A": 0.0}
+    settings = {"schedule": {"name": "constant", "warmup": 0}, "optimizer": {"name": name, "lr": 1e-3}}
+    moves = []
+    for given in (factors, None):
+        model = adapted(shaken=True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        train(model, tmp_path / str(given is None), max_steps=1, lr_factors=given, **settings)
+        moves.append({key: model.get_parameter(key).detach() - value for key, value in before.items()})
+    for key, move in moves[1].items():
+        torch.testing.assert_close(moves[0][key], factors.get(key, 1.0) * move, atol=1e-6, rtol=1e-3)
+        assert move.abs().max() > 0
+
+
 def test_float32_parameters_are_their_own_masters_and_others_get_one():
     model = adapted(torch.bfloat16)
     assert all(master is model.get_parameter(name) for name, master in Trainables(model).masters.items())

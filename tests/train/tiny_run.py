@@ -86,6 +86,7 @@ def train(
     schedule: dict[str, Any] | None = None,
     resume: bool = False,
     seed: int = 0,
+    lr_factors: dict[str, float] | None = None,
     **settings: Any,
 ) -> FitResult:
     """One call of the loop in ``folder``; ``settings`` are those of the ``train`` section."""
@@ -104,6 +105,7 @@ def train(
         validation=list(validation_batches(validation, config.micro_batch_tokens)) if validation else [],
         sample=sample,
         resume=resume,
+        lr_factors=lr_factors,
     )
 
 
