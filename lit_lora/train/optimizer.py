@@ -9,8 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
+from lit_lora.train.adamw8bit import SmallStateAdamW
 
 __all__ = ["OptimizerConfig", "Trainables", "build_optimizer"]
 
@@ -18,14 +20,18 @@ __all__ = ["OptimizerConfig", "Trainables", "build_optimizer"]
 class OptimizerConfig(Settings):
     """Which optimizer, with its own settings."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum.")
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "sgd"] = Field(
+        "adamw",
+        description="AdamW; with 8-bit moments (2 bytes a trained number instead of 8); with moments that a CUDA "
+        "device pages out when its memory is short; SGD with momentum.",
+    )
     lr: float = Field(
         2e-4, gt=0, description="Peak learning rate: 1e-4…1e-3 where few weights train, 1e-5…5e-5 where all do."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw: decay of the first and second moment.")
-    eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW: decay of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum; 0 keeps no state.")
 
 
 class Trainables:
@@ -102,4 +108,12 @@ def build_optimizer(
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    bits = 8 if config.name.endswith("8bit") else 32
+    paged = config.name.startswith("paged") and tensors[0].device.type == "cuda"
+    if config.name.startswith("paged") and not paged:
+        plain = config.name.removeprefix("paged_")
+        log.warn(f"optimizer.name={config.name}: only a CUDA device pages; here it is the same as {plain}")
+    if bits == 8 or paged:
+        return SmallStateAdamW(groups, bits=bits, paged=paged, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)

@@ -113,8 +113,14 @@ def _restore(folder: Path, trainables: Trainables, optimizer: torch.optim.Optimi
         if name not in trainables.masters:
             raise InputError(f"{folder}: optimizer state of {name}, which does not train in this run")
         master = trainables.masters[name]
-        # The step count of fused AdamW is a float32 scalar that stays where its kernel expects it.
-        optimizer.state[master][kind] = value.to(master.device)
+        there = optimizer.state[master].get(kind)
+        if there is None:  # torch's optimizers make their state in the first step
+            # The step count of fused AdamW is a float32 scalar that stays where its kernel expects it.
+            optimizer.state[master][kind] = value.to(master.device)
+        elif (there.shape, there.dtype) == (value.shape, value.dtype):
+            there.copy_(value)
+        else:
+            raise InputError(f"{folder}: the optimizer state of {name} is of another optimizer, use the same config")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
