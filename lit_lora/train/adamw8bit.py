@@ -2,7 +2,7 @@
 
 A moment is stored in blocks of 256 numbers: each an 8-bit code of its share of the block's largest. The codes stand for
 values whose spacing grows with their size, so small moments keep their digits. Source: Dettmers et al. 2021, "8-bit
-Optimizers via Block-wise Quantization", arXiv:2110.02861, section 2; paging: QLoRA, arXiv:2305.14314, section 3.
+Optimizers via Block-wise Quantization", arXiv:2110.02861, section 2; paging: arXiv:2305.14314, section 3.
 
 On a GPU bitsandbytes' kernels do the step; elsewhere PyTorch does the same arithmetic. The state is the same tensors in
 both, so a run may go on where the other began.
