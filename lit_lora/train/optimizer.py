@@ -110,7 +110,7 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     bits = 8 if config.name.endswith("8bit") else 32
-    paged = config.name.startswith("paged") and tensors[0].device.type == "cuda"
+    paged = config.name.startswith("paged") and next(iter(trainables.masters.values())).device.type == "cuda"
     if config.name.startswith("paged") and not paged:
         plain = config.name.removeprefix("paged_")
         log.warn(f"optimizer.name={config.name}: only a CUDA device pages; here it is the same as {plain}")
