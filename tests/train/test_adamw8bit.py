@@ -8,7 +8,7 @@ import torch
 from lit_lora.errors import InputError
 from lit_lora.train.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
-from tests.train.tiny_run import adapted, losses, stored, train, unfrozen
+from tests.train.tiny_run import losses, stored, train, unfrozen
 
 CPU = torch.device("cpu")
 both_maps = pytest.mark.parametrize("signed", [True, False])
@@ -105,11 +105,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", 8.0), ("adamw8bit", 2 + 8 / BLOCK)])
 def test_bytes_of_state_per_number(name: str, expected: float) -> None:
-    model = adapted(rank=512)
+    model = unfrozen(wide=5)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.numel() >= SMALL)
     trainables = Trainables(model)
     optimizer = build_optimizer(OptimizerConfig(name=name), trainables)
     for master in trainables.masters.values():
-        assert master.numel() >= SMALL
         master.grad = torch.ones_like(master)
     optimizer.step()
     numbers = sum(master.numel() for master in trainables.masters.values())
@@ -125,7 +126,7 @@ def test_small_tensors_keep_float32_moments_and_train_as_with_adamw(tmp_path) ->
 
 def test_the_loss_falls_as_with_float32_moments(tmp_path) -> None:
     for name in ("adamw", "adamw8bit", "sgd"):
-        train(adapted(rank=300), tmp_path / name, max_steps=40, optimizer={"name": name, "lr": 2e-3})
+        train(unfrozen(wide=5), tmp_path / name, max_steps=40, optimizer={"name": name, "lr": 2e-3})
     eight, full = losses(tmp_path / "adamw8bit"), losses(tmp_path / "adamw")
     assert eight != full
     assert full[-1] < 0.5 * full[0]
@@ -139,30 +140,30 @@ def test_the_loss_falls_as_with_float32_moments(tmp_path) -> None:
 def test_pages_are_the_gpus_and_a_cpu_run_says_so(name: str, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("is about machines without a GPU")
-    train(adapted(rank=256), tmp_path / "paged", max_steps=3, optimizer={"name": name})
+    train(unfrozen(wide=5), tmp_path / "paged", max_steps=3, optimizer={"name": name})
     assert f"only a CUDA device pages; here it is the same as {name.removeprefix('paged_')}" in capsys.readouterr().err
-    train(adapted(rank=256), tmp_path / "plain", max_steps=3, optimizer={"name": name.removeprefix("paged_")})
+    train(unfrozen(wide=5), tmp_path / "plain", max_steps=3, optimizer={"name": name.removeprefix("paged_")})
     assert losses(tmp_path / "paged") == losses(tmp_path / "plain")
 
 
 def test_state_of_another_optimizer_is_refused(tmp_path) -> None:
-    train(adapted(rank=256), tmp_path, max_steps=2, optimizer={"name": "adamw"})
+    train(unfrozen(wide=5), tmp_path, max_steps=2, optimizer={"name": "adamw"})
     with pytest.raises(InputError, match="is of another optimizer"):
-        train(adapted(rank=256), tmp_path, max_steps=4, optimizer={"name": "adamw8bit"}, resume=True)
+        train(unfrozen(wide=5), tmp_path, max_steps=4, optimizer={"name": "adamw8bit"}, resume=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw", "paged_adamw8bit"])
 def test_a_gpu_trains_as_the_cpu_does_and_resumes_bit_for_bit(tmp_path, name: str) -> None:
     plain = name.removeprefix("paged_")
-    settings = {"optimizer": {"name": name}, "save_every": 5, "keep_last": 5}
-    train(adapted(rank=1024).to("cuda"), tmp_path / "gpu", max_steps=10, **settings)
-    train(adapted(rank=1024), tmp_path / "cpu", max_steps=10, optimizer={"name": plain})
+    settings = {"optimizer": {"name": name, "lr": 1e-3}, "save_every": 5, "keep_last": 5}
+    train(unfrozen(wide=24).to("cuda"), tmp_path / "gpu", max_steps=10, **settings)
+    train(unfrozen(wide=24), tmp_path / "cpu", max_steps=10, optimizer={"name": plain, "lr": 1e-3})
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-2)
     again = tmp_path / "again"
-    train(adapted(rank=1024).to("cuda"), again, max_steps=5, schedule={"name": "constant", "warmup": 0}, **settings)
+    train(unfrozen(wide=24).to("cuda"), again, max_steps=5, schedule={"name": "constant", "warmup": 0}, **settings)
     train(
-        adapted(rank=1024).to("cuda"),
+        unfrozen(wide=24).to("cuda"),
         again,
         max_steps=10,
         schedule={"name": "constant", "warmup": 0},
@@ -170,14 +171,14 @@ def test_a_gpu_trains_as_the_cpu_does_and_resumes_bit_for_bit(tmp_path, name: st
         **settings,
     )
     whole = tmp_path / "whole"
-    train(adapted(rank=1024).to("cuda"), whole, max_steps=10, schedule={"name": "constant", "warmup": 0}, **settings)
+    train(unfrozen(wide=24).to("cuda"), whole, max_steps=10, schedule={"name": "constant", "warmup": 0}, **settings)
     first, second = stored(again, 10), stored(whole, 10)
     assert all(torch.equal(first[key], second[key]) for key in second)
 
 
 @pytest.mark.gpu
 def test_paged_moments_lie_in_managed_memory() -> None:
-    model = adapted(rank=8192).to("cuda")
+    model = unfrozen(wide=24).to("cuda")
     optimizer = build_optimizer(OptimizerConfig(name="paged_adamw8bit"), Trainables(model))
     large = [state for tensor, state in optimizer.state.items() if tensor.numel() >= 100_000]
     assert large

@@ -22,7 +22,7 @@ CASES = {
     "bf16 base": (lambda: adapted(torch.bfloat16), {}),
     "full in bf16": (lambda: unfrozen(torch.bfloat16), {"optimizer": {"lr": 1e-3, "weight_decay": 0.1}}),
     "fp16": (lambda: adapted(torch.float16, dropout=0.2), {}),
-    "8-bit moments": (lambda: adapted(rank=256, dropout=0.2), {"optimizer": {"name": "adamw8bit"}}),
+    "8-bit moments": (lambda: unfrozen(wide=5), {"optimizer": {"name": "adamw8bit", "lr": 1e-3}}),
     "sgd with momentum": (adapted, {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}),
 }
 

@@ -22,15 +22,15 @@ from lit_lora.train.schedule import ScheduleConfig
 VOCABULARY = 61
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, *, std: float = 0.2, layers: int = 2) -> CausalLM:
+def tiny_model(dtype: torch.dtype = torch.float32, *, std: float = 0.2, layers: int = 2, wide: int = 1) -> CausalLM:
     config = ModelConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=16 * wide,
+        intermediate_size=24 * wide,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=4,
+        head_dim=4 * wide,
         tie_word_embeddings=True,
     )
     torch.manual_seed(1)
@@ -55,9 +55,9 @@ def adapted(dtype: torch.dtype = torch.float32, *, shaken: bool = False, **setti
     return model
 
 
-def unfrozen(dtype: torch.dtype = torch.float32) -> CausalLM:
+def unfrozen(dtype: torch.dtype = torch.float32, *, wide: int = 1) -> CausalLM:
     """The model for full finetuning."""
-    return tiny_model(dtype).requires_grad_(True)
+    return tiny_model(dtype, std=0.2 / wide**0.5, wide=wide).requires_grad_(True)
 
 
 def make_rows(count: int = 8, *, seed: int = 0, stride: int = 7, without_targets: tuple[int, ...] = ()) -> Rows:
