@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
-from pydantic import Discriminator, Field, Tag, create_model
+from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from pydantic.json_schema import models_json_schema
 
 from lit_lora import log
@@ -29,7 +29,7 @@ from lit_lora.estimate import estimate
 from lit_lora.files import human_bytes, require_free_space, write_text
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
-from lit_lora.peft import Kind, Method, count_parameters, matched_table, methods
+from lit_lora.peft import METHODS, Kind, Method, count_parameters, matched_table, methods
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult, TrainConfig
@@ -59,6 +59,7 @@ __all__ = [
 # `recipe:` in a config -> the file in finetune/ that runs it
 RECIPES: dict[str, str] = {
     "lora": "lit_lora.finetune.lora",
+    "adapter": "lit_lora.finetune.adapter",
     "full": "lit_lora.finetune.full",
 }
 
@@ -76,7 +77,7 @@ class ModelSettings(Settings):
 class FinetuneConfig(Settings):
     """One finetuning run; the YAML file's sections."""
 
-    recipe: str = Field("lora", description="Which recipe runs: lora or full.")
+    recipe: str = Field("lora", description="Which recipe runs: lora, adapter or full.")
     model: ModelSettings = Field(description="The base model.")
     data: DataConfig = Field(description="The rows to learn from.")
     peft: Method = Field(description="The method and its settings; name picks it.")
@@ -85,6 +86,32 @@ class FinetuneConfig(Settings):
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over the run.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
+
+    kind: ClassVar[Kind] = "low-rank"
+    """Which methods the recipe runs; the first of that kind is the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_the_method(cls, data: Any) -> Any:
+        """Refuse a method of another recipe by naming that recipe; take the method's learning rate if none is given."""
+        section = data.get("peft", {}) if isinstance(data, dict) else None
+        name = section.get("name", next(iter(methods(cls.kind)))) if isinstance(section, dict) else None
+        if name not in METHODS:
+            return data  # reported with the section
+        kind, default_lr = METHODS[name][0], methods()[name].default_lr
+        if kind != cls.kind:
+            other = next(recipe for recipe in RECIPES if load_settings(recipe).kind == kind)
+            raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {other}?)")
+        optimizer = data.get("optimizer", {})
+        if default_lr is None or not isinstance(optimizer, dict) or "lr" in optimizer:
+            return data
+        return {**data, "optimizer": {**optimizer, "lr": default_lr}}
+
+
+def load_settings(recipe: str) -> type[FinetuneConfig]:
+    """The settings class of a recipe."""
+    config: type[FinetuneConfig] = importlib.import_module(RECIPES[recipe]).Config
+    return config
 
 
 def finetune_config(recipe: str, kind: Kind, **defaults: Any) -> type[FinetuneConfig]:
@@ -111,7 +138,9 @@ def finetune_config(recipe: str, kind: Kind, **defaults: Any) -> type[FinetuneCo
     for name, default in defaults.items():
         known = FinetuneConfig.model_fields[name]
         fields[name] = (known.annotation, Field(default, description=known.description))
-    return create_model(f"{recipe.capitalize()}Config", __base__=FinetuneConfig, **fields)
+    config = create_model(f"{recipe.capitalize()}Config", __base__=FinetuneConfig, **fields)
+    config.kind = kind
+    return config
 
 
 @dataclass(frozen=True)
@@ -392,7 +421,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[
 
 def config_schema() -> dict[str, Any]:
     """The JSON Schema of a config file, by which an editor completes and checks the YAML; ``recipe`` picks the part."""
-    configs = {name: importlib.import_module(module).Config for name, module in RECIPES.items()}
+    configs = {name: load_settings(name) for name in RECIPES}
     parts, schema = models_json_schema([(config, "validation") for config in configs.values()])
     cases = []
     for name, config in configs.items():

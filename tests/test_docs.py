@@ -163,8 +163,8 @@ def first_cells(heading: str) -> list[str]:
 
 def test_the_tables_of_the_readme_are_those_of_the_code() -> None:
     assert sorted(first_cells("| format |")) == sorted(FORMATS)
-    assert first_cells("## Methods") == list(RECIPES)
-    names = re.findall(r"^\| `\w+` \| `(\w+)` \|", README.partition("## Methods")[2], flags=re.MULTILINE)
+    assert list(dict.fromkeys(first_cells("## Methods"))) == list(RECIPES)
+    names = re.findall(r"^\| `\w+` \| `([\w-]+)` \|", README.partition("## Methods")[2], flags=re.MULTILINE)
     assert names == list(METHODS)
 
 

@@ -165,6 +165,6 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         "Lost of what the adapter does": f"{report.proof.lost:.2%}",
         "Same most likely token as base + adapter": f"{report.proof.logits.agreement:.0%}",
     }
-    method = f"LoRA, rank {adapter.config.rank}, alpha {adapter.config.base_alpha:g}, merged ({plan.config.dtype})"
+    method = f"{adapter.config.about}, merged ({plan.config.dtype})"
     title = f"{plan.folder.name} with {adapter.folder.parent.name}/{adapter.folder.name} merged"
     return model_card(title, base=adapter.base or str(plan.folder), method=method, figures=figures, adapter=False)

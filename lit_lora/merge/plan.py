@@ -171,10 +171,12 @@ def plan_merge(
     tied = config.tie_word_embeddings
     base = BaseTensors(places.base, tied=tied)
     adapter = read_adapter(places.adapter)
+    adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
     updates = check_base(adapter, base, tied=tied, force=force or subtract is not None)
     if subtract is not None:
         taken = read_adapter(subtract)
+        taken.require_updates()
         updates = _subtracted(updates, check_base(taken, base, tied=tied, force=True), taken.folder)
     untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
     rows = base.shape(EMBEDDING)[0] if EMBEDDING in base else config.vocab_size

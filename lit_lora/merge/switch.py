@@ -48,7 +48,11 @@ class TaskSwitcher:
             InputError: The adapter is broken or belongs to another base; the model keeps the present task.
         """
         tied = self.config.tie_word_embeddings
-        updates = {} if adapter is None else check_base(read_adapter(adapter), self.tensors, tied=tied)
+        updates: dict[str, Update] = {}
+        if adapter is not None:
+            task = read_adapter(adapter)
+            task.require_updates()
+            updates = check_base(task, self.tensors, tied=tied)
         touched = dict.fromkeys([*self.updates, *updates])
         untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
         if untied:

@@ -44,6 +44,15 @@ __all__ = [
 # name -> (kind, "module:settings class"); a recipe serves one kind
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora:LoRAConfig"),
+    "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
+    "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
+    "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),
+    "prefix": ("added", "lit_lora.peft.prefix:PrefixConfig"),
+    "prompt": ("added", "lit_lora.peft.prompt:PromptConfig"),
+    "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
+    "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
+    "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
+    "residual": ("added", "lit_lora.peft.residual:ResidualConfig"),
     "full": ("full", "lit_lora.peft.full:FullConfig"),
 }
 

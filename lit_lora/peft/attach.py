@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lit_lora import log
 from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.added_files import restore_added
 from lit_lora.peft.base import base_tensors, freeze, own_modules, replace_module
 from lit_lora.peft.files import Adapter, listed, read_adapter
 from lit_lora.peft.fingerprint import differing
-from lit_lora.peft.lora import LoRAEmbedding, LoRALinear
+from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Replace, Rows, Update, Updates
 
@@ -31,7 +33,7 @@ class AppliedAdapter:
     adapter: Adapter
     """As it was read."""
     norm: float
-    """Frobenius norm of the whole update."""
+    """Frobenius norm of the whole update, or of the tensors of added modules."""
 
     def __str__(self) -> str:
         checked = "base checked" if self.adapter.fingerprint else "base checked by shapes only"
@@ -57,10 +59,16 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
     adapter = read_adapter(folder)
     base = base_tensors(model)
     updates = check_base(adapter, base, tied=_is_tied(model), force=force)
+    if adapter.added:
+        assert isinstance(adapter.config, AddedMethod)
+        freeze(model)
+        restore_added(model, adapter.folder, adapter.config, adapter.added)
+        return AppliedAdapter(adapter, math.hypot(*(float(tensor.norm()) for tensor in adapter.added.values())))
     norm = math.hypot(*(update.norm(base[name]) for name, update in updates.items()))
     if norm == 0:
         log.warn(f"{folder}: no effect, every update in it is zero: was it saved before its first training step?")
     freeze(model)
+    assert isinstance(adapter.config, LoRAConfig)
     _attach(model, updates, adapter.config.dropout)
     return AppliedAdapter(adapter, norm)
 

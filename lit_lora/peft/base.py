@@ -39,13 +39,15 @@ __all__ = [
     "trainable_state",
 ]
 
-Kind = Literal["low-rank", "full"]
+Kind = Literal["low-rank", "added", "full"]
 
 
 class Method(Settings):
     """Settings of one finetuning method; ``apply`` changes a model in place into one that trains by it."""
 
     kind: ClassVar[Kind]
+    default_lr: ClassVar[float | None] = None
+    """The learning rate where the config gives none; ``None`` for that of the optimizer's settings."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
@@ -65,15 +67,36 @@ class Method(Settings):
         """These settings with tokens named by text turned into ids; a method without such tokens stays as it is."""
         return self
 
+    def with_text(self, encode: Callable[[str], list[int]]) -> Method:
+        """These settings with texts turned into token ids; a method without texts stays as it is."""
+        return self
+
+    @property
+    def about(self) -> str:
+        """The method and its main settings in a few words."""
+        return str(self.model_dump()["name"])
+
+    @property
+    def title(self) -> str:
+        """The method's name as one writes it."""
+        return str(self.model_dump()["name"]).replace("-", " ").capitalize()
+
 
 class OwnModule(nn.Module):
-    """Base of the modules that a method puts in; all parameters outside its ``base_layer`` are the method's own."""
+    """Base of the modules that a method puts in; all parameters outside its ``base_layer`` are the method's own.
+
+    One without a ``base_layer`` wraps nothing: it stands in the module that it acts on, and has ``leave``.
+    """
 
     base_layer: nn.Module
 
     @abstractmethod
     def updates(self) -> dict[str, Update]:
         """What merging does to the parameters of ``base_layer``, by their names in it."""
+
+    def leave(self, host: nn.Module) -> None:
+        """Take the module out of its host, where it wraps nothing."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, OwnModule):
-        yield from _base_tensors(module.base_layer, prefix)
+        if "base_layer" in module._modules:
+            yield from _base_tensors(module.base_layer, prefix)
         return
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter.detach()
@@ -156,7 +180,10 @@ def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]
 def remove(model: nn.Module) -> None:
     """Take the adapter out: every wrapped module goes back to its place, as it was."""
     for name, module in own_modules(model).items():
-        replace_module(model, name, module.base_layer)
+        if "base_layer" in module._modules:
+            replace_module(model, name, module.base_layer)
+        else:
+            module.leave(model.get_submodule(name.rpartition(".")[0]))
 
 
 def matched_table(model: nn.Module) -> list[MatchedRow]:
@@ -213,6 +240,8 @@ def _no_match(pattern: str, names: Sequence[str], key: str) -> str:
 
 
 def _shape(module: nn.Module) -> str:
+    if isinstance(module, OwnModule) and "base_layer" not in module._modules:
+        return module.extra_repr()
     base = module.base_layer if isinstance(module, OwnModule) else module
     weight = getattr(base, "weight", None)
     shape = "×".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""

@@ -26,7 +26,7 @@ def model_card(
     """
     local = Path(base).is_absolute() or Path(base).exists() or base.startswith(".")
     shown = Path(base).name if local else base
-    front = ["library_name: peft" if adapter else "library_name: transformers", "tags: [lit-lora, lora]"]
+    front = ["library_name: peft" if adapter else "library_name: transformers", "tags: [lit-lora]"]
     if not local and base.count("/") == 1:
         front.append(f"base_model: {base}")
     rows = {"Base model": shown, "Method": method, "Data": data, **(figures or {})}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
+from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.added_files import added_types, read_added
 from lit_lora.peft.base import Method, base_tensors, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
 from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear, layer_number
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Replace, Rows, Update, Updates
+from lit_lora.peft.virtual import EMBEDDINGS
 
 __all__ = ["Adapter", "listed", "read_adapter", "save_adapter"]
 
@@ -52,7 +55,7 @@ class Adapter:
     """Where it lies."""
     base: str | None
     """The base model that it names: a folder or a Hub id."""
-    config: LoRAConfig
+    config: Method
     """Settings that describe it; ``save_adapter`` takes them to write it again."""
     updates: dict[str, Update]
     """What it does, by the names of the base's tensors."""
@@ -64,6 +67,21 @@ class Adapter:
     """``adapter_config.json`` as it was read."""
     tensors: int
     """Tensors in the file."""
+    added: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors of a method that adds modules: no update of a base tensor says what they do."""
+
+    def require_updates(self) -> None:
+        """Make sure that all of the adapter is in its updates, so that it can be merged.
+
+        Raises:
+            InputError: It has modules of its own beside the base's.
+        """
+        if self.added:
+            raise InputError(
+                f"{self.folder}: cannot be merged: {self.config.about} computes beside the base's weights, no weight "
+                "can hold that",
+                hint="use it as it is, lit-lora chat RUN, or train by recipe: lora for a merged model",
+            )
 
     def lacking(self, modules: Iterable[str]) -> list[str]:
         """Which of a model's modules ``adapter_config.json`` lists as targets, while the file has nothing for them."""
@@ -115,18 +133,18 @@ def save_adapter(
     """
     if not own_modules(model):
         raise UsageError(f"{folder}: the model has no adapter to save")
-    assert isinstance(config, LoRAConfig), "the one method so far that adds modules"
-    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _file_tensors(model).items()}
+    settings, own = _to_file(model, config)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    settings = {**settings, "base_model_name_or_path": str(base)}
     extras = {"format": 1, "base": fingerprint(base_tensors(model)), "method": config.model_dump(mode="json")}
-    method = f"LoRA, rank {config.rank}, alpha {config.base_alpha:g}"
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / CONFIG, _adapter_config(model, config, str(base)))
+        _write_json(temporary / CONFIG, settings)
         _write_json(temporary / EXTRAS, extras)
         card = model_card(
-            f"LoRA adapter for {Path(base).name}",
+            f"{config.title} adapter for {Path(base).name}",
             base=str(base),
-            method=method,
+            method=config.about,
             data=data,
             figures=figures,
             adapter=True,
@@ -147,15 +165,17 @@ def read_adapter(folder: Path) -> Adapter:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise InputError(f"{folder / WEIGHTS}: {listed(bad)} with NaN or infinite values")
+    extras = _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    base, found = raw.get("base_model_name_or_path") or None, extras.get("base")
+    if raw["peft_type"] != "LORA":
+        method = read_added(folder / CONFIG, raw, tensors)
+        return Adapter(folder, base, method, {}, {}, found, raw, len(tensors), added=tensors)
     low, copies, updates = _sort_tensors(folder, raw, tensors)
     config = _method_config(folder, raw, low, updates)
     scalings = config.ranks_and_alphas(list(low))
     for name, (left, right) in low.items():
         updates[f"{name}.weight"] = LowRank(left, right, config.scaling(*scalings[name]))
-    extras = _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
-    base = raw.get("base_model_name_or_path")
-    found = extras.get("base")
-    return Adapter(folder, base or None, config, updates, copies, found, raw, len(tensors))
+    return Adapter(folder, base, config, updates, copies, found, raw, len(tensors))
 
 
 def listed(names: list[str], what: str = "tensor") -> str:
@@ -169,8 +189,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected an adapter folder with {CONFIG} and {WEIGHTS}")
     raw = _read_json(path)
+    added = added_types()
+    if raw.get("peft_type") in added:
+        return raw
     if raw.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, expected 'LORA'")
+        known = ", ".join(["LORA", *sorted(added)])
+        raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported, known: {known}")
     init = raw.get("init_lora_weights")
     if init not in _PLAIN_INITS:
         raise InputError(
@@ -290,6 +314,15 @@ def _by_regex(path: Path, patterns: Mapping[str, Any], names: Iterable[str]) -> 
         raise InputError(f"{path}: a rank or alpha pattern is not a regular expression: {error}") from error
 
 
+def _to_file(model: nn.Module, config: Method) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``adapter_config.json`` and the tensors under the names that the file gives them."""
+    if isinstance(config, AddedMethod):
+        settings, tensors = config.export(model)
+        return settings, {name if name == EMBEDDINGS else _PREFIX + name: value for name, value in tensors.items()}
+    assert isinstance(config, LoRAConfig)
+    return _adapter_config(model, config), {_PREFIX + name: value for name, value in _file_tensors(model).items()}
+
+
 def _file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, without its prefix."""
     tensors: dict[str, Tensor] = {}
@@ -317,7 +350,7 @@ def _token_modules(model: nn.Module) -> dict[str, TokenEmbedding | TokenHead]:
     return found
 
 
-def _adapter_config(model: nn.Module, config: LoRAConfig, base: str) -> dict[str, Any]:
+def _adapter_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
     own = own_modules(model)
     low = [name for name, module in own.items() if isinstance(module, LoRALinear | LoRAEmbedding)]
     plan = config.ranks_and_alphas(low)
@@ -331,7 +364,6 @@ def _adapter_config(model: nn.Module, config: LoRAConfig, base: str) -> dict[str
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,

@@ -198,6 +198,16 @@ class LoRAConfig(Method):
         return self.model_copy(update={"trainable_tokens": add_tokens(texts)}) if texts else self
 
     @property
+    def title(self) -> str:
+        """The method's name as one writes it."""
+        return "LoRA"
+
+    @property
+    def about(self) -> str:
+        """Rank and alpha."""
+        return f"LoRA, rank {self.rank}, alpha {self.base_alpha:g}"
+
+    @property
     def base_alpha(self) -> float:
         """Alpha where no pattern says otherwise."""
         return 2 * self.rank if self.alpha is None else self.alpha

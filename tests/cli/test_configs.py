@@ -67,8 +67,11 @@ def test_the_schema_knows_every_key_of_every_shipped_config(capsys: Any) -> None
     assert cases.keys() == RECIPES.keys() == set(schema["properties"]["recipe"]["enum"])
     assert [name for name, case in cases.items() if "required" not in case["if"]] == ["lora"]
 
-    def section(reference: dict[str, str]) -> dict[str, Any]:
-        found: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+    def section(reference: dict[str, Any], name: str = "") -> dict[str, Any]:
+        choices = [schema["$defs"][choice["$ref"].rpartition("/")[2]] for choice in reference.get("oneOf", [reference])]
+        found: dict[str, Any] = next(
+            choice for choice in choices if len(choices) == 1 or choice["properties"]["name"]["const"] == name
+        )
         assert found["additionalProperties"] is False
         properties: dict[str, Any] = found["properties"]
         return properties
@@ -79,4 +82,4 @@ def test_the_schema_knows_every_key_of_every_shipped_config(capsys: Any) -> None
         assert data.keys() <= known.keys()
         for name, value in data.items():
             if isinstance(value, dict):
-                assert value.keys() <= section(known[name]).keys()
+                assert value.keys() <= section(known[name], value.get("name", "")).keys()

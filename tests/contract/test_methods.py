@@ -12,6 +12,7 @@ from lit_lora import peft
 from lit_lora.model import CausalLM
 from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import model_updates, own_modules
+from tests.contract.added_cases import ADDED, EXACT, FEW, FOLDED, NEAR
 from tests.peft import tiny
 from tests.peft.tiny import LAYERS, VOCABULARY, make_model, shake, token_ids
 
@@ -33,10 +34,14 @@ CASES = {
     "lora embedding and head": {"name": "lora", "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "lora modules_to_save": {"name": "lora", "modules_to_save": ["lm_head", "model.norm", "layers.0.mlp"]},
     "lora tokens": {"name": "lora", "trainable_tokens": [3, VOCABULARY, VOCABULARY + 1]},
+    **ADDED,
     "full": {"name": "full"},
     "full part": {"name": "full", "train": ["layers.1", "lm_head"]},
 }
 LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "low-rank"]
+
+
+KINDS = ("low-rank", "added", "full")
 
 
 def method(case: str) -> peft.Method:
@@ -73,12 +78,15 @@ def own_parameters(model: CausalLM) -> dict[int, torch.nn.Parameter]:
 
 both_ties = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 every_case = pytest.mark.parametrize("case", CASES)
+WITH_OWN = [*LOW_RANK, *ADDED]
+every_case_with_own_modules = pytest.mark.parametrize("case", WITH_OWN)
 every_low_rank_case = pytest.mark.parametrize("case", LOW_RANK)
 
 
 def test_every_method_of_the_table_has_a_case():
-    assert {settings["name"] for settings in CASES.values()} == set(peft.METHODS)
-    assert peft.methods("low-rank").keys() | peft.methods("full").keys() == peft.METHODS.keys()
+    for_other_models = {"residual"}  # see tests/peft/test_residual.py
+    assert {settings["name"] for settings in CASES.values()} | for_other_models == set(peft.METHODS)
+    assert set().union(*(peft.methods(kind) for kind in KINDS)) == peft.METHODS.keys()
     for name, (kind, _) in peft.METHODS.items():
         settings = peft.methods()[name]
         assert settings.kind == kind
@@ -103,12 +111,16 @@ def test_logits_at_init_are_those_of_the_base_bit_for_bit(case, tied):
         torch.testing.assert_close(got[..., :VOCABULARY], expected, atol=1e-5, rtol=1e-5)
         other = [token for token in range(VOCABULARY) if token != 3]
         assert torch.equal(got[..., other], expected[..., other])
+    elif case in NEAR:
+        torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)
+    elif case in ADDED and case not in EXACT:
+        assert not torch.allclose(got, expected, atol=0.05)  # it says so: what comes before has its effect at once
     else:
         assert torch.equal(got, expected)
 
 
 @both_ties
-@every_low_rank_case
+@every_case_with_own_modules
 def test_only_own_parameters_require_a_gradient_and_are_float32(case, tied):
     model = adapted(case, tied, torch.bfloat16)
     own = own_parameters(model)
@@ -135,7 +147,7 @@ def test_every_own_parameter_moves_within_three_steps_after_a_validation_pass(ca
 
 
 @both_ties
-@every_low_rank_case
+@every_case_with_own_modules
 def test_base_is_bit_identical_after_training_and_comes_back_when_the_adapter_is_taken_out(case, tied):
     original = make_model(tied)
     model = adapted(case, tied)
@@ -178,7 +190,7 @@ def test_merged_weights_give_the_same_logits(case, tied):
 
 
 @both_ties
-@every_low_rank_case
+@every_case_with_own_modules
 def test_saved_and_loaded_adapter_gives_the_same_logits(case, tied, tmp_path):
     model = adapted(case, tied).eval()
     shake(model)
@@ -188,10 +200,15 @@ def test_saved_and_loaded_adapter_gives_the_same_logits(case, tied, tmp_path):
     fresh = make_model(tied).eval()
     report = peft.load_adapter(fresh, tmp_path / "adapter")
     with torch.no_grad():
-        assert torch.equal(fresh(ids), model(ids))
+        expected, got = model(ids), fresh(ids)
+        if case in FOLDED:  # an LSTM's bits depend on how it is called
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(got, expected)
     assert report.norm > 0
-    assert peft.trainable_state(fresh).keys() >= peft.trainable_state(model).keys()
-    assert case in PARTLY_FROZEN or len(peft.trainable_state(fresh)) == len(peft.trainable_state(model))
+    if case not in FOLDED:
+        assert peft.trainable_state(fresh).keys() >= peft.trainable_state(model).keys()
+        assert case in PARTLY_FROZEN or len(peft.trainable_state(fresh)) == len(peft.trainable_state(model))
     # and what was loaded can be written again
     peft.save_adapter(fresh, report.adapter.config, tmp_path / "again", base="some/base")
     first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again"))
@@ -230,9 +247,9 @@ def test_count_is_rank_times_in_plus_out(rank):
 def test_a_fixed_batch_is_learnt(case):
     model = adapted(case)
     losses = train(model, 60, token_ids(), lr=2e-2)
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < (0.87 if case in FEW else 0.6) * losses[0]
 
 
 def test_kinds_partition_the_table():
-    kinds = [set(peft.methods(kind)) for kind in ("low-rank", "full")]
+    kinds = [set(peft.methods(kind)) for kind in KINDS]
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(kinds, 2))

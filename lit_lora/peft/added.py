@@ -1,0 +1,173 @@
+"""Modules that a method adds beside those of the base, which keep their places and names.
+
+An added module becomes a child of the module it acts on, its host, and changes what goes into it (``before``) or what
+comes out of it (``after``) by PyTorch's forward hooks. So it stands beside a low-rank update in the same model, on any
+tree of ``nn.Module``, and taking it out leaves the base as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.base import Kind, Method, OwnModule, own_modules, trainable_state
+from lit_lora.peft.updates import Update
+
+__all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill", "own_state", "width_of"]
+
+
+class Attend(Protocol):
+    """What a decoder's attention layers are given; see :class:`lit_lora.model.attention.Attend`."""
+
+    front: int
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``front`` tokens before every document."""
+
+
+class AddedModule(OwnModule):
+    """Base of the added modules; every parameter in it is the method's own, float32, and trains."""
+
+    child: ClassVar[str] = "adapter"
+    """Its name in its host."""
+    front = 0
+    """How many positions it takes up before every document."""
+
+    def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What the host is called with in the place of ``args``."""
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """What the host gives in the place of ``output``."""
+
+    def updates(self) -> dict[str, Update]:
+        """None: what it computes cannot be put into a weight of the base."""
+        return {}
+
+    def join(self, host: nn.Module) -> None:
+        """Become a part of ``host``, in place.
+
+        Raises:
+            UsageError: It has such a part already, or something stands before every document already.
+        """
+        if hasattr(host, self.child):
+            raise UsageError(f"peft: the model has a part called {self.child} already", hint="load the base again")
+        if self.front and host.front:
+            raise UsageError("peft: something else stands before every document already, expected one prefix or prompt")
+        parameter = next(host.parameters(), None)
+        if parameter is not None:
+            self.to(parameter.device)
+        self.train(host.training)
+        host.add_module(self.child, self)
+        if self.front:
+            host.front = self.front  # type: ignore[assignment]
+        self._hooks = []
+        if type(self).before is not AddedModule.before:
+            self._hooks.append(host.register_forward_pre_hook(self.before))
+        if type(self).after is not AddedModule.after:
+            self._hooks.append(host.register_forward_hook(self.after))
+
+    def leave(self, host: nn.Module) -> None:
+        """Take it out of its host, in place."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.front:
+            host.front = 0  # type: ignore[assignment]
+        delattr(host, self.child)
+
+
+class AddedMethod(Method):
+    """Settings of a method that adds modules; ``apply`` puts them in."""
+
+    kind: ClassVar[Kind] = "added"
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name of the method; one that PEFT does not have is saved under a name of ours."""
+
+    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What ``adapter_config.json`` and the tensors' file get: PEFT's form, or else the settings and what trains."""
+        name = self.model_dump()["name"]
+        return {"peft_type": f"LIT_LORA_{name.upper()}", "settings": self.model_dump(mode="json")}, own_state(model)
+
+    @classmethod
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AddedMethod:
+        """The settings that describe an adapter in PEFT's form.
+
+        Raises:
+            InputError: It asks for something that is not done here.
+        """
+        raise NotImplementedError
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Apply the method and give what trains its values, in place.
+
+        Raises:
+            InputError: They are not the tensors of this method on this model.
+        """
+        self.apply(model)
+        fill(trainable_state(model), tensors)
+
+
+def fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters of the same names, in place.
+
+    Raises:
+        InputError: Names or shapes differ.
+    """
+    odd = sorted(parameters.keys() ^ tensors.keys())
+    if odd:
+        where = "this model has no place for it" if odd[0] in tensors else "it is missing"
+        raise InputError(f"{len(odd)} tensors do not fit, such as {odd[0]}: {where}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                there, here = [*tensors[name].shape], [*parameter.shape]
+                raise InputError(f"{name} is for shape {there}, this model has {here}")
+            parameter.copy_(tensors[name])
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The method's own parameters by name, trained or not, detached."""
+    own = own_modules(model)
+    names = tuple(f"{name}." for name in own)
+    inside = {n: p.detach() for n, p in model.named_parameters() if n.startswith(names)}
+    return {name: value for name, value in inside.items() if ".base_layer." not in name}
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model by name: the entries of its longest list of modules.
+
+    Raises:
+        UsageError: It has none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise UsageError("peft: the model has no list of layers")
+    name = max(lists, key=lambda name: len(lists[name]))
+    return {f"{name}.{index}": block for index, block in enumerate(lists[name])}
+
+
+def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of a decoder that can let tokens stand before every document.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "front") and hasattr(module, "embed_tokens"):
+            return name, module
+    raise UsageError("peft: this method needs a decoder of this package, whose attention takes what stands before")
+
+
+def width_of(host: nn.Module) -> int:
+    """Width of a module's output: that of the last layer in it."""
+    widths = [width for width in (getattr(module, "out_features", None) for module in host.modules()) if width]
+    return int(widths[-1]) if widths else int(list(host.parameters())[-1].shape[0])

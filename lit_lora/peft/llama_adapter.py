@@ -1,0 +1,204 @@
+"""LLaMA-Adapter: prompts in the upper layers that attention reads apart, behind a gate that starts at zero.
+
+::
+
+    k_P, v_P = W_k P, W_v P  (frozen W, no rotation)
+    y = W_o [ softmax(q kᵀ / √h) v  +  g · softmax(q k_Pᵀ / √h) v_P ]          g per head, 0 at first
+
+Source: Zhang et al. 2023, "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention", section
+3.2; version 2, Gao et al. 2023, "LLaMA-Adapter V2", section 3.1, also trains the norms, and a bias and a scale of
+every linear layer: ``y = s ⊙ (W x + b)``, s = 1 and b = 0 at first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.added import AddedMethod, AddedModule, Attend, decoder_of, fill, own_state
+from lit_lora.peft.base import own_modules, replace_module
+from lit_lora.peft.bottleneck import norms
+from lit_lora.peft.trained import TrainedCopy
+from lit_lora.peft.virtual import refuse
+
+__all__ = ["AdaptionPrompt", "LlamaAdapterConfig", "LlamaAdapterV2Config", "ScaleAndBias"]
+
+
+class AdaptionPrompt(AddedModule):
+    """A prompt of one attention layer, and its gate.
+
+    Args:
+        length: Rows of the prompt, K.
+        width: D.
+        gates: One for each query head, or one.
+        tanh: The gate is tanh of its parameter.
+    """
+
+    child = "adaption"
+
+    def __init__(self, length: int, width: int, gates: int, *, tanh: bool) -> None:
+        super().__init__()
+        self.adaption_prompt = nn.Parameter(torch.randn(length, width))
+        self.adaption_gate = nn.Parameter(torch.zeros(gates))
+        self.tanh = tanh
+
+    def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The layer's attention, with the gated prompt beside it."""
+        x, attend = args
+        return x, _Gated(attend, self, host)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.adaption_prompt.shape[0]} tokens × {self.adaption_prompt.shape[1]}"
+
+
+class _Gated:
+    """Attention plus gated attention to a layer's prompt."""
+
+    def __init__(self, attend: Attend, adaption: AdaptionPrompt, layer: nn.Module) -> None:
+        self.attend, self.adaption, self.layer, self.front = attend, adaption, layer, attend.front
+        self.rotate, self.behind = attend.rotate, attend.behind
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+        own, base = self.adaption, self.layer
+        prompt, heads = own.adaption_prompt.to(query.dtype), (len(own.adaption_prompt), *key.shape[1:])
+        keys, values = base.k_proj(prompt).view(heads), base.v_proj(prompt).view(heads)  # type: ignore[operator]
+        q, k, v = (part.transpose(0, 1)[None] for part in (self.attend.rotate(query), keys, values))
+        grouped = query.shape[1] != key.shape[1]
+        read = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)[0].transpose(0, 1)
+        gate = own.adaption_gate.tanh() if own.tanh else own.adaption_gate
+        return self.attend(layer, query, key, value) + gate.to(query.dtype)[:, None] * read
+
+
+class ScaleAndBias(AddedModule):
+    """``s ⊙ (y + b)`` of a linear layer's output ``y``."""
+
+    child = "scale_and_bias"
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """(..., out) to (..., out)."""
+        return torch.addcmul((self.scale * self.bias).to(output.dtype), output, self.scale.to(output.dtype))
+
+    def extra_repr(self) -> str:
+        """Width."""
+        return str(len(self.scale))
+
+
+class LlamaAdapterConfig(AddedMethod):
+    """LLaMA-Adapter: gated prompts in the upper layers."""
+
+    default_lr: ClassVar[float | None] = 5e-3
+    peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
+    name: Literal["llama-adapter"] = Field("llama-adapter", description="The method.")
+    adapter_len: int = Field(10, ge=1, description="Rows of every layer's prompt.")
+    adapter_layers: int | None = Field(
+        None, ge=1, description="Layers with a prompt, the last ones; all but the first two when omitted."
+    )
+    gate: Literal["per-head", "per-layer"] = Field(
+        "per-head", description="Gates of a layer: one for each head, or one (the only form that PEFT opens)."
+    )
+    tanh: bool = Field(False, description="The gate is tanh of its parameter, as in the official code.")
+
+    @property
+    def about(self) -> str:
+        """Name and length."""
+        return f"{self.model_dump()['name']}, prompts of {self.adapter_len} rows"
+
+    def apply(self, model: nn.Module) -> None:
+        """Add the prompts.
+
+        Raises:
+            UsageError: More layers than there are, or the model is not one of this package's decoders.
+        """
+        decoder_of(model)
+        config: Any = model.config
+        layers = [module for name, module in model.named_modules() if name.endswith(".self_attn")]
+        chosen = max(len(layers) - 2, 1) if self.adapter_layers is None else self.adapter_layers
+        if chosen > len(layers):
+            raise UsageError(f"peft.adapter_layers: {chosen}, the model has {len(layers)} layers")
+        gates = config.num_attention_heads if self.gate == "per-head" else 1
+        for layer in layers[len(layers) - chosen :]:
+            AdaptionPrompt(self.adapter_len, config.hidden_size, gates, tanh=self.tanh).join(layer)
+
+    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's form where PEFT has one: one gate a layer, without tanh."""
+        if self.gate == "per-head" or self.tanh:
+            return super().export(model)
+        found = own_modules(model).values()
+        config = {
+            "peft_type": self.peft_type,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "target_modules": "self_attn",
+            "adapter_len": self.adapter_len,
+            "adapter_layers": sum(isinstance(module, AdaptionPrompt) for module in found),
+        }
+        state = own_state(model).items()
+        tensors = {name.replace(f".{AdaptionPrompt.child}.", "."): value for name, value in state}
+        return config, {n: v[None] if n.endswith("adaption_prompt") else v for n, v in tensors.items()}
+
+    @classmethod
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaAdapterConfig:
+        """One gate a layer.
+
+        Raises:
+            InputError: It asks for something else.
+        """
+        refuse(raw, {"target_modules", "adapter_len", "adapter_layers"})
+        prompts = [value for name, value in tensors.items() if name.endswith("adaption_prompt")]
+        if not prompts:
+            raise InputError("holds no adaption_prompt")
+        return cls(adapter_len=prompts[0].shape[1], adapter_layers=len(prompts), gate="per-layer")
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Apply and fill in place.
+
+        Raises:
+            InputError: They are not the tensors of this method on this model.
+        """
+        if self.gate == "per-head" or self.tanh:
+            super().restore(model, tensors)
+            return
+        self.apply(model)
+        named = {re.sub(r"\.(adaption_\w+)$", rf".{AdaptionPrompt.child}.\1", n): v for n, v in tensors.items()}
+        fill(own_state(model), {n: v[0] if n.endswith("adaption_prompt") else v for n, v in named.items()})
+
+
+class LlamaAdapterV2Config(LlamaAdapterConfig):
+    """LLaMA-Adapter V2: gated prompts, trained norms, a bias and a scale of every linear layer."""
+
+    peft_type: ClassVar[str | None] = None
+    name: Literal["llama-adapter-v2"] = Field("llama-adapter-v2", description="The method.")  # type: ignore[assignment]
+
+    def apply(self, model: nn.Module) -> None:
+        """Add the prompts, the biases and the scales, and let the norms train.
+
+        Raises:
+            UsageError: As version 1, or a linear layer is adapted in another way already.
+        """
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        super().apply(model)
+        for linear in linears:
+            ScaleAndBias(linear.out_features).join(linear)
+        for name in norms(model):
+            replace_module(model, name, TrainedCopy(model.get_submodule(name)))
+
+    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Our own form: PEFT has none."""
+        return AddedMethod.export(self, model)
+
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Apply and fill in place."""
+        AddedMethod.restore(self, model, tensors)

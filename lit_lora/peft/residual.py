@@ -1,0 +1,80 @@
+"""Residual adapters for convolutional nets: a 1×1 convolution added to the output of every filter bank.
+
+::
+
+    y = conv(x);  g(y) = y + α * y       α: (channels, channels, 1, 1), zero at first
+
+Source: Rebuffi et al. 2017, "Learning multiple visual domains with residual adapters", section 3.1. The scale and bias
+of the batch norms train too (section 3.2); their running statistics stay those of the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_lora.errors import UsageError
+from lit_lora.peft.added import AddedMethod, AddedModule
+from lit_lora.peft.base import replace_module, select
+from lit_lora.peft.trained import TrainedCopy
+
+__all__ = ["ResidualAdapter", "ResidualConfig"]
+
+
+class ResidualAdapter(AddedModule):
+    """``y + α * y`` of a convolution's output.
+
+    Args:
+        channels: Of the output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels, channels, 1, 1))
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """(B, channels, height, width) to the same."""
+        return output + F.conv2d(output, self.alpha.to(output.dtype))
+
+    def extra_repr(self) -> str:
+        """Channels."""
+        return f"{len(self.alpha)} channels"
+
+
+class TrainedBatchNorm(TrainedCopy):
+    """A batch norm whose scale and bias train, while its running statistics stay as they are."""
+
+    def train(self, mode: bool = True) -> TrainedBatchNorm:
+        """Only this module changes its mode: the batch norm in it keeps to its statistics."""
+        super().train(mode)
+        self.base_layer.eval()
+        return self
+
+
+class ResidualConfig(AddedMethod):
+    """Residual adapters: 1×1 convolutions beside the filters of a convolutional net."""
+
+    default_lr: ClassVar[float | None] = 1e-3
+    name: Literal["residual"] = Field("residual", description="The method.")
+    target_modules: list[str] = Field(["*"], min_length=1, description="Convolutions that get one; * is all of them.")
+    train_norms: bool = Field(True, description="Train scale and bias of the batch norms too.")
+
+    def apply(self, model: nn.Module) -> None:
+        """Add the adapters, and let the batch norms train.
+
+        Raises:
+            UsageError: The model has no convolution that a target names.
+        """
+        convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        if not convolutions:
+            raise UsageError("peft: residual adapters are for convolutional nets, this model has no Conv2d")
+        for name in select(self.target_modules, convolutions, key="peft.target_modules"):
+            ResidualAdapter(convolutions[name].out_channels).join(convolutions[name])
+        batch_norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        for name in batch_norms:
+            if self.train_norms:
+                replace_module(model, name, TrainedBatchNorm(model.get_submodule(name)))
