@@ -18,12 +18,15 @@ from lit_lora import __version__, log
 from lit_lora.checkpoint.gguf import GGUFReader
 from lit_lora.checkpoint.gguf_tokenizer import write_tokenizer
 from lit_lora.checkpoint.litgpt import LitGPTReader
+from lit_lora.checkpoint.load import decoder_linears, empty_model
+from lit_lora.checkpoint.quantized import packed_sizes, packed_tensors, quantization_config
 from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
 from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, open_tensors, read_weight_map
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder, human_bytes, require_free_space, sha256_file, write_text
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import ModelConfig
+from lit_lora.quantize import QuantizeConfig, quantize
 
 __all__ = [
     "DTYPES",
@@ -78,6 +81,8 @@ class Plan:
         parameters: Number of weights.
         bytes: Of the safetensors files to come.
         write_tokenizer: See :class:`Source`.
+        quantize: How the tensors of ``to_quantize`` are written.
+        to_quantize: Those of the decoder's linear layers, if they are quantised.
     """
 
     source: Source
@@ -86,6 +91,13 @@ class Plan:
     parameters: int
     bytes: int
     write_tokenizer: Callable[[Path], object]
+    quantize: QuantizeConfig | None = None
+    to_quantize: frozenset[str] = frozenset()
+
+    def weights(self) -> str:
+        """How many, in which precision, and their size."""
+        kind = self.config["torch_dtype"] + (f" and {self.quantize}" if self.quantize else "")
+        return f"{self.parameters:,} weights in {kind}, {human_bytes(self.bytes)}"
 
 
 def open_source(path: Path) -> Source:
@@ -114,7 +126,12 @@ def open_source(path: Path) -> Source:
 
 
 def plan_conversion(
-    source: Source, *, dtype: torch.dtype | None = None, config: Path | None = None, tokenizer: Path | None = None
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    config: Path | None = None,
+    tokenizer: Path | None = None,
+    quantize: QuantizeConfig | None = None,
 ) -> Plan:
     """Check a conversion before any work: the tensors are exactly those that the config describes.
 
@@ -123,15 +140,21 @@ def plan_conversion(
         dtype: Of all weights; the source's own, or bfloat16 for GGUF, when omitted.
         config: A ``config.json``, or a folder with one, instead of the source's.
         tokenizer: A folder whose tokenizer files are taken instead of the source's.
+        quantize: How to write the linear layers of the decoder.
 
     Raises:
-        InputError: An unsupported architecture; a missing, unexpected or misshapen tensor; no tokenizer there.
+        InputError: An unsupported architecture; a missing, unexpected or misshapen tensor; no tokenizer there; or the
+            source is quantised already.
+        UsageError: The block size does not divide the rows of a layer.
     """
     described = _read_config(config) if config is not None else source.config()
+    where = str(config or source.files[0].parent)
+    if described.get("quantization_config"):
+        raise InputError(f"{where}: is quantised already", hint="convert the original 16-bit checkpoint")
     described["tie_word_embeddings"] = _tied(source, described)
-    expected = _expected(described, str(config or source.files[0].parent))
-    where = source.files[0].parent if len(source.files) > 1 else source.files[0]
-    check_tensors(where, source.tensors, expected)
+    expected, linears = _expected(described, where)
+    files = source.files[0].parent if len(source.files) > 1 else source.files[0]
+    check_tensors(files, source.tensors, expected)
     dtype = dtype or source.dtype
     dtypes = {name: dtype or source.tensors.dtype(name) for name in expected}
     sizes = {name: torch.Size(shape).numel() for name, shape in expected.items()}
@@ -143,8 +166,12 @@ def plan_conversion(
         if not (tokenizer / "tokenizer.json").is_file():
             raise InputError(f"{tokenizer}: no tokenizer.json there")
         write = partial(copy_side_files, tokenizer)
-    total = sum(sizes[name] * dtypes[name].itemsize for name in expected)
-    return Plan(source, described, dtypes, sum(sizes.values()), total, write)
+    chosen = frozenset(linears if quantize else ())
+    total = sum(sizes[name] * dtypes[name].itemsize for name in expected if name not in chosen)
+    if quantize is not None:
+        total += sum(packed_sizes(name.removesuffix(".weight"), expected[name], quantize) for name in chosen)
+        described["quantization_config"] = quantization_config(quantize, dtypes[widest])
+    return Plan(source, described, dtypes, sum(sizes.values()), total, write, quantize, chosen)
 
 
 def convert(plan: Plan, out: Path) -> None:
@@ -160,8 +187,20 @@ def convert(plan: Plan, out: Path) -> None:
     with atomic_folder(out) as folder:
         write_side_files(plan, folder)  # first, because it fails fast
         with CheckpointWriter(folder) as writer:
+            last: dict[str, Tensor] = {}  # of odd sizes: what followed them would stand at odd addresses
             for name in log.progress(list(plan.dtypes), what="convert", unit=" tensors"):
-                writer.add(name, _finite(plan.source, name, plan.dtypes[name]))
+                tensor = _finite(plan.source, name, plan.dtypes[name])
+                if plan.quantize is None or name not in plan.to_quantize:
+                    writer.add(name, tensor)
+                    continue
+                packed = packed_tensors(name.removesuffix(".weight"), quantize(tensor, plan.quantize), tensor.dtype)
+                for packed_name, part in packed.items():
+                    if part.numel() * part.element_size() % 8:
+                        last[packed_name] = part
+                    else:
+                        writer.add(packed_name, part)
+            for name, tensor in sorted(last.items(), key=lambda item: -item[1].element_size()):
+                writer.add(name, tensor)
         write_text(folder / "README.md", _card(plan))
 
 
@@ -279,11 +318,11 @@ def _tied(source: Source, config: dict[str, Any]) -> bool:
     return False
 
 
-def _expected(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this config has."""
-    with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_hf(config, name=where))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _expected(config: dict[str, Any], where: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Name and shape of every tensor that a model of this config has; those of its decoder's linear layers."""
+    model = empty_model(ModelConfig.from_hf(config, name=where))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes, [f"{name}.weight" for name in decoder_linears(model)]
 
 
 def _finite(source: Source, name: str, dtype: torch.dtype) -> Tensor:
@@ -306,7 +345,7 @@ def _card(plan: Plan) -> str:
     source = plan.source
     rows = [f"| source | {source.format} |"]
     rows += [f"| `{file.name}` | SHA-256 `{sha256_file(file)}` |" for file in source.files]
-    rows += [f"| weights | {plan.parameters:,} in {plan.config['torch_dtype']}, {human_bytes(plan.bytes)} |"]
+    rows += [f"| size | {plan.weights()} |"]
     licence = f"---\nlicense: {source.licence}\n---\n\n" if source.licence else ""
     return (
         f"{licence}# {source.name}\n\nConverted by lit-lora {__version__}.\n\n| | |\n|---|---|\n"

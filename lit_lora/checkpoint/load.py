@@ -7,39 +7,107 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_lora.checkpoint.tensors import check_tensors, open_tensors
+from lit_lora.checkpoint.quantized import StoredTensors
+from lit_lora.checkpoint.tensors import check_tensors
+from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear
+from lit_lora.quantize import quantize as quantize_matrix
 
-__all__ = ["load_model"]
+__all__ = ["decoder_linears", "empty_model", "load_model"]
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalLM:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: QuantizeConfig | None = None,
+) -> CausalLM:
     """Load a checkpoint for inference or finetuning.
 
     On the CPU, tensors that are stored in ``dtype`` stay pages of the mapped file until something writes to them, so
-    loading takes no memory of its own; other tensors are copied one at a time.
+    loading takes no memory of its own; other tensors are copied one at a time. With ``quantize`` every linear layer of
+    the decoder is quantised as its tensor comes, so the whole model never exists in 16 bits. Layers that the folder
+    holds quantised stay so.
 
     Args:
         folder: A Hugging Face folder.
         dtype: Of all weights; as stored when omitted.
         device: Where they go.
+        quantize: How the linear layers of the decoder are held; in ``dtype``, or as stored, when omitted.
 
     Raises:
         InputError: Files are missing or broken, or the tensors are not those that ``config.json`` describes.
+        UsageError: The folder is quantised in another way than ``quantize``, or the block size does not fit.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
-    reader = open_tensors(folder)
-    with torch.device("meta"):
-        model = CausalLM(config)
+    stored = StoredTensors(folder)
+    _check_quantization(folder, stored.config(), quantize)
+    model = empty_model(config)
+    to_quantize = {} if quantize is None else dict.fromkeys(decoder_linears(model), quantize)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_tensors(folder, reader, expected)
+    check_tensors(folder, stored, expected)
     for name in expected:
-        tensor = reader.read(name).to(device=device, dtype=dtype)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
+        if stored.quantized(name):
+            _put_quantized(model, parent, stored.packed(name).to(device), dtype or stored.dtype(name))
+        elif last == "weight" and parent in to_quantize:
+            tensor = stored.read(name).to(device)
+            weight = quantize_matrix(tensor, to_quantize[parent], name=name)
+            _put_quantized(model, parent, weight, dtype or tensor.dtype)
+        else:
+            tensor = stored.read(name).to(device=device, dtype=dtype)
+            setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
     if config.tie_word_embeddings:
         model.tie_weights()
     if dtype is not None:
         model.config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     return model.eval()
+
+
+def empty_model(config: ModelConfig, quantize: QuantizeConfig | None = None) -> CausalLM:
+    """A model on the meta device: shapes and dtypes without memory.
+
+    Args:
+        config: Its sizes; ``config.dtype`` is that of its parameters if it is quantised.
+        quantize: How the linear layers of the decoder are held.
+
+    Raises:
+        UsageError: The block size does not divide the rows of a layer.
+    """
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if quantize is not None:
+        model.to(getattr(torch, config.dtype))
+        for name in decoder_linears(model):
+            linear = model.get_parameter(f"{name}.weight")
+            _put_quantized(model, name, quantize_matrix(linear, quantize, name=f"{name}.weight"), linear.dtype)
+    return model
+
+
+def decoder_linears(model: nn.Module) -> list[str]:
+    """Names of the layers that are quantised: every linear layer but the head."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+
+
+def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.dtype) -> None:
+    """Put a quantised layer in the place of the one called ``name``, with its bias."""
+    parent, _, last = name.rpartition(".")
+    bias = model.get_submodule(name).bias
+    layer = QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None, dtype)
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _check_quantization(folder: Path, stored: QuantizeConfig | None, wanted: QuantizeConfig | None) -> None:
+    """Refuse to quantise what is quantised.
+
+    Raises:
+        UsageError: The folder is quantised in another way than wanted.
+    """
+    if stored is not None and wanted is not None and stored != wanted:
+        raise UsageError(
+            f"{folder}: is quantised already ({stored}), cannot become {wanted}",
+            hint=f"ask for {stored}, or start from the original 16-bit checkpoint",
+        )

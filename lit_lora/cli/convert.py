@@ -35,9 +35,16 @@ def command(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take this config.json instead of the source's.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Linear layers of the decoder in nf4, nf4-dq, fp4, fp4-dq or int8."),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Weights that share a scale when quantising. Default: 64.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report, write nothing.")] = False,
 ) -> None:
-    """Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, or change the dtype of one.
+    """Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, change the dtype of one, or quantise it.
 
     The result is a Hugging Face folder: safetensors, config.json and the tokenizer. It is written tensor by tensor,
     so a model larger than the memory converts too, and appears under its name only when it is complete.
@@ -48,15 +55,23 @@ def command(
         lit-lora convert pytorch_model.bin --out checkpoints/mine --dtype bf16
 
         lit-lora convert checkpoints/mine --out checkpoints/mine-fp32 --dtype fp32 --dry-run
+
+        lit-lora convert checkpoints/mine --quantize nf4-dq
     """
     from lit_lora.checkpoint.convert import DTYPES, convert, open_source, plan_conversion, write_side_files
+    from lit_lora.quantize.config import parse
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if quantize is None and block_size is not None:
+        raise UsageError("--block-size: has no effect without --quantize")
+    chosen = None if quantize is None else parse(quantize, option="--quantize", block_size=block_size)
     started = time.perf_counter()
     opened = open_source(source)
-    out = out or Path("checkpoints") / opened.name
-    plan = plan_conversion(opened, dtype=DTYPES[dtype] if dtype else None, config=config, tokenizer=tokenizer)
+    out = out or Path("checkpoints") / (opened.name + (f"-{quantize}" if quantize else ""))
+    plan = plan_conversion(
+        opened, dtype=DTYPES[dtype] if dtype else None, config=config, tokenizer=tokenizer, quantize=chosen
+    )
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             write_side_files(plan, Path(folder))
@@ -65,12 +80,8 @@ def command(
     if out.exists():
         raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
     convert(plan, out)
-    log.say(f"wrote {out}: {_weights(plan)}, {time.perf_counter() - started:.1f} s")
+    log.say(f"wrote {out}: {plan.weights()}, {time.perf_counter() - started:.1f} s")
     log.say(f'next: lit-lora generate {out} "What is the capital of France?"')
-
-
-def _weights(plan: Plan) -> str:
-    return f"{plan.parameters:,} weights in {plan.config['torch_dtype']}, {human_bytes(plan.bytes)}"
 
 
 def _report(plan: Plan, out: Path) -> None:
@@ -79,7 +90,7 @@ def _report(plan: Plan, out: Path) -> None:
         ("source", f"{plan.source.format}, {human_bytes(stored)}"),
         ("architecture", plan.config["model_type"]),
         ("tensors", len(plan.dtypes)),
-        ("result", _weights(plan)),
+        ("result", plan.weights()),
         ("out", f"{out}{' (exists already)' if out.exists() else ''}, {human_bytes(free_bytes(out))} free"),
     ]
     log.table("Nothing written: dry run", ["what", "value"], rows)

@@ -240,3 +240,156 @@ void matrix_vector(const bf16 *weight, const bf16 *x, bf16 *y, long rows, long c
         y[r] = down(sum);
     }
 }
+
+// Weights of 4 bits: two codes a byte, the first in the high half, one absmax a block of values. The absmax may be
+// codes themselves (8 bits into map, one nested value for 256 of them, around offset): then nested is not null.
+typedef struct { const void *absmax; const float *nested, *map, *offset; } scales;
+
+static inline float scale_of(scales s, long block) {
+    if (!s.nested) return ((const float *)s.absmax)[block];
+    volatile float product = s.map[((const uint8_t *)s.absmax)[block]] * s.nested[block / 256];  // not fused: rounded
+    return product + *s.offset;
+}
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+
+static inline void unpack_bf16(const uint8_t *codes, const float *values, bf16 *out, long count) {
+    bf16 rounded[32] = {0};
+    for (long i = 0; i < 16; i++) rounded[i] = down(values[i]);
+    __m512i table = _mm512_loadu_si512(rounded), low = _mm512_set1_epi32(15);
+    for (long i = 0; i < count; i += 32) {
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
+        __m512i second = _mm512_slli_epi32(_mm512_and_si512(bytes, low), 16);
+        __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), second);
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+    }
+}
+
+static inline float dot_4bit(const uint8_t *codes, const float *values, const float *even, const float *odd, scales s,
+                             long first, long blocks, long block) {
+    __m512 table = _mm512_loadu_ps(values), total = _mm512_setzero_ps();
+    __m512i low = _mm512_set1_epi32(15);
+    for (long b = 0; b < blocks; b++) {
+        __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+        for (long i = b * block / 2; i < (b + 1) * block / 2; i += 16) {
+            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+            __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+            __m512 c = _mm512_permutexvar_ps(_mm512_and_si512(bytes, low), table);
+            sum = _mm512_fmadd_ps(a, _mm512_loadu_ps(even + i), sum);
+            other = _mm512_fmadd_ps(c, _mm512_loadu_ps(odd + i), other);
+        }
+        total = _mm512_fmadd_ps(_mm512_add_ps(sum, other), _mm512_set1_ps(scale_of(s, first + b)), total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+#else
+static inline void unpack_bf16(const uint8_t *codes, const float *values, bf16 *out, long count) {
+    bf16 rounded[16];
+    for (long i = 0; i < 16; i++) rounded[i] = down(values[i]);
+    for (long i = 0; i < count; i += 2) {
+        out[i] = rounded[codes[i / 2] >> 4];
+        out[i + 1] = rounded[codes[i / 2] & 15];
+    }
+}
+
+static inline float dot_4bit(const uint8_t *codes, const float *values, const float *even, const float *odd, scales s,
+                             long first, long blocks, long block) {
+    float total = 0.0f;
+    for (long b = 0; b < blocks; b++) {
+        float sum = 0.0f;
+        for (long i = b * block / 2; i < (b + 1) * block / 2; i++)
+            sum += values[codes[i] >> 4] * even[i] + values[codes[i] & 15] * odd[i];
+        total += sum * scale_of(s, first + b);
+    }
+    return total;
+}
+#endif
+
+// out = values[code] * absmax, rounded once; float where wide, else bfloat16.
+void dequantize_4bit(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
+                     const float *map, const float *offset, void *out, long blocks, long block, long wide) {
+    scales s = {absmax, nested, map, offset};
+#pragma omp parallel for schedule(static) if (blocks > 64)
+    for (long b = 0; b < blocks; b++) {
+        float scaled[16], scale = scale_of(s, b);
+        const uint8_t *in = codes + b * block / 2;
+        for (long i = 0; i < 16; i++) scaled[i] = values[i] * scale;
+        if (wide) {
+            float *to = (float *)out + b * block;
+            for (long i = 0; i < block; i += 2) {
+                to[i] = scaled[in[i / 2] >> 4];
+                to[i + 1] = scaled[in[i / 2] & 15];
+            }
+        } else {
+            unpack_bf16(in, scaled, (bf16 *)out + b * block, block);
+        }
+    }
+}
+
+// y = W x for one token, straight from the codes; no block lies in two rows.
+void matrix_vector_4bit(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
+                        const float *map, const float *offset, const bf16 *x, bf16 *y, long rows, long columns,
+                        long block) {
+    scales s = {absmax, nested, map, offset};
+    long blocks = columns / block;
+    float even[columns / 2], odd[columns / 2];
+    for (long i = 0; i < columns / 2; i++) even[i] = up(x[2 * i]), odd[i] = up(x[2 * i + 1]);
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++)
+        y[r] = down(dot_4bit(codes + r * columns / 2, values, even, odd, s, r * blocks, blocks, block));
+}
+
+// Codes and absmax of x, in blocks. A value between two of the 16 sorted values goes to the nearer one, at the midpoint
+// to the lower; order gives the code of each.
+void quantize_4bit(const float *x, const float *midpoints, const uint8_t *order, uint8_t *codes, float *absmax,
+                   long blocks, long block) {
+#pragma omp parallel for schedule(static)
+    for (long b = 0; b < blocks; b++) {
+        const float *in = x + b * block;
+        float most = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (long i = 0; i < block; i++) most = __builtin_fabsf(in[i]) > most ? __builtin_fabsf(in[i]) : most;
+        absmax[b] = most;
+        float inverse = 1.0f / (most > 1e-38f ? most : 1e-38f);
+        uint8_t rank[block];
+        for (long i = 0; i < block; i++) {
+            float scaled = in[i] * inverse;
+            int count = 0;
+            for (long m = 0; m < 15; m++) count += scaled > midpoints[m];
+            rank[i] = (uint8_t)count;
+        }
+        for (long i = 0; i < block / 2; i++)
+            codes[b * block / 2 + i] = (uint8_t)(order[rank[2 * i]] << 4 | order[rank[2 * i + 1]]);
+    }
+}
+
+// out = q * scale / 127 of each row; float where wide, else bfloat16.
+void dequantize_8bit(const int8_t *codes, const float *absmax, void *out, long rows, long columns, long wide) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const int8_t *in = codes + r * columns;
+        float scale = absmax[r] * (1.0f / 127.0f);
+        float *floats = (float *)out + r * columns;
+        bf16 *halves = (bf16 *)out + r * columns;
+        if (wide) {
+            for (long i = 0; i < columns; i++) floats[i] = (float)in[i] * scale;
+        } else {
+#pragma omp simd
+            for (long i = 0; i < columns; i++) halves[i] = down((float)in[i] * scale);
+        }
+    }
+}
+
+void matrix_vector_8bit(const int8_t *codes, const float *absmax, const bf16 *x, bf16 *y, long rows, long columns) {
+    float wide[columns];
+    for (long i = 0; i < columns; i++) wide[i] = up(x[i]);
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const int8_t *row = codes + r * columns;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < columns; i++) sum += (float)row[i] * wide[i];
+        y[r] = down(sum * absmax[r] * (1.0f / 127.0f));
+    }
+}

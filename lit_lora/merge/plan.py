@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.peft.attach import check_base
+from lit_lora.peft.base import Base
 from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.updates import LowRank, Update, Updates
 
@@ -23,7 +24,7 @@ __all__ = ["EMBEDDING", "HEAD", "BaseTensors", "MergePlan", "Places", "find_adap
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class BaseTensors(Mapping[str, Tensor]):
+class BaseTensors(Base):
     """A checkpoint's tensors by name, mapped from its files on use; the head of a tied model is its embedding."""
 
     def __init__(self, folder: Path, *, tied: bool) -> None:
@@ -54,6 +55,10 @@ class BaseTensors(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return self.reader.shape(self._place(name))
+
+    def quantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantised."""
+        return False
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is stored."""

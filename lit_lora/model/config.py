@@ -116,8 +116,12 @@ class ModelConfig(Settings):
             )
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
             raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
-        if data.get("quantization_config"):
-            raise InputError(f"{name}: this checkpoint is quantised already, expected 16- or 32-bit weights")
+        quantization = data.get("quantization_config")
+        if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise InputError(
+                f"{name}: this checkpoint is quantised already, by {method}; expected bitsandbytes, or 16 or 32 bits"
+            )
         fields = {**FAMILIES[family], **{key: value for key, value in data.items() if value is not None}}
         if "sliding_window" in data and data["sliding_window"] is None:
             fields.pop("sliding_window", None)
@@ -134,11 +138,11 @@ class ModelConfig(Settings):
             raise InputError(str(error)) from error
 
     def to_hf(self) -> dict[str, Any]:
-        """``config.json`` as it was read, with the fields that finetuning may have changed."""
+        """``config.json`` as it was read, with the fields that finetuning may have changed, of weights in full."""
         name = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
         changed = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings, name: self.dtype}
         if self.source:
-            return {**self.source, **changed}
+            return {key: value for key, value in self.source.items() if key != "quantization_config"} | changed
         own = self.model_dump(exclude={"rope", "source"})
         architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.model_type]
         rope = self.rope.model_dump(exclude_none=True)

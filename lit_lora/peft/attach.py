@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lit_lora import log
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.added import AddedMethod
 from lit_lora.peft.added_files import restore_added
-from lit_lora.peft.base import base_tensors, freeze, own_modules, replace_module
+from lit_lora.peft.base import Base, base_tensors, device_of, freeze, own_modules, replace_module
 from lit_lora.peft.files import Adapter, listed, read_adapter
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
@@ -73,7 +73,7 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
     return AppliedAdapter(adapter, norm)
 
 
-def check_base(adapter: Adapter, base: Mapping[str, Tensor], *, tied: bool, force: bool = False) -> dict[str, Update]:
+def check_base(adapter: Adapter, base: Base, *, tied: bool, force: bool = False) -> dict[str, Update]:
     """Check that an adapter fits a base model, and return its updates with tied tokens under both names.
 
     Args:
@@ -93,13 +93,13 @@ def check_base(adapter: Adapter, base: Mapping[str, Tensor], *, tied: bool, forc
             hint=f"the adapter was made for {adapter.base or 'another model'}",
         )
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight") and name not in updates]
-    lacking = [module for module in adapter.lacking(modules) if base[f"{module}.weight"].ndim == 2]
+    lacking = [module for module in adapter.lacking(modules) if len(base.shape(f"{module}.weight")) == 2]
     if lacking:
         raise InputError(
             f"{adapter.folder}: lacks {listed(lacking, 'module')}, which its adapter_config.json lists as targets",
             hint="the file is incomplete: copy or save it again",
         )
-    wrong = [problem for name, update in updates.items() if (problem := _misfit(name, update, base[name]))]
+    wrong = [problem for name, update in updates.items() if (problem := _misfit(name, update, base.shape(name)))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise InputError(
@@ -122,23 +122,23 @@ def with_tied_head(updates: Updates, base: Iterable[str], *, tied: bool) -> dict
     return found
 
 
-def _misfit(name: str, update: Update, base: Tensor) -> str | None:
+def _misfit(name: str, update: Update, base: tuple[int, ...]) -> str | None:
     """How an update does not fit its tensor, in words."""
     if isinstance(update, LowRank):
         shape: tuple[int, ...] = (update.left.shape[0], update.right.shape[1])
-        fits = shape == tuple(base.shape)
+        fits = shape == base
     elif isinstance(update, Rows):
-        shape = (update.rows(base.shape[0]), *update.values.shape[1:])
-        known = sum(token < base.shape[0] for token in update.ids)
-        fits = shape[1:] == tuple(base.shape[1:]) and shape[0] - base.shape[0] == len(update.ids) - known
+        shape = (update.rows(base[0]), *update.values.shape[1:])
+        known = sum(token < base[0] for token in update.ids)
+        fits = shape[1:] == base[1:] and shape[0] - base[0] == len(update.ids) - known
     else:
         shape = tuple(update.tensor.shape)
-        grows = name.endswith((_EMBEDDING, _HEAD)) and shape[:1] > tuple(base.shape[:1])
-        fits = shape == tuple(base.shape) or (grows and shape[1:] == tuple(base.shape[1:]))
-    return None if fits else f"{name} is for shape {list(shape)}, this model has {list(base.shape)}"
+        grows = name.endswith((_EMBEDDING, _HEAD)) and shape[:1] > base[:1]
+        fits = shape == base or (grows and shape[1:] == base[1:])
+    return None if fits else f"{name} is for shape {list(shape)}, this model has {list(base)}"
 
 
-def _check_values(adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+def _check_values(adapter: Adapter, base: Base) -> None:
     other = [name for name, tensor in adapter.base_copies.items() if not _same(tensor, base.get(name))]
     other += differing(adapter.fingerprint or {}, base)
     if other:
@@ -156,8 +156,8 @@ def _same(tensor: Tensor, base: Tensor | None) -> bool:
 
 def _is_tied(model: nn.Module) -> bool:
     base = base_tensors(model)
-    embedding = next((tensor for name, tensor in base.items() if name.endswith(_EMBEDDING)), None)
-    head = next((tensor for name, tensor in base.items() if name.endswith(_HEAD)), None)
+    embedding = next((base[name] for name in base if name.endswith(_EMBEDDING)), None)
+    head = next((base[name] for name in base if name.endswith(_HEAD)), None)
     return embedding is not None and head is not None and embedding.data_ptr() == head.data_ptr()
 
 
@@ -170,7 +170,7 @@ def _attach(model: nn.Module, updates: Updates, dropout: float) -> None:
     shared: dict[int, nn.Parameter] = {}
     for name, parts in modules.items():
         base = model.get_submodule(name)
-        device = next(base.parameters()).device
+        device = device_of(base)
         replace_module(model, name, _wrap(base, parts, dropout, shared).to(device))
 
 

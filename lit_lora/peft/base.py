@@ -7,20 +7,25 @@ stays untouched as ``base_layer``. Works on any tree of ``nn.Module``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
 from lit_lora.peft.updates import Update
+from lit_lora.quantize import QuantizedLinear, count_quantized
 
 __all__ = [
+    "Base",
+    "BaseTensors",
     "Kind",
     "MatchedRow",
     "Method",
@@ -28,6 +33,7 @@ __all__ = [
     "ParameterCount",
     "base_tensors",
     "count_parameters",
+    "device_of",
     "freeze",
     "matched_table",
     "matches",
@@ -144,7 +150,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the numbers that train and all of them."""
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters))
+    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + count_quantized(model))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are."""
+    tensor = next(itertools.chain(module.parameters(), module.buffers()))
+    return tensor.device
 
 
 def own_modules(model: nn.Module) -> dict[str, OwnModule]:
@@ -161,16 +173,62 @@ def model_updates(model: nn.Module) -> dict[str, Update]:
     }
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the base model under the names they have without an adapter; tied ones under every name."""
-    return dict(_base_tensors(model, ""))
+class Base(Mapping[str, Tensor]):
+    """A base model's tensors by name; reading one may cost time and memory."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, at no cost."""
+
+    @abstractmethod
+    def quantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantised, so that its values are not those of the original model."""
 
 
-def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+class BaseTensors(Base):
+    """The parameters of the base model under the names they have without an adapter; tied ones under every name.
+
+    A quantised weight is dequantised each time it is read, and never kept.
+
+    Args:
+        model: With or without an adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._there = dict(_base_tensors(model, ""))
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._there[name]
+        return found.dequantize() if isinstance(found, QuantizedLinear) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, at no cost."""
+        found = self._there[name]
+        return (found.out_features, found.in_features) if isinstance(found, QuantizedLinear) else tuple(found.shape)
+
+    def quantized(self, name: str) -> bool:
+        """Whether a tensor is stored quantised."""
+        return isinstance(self._there[name], QuantizedLinear)
+
+
+def base_tensors(model: nn.Module) -> BaseTensors:
+    """The parameters of the base model; see :class:`BaseTensors`."""
+    return BaseTensors(model)
+
+
+def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
     if isinstance(module, OwnModule):
         if "base_layer" in module._modules:
             yield from _base_tensors(module.base_layer, prefix)
         return
+    if isinstance(module, QuantizedLinear):
+        yield f"{prefix}weight", module
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter.detach()
     for name, child in module.named_children():
@@ -243,7 +301,10 @@ def _shape(module: nn.Module) -> str:
     if isinstance(module, OwnModule) and "base_layer" not in module._modules:
         return module.extra_repr()
     base = module.base_layer if isinstance(module, OwnModule) else module
-    weight = getattr(base, "weight", None)
-    shape = "×".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""
+    if isinstance(base, QuantizedLinear):
+        shape = f"{base.out_features}×{base.in_features} {base.quantized.config}"
+    else:
+        weight = getattr(base, "weight", None)
+        shape = "×".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""
     rank = getattr(module, "rank", None)
     return f"{shape}, rank {rank}" if rank is not None else shape

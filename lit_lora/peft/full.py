@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
+from lit_lora.errors import UsageError
 from lit_lora.peft.base import Kind, Method, select
+from lit_lora.quantize import found_config
 
 __all__ = ["FullConfig"]
 
@@ -25,8 +27,14 @@ class FullConfig(Method):
         """Let the parameters of the named modules require a gradient (call ``freeze`` first for a part).
 
         Raises:
-            UsageError: A pattern matches no module.
+            UsageError: A pattern matches no module, or the base is quantised: codes have no gradient.
         """
+        quantized = found_config(model)
+        if quantized is not None:
+            raise UsageError(
+                f"peft: full finetuning changes every weight, but the base is quantised ({quantized})",
+                hint="start from the original 16-bit checkpoint, or train an adapter: recipe=qlora",
+            )
         if self.train == "all":
             model.requires_grad_(True)
             return

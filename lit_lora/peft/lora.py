@@ -24,10 +24,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select
+from lit_lora.peft.base import Kind, Method, OwnModule, device_of, matches, own_modules, replace_module, select
 from lit_lora.peft.lora_function import Part, lora_linears
 from lit_lora.peft.trained import TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Replace, Update
+from lit_lora.quantize import QuantizedLinear
 
 __all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "layer_number"]
 
@@ -66,7 +67,7 @@ class LoRALinear(OwnModule):
         super().__init__()
         self.base_layer: nn.Linear = base_layer
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        device = base_layer.weight.device
+        device = device_of(base_layer)
         self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=torch.float32, device=device))
         if init == "kaiming":
@@ -91,7 +92,8 @@ class LoRALinear(OwnModule):
     def _part(self, keep: float) -> Part:
         base = self.base_layer
         bias = base.bias if self.trained_bias is None else self.trained_bias
-        return Part(base.weight, bias, self.lora_A, self.lora_B, self.scaling / keep)
+        weight = base.quantized if isinstance(base, QuantizedLinear) else base.weight
+        return Part(weight, bias, self.lora_A, self.lora_B, self.scaling / keep)
 
     def updates(self) -> dict[str, Update]:
         """``W + s B A``, and the trained bias."""

@@ -5,6 +5,8 @@ would do and this does not: it saves ``x`` once for all uses (nothing when ``A``
 of the frozen ``W``. Layers that read the same ``x`` (q, k, v; gate, up) go together: their ``A`` are one product, and
 their input gradients add up in place.
 
+A weight that is stored quantised is dequantised for each product and kept nowhere.
+
 The update is computed first and the base product accumulates onto it, so their sum is rounded once, from float32. The
 other way round, a bfloat16 base output would be rounded before a small update is added, and half of the updates of the
 first steps would be lost.
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_lora.model.ops import linear
+from lit_lora.quantize import Quantized
 
 __all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears"]
 
@@ -29,8 +32,8 @@ __all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears"]
 class Part(NamedTuple):
     """One layer's tensors."""
 
-    weight: Tensor
-    """(out, in), in the dtype of the input; frozen or not."""
+    weight: Tensor | Quantized
+    """(out, in), in the dtype of the input; frozen or not. A quantised one is frozen."""
     bias: Tensor | None
     """(out,)."""
     A: Tensor
@@ -57,8 +60,9 @@ def lora_linears(x: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -
     """
     if not torch.is_grad_enabled() and x.numel() == x.shape[-1] and mask is None:
         return tuple(_one_token(x, part) for part in parts)
-    tensors = [tensor for part in parts for tensor in part[:4]]
-    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, mask, [part.scaling for part in parts], *tensors)  # type: ignore[no-untyped-call]
+    tensors = [None if isinstance(tensor, Quantized) else tensor for part in parts for tensor in part[:4]]
+    fixed = [(part.scaling, part.weight if isinstance(part.weight, Quantized) else None) for part in parts]
+    outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, mask, fixed, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -81,7 +85,11 @@ def lora_linear_reference(
 def _one_token(x: Tensor, part: Part) -> Tensor:
     """One layer for one token, as in decoding: all products are matrix-vector products."""
     bias = None if part.bias is None else part.bias.to(x.dtype)
-    base = linear(x, part.weight, bias).float()
+    if isinstance(part.weight, Quantized):
+        base = part.weight.matrix_vector(x.reshape(-1)).view(*x.shape[:-1], -1)
+        base = base.float() if bias is None else base.float() + bias.float()
+    else:
+        base = linear(x, part.weight, bias).float()
     low = linear(x, part.A.to(x.dtype)).to(part.B.dtype)
     return (base + part.scaling * linear(low, part.B).float()).to(x.dtype)
 
@@ -89,9 +97,9 @@ def _one_token(x: Tensor, part: Part) -> Tensor:
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, scalings: list[float], *tensors: Tensor | None
+        ctx: Any, x: Tensor, mask: Tensor | None, fixed: list[tuple[float, Quantized | None]], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        parts = _parts(tensors, scalings)
+        parts = _parts(tensors, fixed)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         flat_mask = None if mask is None else mask.reshape(flat.shape)
         low = _masked(flat, flat_mask) @ _stacked(parts, x.dtype).T  # (tokens, all ranks)
@@ -100,8 +108,8 @@ class _LoRALinears(torch.autograd.Function):
             y = part_low @ (part.B * part.scaling).to(x.dtype).T  # (tokens, out)
             if part.bias is not None:
                 y += part.bias.to(x.dtype)
-            outputs.append(_accumulate(y, flat, part.weight.T).view(*x.shape[:-1], -1))
-        ctx.scalings, ctx.shape = scalings, x.shape
+            outputs.append(_accumulate(y, flat, _dense(part.weight, x.dtype).T).view(*x.shape[:-1], -1))
+        ctx.fixed, ctx.shape = fixed, x.shape
         trains_A = any(ctx.needs_input_grad[5::4]) or any(ctx.needs_input_grad[3::4])
         ctx.save_for_backward(flat if trains_A else None, flat_mask, low, *tensors)
         ctx.set_materialize_grads(False)
@@ -111,7 +119,7 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mask, low, *tensors = ctx.saved_tensors
-        parts = _parts(tensors, ctx.scalings)
+        parts = _parts(tensors, ctx.fixed)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         lows = torch.split(low, [part.A.shape[0] for part in parts], dim=1)
         grad_low = torch.zeros_like(low)
@@ -141,7 +149,7 @@ class _LoRALinears(torch.autograd.Function):
             grad_x = _masked(grad_low @ _stacked(parts, low.dtype), mask)  # (tokens, in)
             for part, flat in zip(parts, flats, strict=True):
                 if flat is not None:
-                    _accumulate(grad_x, flat, part.weight)
+                    _accumulate(grad_x, flat, _dense(part.weight, flat.dtype))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, *results
 
@@ -161,8 +169,17 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _parts(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Part]:
-    return [Part(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]  # type: ignore[call-arg]
+def _parts(tensors: Sequence[Any], fixed: Sequence[tuple[float, Quantized | None]]) -> list[Part]:
+    parts = []
+    for index, (scaling, quantized) in enumerate(fixed):
+        weight, bias, A, B = tensors[4 * index : 4 * index + 4]
+        parts.append(Part(weight if quantized is None else quantized, bias, A, B, scaling))
+    return parts
+
+
+def _dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """The weight as a tensor, (out, in)."""
+    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
 
 
 def _stacked(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:

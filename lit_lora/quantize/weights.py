@@ -1,0 +1,282 @@
+"""Matrices in few bits: quantise, dequantise, and multiply one vector without dequantising.
+
+Every operation has one PyTorch form, and on a CPU a fused one that gives the same bits. Source: QLoRA,
+arXiv:2305.14314, section 3; int8 rows: LLM.int8(), arXiv:2208.07339, section 2.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lit_lora import kernels
+from lit_lora.errors import UsageError
+from lit_lora.quantize.codes import DYNAMIC, nearest_dynamic, table
+from lit_lora.quantize.config import QuantizeConfig
+
+__all__ = ["FourBit", "Int8", "Quantized", "quantize"]
+
+NESTED = 256
+"""Scales that share a scale themselves."""
+_CHUNK = 1 << 20
+"""Values at a time in the PyTorch forms: their temporaries stay small."""
+
+
+class Quantized(nn.Module):
+    """A matrix in few bits. Its tensors are buffers whose dtype no ``.to(dtype)`` changes.
+
+    Args:
+        config: How it is quantised.
+        shape: (out, in).
+    """
+
+    def __init__(self, config: QuantizeConfig, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
+
+    def matrix_vector(self, x: Tensor) -> Tensor:
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``."""
+        return torch.mv(self.dequantize(x.dtype), x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.buffers()).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and old.dtype != new.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and type."""
+        return f"{self.shape[0]}, {self.shape[1]}, {self.config}"
+
+
+class FourBit(Quantized):
+    """Blocks of 4-bit codes: ``values[code] * absmax`` of the block.
+
+    Args:
+        config: nf4 or fp4.
+        shape: (out, in).
+        codes: (out * in / 2, 1) uint8: two codes a byte, row by row, the first in the high half.
+        absmax: (blocks,) float32, or uint8 codes into ``DYNAMIC`` where double quantised.
+        nested_absmax: (blocks / 256 rounded up,) float32: of the codes of absmax.
+        offset: () float32: what was taken off every absmax.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        shape: tuple[int, int],
+        codes: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
+        super().__init__(config, shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("offset", offset)
+
+    @classmethod
+    def empty(cls, config: QuantizeConfig, shape: tuple[int, int], device: torch.device) -> FourBit:
+        """With tensors of the right shapes and no values, such as on the meta device."""
+        blocks = shape[0] * shape[1] // config.block_size
+        codes = torch.empty(shape[0] * shape[1] // 2, 1, dtype=torch.uint8, device=device)
+        if not config.double_quant:
+            return cls(config, shape, codes, torch.empty(blocks, device=device))
+        nested = torch.empty(-(-blocks // NESTED), device=device)
+        absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
+        return cls(config, shape, codes, absmax, nested, torch.empty((), device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor, config: QuantizeConfig) -> FourBit:
+        """Quantise ``weight``."""
+        flat, block = weight.detach().reshape(-1), config.block_size
+        codes = torch.empty(flat.numel() // 2, 1, dtype=torch.uint8, device=flat.device)
+        absmax = torch.empty(flat.numel() // block, device=flat.device)
+        for start in range(0, flat.numel(), _CHUNK):
+            piece = flat[start : start + _CHUNK].float()
+            here = codes[start // 2 : (start + _CHUNK) // 2], absmax[start // block : (start + _CHUNK) // block]
+            _quantize_4bit(piece, config, *here)
+        shape = (weight.shape[0], weight.shape[1])
+        if not config.double_quant:
+            return cls(config, shape, codes, absmax)
+        offset = absmax.mean()
+        scale_codes, nested = _quantize_scales(absmax - offset)
+        return cls(config, shape, codes, scale_codes, nested, offset)
+
+    def scales(self) -> Tensor:
+        """The absmax of each block, (blocks,) float32."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        values = DYNAMIC.to(self.absmax.device)[self.absmax.int()]
+        return values * self.nested_absmax.repeat_interleave(NESTED)[: values.numel()] + self.offset
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        block = self.config.block_size
+        if self._fused() and dtype in (torch.bfloat16, torch.float32):
+            blocks, wide = out.numel() // block, int(dtype == torch.float32)
+            kernels.call("dequantize_4bit", *self._pointers(), out, blocks, block, wide)
+            return out
+        pairs, codes, scales = table(self.config.name, out.device).pairs, self.codes.view(-1), self.scales()
+        flat = out.view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            stop = min(start + _CHUNK, flat.numel())
+            values = pairs.index_select(0, codes[start // 2 : stop // 2].int()).view(-1, block)  # (blocks, block)
+            flat[start:stop] = values.mul_(scales[start // block : stop // block, None]).view(-1)
+        return out
+
+    def matrix_vector(self, x: Tensor) -> Tensor:
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
+        rows, columns = self.shape
+        if not (self._fused() and kernels.usable(x)) or columns % self.config.block_size:
+            return super().matrix_vector(x)
+        y = torch.empty(rows, dtype=x.dtype)
+        kernels.call("matrix_vector_4bit", *self._pointers(), x, y, rows, columns, self.config.block_size)
+        return y
+
+    def _fused(self) -> bool:
+        tensors = [self.codes, self.absmax, self.nested_absmax]
+        placed = all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
+        return placed and kernels.library() is not None
+
+    def _pointers(self) -> tuple[Tensor | None, ...]:
+        values = table(self.config.name, self.codes.device).values
+        return self.codes, values, self.absmax, self.nested_absmax, DYNAMIC, self.offset
+
+
+class Int8(Quantized):
+    """Rows of 8-bit codes: ``code * absmax / 127`` of the row.
+
+    Args:
+        config: int8.
+        shape: (out, in).
+        codes: (out, in) int8.
+        absmax: (out,) float32.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(self, config: QuantizeConfig, shape: tuple[int, int], codes: Tensor, absmax: Tensor) -> None:
+        super().__init__(config, shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+
+    @classmethod
+    def empty(cls, config: QuantizeConfig, shape: tuple[int, int], device: torch.device) -> Int8:
+        """With tensors of the right shapes and no values, such as on the meta device."""
+        codes = torch.empty(shape, dtype=torch.int8, device=device)
+        return cls(config, shape, codes, torch.empty(shape[0], device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor, config: QuantizeConfig) -> Int8:
+        """Quantise ``weight``."""
+        weight = weight.detach()
+        made = cls.empty(config, (weight.shape[0], weight.shape[1]), weight.device)
+        step = max(1, _CHUNK // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = weight[start : start + step].float()
+            most = rows.abs().amax(1)
+            made.absmax[start : start + step] = most
+            made.codes[start : start + step] = (rows * (127.0 / most.clamp(min=1e-38))[:, None]).round_()
+        return made
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
+        if self._fused() and dtype in (torch.bfloat16, torch.float32):
+            out = torch.empty(self.shape, dtype=dtype)
+            kernels.call("dequantize_8bit", self.codes, self.absmax, out, *self.shape, int(dtype == torch.float32))
+            return out
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        step = max(1, _CHUNK // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            out[rows] = self.codes[rows].float() * (self.absmax[rows, None] * (1 / 127))
+        return out
+
+    def matrix_vector(self, x: Tensor) -> Tensor:
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
+        if not (self._fused() and kernels.usable(x)):
+            return super().matrix_vector(x)
+        y = torch.empty(self.shape[0], dtype=x.dtype)
+        kernels.call("matrix_vector_8bit", self.codes, self.absmax, x, y, *self.shape)
+        return y
+
+    def _fused(self) -> bool:
+        placed = all(t.device.type == "cpu" and t.is_contiguous() for t in (self.codes, self.absmax))
+        return placed and kernels.library() is not None
+
+
+TYPES: dict[str, type[FourBit] | type[Int8]] = {"nf4": FourBit, "fp4": FourBit, "int8": Int8}
+
+
+def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix") -> Quantized:
+    """Quantise a matrix.
+
+    The codes are the same on every device, with and without the fused kernel, and those of bitsandbytes.
+
+    Args:
+        weight: (out, in), of any floating dtype and device; it is only read. On the meta device: without values.
+        config: How.
+        name: Of the matrix, for the message.
+
+    Raises:
+        UsageError: The block size does not divide its rows.
+    """
+    rows, columns = weight.shape
+    kind = TYPES[config.name]
+    if kind is FourBit and columns % config.block_size:
+        sizes = [size for size in (32, 64, 128, 256, 512, 1024, 2048, 4096) if columns % size == 0]
+        fitting = f"those that do: {', '.join(map(str, sizes))}" if sizes else "none does: use quantize.name=int8"
+        raise UsageError(
+            f"quantize.block_size: {config.block_size} does not divide the {columns} columns of {name}, {fitting}"
+        )
+    if weight.device.type == "meta":
+        return kind.empty(config, (rows, columns), weight.device)
+    return kind.of(weight, config)
+
+
+def _quantize_4bit(x: Tensor, config: QuantizeConfig, codes: Tensor, absmax: Tensor) -> None:
+    """Fill ``codes`` (n / 2, 1) and ``absmax`` (n / block,) of ``x`` (n,) float32."""
+    known, block = table(config.name, x.device), config.block_size
+    if x.device.type == "cpu" and kernels.library() is not None:
+        kernels.call("quantize_4bit", x.contiguous(), known.midpoints, known.order, codes, absmax, len(absmax), block)
+        return
+    blocks = x.view(-1, block)
+    absmax.copy_(blocks.abs().amax(1))
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # times the inverse, as everybody's codes were made
+    found = known.order[torch.bucketize(scaled, known.midpoints, out_int32=True)].view(-1, 2)
+    codes.copy_(found[:, :1] << 4 | found[:, 1:])
+
+
+def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes into ``DYNAMIC``, (blocks,) uint8, and the absmax of each 256 of them, float32."""
+    count = scales.numel()
+    padded = torch.zeros(-(-count // NESTED) * NESTED, device=scales.device)
+    padded[:count] = scales
+    blocks = padded.view(-1, NESTED)
+    most = blocks.abs().amax(1)
+    codes = nearest_dynamic(blocks * (1 / most.clamp(min=1e-38))[:, None])
+    return codes.view(-1)[:count], most
