@@ -44,6 +44,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     config.peft.apply(model)
+    model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder

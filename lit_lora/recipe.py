@@ -220,7 +220,7 @@ def claim_folder(run: Run) -> None:
 
 
 # What a resumed run may do differently; anything else makes it another run.
-_MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens"} | {
+_MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens", "train.activation_checkpointing"} | {
     f"train.{key}" for key in ("eval_every", "save_every", "keep_last", "patience", "samples")
 }
 

@@ -238,7 +238,7 @@ def _config_text(found: _Found, machine: _Machine, model: Path, out: Path) -> st
     data.append(("max_seq_length", str(long), f"tokens; the longest row has about {found.longest:,}{over}"))
     steps = -(-found.rows // 8)
     epochs = "10" if steps < 10 else "3" if steps < 400 else "1"
-    at_once = 8192 if machine.gpu and machine.memory_bytes > 20e9 else 1024 if machine.memory_bytes < 6e9 else 2048
+    at_once = 8192 if machine.gpu and machine.memory_bytes > 20e9 else 1024
     train = [
         ("epochs", epochs, f"passes over {found.rows:,} rows"),
         ("batch_size", "8", f"rows per step: about {steps * int(epochs):,} steps"),

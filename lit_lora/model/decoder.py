@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
 from lit_lora.model.attention import Attend, CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.layers import MLP, Linear, RMSNorm, project
+from lit_lora.model.layers import MLP, Linear, RMSNorm, checkpointed, project, recomputed
 
-__all__ = ["CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
+__all__ = ["CausalLM", "Checkpointing", "Decoder", "DecoderLayer", "SelfAttention"]
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What is computed again in the backward instead of being kept: nothing, the MLPs' inner states, or whole layers."""
 
 
 class SelfAttention(nn.Module):
@@ -53,12 +58,23 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
         """The residual stream (T, D) and what is to be added to it (T, D) or ``None``; both again after the layer."""
+        if self.checkpointing == "full":
+            return checkpointed(self._forward, x, delta, attend)
+        return self._forward(x, delta, attend)
+
+    def _forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
         x, normed = self.input_layernorm(x, delta)
-        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, attend))
-        return x, self.mlp(normed)
+        with recomputed(normed, partial(self.input_layernorm.again, x)):
+            attended = self.self_attn(normed, attend)
+        x, normed = self.post_attention_layernorm(x, attended)
+        if self.checkpointing == "selective":
+            return x, checkpointed(self.mlp, normed)
+        with recomputed(normed, partial(self.post_attention_layernorm.again, x)):
+            return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -101,6 +117,15 @@ class CausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter."""
         self.lm_head.weight = self.model.embed_tokens.weight
+
+    def checkpoint_activations(self, what: Checkpointing) -> None:
+        """Trade time for memory in training; losses and gradients stay the same bits.
+
+        Of what a layer keeps for the backward, ``selective`` drops the MLP's half, ``full`` all but the layer's input.
+        """
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.checkpointing = what
 
     def forward(
         self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_lora.model.ops import add_rms_norm, linear, swiglu
 
-__all__ = ["MLP", "Linear", "RMSNorm", "project", "recomputed"]
+__all__ = ["MLP", "Linear", "RMSNorm", "checkpointed", "project", "recomputed"]
+
+R = TypeVar("R")
 
 
 class Linear(nn.Linear):
@@ -32,6 +37,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``x + delta`` and its norm, each (..., D) in the dtype of ``x``."""
         return add_rms_norm(x, delta, self.weight, self.eps)
+
+    def again(self, total: Tensor) -> Tensor:
+        """The norm of what :meth:`forward` returned as the sum, the same bits."""
+        return add_rms_norm(total, None, self.weight, self.eps)[1]
 
 
 class MLP(nn.Module):
@@ -89,8 +98,31 @@ def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
             return compute().view(kept)
 
     value_size = shape.numel()
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _CHECKPOINTED.get():
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
         yield
+
+
+_CHECKPOINTED: ContextVar[bool] = ContextVar("_CHECKPOINTED", default=False)
+"""Inside a checkpoint nothing is kept anyway, and PyTorch asks only the innermost hooks."""
+
+
+def checkpointed(function: Callable[..., R], *arguments: Any) -> R:
+    """Call ``function`` and keep only its arguments for the backward, which calls it again.
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+
+    def call(*arguments: Any) -> R:
+        token = _CHECKPOINTED.set(True)
+        try:
+            return function(*arguments)
+        finally:
+            _CHECKPOINTED.reset(token)
+
+    result: R = checkpoint(call, *arguments, use_reentrant=False)
+    return result

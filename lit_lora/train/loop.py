@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -37,9 +37,14 @@ class TrainConfig(Settings):
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps, instead of epochs.")
     batch_size: int = Field(8, gt=0, description="Rows per optimizer step.")
     micro_batch_tokens: int = Field(
-        2048,
+        1024,
         gt=0,
         description="Tokens computed at once; larger steps are accumulated. Changes memory only.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations computed again in the backward instead of kept: none, the MLPs', whole layers'. "
+        "Less memory, slower, the same results.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient is scaled down to this norm.")
     eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run by default.")

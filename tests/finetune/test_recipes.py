@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import validation_batches
+from lit_lora.model.decoder import DecoderLayer
 from lit_lora.recipe import Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import validation_loss
@@ -113,6 +114,27 @@ def test_answers_shown_while_training_leave_it_as_it_is(task, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if ": answers '" in line]
     assert [line.split(":")[0] for line in lines] == [f"step {step}" for step in (0, 0, 3, 3, 6, 6, 8, 8)]
     assert all(", expected '" in line for line in lines)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_activation_checkpointing_recomputes_and_changes_no_number(task, recipe, monkeypatch):
+    plain, calls = finetuned(write_config(task, recipe=recipe)), []
+    monkeypatch.setattr(DecoderLayer, "_forward", counting(DecoderLayer._forward, calls))
+    sections = {"recipe": recipe, "train": {"activation_checkpointing": "full"}, "out": str(task / "again")}
+    again = finetuned(write_config(task, **sections))
+    assert metrics(again) == metrics(plain)
+    trained = 8 * 2 * 2  # steps x layers x (forward, and again in the backward)
+    assert sum(calls) == trained
+
+
+def counting(function, calls):
+    """``function``, noting for each call with gradients that it was one."""
+
+    def wrapper(*args):
+        calls.append(torch.is_grad_enabled())
+        return function(*args)
+
+    return wrapper
 
 
 def test_a_recipe_file_runs_from_any_folder(task, tmp_path):
