@@ -7,6 +7,7 @@ tree of ``nn.Module``, and taking it out leaves the base as it was.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.base import Kind, Method, OwnModule, own_modules, trainable_state
+from lit_lora.peft.base import Kind, Method, OwnModule, own_modules
 from lit_lora.peft.updates import Update
 
 __all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill", "own_state", "width_of"]
@@ -92,10 +93,31 @@ class AddedMethod(Method):
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method; one that PEFT does not have is saved under a name of ours."""
 
+    @property
+    def label(self) -> str:
+        """The method's name, which marks the modules that it puts in."""
+        return str(self.model_dump()["name"])
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the method's modules in, in place, and mark them as its own."""
+        before = set(own_modules(model).values())
+        self.add(model)
+        for module in own_modules(model).values():
+            if module not in before:
+                module.owner = self.label
+
+    @abstractmethod
+    def add(self, model: nn.Module) -> None:
+        """Put the method's modules in, in place.
+
+        Raises:
+            UsageError: The settings do not fit this model.
+        """
+
     def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What ``adapter_config.json`` and the tensors' file get: PEFT's form, or else the settings and what trains."""
-        name = self.model_dump()["name"]
-        return {"peft_type": f"LIT_LORA_{name.upper()}", "settings": self.model_dump(mode="json")}, own_state(model)
+        settings = {"peft_type": f"LIT_LORA_{self.label.upper()}", "settings": self.model_dump(mode="json")}
+        return settings, own_state(model, self.label)
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AddedMethod:
@@ -113,7 +135,7 @@ class AddedMethod(Method):
             InputError: They are not the tensors of this method on this model.
         """
         self.apply(model)
-        fill(trainable_state(model), tensors)
+        fill(own_state(model, self.label), tensors)
 
 
 def fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -134,9 +156,9 @@ def fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Non
             parameter.copy_(tensors[name])
 
 
-def own_state(model: nn.Module) -> dict[str, Tensor]:
-    """The method's own parameters by name, trained or not, detached."""
-    own = own_modules(model)
+def own_state(model: nn.Module, *owners: str) -> dict[str, Tensor]:
+    """The parameters of some methods by name, or of all, trained or not, detached."""
+    own = [name for name, module in own_modules(model).items() if not owners or module.owner in owners]
     names = tuple(f"{name}." for name in own)
     inside = {n: p.detach() for n, p in model.named_parameters() if n.startswith(names)}
     return {name: value for name, value in inside.items() if ".base_layer." not in name}

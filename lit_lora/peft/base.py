@@ -95,6 +95,8 @@ class OwnModule(nn.Module):
     """
 
     base_layer: nn.Module
+    owner: str = ""
+    """Which method put it in, where several can be in one model."""
 
     @abstractmethod
     def updates(self) -> dict[str, Update]:

@@ -119,6 +119,7 @@ class SerialAdapter(Bottleneck):
 class ParallelAdapter(Bottleneck):
     """``host(x) + s up φ(down x)``."""
 
+    child = "parallel_adapter"
     scale: float = 1.0
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class HoulsbyConfig(BottleneckConfig):
             raise ValueError("drop_layers: random leaves out adapters and not norms, expected train_norms: false")
         return self
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the norms train.
 
         Raises:
@@ -241,7 +242,7 @@ class ParallelConfig(BottleneckConfig):
     init_zero: bool = Field(True, description="Start with up at zero, which changes nothing at first.")
     scale: float = Field(4.0, gt=0, description="Factor of the adapter's output.")
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the adapters.
 
         Raises:
@@ -264,7 +265,7 @@ class LinConfig(BottleneckConfig):
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at first.")
     task_embedding: bool = Field(True, description="Add a trained vector to every embedded token.")
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the adapters and the task embedding.
 
         Raises:

@@ -116,7 +116,7 @@ class LlamaAdapterConfig(AddedMethod):
         """Name and length."""
         return f"{self.model_dump()['name']}, prompts of {self.adapter_len} rows"
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the prompts.
 
         Raises:
@@ -145,7 +145,7 @@ class LlamaAdapterConfig(AddedMethod):
             "adapter_len": self.adapter_len,
             "adapter_layers": sum(isinstance(module, AdaptionPrompt) for module in found),
         }
-        state = own_state(model).items()
+        state = own_state(model, self.label).items()
         tensors = {name.replace(f".{AdaptionPrompt.child}.", "."): value for name, value in state}
         return config, {n: v[None] if n.endswith("adaption_prompt") else v for n, v in tensors.items()}
 
@@ -173,7 +173,7 @@ class LlamaAdapterConfig(AddedMethod):
             return
         self.apply(model)
         named = {re.sub(r"\.(adaption_\w+)$", rf".{AdaptionPrompt.child}.\1", n): v for n, v in tensors.items()}
-        fill(own_state(model), {n: v[0] if n.endswith("adaption_prompt") else v for n, v in named.items()})
+        fill(own_state(model, self.label), {n: v[0] if n.endswith("adaption_prompt") else v for n, v in named.items()})
 
 
 class LlamaAdapterV2Config(LlamaAdapterConfig):
@@ -182,14 +182,16 @@ class LlamaAdapterV2Config(LlamaAdapterConfig):
     peft_type: ClassVar[str | None] = None
     name: Literal["llama-adapter-v2"] = Field("llama-adapter-v2", description="The method.")  # type: ignore[assignment]
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the prompts, the biases and the scales, and let the norms train.
 
         Raises:
             UsageError: As version 1, or a linear layer is adapted in another way already.
         """
+        if own_modules(model):
+            raise UsageError("peft: a bias and scale of every linear layer do not go together with another method")
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        super().apply(model)
+        super().add(model)
         for linear in linears:
             ScaleAndBias(linear.out_features).join(linear)
         for name in norms(model):

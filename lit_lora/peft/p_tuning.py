@@ -122,7 +122,7 @@ class PTuningConfig(PromptMethod):
         parts = [encode(part) if isinstance(part, str) else part for part in settings.template]
         return settings.model_copy(update={"template": parts})
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Put the virtual tokens and their encoder before the decoder's input.
 
         Raises:

@@ -133,7 +133,7 @@ class PrefixConfig(VirtualTokens):
             raise ValueError(f"init_text has no effect with init: {self.init}, expected init: tokens")
         return self
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Put the prefix into the decoder.
 
         Raises:

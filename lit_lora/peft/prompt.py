@@ -96,7 +96,7 @@ class PromptConfig(PromptMethod):
             raise ValueError("init_text has no effect with init: random, expected init: tokens")
         return self
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Put the virtual tokens before the decoder's input.
 
         Raises:

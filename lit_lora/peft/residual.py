@@ -63,7 +63,7 @@ class ResidualConfig(AddedMethod):
     target_modules: list[str] = Field(["*"], min_length=1, description="Convolutions that get one; * is all of them.")
     train_norms: bool = Field(True, description="Train scale and bias of the batch norms too.")
 
-    def apply(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the batch norms train.
 
         Raises:
