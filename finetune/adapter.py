@@ -44,6 +44,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     method.apply(model)
+    model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder
@@ -59,6 +60,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         validation=data.validation,
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
+        lr_factors=method.lr_factors(model),
     )
     adapter = run.folder / "adapter"
     save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))

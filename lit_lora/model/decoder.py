@@ -68,13 +68,19 @@ class DecoderLayer(nn.Module):
 
     def _forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
         x, normed = self.input_layernorm(x, delta)
-        with recomputed(normed, partial(self.input_layernorm.again, x)):
+        with recomputed(normed, partial(_norm_again, self.input_layernorm, x)):
             attended = self.self_attn(normed, attend)
         x, normed = self.post_attention_layernorm(x, attended)
         if self.checkpointing == "selective":
             return x, checkpointed(self.mlp, normed)
-        with recomputed(normed, partial(self.post_attention_layernorm.again, x)):
+        with recomputed(normed, partial(_norm_again, self.post_attention_layernorm, x)):
             return x, self.mlp(normed)
+
+
+def _norm_again(norm: nn.Module, total: Tensor) -> Tensor:
+    """The norm of what ``norm`` returned as the sum, the same bits; a method may have put another module there."""
+    normed: Tensor = norm(total)[1]
+    return normed
 
 
 class Decoder(nn.Module):

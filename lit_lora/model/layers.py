@@ -38,10 +38,6 @@ class RMSNorm(nn.Module):
         """``x + delta`` and its norm, each (..., D) in the dtype of ``x``."""
         return add_rms_norm(x, delta, self.weight, self.eps)
 
-    def again(self, total: Tensor) -> Tensor:
-        """The norm of what :meth:`forward` returned as the sum, the same bits."""
-        return add_rms_norm(total, None, self.weight, self.eps)[1]
-
 
 class MLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``. Source: arXiv:2002.05202 (SwiGLU)."""

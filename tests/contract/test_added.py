@@ -91,6 +91,22 @@ def test_the_context_is_shorter_by_what_stands_before(case):
     assert model.context == 40
 
 
+@pytest.mark.parametrize("what", ["selective", "full"])
+@every_added_case
+def test_checkpointed_activations_give_the_same_gradients(case, what):
+    gradients = []
+    for checkpointing in ("none", what):
+        model = adapted(case).train()
+        model.checkpoint_activations(checkpointing)
+        torch.manual_seed(5)
+        model(torch.tensor([[3, 4, 5, 6, 7, 8]]), lengths=[2, 4]).square().mean(-1).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, again = gradients
+    for name, gradient in plain.items():
+        assert (gradient is None) == (again[name] is None), name  # of an adapter that was left out
+        assert gradient is None or torch.equal(again[name], gradient), name
+
+
 @every_added_case
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(case, tmp_path):
     settings = {"validation": make_rows(3, seed=9), "eval_every": 2, "optimizer": {"lr": 1e-3}}
