@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_lora.data import Rows
+from lit_lora.quantize import stored_bytes
 from lit_lora.train.loop import TrainConfig
 from lit_lora.train.loss import CHUNK
 
@@ -40,7 +41,7 @@ def estimate(model: nn.Module, rows: Rows, config: TrainConfig, dtype: torch.dty
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = {id(p): p for p in model.parameters()}.values()
     trainable = sum(p.numel() for p in weights if p.requires_grad)
-    stored = sum(p.numel() * p.element_size() for p in weights)
+    stored = stored_bytes(model)
     longest = int(rows.token_counts.max())
     step_tokens = float(rows.token_counts.mean()) * config.batch_size
     at_once = max(longest, min(config.micro_batch_tokens, step_tokens))
@@ -49,7 +50,7 @@ def estimate(model: nn.Module, rows: Rows, config: TrainConfig, dtype: torch.dty
     activations = at_once * widths * dtype.itemsize
     logits = CHUNK * max((linear.out_features for linear in linears), default=0) * (4 + dtype.itemsize)
     memory = _PROCESS_BYTES * (device.type == "cpu") + stored + 16 * trainable + activations + logits
-    products = 4 * step_tokens * sum(linear.weight.numel() for linear in linears)
+    products = 4 * step_tokens * sum(linear.in_features * linear.out_features for linear in linears)
     written = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
     disk = 12 * trainable * (config.keep_last + 2) + written
     return Estimate(int(memory), int(disk), products / (_product_rate(dtype, device) * _EFFICIENCY))

@@ -8,7 +8,9 @@ from pathlib import Path
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM
-from lit_lora.peft import load_adapter, read_adapter
+from lit_lora.peft import load_adapter, quantization_of, read_adapter
+from lit_lora.quantize import QuantizeConfig, found_config
+from lit_lora.quantize.config import parse
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
 
@@ -32,7 +34,12 @@ class OpenedModel:
 
 
 def open_model(
-    model: Path, *, adapter: Path | None = None, dtype: str | None = None, device: str = "auto"
+    model: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> OpenedModel:
     """Open a model for use.
 
@@ -42,16 +49,19 @@ def open_model(
         adapter: An adapter folder, or a run folder with one, in the place of the run's own.
         dtype: ``fp32``, ``bf16`` or ``fp16``; what the device computes fastest when omitted.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        quantize: How the base is held: ``none``, ``nf4-dq``, ``nf4``, ``fp4-dq``, ``fp4`` or ``int8``; when omitted, as
+            the adapter was trained, or as the folder has it.
 
     Raises:
         InputError: A folder holds no model or adapter, or the adapter does not belong to the base.
-        UsageError: The base of a run or adapter is not on this machine, or no such device or dtype.
+        UsageError: The base of a run or adapter is not on this machine, no such device or dtype, or the base is
+            quantised in another way than asked for.
     """
     base, folder = find_folders(model, adapter=adapter)
     place = choose_device(device)
     precision = choose_dtype(dtype or "auto", place)
     reuse_memory()
-    loaded = load_model(base, dtype=precision, device=place)
+    loaded = load_model(base, dtype=precision, device=place, quantize=_how(quantize, folder))
     about = [str(base)]
     if folder is not None:
         about.append(f"adapter {load_adapter(loaded, folder)}")
@@ -63,8 +73,16 @@ def open_model(
             f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}",
             hint="tokenizer.json and config.json are of different models",
         )
-    about.append(f"{str(precision).removeprefix('torch.')} on {place}")
+    held = found_config(loaded)
+    about.append(f"{f'{held}, ' if held else ''}{str(precision).removeprefix('torch.')} on {place}")
     return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
+
+
+def _how(asked: str | None, adapter: Path | None) -> QuantizeConfig | None:
+    """How the base is to be quantised."""
+    if asked is None:
+        return None if adapter is None else quantization_of(adapter)
+    return None if asked == "none" else parse(asked, option="--quantize")
 
 
 def find_folders(model: Path, *, adapter: Path | None = None) -> tuple[Path, Path | None]:

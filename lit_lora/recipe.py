@@ -30,6 +30,7 @@ from lit_lora.files import human_bytes, require_free_space, write_text
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
 from lit_lora.peft import METHODS, Kind, Method, count_parameters, matched_table, methods
+from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult, TrainConfig
@@ -41,6 +42,7 @@ __all__ = [
     "FinetuneConfig",
     "ModelSettings",
     "Options",
+    "QuantizedConfig",
     "Run",
     "RunData",
     "answer_samples",
@@ -59,6 +61,7 @@ __all__ = [
 # `recipe:` in a config -> the file in finetune/ that runs it
 RECIPES: dict[str, str] = {
     "lora": "lit_lora.finetune.lora",
+    "qlora": "lit_lora.finetune.qlora",
     "adapter": "lit_lora.finetune.adapter",
     "full": "lit_lora.finetune.full",
 }
@@ -77,7 +80,7 @@ class ModelSettings(Settings):
 class FinetuneConfig(Settings):
     """One finetuning run; the YAML file's sections."""
 
-    recipe: str = Field("lora", description="Which recipe runs: lora, adapter or full.")
+    recipe: str = Field("lora", description="Which recipe runs: lora, qlora, adapter or full.")
     model: ModelSettings = Field(description="The base model.")
     data: DataConfig = Field(description="The rows to learn from.")
     peft: Method = Field(description="The method and its settings; name picks it.")
@@ -108,18 +111,27 @@ class FinetuneConfig(Settings):
         return {**data, "optimizer": {**optimizer, "lr": default_lr}}
 
 
+class QuantizedConfig(FinetuneConfig):
+    """A run over a quantised base."""
+
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")
+
+
 def load_settings(recipe: str) -> type[FinetuneConfig]:
     """The settings class of a recipe."""
     config: type[FinetuneConfig] = importlib.import_module(RECIPES[recipe]).Config
     return config
 
 
-def finetune_config(recipe: str, kind: Kind, **defaults: Any) -> type[FinetuneConfig]:
+def finetune_config(
+    recipe: str, kind: Kind, *, base: type[FinetuneConfig] = FinetuneConfig, **defaults: Any
+) -> type[FinetuneConfig]:
     """The config of a recipe: ``peft`` takes the methods of one kind, and sections may get other defaults.
 
     Args:
         recipe: Its name.
         kind: Which methods it runs; the first of that kind is the default.
+        base: A config with further sections.
         defaults: Section name: default value.
     """
     table = methods(kind)
@@ -136,9 +148,9 @@ def finetune_config(recipe: str, kind: Kind, **defaults: Any) -> type[FinetuneCo
         "peft": (union, Field(table[first](), description=FinetuneConfig.model_fields["peft"].description)),
     }
     for name, default in defaults.items():
-        known = FinetuneConfig.model_fields[name]
+        known = base.model_fields[name]
         fields[name] = (known.annotation, Field(default, description=known.description))
-    config = create_model(f"{recipe.capitalize()}Config", __base__=FinetuneConfig, **fields)
+    config = create_model(f"{recipe.capitalize()}Config", __base__=base, **fields)
     config.kind = kind
     return config
 
@@ -336,6 +348,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     table = [
         ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
         ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+        *_base_row(model),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
         ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
         ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
@@ -347,6 +360,16 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     ]
     log.table("Plan", ["what", "figure"], table)
     require_free_space(run.folder, figures.disk_bytes, "this run")
+
+
+def _base_row(model: CausalLM) -> list[list[str]]:
+    """Bits and bytes of a quantised base."""
+    quantize, layers = found_config(model), [module for module in model.modules() if isinstance(module, Quantized)]
+    if quantize is None:
+        return []
+    held = sum(stored_bytes(layer) for layer in layers)
+    bits = f"{8 * held / count_quantized(model):.2f} bits a weight"
+    return [["base", f"{quantize}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
 
 
 def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "Dtype",
     "MaxNewTokens",
     "MinP",
+    "Quantize",
     "RepetitionPenalty",
     "Seed",
     "Stop",
@@ -47,6 +48,12 @@ Template = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Another chat template than the model's own (Jinja).")
 ]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; what the device computes fastest if omitted.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE", help="Hold the base in nf4-dq, nf4, fp4-dq, fp4, int8 or none; as trained if omitted."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 

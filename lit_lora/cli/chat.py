@@ -38,6 +38,7 @@ def command(
     template: options.Template = None,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
 ) -> None:
     """Talk to a model. /help lists what you can do beside talking; Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -62,12 +63,12 @@ def command(
     from lit_lora.generate import ChatSession
     from lit_lora.open_model import open_model
 
-    opened = open_model(model, adapter=adapter, dtype=dtype, device=device)
+    opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
     if template is not None:
         options.read_template(opened.tokenizer, template)
 
     def with_adapter(chosen: Path | None) -> OpenedModel:
-        other = open_model(opened.base, adapter=chosen, dtype=dtype, device=device)
+        other = open_model(opened.base, adapter=chosen, dtype=dtype, device=device, quantize=quantize)
         if template is not None:
             other.tokenizer.use_template(opened.tokenizer.template.text, str(template))
         return other

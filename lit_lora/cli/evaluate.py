@@ -56,6 +56,7 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all figures and answers as JSON.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
 ) -> None:
     """Measure models on held-out rows, side by side.
 
@@ -89,7 +90,7 @@ def command(
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:
-        opened = open_model(candidate.model, adapter=candidate.adapter, dtype=dtype, device=device)
+        opened = open_model(candidate.model, adapter=candidate.adapter, dtype=dtype, device=device, quantize=quantize)
         return opened.model, opened.tokenizer, opened.description
 
     settings = EvaluateSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, plain=plain)

@@ -45,6 +45,7 @@ def command(
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of a file at once.")] = 32,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
@@ -76,7 +77,7 @@ def command(
     rows = _rows(file, system, raw) if file is not None else _one(prompt, system)
     from lit_lora.open_model import open_model
 
-    opened = open_model(model, adapter=adapter, dtype=dtype, device=device)
+    opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
     log.note(opened.description)
     if template is not None:
         options.read_template(opened.tokenizer, template)

@@ -18,7 +18,7 @@ from lit_lora.peft.base import (
     trainable_state,
 )
 from lit_lora.peft.card import model_card
-from lit_lora.peft.files import Adapter, read_adapter, save_adapter
+from lit_lora.peft.files import Adapter, quantization_of, read_adapter, save_adapter
 
 __all__ = [
     "METHODS",
@@ -35,6 +35,7 @@ __all__ = [
     "matched_table",
     "methods",
     "model_card",
+    "quantization_of",
     "read_adapter",
     "remove",
     "save_adapter",

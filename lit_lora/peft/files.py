@@ -31,8 +31,9 @@ from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear, layer_numb
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Replace, Rows, Update, Updates
 from lit_lora.peft.virtual import EMBEDDINGS
+from lit_lora.quantize import QuantizeConfig, found_config
 
-__all__ = ["Adapter", "listed", "read_adapter", "save_adapter"]
+__all__ = ["Adapter", "listed", "quantization_of", "read_adapter", "save_adapter"]
 
 WEIGHTS, CONFIG, EXTRAS = "adapter_model.safetensors", "adapter_config.json", "lit_lora.json"
 _PREFIX = "base_model.model."
@@ -67,6 +68,8 @@ class Adapter:
     """``adapter_config.json`` as it was read."""
     tensors: int
     """Tensors in the file."""
+    quantize: QuantizeConfig | None = None
+    """How the base was quantised that it was trained on."""
     added: dict[str, Tensor] = field(default_factory=dict)
     """The tensors of a method that adds modules: no update of a base tensor says what they do."""
 
@@ -137,6 +140,10 @@ def save_adapter(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     settings = {**settings, "base_model_name_or_path": str(base)}
     extras = {"format": 1, "base": fingerprint(base_tensors(model)), "method": config.model_dump(mode="json")}
+    quantize = found_config(model)
+    if quantize is not None:
+        extras["quantize"] = quantize.model_dump(mode="json")
+        figures = {"Base held as": str(quantize), **(figures or {})}
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, settings)
@@ -165,17 +172,34 @@ def read_adapter(folder: Path) -> Adapter:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise InputError(f"{folder / WEIGHTS}: {listed(bad)} with NaN or infinite values")
-    extras = _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    extras, quantize = _extras(folder), quantization_of(folder)
     base, found = raw.get("base_model_name_or_path") or None, extras.get("base")
     if raw["peft_type"] != "LORA":
         method = read_added(folder / CONFIG, raw, tensors)
-        return Adapter(folder, base, method, {}, {}, found, raw, len(tensors), added=tensors)
+        return Adapter(folder, base, method, {}, {}, found, raw, len(tensors), quantize, added=tensors)
     low, copies, updates = _sort_tensors(folder, raw, tensors)
     config = _method_config(folder, raw, low, updates)
     scalings = config.ranks_and_alphas(list(low))
     for name, (left, right) in low.items():
         updates[f"{name}.weight"] = LowRank(left, right, config.scaling(*scalings[name]))
-    return Adapter(folder, base, config, updates, copies, found, raw, len(tensors))
+    return Adapter(folder, base, config, updates, copies, found, raw, len(tensors), quantize)
+
+
+def quantization_of(folder: Path) -> QuantizeConfig | None:
+    """How the base of an adapter was quantised when it was trained; ``None`` if it was not, or nobody noted it.
+
+    Raises:
+        InputError: What is noted is not known here.
+    """
+    noted = _extras(folder).get("quantize")
+    try:
+        return None if noted is None else validate(noted, QuantizeConfig, name=f"{folder / EXTRAS}: quantize")
+    except UsageError as error:
+        raise InputError(str(error)) from error
+
+
+def _extras(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
 
 
 def listed(names: list[str], what: str = "tensor") -> str:

@@ -329,10 +329,20 @@ class LoRAConfig(Method):
 
 
 def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names."""
+    """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names.
+
+    Raises:
+        UsageError: One of them is quantised, or a pattern matches nothing.
+    """
     known = dict(model.named_modules())
     roots = select(patterns, [name for name in known if name], key="peft.modules_to_save")
     inside = tuple(f"{root}." for root in roots)
+    for name, module in known.items():
+        if f"{name}.".startswith(inside) and isinstance(module, QuantizedLinear):
+            raise UsageError(
+                f"peft.modules_to_save: {name} is quantised ({module.quantized.config}), its codes cannot train; "
+                "expected modules in full precision, such as lm_head or a norm"
+            )
     return [
         name
         for name, module in known.items()
@@ -359,9 +369,9 @@ def _check_rank(name: str, rank: int, base: nn.Linear) -> None:
     Raises:
         UsageError: ``rank`` is larger.
     """
-    most = min(base.weight.shape)
+    most = min(base.out_features, base.in_features)
     if rank > most:
-        shape = "×".join(str(size) for size in base.weight.shape)
+        shape = f"{base.out_features}×{base.in_features}"
         raise UsageError(f"peft.rank: {rank} is too large for {name} ({shape}), expected at most {most}")
 
 

@@ -16,7 +16,6 @@ from torch.func import functional_call
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import OwnModule, replace_module
 from lit_lora.peft.updates import Replace, Rows, Update
-from lit_lora.quantize import QuantizedLinear
 
 __all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find_head", "train_tokens"]
 
@@ -27,19 +26,11 @@ class TrainedCopy(OwnModule):
     Args:
         base_layer: A module with parameters of its own (a linear layer, an embedding, a norm).
         names: Which of its parameters train; all when omitted.
-
-    Raises:
-        UsageError: All are to train, and the weight is quantised.
     """
 
     def __init__(self, base_layer: nn.Module, names: Iterable[str] | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        if names is None and isinstance(base_layer, QuantizedLinear):
-            raise UsageError(
-                f"peft.modules_to_save: a layer of the base is quantised ({base_layer.quantized.config}), its codes "
-                "cannot train; expected layers in full, such as lm_head or a norm"
-            )
         parameters = dict(base_layer.named_parameters(recurse=False))
         chosen = parameters if names is None else {name: parameters[name] for name in names}
         self.trained = nn.ParameterDict(

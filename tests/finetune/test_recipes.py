@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lit_lora.finetune import full, lora
+from lit_lora.finetune import full, lora, qlora
 from safetensors.torch import load_file
 
 from lit_lora import peft
@@ -159,7 +159,7 @@ def test_a_recipe_file_ends_in_one_line_and_an_exit_code(task, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("recipe", [lora, full])
+@pytest.mark.parametrize("recipe", [lora, qlora, full])
 def test_a_recipe_reads_as_one_story(recipe):
     """The loop, the data and the method are called, never written out: the file stays short."""
     lines = Path(recipe.__file__).read_text().splitlines()

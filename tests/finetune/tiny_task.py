@@ -16,12 +16,12 @@ from tests.tiny import tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_base(folder: Path, *, poison: bool = False) -> Path:
+def make_base(folder: Path, *, poison: bool = False, intermediate_size: int = 48) -> Path:
     """A random float32 model of 384 tokens that starts near a uniform guess; a poisoned one has a NaN in it."""
     config = ModelConfig(
         vocab_size=384,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

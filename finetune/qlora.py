@@ -1,0 +1,73 @@
+"""Finetune by a low-rank method on a quantised base: ``python finetune/qlora.py --config configs/qlora.yaml``.
+
+``y = deq(codes) x + (alpha / r) B A x``: the base weights are held in about 4 bits and dequantised for each product, in
+the forward and again in the backward; only the small ``A`` and ``B`` train. Source: QLoRA, arXiv:2305.14314, section 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_lora.checkpoint.load import load_model
+from lit_lora.peft import freeze, save_adapter
+from lit_lora.recipe import (
+    Options,
+    QuantizedConfig,
+    answer_samples,
+    claim_folder,
+    finetune_config,
+    finish,
+    load_data,
+    main,
+    plan,
+    start,
+    summary,
+)
+from lit_lora.tokenizer import Tokenizer
+from lit_lora.train.loop import fit
+
+__all__ = ["Config", "finetune"]
+
+Config = finetune_config("qlora", kind="low-rank", base=QuantizedConfig)
+
+
+def finetune(config: QuantizedConfig, options: Options) -> Path:
+    """Train an adapter and save it, in PEFT's format, as ``adapter/`` in the run folder.
+
+    Returns:
+        The run folder.
+    """
+    run = start(config, options)
+    tokenizer = Tokenizer.load(config.model.path)
+    method = config.peft.with_token_ids(tokenizer.add_tokens)
+    data = load_data(run, tokenizer)
+    model = load_model(config.model.path, dtype=run.dtype, device=run.device, quantize=config.quantize)
+    freeze(model)
+    method.apply(model)  # B = 0, so nothing changes yet
+    plan(run, model, data)
+    if options.dry_run:
+        return run.folder
+    claim_folder(run)
+    result = fit(
+        model,
+        data.batches,
+        config.train,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        folder=run.folder,
+        seed=config.seed,
+        validation=data.validation,
+        sample=answer_samples(model, tokenizer, data),
+        resume=options.resume,
+        lr_factors=method.lr_factors(model),
+    )
+    adapter = run.folder / "adapter"
+    save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))
+    if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer
+        tokenizer.save(adapter)
+    finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")
+    return run.folder
+
+
+if __name__ == "__main__":
+    main(finetune, Config)
