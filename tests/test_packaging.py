@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from lit_lora import __version__
+from lit_lora.kernels import library
 from tests.cli.answering import make_base
 
 if sys.version_info >= (3, 11):
@@ -164,5 +165,5 @@ def test_the_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -
     assert "trainable parameters" in out
     assert not (tmp_path / "out").exists()
     run(python, "-m", "lit_lora.scripts.prepare", "tickets_train", "--model", model, cwd=tmp_path, LIT_LORA_CACHE=cache)
-    source = "from importlib.resources import files; print(files('lit_lora.kernels').joinpath('cpu.c').is_file())"
-    assert run(python, "-c", source, cwd=tmp_path) == "True\n"
+    source = "from lit_lora.kernels import library; print(library() is not None)"
+    assert run(python, "-c", source, cwd=tmp_path, LIT_LORA_CACHE=cache) == f"{library() is not None}\n"

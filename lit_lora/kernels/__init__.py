@@ -4,6 +4,6 @@ Where there is no C compiler the callers use their PyTorch arithmetic: the same 
 """
 
 from lit_lora.kernels.build import library, usable
-from lit_lora.kernels.call import call
+from lit_lora.kernels.call import call, has
 
-__all__ = ["call", "library", "usable"]
+__all__ = ["call", "has", "library", "usable"]

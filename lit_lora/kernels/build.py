@@ -1,4 +1,4 @@
-"""Compile ``cpu.c`` once per machine and source, and load it."""
+"""Compile the kernels once per machine and source, and load them."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         log.note("no C compiler found (cc): training in bfloat16 on this CPU takes about twice the time")
         return None
-    source = str(resources.files("lit_lora.kernels") / "cpu.c")
     try:
-        return ctypes.CDLL(str(_compiled(Path(source), compiler)))
+        return ctypes.CDLL(str(_compiled(Path(str(resources.files("lit_lora.kernels"))), compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         log.note(f"the CPU kernels could not be compiled, going on without them: {error}")
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
-    """The shared library of ``source`` for this CPU, compiled (2 s) when it is not in the cache."""
-    text = source.read_bytes()
+def _compiled(folder: Path, compiler: str) -> Path:
+    """The shared library of the C files in ``folder`` for this CPU, compiled (3 s) when it is not in the cache."""
+    sources = sorted(folder.glob("*.c"))
+    text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
     identity = [text, _cpu().encode(), compiler.encode(), " ".join(_FLAGS).encode()]
     target = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "cpu.so"
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        made = Path(temporary) / "cpu.so"
         for wide in (_WIDE, []):
-            command = [compiler, *_FLAGS, *wide, str(source), "-o", str(made), "-lm"]
+            command = [compiler, *_FLAGS, *wide, *map(str, sources), "-o", str(made), "-lm"]
             done = subprocess.run(command, capture_output=True, check=not wide)
             if done.returncode == 0:
                 break

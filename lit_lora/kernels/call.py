@@ -8,14 +8,29 @@ from torch import Tensor
 
 from lit_lora.kernels.build import library
 
-__all__ = ["call"]
+__all__ = ["call", "has"]
+
+
+_CAN_FAIL = {"packed_attention", "packed_attention_backward"}
+"""These return whether they failed; what the others return means nothing."""
+
+
+def has(kernel: str) -> bool:
+    """Whether the library has this kernel: some are for CPUs with certain instructions."""
+    return hasattr(library(), kernel)
 
 
 def call(kernel: str, *arguments: Tensor | int | float | None) -> None:
-    """Run a kernel of ``cpu.c``: tensors as pointers to their data, ``None`` as a null pointer, ints as long."""
+    """Run a kernel: tensors as pointers to their data, ``None`` as a null pointer, ints as long.
+
+    Raises:
+        MemoryError: It found no memory to work in.
+    """
     loaded = library()
     assert loaded is not None
-    getattr(loaded, kernel)(*map(_argument, arguments))
+    function = getattr(loaded, kernel)
+    if function(*map(_argument, arguments)) and kernel in _CAN_FAIL:
+        raise MemoryError(f"no memory for {kernel}")
 
 
 def _argument(value: Tensor | int | float | None) -> object:

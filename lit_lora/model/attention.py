@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora import kernels
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
-from lit_lora.model.packed_attention import Layout, packed_attention
+from lit_lora.model.packed_attention import Layout, packed_attention, usable
 from lit_lora.model.rope import rope_table
 
 __all__ = ["Attend", "CachedAttention", "PackedAttention"]
@@ -81,7 +80,7 @@ class PackedAttention:
         Returns:
             (T, N, H) in the dtype of ``query``.
         """
-        if kernels.usable(query, key, value):
+        if usable(query, key, value):
             return packed_attention(query, key, value, self.rope, self.layout)
         outputs = []
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model.attention import PackedAttention
 from lit_lora.model.ops import add_rms_norm, linear, swiglu
 from lit_lora.train.loss import cross_entropy_sum
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler for the CPU kernels")
+
+SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 
 TOLERANCE = 2**-6  # of a tensor's largest value: bfloat16 keeps 8 bits, and products of it are rounded in between
 
@@ -64,14 +67,14 @@ def test_cross_entropy_equals_pytorch() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 300])
 @pytest.mark.parametrize("lengths", [[1], [33, 7, 1], [300, 31], [530]])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None, groups: int) -> None:
+@pytest.mark.parametrize(("groups", "size"), [(1, 16), (2, 80), (6, 16)])
+def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None, groups: int, size: int) -> None:
     torch.manual_seed(0)
     config = ModelConfig.from_hf(
         {
             "model_type": "mistral",
             "vocab_size": 8,
-            "hidden_size": 96,
+            "hidden_size": 6 * size,
             "intermediate_size": 8,
             "num_hidden_layers": 1,
             "num_attention_heads": 6,
@@ -79,18 +82,39 @@ def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None,
             "sliding_window": window,
         }
     )
-    from lit_lora.model.attention import PackedAttention
-
     attend = PackedAttention(config, lengths, torch.device("cpu"))
-    query, key, value = (torch.randn(sum(lengths), heads, 16) for heads in (6, groups, groups))
+    query, key, value = (torch.randn(sum(lengths), heads, size) for heads in (6, groups, groups))
     _compare(lambda *tensors: (attend(0, *tensors),), query, key, value)
+
+
+@pytest.mark.skipif(not kernels.has("packed_attention"), reason="no AVX-512 BF16")
+def test_attention_gives_the_same_bits_each_time() -> None:
+    config = ModelConfig(
+        **{**SIZES, "head_dim": 16, "tie_word_embeddings": False}, num_attention_heads=4, num_key_value_heads=2
+    )
+    attend = PackedAttention(config, [70, 3, 33, 40], torch.device("cpu"))
+    results = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        leaves = [torch.randn(146, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+        out = attend(0, *leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_a_kernel_that_finds_no_memory_says_so() -> None:
+    if not kernels.has("packed_attention"):
+        pytest.skip("no AVX-512 BF16")
+    starts = torch.tensor([0, 1 << 50])  # buffers for such a document cannot be had
+    with pytest.raises(MemoryError, match="packed_attention"):
+        kernels.call("packed_attention", *[None] * 5, starts, None, None, 1, 1, 1, 64, 1 << 40, 1.0)
 
 
 def test_pain_07_changing_one_document_leaves_the_others_bit_equal() -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     model = CausalLM(
-        ModelConfig.from_hf({"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
+        ModelConfig.from_hf({"model_type": "llama", **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2})
     ).to(torch.bfloat16)
     ids = torch.randint(61, (1, 50))
     changed = ids.clone()

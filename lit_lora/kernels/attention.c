@@ -1,0 +1,331 @@
+// Causal attention over packed documents, forward and backward, for CPUs that multiply bfloat16 (AVX-512 BF16).
+//
+// A task is one document and one key/value head with the query heads that share it. Its keys and values are rotated and
+// laid out once; then panels of 32 queries go over the keys that they see, so scores exist for one panel only and the
+// causal half that is masked is not computed. The backward computes the scores again from the saved log-sum-exp (as
+// FlashAttention does, arXiv:2205.14135 section 3). Products read pairs of neighbours along the summed dimension, "pair"
+// below: that is what the instruction multiplies.
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "bf16.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+#define PANEL 32  // queries of a panel; all sizes below are padded to a multiple of it
+
+typedef uint32_t pair;
+
+static inline long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// c (m, n) = a (m, 2 depth) b (2 depth, n), or added to c. Rows of a are pairs; b is pairs of rows, (depth, n).
+// m is a multiple of 8, n of 32.
+static void product(const pair *a, long a_step, const pair *b, long b_step, float *c, long c_step, long m, long n,
+                    long depth, int add) {
+    for (long j = 0; j < n; j += 32)
+        for (long i = 0; i < m; i += 8) {
+            __m512 sum[8][2];
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                const float *old = c + (i + r) * c_step + j;
+                sum[r][0] = add ? _mm512_loadu_ps(old) : _mm512_setzero_ps();
+                sum[r][1] = add ? _mm512_loadu_ps(old + 16) : _mm512_setzero_ps();
+            }
+            for (long k = 0; k < depth; k++) {
+                __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * b_step + j);
+                __m512bh right = (__m512bh)_mm512_loadu_si512(b + k * b_step + j + 16);
+#pragma GCC unroll 8
+                for (int r = 0; r < 8; r++) {
+                    __m512bh both = (__m512bh)_mm512_set1_epi32((int)a[(i + r) * a_step + k]);
+                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], both, left);
+                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], both, right);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                _mm512_storeu_ps(c + (i + r) * c_step + j, sum[r][0]);
+                _mm512_storeu_ps(c + (i + r) * c_step + j + 16, sum[r][1]);
+            }
+        }
+}
+
+// Rows (count, width) to pairs of rows, (count / 2, width).
+static void pair_rows(const bf16 *rows, pair *out, long count, long width) {
+    for (long r = 0; r < count; r += 2)
+#pragma omp simd
+        for (long i = 0; i < width; i++)
+            out[r / 2 * width + i] = (pair)rows[r * width + i] | (pair)rows[(r + 1) * width + i] << 16;
+}
+
+// (count, width) pairs to (width, count).
+static void transpose(const pair *in, pair *out, long count, long width) {
+    for (long i = 0; i < width; i++)
+        for (long r = 0; r < count; r++) out[i * count + r] = in[r * width + i];
+}
+
+typedef struct {
+    const float *cosine, *sine;  // (tokens, size / 2)
+    long size, width;            // of a head, and padded
+} turn;
+
+// Turn each (i, i + size / 2) by the angle of token t: sign +1 forward, -1 for the gradient.
+static void rotate(const turn *by, long t, const float *in, bf16 *out, float sign) {
+    long half = by->size / 2;
+    const float *c = by->cosine + t * half, *s = by->sine + t * half;
+#pragma omp simd
+    for (long i = 0; i < half; i++) {
+        float a = in[i], b = in[i + half], sine = sign * s[i];
+        out[i] = down(a * c[i] - b * sine);
+        out[i + half] = down(b * c[i] + a * sine);
+    }
+}
+
+// Rows of one head, tokens first .. first + count, to (padded, width) with zeros around; turned if asked.
+static void gather(const turn *by, const bf16 *x, long heads, long head, long first, long count, bf16 *out, int turned) {
+    memset(out, 0, sizeof(bf16) * (size_t)(padded(count) * by->width));
+    float wide[by->width];
+    for (long r = 0; r < count; r++) {
+        const bf16 *row = x + ((first + r) * heads + head) * by->size;
+        if (turned) {
+            for (long i = 0; i < by->size; i++) wide[i] = up(row[i]);
+            rotate(by, first + r, wide, out + r * by->width, 1.0f);
+        } else {
+            memcpy(out + r * by->width, row, sizeof(bf16) * (size_t)by->size);
+        }
+    }
+}
+
+typedef struct {
+    bf16 *rows, *q, *outer, *weights;       // (length, width); (PANEL, width) twice; (PANEL, length)
+    pair *keys_by_size, *values_by_size;    // (width / 2, length): pairs along the head
+    pair *keys_by_key, *values_by_key;      // (length / 2, width): pairs along the document
+    pair *probabilities, *dscores;          // (PANEL / 2, length): pairs along the queries
+    pair *short_pairs, *q_pairs, *outer_pairs;  // (PANEL / 2, width) and, transposed, (width, PANEL / 2) twice
+    float *scores, *grads, *result;         // (PANEL, length) twice; (PANEL, width)
+    float *dkeys, *dvalues;                 // (width, length)
+} space;
+
+static void *take(char **place, long count, size_t size) {
+    void *here = *place;
+    *place += ((size_t)count * size + 63) / 64 * 64;
+    return here;
+}
+
+// Lay the buffers out from `place`; returns where they end.
+static char *lay_out(space *s, char *place, long length, long width) {
+    s->rows = take(&place, length * width, sizeof(bf16));
+    s->q = take(&place, PANEL * width, sizeof(bf16));
+    s->outer = take(&place, PANEL * width, sizeof(bf16));
+    s->weights = take(&place, PANEL * length, sizeof(bf16));
+    pair **half[] = {&s->keys_by_size, &s->values_by_size, &s->keys_by_key, &s->values_by_key};
+    for (int i = 0; i < 4; i++) *half[i] = take(&place, length * width / 2, sizeof(pair));
+    s->probabilities = take(&place, PANEL / 2 * length, sizeof(pair));
+    s->dscores = take(&place, PANEL / 2 * length, sizeof(pair));
+    pair **small[] = {&s->short_pairs, &s->q_pairs, &s->outer_pairs};
+    for (int i = 0; i < 3; i++) *small[i] = take(&place, PANEL / 2 * width, sizeof(pair));
+    s->scores = take(&place, PANEL * length, sizeof(float));
+    s->grads = take(&place, PANEL * length, sizeof(float));
+    s->result = take(&place, PANEL * width, sizeof(float));
+    s->dkeys = take(&place, width * length, sizeof(float));
+    s->dvalues = take(&place, width * length, sizeof(float));
+    return place;
+}
+
+typedef struct {
+    const bf16 *query, *key, *value;  // (tokens, heads or groups, size)
+    const long *starts;               // documents + 1
+    long documents, heads, groups, window;
+    float scale;
+    turn by;
+} problem;
+
+// The queries of a panel: how many, which keys they see, in whole groups of PANEL.
+typedef struct { long first, rows, begin, keys; } panel;
+
+static inline panel panel_at(const problem *p, long first, long length) {
+    long rows = length - first < PANEL ? length - first : PANEL;
+    long begin = first - p->window + 1 > 0 ? (first - p->window + 1) / PANEL * PANEL : 0;
+    return (panel){first, rows, begin, padded(first + rows) - begin};
+}
+
+// Scores of row r to exp(score - maximum) in bfloat16; masked ones to 0. Returns the log-sum-exp, sets the sum.
+static float softmax(const problem *p, const panel *at, long r, const float *scores, bf16 *weights, float *total) {
+    long hi = at->first + r + 1 - at->begin, lo = hi - p->window > 0 ? hi - p->window : 0;
+    float most = -3.0e38f, sum = 0.0f, scale = p->scale;
+#pragma omp simd reduction(max : most)
+    for (long i = lo; i < hi; i++) most = scores[i] > most ? scores[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < at->keys; i++) {
+        float weight = exponential((scores[i] - most) * scale);
+        weight = (i >= lo) & (i < hi) ? weight : 0.0f;
+        sum += weight;
+        weights[i] = down(weight);
+    }
+    *total = sum;
+    return most * scale + __builtin_logf(sum);
+}
+
+static void forward_task(const problem *p, const space *s, long document, long group, bf16 *out, float *lse) {
+    long start = p->starts[document], count = p->starts[document + 1] - start, length = padded(count);
+    long width = p->by.width, size = p->by.size, share = p->heads / p->groups;
+    gather(&p->by, p->key, p->groups, group, start, count, s->rows, 1);
+    transpose((pair *)s->rows, s->keys_by_size, length, width / 2);
+    gather(&p->by, p->value, p->groups, group, start, count, s->rows, 0);
+    pair_rows(s->rows, s->values_by_key, length, width);
+    for (long head = group * share; head < (group + 1) * share; head++)
+        for (long first = 0; first < count; first += PANEL) {
+            panel at = panel_at(p, first, count);
+            gather(&p->by, p->query, p->heads, head, start + first, at.rows, s->q, 1);
+            product((pair *)s->q, width / 2, s->keys_by_size + at.begin, length, s->scores, at.keys, PANEL, at.keys,
+                    width / 2, 0);
+            float sums[PANEL];
+            for (long r = 0; r < at.rows; r++)
+                lse[(start + first + r) * p->heads + head] =
+                    softmax(p, &at, r, s->scores + r * at.keys, s->weights + r * at.keys, sums + r);
+            product((pair *)s->weights, at.keys / 2, s->values_by_key + at.begin / 2 * width, width, s->result, width,
+                    PANEL, width, at.keys / 2, 0);
+            for (long r = 0; r < at.rows; r++) {
+                bf16 *row = out + ((start + first + r) * p->heads + head) * size;
+                const float *result = s->result + r * width;
+                float inverse = 1.0f / sums[r];
+                for (long i = 0; i < size; i++) row[i] = down(result[i] * inverse);
+            }
+        }
+}
+
+// Row r of scores -> probabilities, of the gradient of probabilities -> of scores; in place, masked ones to 0.
+static void softmax_backward(const problem *p, const panel *at, long r, float *scores, float *grads, float lse) {
+    long hi = r < at->rows ? at->first + r + 1 - at->begin : 0, lo = hi - p->window > 0 ? hi - p->window : 0;
+    float dot = 0.0f, scale = p->scale;
+#pragma omp simd reduction(+ : dot)
+    for (long i = 0; i < at->keys; i++) {
+        float probability = exponential(scores[i] * scale - lse);
+        probability = (i >= lo) & (i < hi) ? probability : 0.0f;
+        scores[i] = probability;
+        dot += probability * grads[i];
+    }
+#pragma omp simd
+    for (long i = 0; i < at->keys; i++) grads[i] = scores[i] * (grads[i] - dot) * scale;
+}
+
+// Two rows of floats to pairs along the rows.
+static void pair_up(const float *even, const float *odd, pair *out, long count) {
+#pragma omp simd
+    for (long i = 0; i < count; i++) out[i] = (pair)down(even[i]) | (pair)down(odd[i]) << 16;
+}
+
+static void backward_panel(const problem *p, const space *s, long start, long head, long length, panel at,
+                           const bf16 *dout, const float *lse, bf16 *dquery) {
+    long width = p->by.width, token = start + at.first;
+    gather(&p->by, p->query, p->heads, head, token, at.rows, s->q, 1);
+    gather(&p->by, dout, p->heads, head, token, at.rows, s->outer, 0);
+    product((pair *)s->q, width / 2, s->keys_by_size + at.begin, length, s->scores, at.keys, PANEL, at.keys, width / 2,
+            0);
+    product((pair *)s->outer, width / 2, s->values_by_size + at.begin, length, s->grads, at.keys, PANEL, at.keys,
+            width / 2, 0);
+    for (long r = 0; r < PANEL; r++) {
+        float sum = r < at.rows ? lse[(token + r) * p->heads + head] : 0.0f;
+        float *grads = s->grads + r * at.keys;
+        softmax_backward(p, &at, r, s->scores + r * at.keys, grads, sum);
+#pragma omp simd
+        for (long i = 0; i < at.keys; i++) s->weights[r * at.keys + i] = down(grads[i]);
+    }
+    for (long r = 0; r < PANEL; r += 2) {
+        long even = r * at.keys, odd = even + at.keys;
+        pair_up(s->scores + even, s->scores + odd, s->probabilities + r / 2 * at.keys, at.keys);
+        pair_up(s->grads + even, s->grads + odd, s->dscores + r / 2 * at.keys, at.keys);
+    }
+    product((pair *)s->weights, at.keys / 2, s->keys_by_key + at.begin / 2 * width, width, s->result, width, PANEL,
+            width, at.keys / 2, 0);
+    for (long r = 0; r < at.rows; r++)
+        rotate(&p->by, token + r, s->result + r * width, dquery + ((token + r) * p->heads + head) * p->by.size, -1.0f);
+    pair_rows(s->q, s->short_pairs, PANEL, width);
+    transpose(s->short_pairs, s->q_pairs, PANEL / 2, width);
+    pair_rows(s->outer, s->short_pairs, PANEL, width);
+    transpose(s->short_pairs, s->outer_pairs, PANEL / 2, width);
+    product(s->q_pairs, PANEL / 2, s->dscores, at.keys, s->dkeys + at.begin, length, width, at.keys, PANEL / 2, 1);
+    product(s->outer_pairs, PANEL / 2, s->probabilities, at.keys, s->dvalues + at.begin, length, width, at.keys,
+            PANEL / 2, 1);
+}
+
+static void backward_task(const problem *p, const space *s, long document, long group, const bf16 *dout,
+                          const float *lse, bf16 *dquery, bf16 *dkey, bf16 *dvalue) {
+    long start = p->starts[document], count = p->starts[document + 1] - start, length = padded(count);
+    long width = p->by.width, size = p->by.size, share = p->heads / p->groups;
+    gather(&p->by, p->value, p->groups, group, start, count, s->rows, 0);
+    transpose((pair *)s->rows, s->values_by_size, length, width / 2);
+    gather(&p->by, p->key, p->groups, group, start, count, s->rows, 1);
+    transpose((pair *)s->rows, s->keys_by_size, length, width / 2);
+    pair_rows(s->rows, s->keys_by_key, length, width);
+    memset(s->dkeys, 0, sizeof(float) * (size_t)(width * length));
+    memset(s->dvalues, 0, sizeof(float) * (size_t)(width * length));
+    for (long head = group * share; head < (group + 1) * share; head++)
+        for (long first = 0; first < count; first += PANEL)
+            backward_panel(p, s, start, head, length, panel_at(p, first, count), dout, lse, dquery);
+    float wide[width];
+    for (long r = 0; r < count; r++) {
+        long row = ((start + r) * p->groups + group) * size;
+        for (long i = 0; i < size; i++) wide[i] = s->dkeys[i * length + r];
+        rotate(&p->by, start + r, wide, dkey + row, -1.0f);
+        for (long i = 0; i < size; i++) dvalue[row + i] = down(s->dvalues[i * length + r]);
+    }
+}
+
+static long longest(const long *starts, long documents) {
+    long most = 0;
+    for (long d = 0; d < documents; d++) most = starts[d + 1] - starts[d] > most ? starts[d + 1] - starts[d] : most;
+    return padded(most);
+}
+
+// Each thread's buffers, or null.
+static char *room(const problem *p, space *s, int backward) {
+    long length = longest(p->starts, p->documents);
+    size_t bytes = (size_t)(lay_out(s, 0, length, p->by.width) - (char *)0);
+    if (!backward) bytes = (size_t)((char *)s->dkeys - (char *)0);
+    char *place = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (place) lay_out(s, place, length, p->by.width);
+    return place;
+}
+
+// out (tokens, heads, size) and lse (tokens, heads) of queries (tokens, heads, size), keys and values
+// (tokens, groups, size) that are not rotated yet. Returns 0, or 1 where memory ran out.
+long packed_attention(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine, const float *sine,
+                      const long *starts, bf16 *out, float *lse, long documents, long heads, long groups, long size,
+                      long window, float scale) {
+    problem p = {query, key, value, starts, documents, heads, groups, window, scale, {cosine, sine, size, padded(size)}};
+    long failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        space s;
+        char *place = room(&p, &s, 0);
+        failed |= !place;
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < documents * groups; task++)
+            if (place) forward_task(&p, &s, task / groups, task % groups, out, lse);
+        free(place);
+    }
+    return failed;
+}
+
+// The gradients of queries, keys and values from that of the output.
+long packed_attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine,
+                               const float *sine, const long *starts, const float *lse, const bf16 *dout, bf16 *dquery,
+                               bf16 *dkey, bf16 *dvalue, long documents, long heads, long groups, long size,
+                               long window, float scale) {
+    problem p = {query, key, value, starts, documents, heads, groups, window, scale, {cosine, sine, size, padded(size)}};
+    long failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        space s;
+        char *place = room(&p, &s, 1);
+        failed |= !place;
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < documents * groups; task++)
+            if (place) backward_task(&p, &s, task / groups, task % groups, dout, lse, dquery, dkey, dvalue);
+        free(place);
+    }
+    return failed;
+}
+#endif
