@@ -124,7 +124,7 @@ def test_pain_47_commands_that_are_not_run_exist_at_least(line: str) -> None:
         assert (ROOT / "constraints.txt").is_file()
 
 
-@pytest.mark.parametrize("line", ["lit-lora merge --into x", "lit-lora prepare", "lit-lora chat a b"])
+@pytest.mark.parametrize("line", ["lit-lora merge --onto x", "lit-lora prepare", "lit-lora chat a b"])
 def test_a_command_that_does_not_exist_would_be_found(line: str) -> None:
     with pytest.raises(Exception, match=r"No such option|Missing|unexpected extra argument"):
         parse(line)

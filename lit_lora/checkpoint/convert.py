@@ -187,7 +187,6 @@ def convert(plan: Plan, out: Path) -> None:
     with atomic_folder(out) as folder:
         write_side_files(plan, folder)  # first, because it fails fast
         with CheckpointWriter(folder) as writer:
-            last: dict[str, Tensor] = {}  # of odd sizes: what followed them would stand at odd addresses
             for name in log.progress(list(plan.dtypes), what="convert", unit=" tensors"):
                 tensor = _finite(plan.source, name, plan.dtypes[name])
                 if plan.quantize is None or name not in plan.to_quantize:
@@ -195,12 +194,7 @@ def convert(plan: Plan, out: Path) -> None:
                     continue
                 packed = packed_tensors(name.removesuffix(".weight"), quantize(tensor, plan.quantize), tensor.dtype)
                 for packed_name, part in packed.items():
-                    if part.numel() * part.element_size() % 8:
-                        last[packed_name] = part
-                    else:
-                        writer.add(packed_name, part)
-            for name, tensor in sorted(last.items(), key=lambda item: -item[1].element_size()):
-                writer.add(name, tensor)
+                    writer.add(packed_name, part)
         write_text(folder / "README.md", _card(plan))
 
 

@@ -73,9 +73,12 @@ class CheckpointWriter:
         self._file: BinaryIO | None = None
         self._header: dict[str, object] = {}
         self._header_size = self._shard_bytes = 0
+        self._odd: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, from any device.
+
+        A small one of odd size waits for ``close``: what followed it would stand at an address that its dtype forbids.
 
         Raises:
             ValueError: The name was added before, or its dtype has no place in safetensors.
@@ -85,6 +88,13 @@ class CheckpointWriter:
             raise ValueError(f"{name} was added twice")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} cannot be stored")
+        if tensor.numel() * tensor.element_size() % 8 and tensor.numel() <= 1 << 16:
+            self._shard_of[name] = 0
+            self._odd[name] = tensor
+        else:
+            self._write(name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
         count = tensor.numel() * tensor.element_size()
         entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         entry_size = len(json.dumps({name: entry})) + 80  # and two offsets
@@ -108,6 +118,8 @@ class CheckpointWriter:
         Raises:
             OSError: The disk is full or failing.
         """
+        for name, tensor in sorted(self._odd.items(), key=lambda item: -item[1].element_size()):
+            self._write(name, tensor)
         if self._file is None and self._shards == 0:
             self._open_shard()
         if self._file is not None:

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lit_lora import log
+from lit_lora.errors import UsageError
 
 if TYPE_CHECKING:
     from lit_lora.merge import MergePlan
 
 __all__ = ["command"]
+
+
+class _Into(str, Enum):
+    dequantized = "dequantized"
+    original = "original"
+    quantized = "quantized"
 
 
 class _Dtype(str, Enum):
@@ -27,6 +34,13 @@ def command(
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model, if not the one it names.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write; RUN/merged when omitted.")] = None,
     dtype: Annotated[_Dtype | None, typer.Option(help="Of the merged weights; as the base's when omitted.")] = None,
+    into: Annotated[
+        _Into | None,
+        typer.Option(
+            help="After training over a quantised base: add to it dequantised (default: what was trained), to its "
+            "16-bit original, or quantise again; the last two change what the model does, and say how much."
+        ),
+    ] = None,
     subtract: Annotated[
         Path | None,
         typer.Option(metavar="RUN_OR_ADAPTER", help="Take this task back out of a base it was merged into before."),
@@ -58,8 +72,16 @@ def command(
 
     places = find_places(source, base=base, out=out)
     taken = None if subtract is None else find_adapter(subtract)
-    plan = plan_merge(places, subtract=taken, dtype=DTYPES[dtype.value] if dtype else None, force=force)
+    plan = plan_merge(
+        places,
+        subtract=taken,
+        dtype=DTYPES[dtype.value] if dtype else None,
+        into=into.value if into else None,
+        force=force,
+    )
     log.note(f"base {places.base}, adapter {places.adapter}: {len(plan.updates)} of {len(plan.names)} tensors change")
+    if dry_run and plan.into == "quantized":
+        raise UsageError("--dry-run: measures rounding to 16 and 32 bits, it does not apply to --into quantized")
     if dry_run:
         _forecast(plan)
         log.say(f"dry run: nothing written; without --dry-run the merged model goes to {places.out}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lit_lora import log
+from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
 from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
 from lit_lora.errors import NumericalError
 from lit_lora.files import atomic_folder, disk_errors, require_free_space, write_text
@@ -17,6 +18,7 @@ from lit_lora.merge.plan import BaseTensors, MergePlan
 from lit_lora.merge.prove import Proof, prove
 from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
 from lit_lora.peft.card import model_card
+from lit_lora.quantize import Quantized
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["DTYPES", "Forecast", "MergeReport", "forecast", "merge"]
@@ -47,20 +49,27 @@ class MergeReport:
     """Merged against base + adapter, block by block and end to end."""
     untied: bool
     """Head and embedding were one tensor and are two now."""
+    onto: str = ""
+    """What the update of a quantised base was added to."""
+    lossy: bool = False
+    """It was asked to change what the model does."""
 
     def lines(self) -> list[str]:
         """The report in a few lines."""
         worst = max(self.tensors, key=lambda proof: proof.relative_error)
         block = max([*self.proof.blocks, *self.proof.ends], key=lambda proof: proof.error)
-        logits = self.proof.logits
+        logits, how = self.proof.logits, "compared" if self.lossy else "agree"
         lines = [
             f"{len(self.tensors)} tensors updated: rounding is {self.totals.relative_error:.2%} of the update "
             f"(worst {worst.relative_error:.2%}, {worst.name}), {self.totals.kept:.1%} of its values are in",
-            f"{len(self.proof.blocks)} blocks agree with base + adapter: outputs differ by {block.error:.1e} at most "
+            f"{len(self.proof.blocks)} blocks {how} with base + adapter: outputs differ by {block.error:.1e} at most "
             f"({block.place}); {self.proof.lost:.2%} of what the adapter does is lost",
-            f"predictions: KL {logits.kl:.1e} (the adapter changed them by {logits.base_kl:.1e}), "
+            f"predictions: logits differ by {logits.worst:.2g} at most, KL {logits.kl:.1e} "
+            f"(the adapter changed them by {logits.base_kl:.1e}), "
             f"{logits.agreement:.0%} same most likely token",
         ]
+        if self.onto:
+            lines.insert(0, self.onto)
         if self.untied:
             lines.append("head and embedding differ now, so the head is stored too and tie_word_embeddings is false")
         return lines
@@ -96,8 +105,8 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
         dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
         written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings)
         proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
-        report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied)
-        if not (proof.lost <= MAX_LOST or allow_lossy):
+        report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
+        if not (proof.lost <= MAX_LOST or allow_lossy or plan.lossy):
             raise _lossy(plan, report)
         write_text(temporary / "README.md", _card(plan, report))
     return report
@@ -117,10 +126,24 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
     proofs = []
     with CheckpointWriter(folder) as writer:
         for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
-            writer.add(name, tensor)
+            if isinstance(tensor, Quantized):
+                for part, values in packed_tensors(name.removesuffix(".weight"), tensor, plan.base.dtype(name)).items():
+                    writer.add(part, values)
+            else:
+                writer.add(name, tensor)
             if proof is not None:
                 proofs.append(proof)
     return proofs
+
+
+def _onto(plan: MergePlan) -> str:
+    """What the update was added to, where there is a choice."""
+    return {
+        None: "",
+        "dequantized": f"merged into the dequantised base ({plan.quantize}): the function that was trained",
+        "original": f"merged into the original base: trained was over {plan.quantize}, so this is another function",
+        "quantized": f"merged and quantised again to {plan.quantize}: codes cannot hold all of a small update",
+    }[plan.into]
 
 
 def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
@@ -142,7 +165,10 @@ def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
 
 def _write_side_files(plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer, templates: the adapter's tokenizer where it has one, else the base's."""
-    write_text(folder / "config.json", json.dumps(plan.config.to_hf(), indent=2) + "\n")
+    config = plan.config.to_hf()
+    if plan.into == "quantized" and plan.quantize is not None:
+        config["quantization_config"] = quantization_config(plan.quantize, getattr(torch, plan.config.dtype))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if (plan.adapter.folder / "tokenizer.json").is_file():
         copy_side_files(plan.adapter.folder, folder)
     copy_side_files(plan.folder, folder)

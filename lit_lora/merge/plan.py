@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lit_lora.checkpoint.tensors import TensorReader, open_tensors
+from lit_lora.checkpoint.load import decoder_linears, empty_model
+from lit_lora.checkpoint.quantized import StoredTensors, packed_sizes
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
@@ -18,17 +19,39 @@ from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import Base
 from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.updates import LowRank, Update, Updates
+from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
-__all__ = ["EMBEDDING", "HEAD", "BaseTensors", "MergePlan", "Places", "find_adapter", "find_places", "plan_merge"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "BaseTensors",
+    "Into",
+    "MergePlan",
+    "Places",
+    "find_adapter",
+    "find_places",
+    "plan_merge",
+]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class BaseTensors(Base):
-    """A checkpoint's tensors by name, mapped from its files on use; the head of a tied model is its embedding."""
+Into = Literal["dequantized", "original", "quantized"]
+"""Onto what an update of a quantised base is added."""
 
-    def __init__(self, folder: Path, *, tied: bool) -> None:
-        self.reader: TensorReader = open_tensors(folder)
+
+class BaseTensors(Base):
+    """A checkpoint's tensors by name, mapped from its files on use; the head of a tied model is its embedding.
+
+    Args:
+        folder: The checkpoint.
+        tied: Its head is its embedding.
+        quantize: Tensors that are given as if they had been quantised, and how.
+    """
+
+    def __init__(self, folder: Path, *, tied: bool, quantize: Mapping[str, QuantizeConfig] | None = None) -> None:
+        self.reader = StoredTensors(folder)
+        self.quantize = quantize or {}
         self.tied = tied
         names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
         self.stored = [name for name in names if not (tied and name == HEAD)]
@@ -39,7 +62,15 @@ class BaseTensors(Base):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
             raise KeyError(name)
+        if name in self.quantize:
+            return self.packed(name).dequantize(self.dtype(name))
         return self.reader.read(self._place(name))
+
+    def packed(self, name: str) -> Quantized:
+        """A quantised tensor."""
+        if self.reader.quantized(name):
+            return self.reader.packed(name)
+        return quantize(self.reader.read(name), self.quantize[name], name=name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or (self.tied and name == HEAD)
@@ -57,8 +88,8 @@ class BaseTensors(Base):
         return self.reader.shape(self._place(name))
 
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is stored quantised."""
-        return False
+        """Whether a tensor is, or is given as if it had been, quantised."""
+        return name in self.quantize or self.reader.quantized(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is stored."""
@@ -97,6 +128,21 @@ class MergePlan:
     """The base is tied and the result is not: its head and its embedding differ now."""
     dtype: torch.dtype | None
     """Of every tensor, or each as in the base."""
+    trained: BaseTensors
+    """The base as it was in training: ``base``, unless that is the original of a quantised one."""
+    into: Into | None
+    """Onto what the update is added; ``None`` for a base that is not quantised."""
+    quantize: QuantizeConfig | None
+    """How the base was quantised."""
+
+    @property
+    def lossy(self) -> bool:
+        """What was asked for is not the function that was trained."""
+        return self.into in ("original", "quantized")
+
+    def packs(self, name: str) -> bool:
+        """Whether a tensor is quantised again."""
+        return self.into == "quantized" and self.base.quantized(name)
 
     def target(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is written."""
@@ -110,9 +156,14 @@ class MergePlan:
 
     def bytes(self) -> int:
         """Bytes of all tensors to write."""
-        return sum(
+        packed = [name for name in self.names if self.packs(name)]
+        small = sum(
+            packed_sizes(n.removesuffix(".weight"), self.base.shape(n), self.quantize) for n in packed if self.quantize
+        )
+        return small + sum(
             self.rows(name) * int(torch.Size(self.base.shape(name)[1:]).numel()) * self.target(name).itemsize
             for name in self.names
+            if not self.packs(name)
         )
 
 
@@ -159,7 +210,12 @@ def find_adapter(source: Path) -> Path:
 
 
 def plan_merge(
-    places: Places, *, subtract: Path | None = None, dtype: torch.dtype | None = None, force: bool = False
+    places: Places,
+    *,
+    subtract: Path | None = None,
+    dtype: torch.dtype | None = None,
+    into: Into | None = None,
+    force: bool = False,
 ) -> MergePlan:
     """Read the headers and the adapters, and check that everything fits.
 
@@ -167,18 +223,21 @@ def plan_merge(
         places: The folders.
         subtract: An adapter that was merged into the base before and is taken back: task switching.
         dtype: Of the result; as in the base when omitted.
+        into: Onto what the update of a quantised base is added: the dequantised base, which is the function that was
+            trained, when omitted.
         force: Take a base that is not the one the adapter was trained on.
 
     Raises:
         InputError: Something is broken or does not fit.
+        UsageError: ``into`` does not apply.
     """
     config = ModelConfig.from_folder(places.base)
     tied = config.tie_word_embeddings
-    base = BaseTensors(places.base, tied=tied)
     adapter = read_adapter(places.adapter)
+    trained, base, held = _bases(places.base, config, adapter, into)
     adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
-    updates = check_base(adapter, base, tied=tied, force=force or subtract is not None)
+    updates = check_base(adapter, trained, tied=tied, force=force or subtract is not None)
     if subtract is not None:
         taken = read_adapter(subtract)
         taken.require_updates()
@@ -190,7 +249,32 @@ def plan_merge(
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([HEAD] if untied else [])
-    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype)
+    into = (into or "dequantized") if held else None
+    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
+
+
+def _bases(
+    folder: Path, config: ModelConfig, adapter: Adapter, into: Into | None
+) -> tuple[BaseTensors, BaseTensors, QuantizeConfig | None]:
+    """The base as it was in training, the one to add to, and how the former was quantised.
+
+    Raises:
+        UsageError: ``into`` does not apply.
+    """
+    stored = BaseTensors(folder, tied=config.tie_word_embeddings)
+    packed = stored.reader.config()
+    held = packed or adapter.quantize
+    if held is None and into is not None:
+        raise UsageError(f"--into {into}: has no effect, the base of {adapter.folder} is not quantised")
+    if held is None or packed is not None:
+        if into == "original":
+            raise UsageError(
+                f"--into original: {folder} holds codes only ({held})", hint="give the 16-bit checkpoint with --base"
+            )
+        return stored, stored, held
+    names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
+    trained = BaseTensors(folder, tied=config.tie_word_embeddings, quantize=dict.fromkeys(names, held))
+    return trained, stored if into == "original" else trained, held
 
 
 def _named_bases(adapter: Path, run: Path | None) -> list[Path]:

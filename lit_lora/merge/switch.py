@@ -14,6 +14,7 @@ from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import own_modules
 from lit_lora.peft.files import read_adapter
 from lit_lora.peft.updates import Update
+from lit_lora.quantize import found_config
 
 __all__ = ["TaskSwitcher"]
 
@@ -35,6 +36,9 @@ class TaskSwitcher:
     def __init__(self, model: CausalLM, base: Path) -> None:
         if own_modules(model):
             raise UsageError(f"{base}: the model has an adapter beside its weights", hint="take it out first")
+        held = found_config(model)
+        if held is not None:
+            raise UsageError(f"{base}: tasks are switched in full weights, these are {held}", hint="load it in 16 bits")
         self.model = model
         self.config = model.config
         self.tensors = BaseTensors(base, tied=self.config.tie_word_embeddings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_lora.errors import NumericalError
 from lit_lora.merge.plan import MergePlan
 from lit_lora.peft.updates import Update
+from lit_lora.quantize import Quantized, quantize
 
 __all__ = ["TensorProof", "Totals", "measure", "merged_tensors", "totals"]
 
@@ -70,13 +71,16 @@ def totals(proofs: list[TensorProof]) -> Totals:
     return Totals(whole.relative_error, whole.kept)
 
 
-def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor, TensorProof | None]]:
+def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor | Quantized, TensorProof | None]]:
     """Every tensor of the result with its proof; ``None`` for a tensor without an update.
 
     Raises:
         NumericalError: A value overflows the dtype.
     """
     for name in plan.names:
+        if plan.packs(name):
+            yield (name, *_packed(plan, name))
+            continue
         weight, dtype = plan.base[name], plan.target(name)
         update = plan.updates.get(name)
         if update is None:
@@ -89,6 +93,24 @@ def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor, TensorProof |
         if dtype == torch.float16 and weight.dtype != dtype and torch.isinf(tensor).any():
             raise NumericalError(f"{name}: values beyond {dtype}'s range", hint="choose bf16 or fp32")
         yield name, tensor, proof
+
+
+def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
+    """A tensor quantised again with its update in it, as far as the codes can say it."""
+    update = plan.updates.get(name)
+    if update is None or plan.quantize is None:
+        return plan.base.packed(name), None
+    weight, proof = plan.base[name].float(), TensorProof(name, torch.float32)
+    exact = torch.cat([rows for _, _, rows in _exact_rows(weight, update, plan.rows(name))])
+    packed = quantize(exact, plan.quantize, name=name)
+    stored = packed.dequantize(torch.float32)
+    wanted = exact != weight
+    proof.values = int(wanted.sum())
+    # Another scale changes every value of a block: kept is what came nearer to where it should be.
+    proof.changed = int((wanted & ((stored - exact).abs() < (weight - exact).abs())).sum())
+    proof.error_square = float((stored - exact).square().sum(dtype=torch.float64))
+    proof.update_square = float((exact - weight).square().sum(dtype=torch.float64))
+    return packed, proof
 
 
 def measure(plan: MergePlan, dtype: torch.dtype) -> Totals:
