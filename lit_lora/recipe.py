@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
-from pydantic import Discriminator, Field, Tag, create_model, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, create_model, model_validator
 from pydantic.json_schema import models_json_schema
 
 from lit_lora import log
@@ -101,14 +101,18 @@ class FinetuneConfig(Settings):
         name = section.get("name", next(iter(methods(cls.kind)))) if isinstance(section, dict) else None
         if name not in METHODS:
             return data  # reported with the section
-        kind, default_lr = METHODS[name][0], methods()[name].default_lr
+        kind = METHODS[name][0]
         if kind != cls.kind:
             other = next(recipe for recipe in RECIPES if load_settings(recipe).kind == kind)
             raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {other}?)")
         optimizer = data.get("optimizer", {})
-        if default_lr is None or not isinstance(optimizer, dict) or "lr" in optimizer:
+        if not isinstance(optimizer, dict) or "lr" in optimizer:
             return data
-        return {**data, "optimizer": {**optimizer, "lr": default_lr}}
+        try:
+            lr = methods()[name].model_validate(section).lr
+        except ValidationError:
+            return data  # reported with the section
+        return data if lr is None else {**data, "optimizer": {**optimizer, "lr": lr}}
 
 
 class QuantizedConfig(FinetuneConfig):

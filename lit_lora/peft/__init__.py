@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
     "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
     "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
+    "composed": ("added", "lit_lora.peft.composed:ComposedConfig"),
     "residual": ("added", "lit_lora.peft.residual:ResidualConfig"),
     "full": ("full", "lit_lora.peft.full:FullConfig"),
 }

@@ -58,12 +58,10 @@ class AddedModule(OwnModule):
         """Become a part of ``host``, in place.
 
         Raises:
-            UsageError: It has such a part already, or something stands before every document already.
+            UsageError: It has such a part already.
         """
         if hasattr(host, self.child):
             raise UsageError(f"peft: the model has a part called {self.child} already", hint="load the base again")
-        if self.front and host.front:
-            raise UsageError("peft: something else stands before every document already, expected one prefix or prompt")
         parameter = next(host.parameters(), None)
         if parameter is not None:
             self.to(parameter.device)

@@ -83,6 +83,11 @@ class Method(Settings):
         return str(self.model_dump()["name"])
 
     @property
+    def lr(self) -> float | None:
+        """The learning rate of these settings where the config gives none."""
+        return self.default_lr
+
+    @property
     def title(self) -> str:
         """The method's name as one writes it."""
         return str(self.model_dump()["name"]).replace("-", " ").capitalize()

@@ -127,6 +127,11 @@ class PrefixConfig(VirtualTokens):
     )
     encoder_hidden_size: int = Field(512, ge=1, description="Width of that network's middle.")
 
+    @property
+    def lr(self) -> float | None:
+        """The network's weights move all keys and values at once, so it learns at a lower rate."""
+        return 3e-4 if self.prefix_projection else self.default_lr
+
     @model_validator(mode="after")
     def _text_is_used(self) -> PrefixConfig:
         if self.init_text is not None and self.init != "tokens":

@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "p-tuning": {"template": [2, "The answer to", 2]},
     "llama-adapter": {"adapter_len": 4, "adapter_layers": 2},
     "llama-adapter-v2": {"adapter_len": 4, "adapter_layers": 2},
+    "composed": {"methods": [{"name": "lora", "rank": 4}, {"name": "prefix", "init_text": "hello there"}]},
 }
 
 
@@ -70,7 +71,7 @@ def test_a_run_learns_and_its_adapter_answers_and_is_evaluated(task, call, name)
     losses = [r["validation_loss"] for r in read_metrics(task / "run" / "metrics.jsonl") if "validation_loss" in r]
     assert losses[-1] < losses[0]
     resolved = yaml.safe_load((task / "run" / "config.yaml").read_text())
-    assert resolved["optimizer"]["lr"] == methods()[name].default_lr
+    assert resolved["optimizer"]["lr"] == methods()[name].model_validate({"name": name, **SETTINGS[name]}).lr
     code, _, err = call("generate", task / "run", "colour 1?", "--max-new-tokens", 4)
     assert code == 0, err
     code, out, err = call("evaluate", task / "run", "--data", task / "rows.jsonl", "--limit", 4)
@@ -102,6 +103,12 @@ def test_a_learning_rate_that_is_given_holds(task, call):
         (["peft.num_virtual_tokens=0"], "peft.num_virtual_tokens"),
         (["peft.num_virtual_tokens=128"], "128 virtual tokens leave no room in the model's context of 128"),
         (["peft.init=zeros", "peft.init_text=a"], "init_text has no effect with init: zeros"),
+        (["peft={name: composed, methods: [{name: lora}]}"], "expected a list of two methods or more"),
+        (["peft={name: composed, methods: [{name: lora}, {name: prefx}]}"], "'prefx' (did you mean 'prefix'?)"),
+        (["peft={name: composed, methods: [{name: prefix}, {name: lora}]}"], "at most one low-rank method, and that"),
+        (["peft={name: composed, methods: [{name: lora, rnk: 3}, {name: prefix}]}"], "0: lora: rnk: "),
+        (["peft={name: composed, methods: [{name: prompt}, {name: prefix}]}"], "something else stands before"),
+        (["peft={name: composed, methods: [{name: lora}, {name: lora}]}"], "a method is there twice: lora, lora"),
         (["recipe=adaptor"], "recipe 'adaptor' is not known (did you mean 'adapter'?)"),
     ],
 )

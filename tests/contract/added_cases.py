@@ -25,8 +25,32 @@ ADDED = {
     "llama-adapter tanh": {"name": "llama-adapter", "adapter_len": 3, "adapter_layers": 1, "tanh": True},
     "llama-adapter per layer": {"name": "llama-adapter", "adapter_len": 3, "gate": "per-layer"},
     "llama-adapter-v2": {"name": "llama-adapter-v2", "adapter_len": 3, "adapter_layers": 1},
+    "composed": {
+        "name": "composed",
+        "methods": [{"name": "lora", "rank": 2}, {"name": "prefix", "num_virtual_tokens": 3}],
+    },
+    "composed adapters": {
+        "name": "composed",
+        "methods": [
+            {"name": "lora", "rank": 2, "modules_to_save": ["model.norm", "input_layernorm"]},
+            {"name": "parallel", "bottleneck": 4},
+            {"name": "llama-adapter", "adapter_len": 3},
+        ],
+    },
+    "composed three": {
+        "name": "composed",
+        "methods": [
+            {"name": "houlsby", "bottleneck": 4, "init_std": 0.02},
+            {"name": "lin", "bottleneck": 4},
+            {"name": "prompt", "num_virtual_tokens": 3, "init_text": [1, 2]},
+        ],
+    },
 }
-EXACT = {case for case in ADDED if case.startswith(("llama-adapter", "parallel")) or case.endswith("zero")}
+EXACT = {
+    case
+    for case in ADDED
+    if case.startswith(("llama-adapter", "parallel", "composed adapters")) or case.endswith("zero")
+}
 """These change nothing at first, bit for bit."""
 NEAR = {case for case in ADDED if case.startswith(("houlsby", "lin"))} - EXACT
 """These change little at first; the others change at once."""

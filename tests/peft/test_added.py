@@ -308,8 +308,20 @@ def test_two_methods_before_every_document_are_refused():
     model = with_method("prefix")
     with pytest.raises(UsageError, match="something else stands before every document already"):
         method("prompt").apply(model)
-    with pytest.raises(UsageError, match="part called prefix already"):
+    with pytest.raises(UsageError, match="something else stands before every document already"):
         method("prefix").apply(model)
+    with pytest.raises(UsageError, match="the model has a part called adapter already"):
+        method("houlsby").apply(with_method("houlsby"))
+
+
+def test_composed_methods_learn_each_at_its_own_rate():
+    config = method("composed", methods=[{"name": "lora", "loraplus_lr_ratio": 4.0}, {"name": "prefix"}])
+    model = adapted(make_model(), config)
+    factors = config.lr_factors(model)
+    assert factors["model.prefix.embedding"] == 10
+    assert factors["model.layers.0.mlp.up_proj.lora_B"] == 4
+    assert "model.layers.0.mlp.up_proj.lora_A" not in factors
+    assert len(factors) == 1 + 7 * LAYERS
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p-tuning": {},
     "llama-adapter": {},
     "llama-adapter-v2": {},
+    "composed": {"methods": [{"name": "lora", "rank": 8}, {"name": "prefix"}]},
 }
 
 
