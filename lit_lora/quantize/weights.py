@@ -1,6 +1,7 @@
 """Matrices in few bits: quantise, dequantise, and multiply one vector without dequantising.
 
-Every operation has one PyTorch form, and on a CPU a fused one that gives the same bits. Source: QLoRA,
+Every operation has one PyTorch form, and on a CPU a fused one that gives the same bits; on CUDA bitsandbytes' kernels
+are taken where they can be imported. Source: QLoRA,
 arXiv:2305.14314, section 3; int8 rows: LLM.int8(), arXiv:2208.07339, section 2.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_lora import kernels
 from lit_lora.errors import UsageError
+from lit_lora.quantize import bitsandbytes
 from lit_lora.quantize.codes import DYNAMIC, nearest_dynamic, table
 from lit_lora.quantize.config import QuantizeConfig
 
@@ -133,8 +135,10 @@ class FourBit(Quantized):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         block = self.config.block_size
+        if self._on_cuda():
+            return bitsandbytes.dequantize(self.codes, self.scales(), self.config.name, block, self.shape, dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         if self._fused() and dtype in (torch.bfloat16, torch.float32):
             blocks, wide = out.numel() // block, int(dtype == torch.float32)
             kernels.call("dequantize_4bit", *self._pointers(), out, blocks, block, wide)
@@ -150,6 +154,9 @@ class FourBit(Quantized):
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
         rows, columns = self.shape
+        if self._on_cuda():
+            values, block = table(self.config.name, self.codes.device).values, self.config.block_size
+            return bitsandbytes.matrix_vector(x, self.codes, self.scales(), values, block, self.shape)
         if not (self._fused() and kernels.usable(x)) or columns % self.config.block_size:
             return super().matrix_vector(x)
         y = torch.empty(rows, dtype=x.dtype)
@@ -160,6 +167,9 @@ class FourBit(Quantized):
         tensors = [self.codes, self.absmax, self.nested_absmax]
         placed = all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
         return placed and kernels.library() is not None
+
+    def _on_cuda(self) -> bool:
+        return self.codes.device.type == "cuda" and bitsandbytes.load() is not None
 
     def _pointers(self) -> tuple[Tensor | None, ...]:
         values = table(self.config.name, self.codes.device).values

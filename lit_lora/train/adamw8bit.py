@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.errors import UsageError
+from lit_lora.quantize import bitsandbytes
 
 __all__ = ["BLOCK", "SMALL", "SmallStateAdamW", "dequantize", "dynamic_map", "quantize"]
 
@@ -202,12 +203,9 @@ def _bitsandbytes(*, needed: bool) -> Any:
     """
     if not torch.cuda.is_available():
         return None
-    try:
-        import bitsandbytes.functional as functional  # noqa: PLC0415 - seconds, and only a GPU has a use for it
-    except ImportError as error:
-        if not needed:
-            return None
+    module = bitsandbytes.load()  # seconds, and only a GPU has a use for it
+    if module is None and needed:
         raise UsageError(
             "optimizer.name: paged optimizers need bitsandbytes", hint="pip install bitsandbytes, or take adamw8bit"
-        ) from error
-    return functional
+        )
+    return None if module is None else module.functional
