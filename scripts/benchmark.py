@@ -113,7 +113,15 @@ CONTENDERS = {
     "ours": Contender(
         "lit-lora",
         "ours.py",
-        {f"bf16/{tokens} tokens": {"dtype": "bf16", "micro_batch_tokens": tokens} for tokens in (2048, 1024, 512, 256)},
+        {
+            f"bf16/{tokens} tokens{mode and '/checkpointing'}": {
+                "dtype": "bf16",
+                "micro_batch_tokens": tokens,
+                "activation_checkpointing": mode or "none",
+            }
+            for tokens in (2048, 1024, 512, 256)
+            for mode in ("", "full")
+        },
     ),
     "limit": Contender("the machine's limit", "gemm_limit.py", {"bf16 products": {}}),
 }

@@ -1,6 +1,6 @@
 """lit-lora: its model, its LoRA and its training loop, as the recipe joins them.
 
-Variants: ``dtype`` of the base weights; ``micro_batch_tokens``.
+Variants: ``dtype`` of the base weights; ``micro_batch_tokens``; ``activation_checkpointing``.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
             parameter.data.copy_(lora_a_start(name.removesuffix(".lora_A"), *parameter.shape))
+    model.checkpoint_activations(orders.variant["activation_checkpointing"])
     batches = OrderedBatches(orders)
     # One step more than ordered: a step ends where the loop asks for the next one, all bookkeeping included.
     steps = len(orders.steps) + 1
