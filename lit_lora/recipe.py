@@ -24,15 +24,16 @@ from lit_lora.config import Settings, did_you_mean, dump_yaml, find_config, load
 from lit_lora.data import DataConfig, Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.rows import Row
-from lit_lora.errors import LitLoraError, UsageError
-from lit_lora.estimate import estimate
+from lit_lora.errors import LitLoraError, OutOfMemoryError, UsageError
+from lit_lora.estimate import Estimate, RowLengths, Setup, estimate, on_paper
+from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space, write_text
 from lit_lora.generate import Sampling, answer_all
-from lit_lora.model import CausalLM
+from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import METHODS, Kind, Method, count_parameters, matched_table, methods
 from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.tokenizer import Tokenizer
-from lit_lora.train.device import choose_device, choose_dtype
+from lit_lora.train.device import choose_device, choose_dtype, free_memory_bytes
 from lit_lora.train.loop import FitResult, TrainConfig
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
@@ -48,12 +49,16 @@ __all__ = [
     "answer_samples",
     "claim_folder",
     "config_schema",
+    "duration",
+    "execute",
     "finetune_config",
     "finish",
+    "in_words",
     "load_data",
     "load_recipe",
     "main",
     "plan",
+    "row_lengths",
     "start",
     "summary",
 ]
@@ -345,7 +350,10 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     log.table("What trains", ["modules", "count", "weight", "parameters"], matched, right=(1, 3))
     total = config.train.total_steps(data.batches.steps_per_epoch)
     _warn_of(config, model, data, total)
-    figures = estimate(model, rows, config.train, run.dtype, run.device)
+    lengths = RowLengths(rows.token_counts, rows.target_counts)
+    setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
+    figures = estimate(setup, on_paper(model))
+    _warn_of_memory(setup, figures)
     passes, interval = total / data.batches.steps_per_epoch, config.train.eval_interval(total)
     warmup, held_out = config.schedule.warmup_steps(total), len(data.prepared.validation or ())
     tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
@@ -357,8 +365,8 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
         ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
         ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
         ["learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {warmup} steps of warm-up"],
-        ["memory, about", human_bytes(figures.memory_bytes)],
-        ["time, about", f"{_duration(figures.seconds_per_step * total)}, without validation"],
+        ["memory, about", human_bytes(figures.memory.total)],
+        ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],
         ["disk, about", human_bytes(figures.disk_bytes)],
         ["run folder", str(run.folder)],
     ]
@@ -374,6 +382,54 @@ def _base_row(model: CausalLM) -> list[list[str]]:
     held = sum(stored_bytes(layer) for layer in layers)
     bits = f"{8 * held / count_quantized(model):.2f} bits a weight"
     return [["base", f"{quantize}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
+
+
+def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
+    """Say it when a loaded model will not fit while it trains, and what would."""
+    free, memory = free_memory_bytes(setup.device), figures.memory
+    there = memory.process + (memory.weights if setup.device.type == "cuda" else 0)  # a CPU's are mapped, not yet read
+    if free is None or memory.total - there <= free:
+        return
+    log.warn(
+        f"this run needs about {human_bytes(memory.total - there)} more, {human_bytes(free)} are free: "
+        f"{in_words(advise(setup, free + there))}"
+    )
+
+
+def in_words(tried: Sequence[Advice]) -> str:
+    """What makes a run fit, or how near its settings can get."""
+    best = min(tried, key=lambda advice: (not advice.fits, advice.memory_bytes), default=None)
+    if best is None:
+        return "take a smaller model"
+    settings, needed = " ".join(best.overrides), human_bytes(best.memory_bytes)
+    return f"{settings} needs {needed}" if best.fits else f"even {settings} needs {needed}: take a smaller model"
+
+
+def row_lengths(config: FinetuneConfig) -> RowLengths:
+    """Of the training rows, tokenised or from the cache.
+
+    Raises:
+        InputError: Tokenizer or data are not there, or not readable.
+    """
+    prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
+    return RowLengths(prepared.train.token_counts, prepared.train.target_counts)
+
+
+def execute(recipe: Callable[[Any, Options], Path], config: FinetuneConfig, options: Options) -> Path:
+    """Run a recipe.
+
+    Raises:
+        OutOfMemoryError: With the settings that would fit.
+    """
+    try:
+        return recipe(config, options)
+    except OutOfMemoryError as error:
+        device = choose_device(config.model.device)
+        shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
+        setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
+        # What was free is not known any more; what was planned was too much.
+        tried = advise(setup, 0.8 * estimate(setup).memory.total)
+        raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error
 
 
 def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int) -> None:
@@ -481,14 +537,14 @@ def main(recipe: Callable[[Any, Options], Path], config: type[FinetuneConfig]) -
     arguments = parser.parse_args()
     options = Options(arguments.dry_run, arguments.resume, arguments.overwrite)
     try:
-        recipe(load_config(arguments.config, config, arguments.overrides), options)
+        execute(recipe, load_config(arguments.config, config, arguments.overrides), options)
     except LitLoraError as error:
         raise SystemExit(error.report()) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``125.0`` as ``2 min 5 s``."""
     if seconds < 1:
         return "less than a second"

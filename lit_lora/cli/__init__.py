@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("lit_lora.cli.convert", "Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, or change its dtype."),
     "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report what is in it."),
     "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
+    "estimate": ("lit_lora.cli.estimate", "Memory and time of a run before it starts, and what would make it fit."),
     "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
     "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
     "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),

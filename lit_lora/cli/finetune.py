@@ -27,7 +27,7 @@ def command(
 
         lit-lora finetune --config my.yaml --resume
     """
-    from lit_lora.recipe import Options, load_recipe
+    from lit_lora.recipe import Options, execute, load_recipe
 
     recipe, settings = load_recipe(config, overrides or [])
-    recipe(settings, Options(dry_run=dry_run, resume=resume, overwrite=overwrite))
+    execute(recipe, settings, Options(dry_run=dry_run, resume=resume, overwrite=overwrite))

@@ -67,11 +67,15 @@ class Batches:
         order: Integers = self._order(epoch)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of step ``step`` (from 0)."""
+    def places(self, step: int) -> list[list[int]]:
+        """Positions of the rows in each micro-batch of step ``step`` (from 0)."""
         chosen = self.row_indices(step)
         bins = _pack(self.rows.token_counts[chosen], self.micro_batch_tokens)
-        return [collate(self.rows, [int(chosen[i]) for i in places]) for places in bins]
+        return [[int(chosen[i]) for i in places] for places in bins]
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step ``step`` (from 0)."""
+        return [collate(self.rows, places) for places in self.places(step)]
 
 
 def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBatch]:

@@ -3,7 +3,7 @@
 Where there is no C compiler the callers use their PyTorch arithmetic: the same results, more slowly.
 """
 
-from lit_lora.kernels.build import library, usable
+from lit_lora.kernels.build import library, rehearsed, usable
 from lit_lora.kernels.call import call, has
 
-__all__ = ["call", "has", "library", "usable"]
+__all__ = ["call", "has", "library", "rehearsed", "usable"]

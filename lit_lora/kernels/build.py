@@ -10,6 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -20,16 +23,30 @@ from torch import Tensor
 from lit_lora import log
 from lit_lora.files import cache_folder
 
-__all__ = ["library", "usable"]
+__all__ = ["library", "rehearsed", "usable"]
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 _WIDE = ["-mprefer-vector-width=512"]  # where the compiler knows it; GCC's default for these CPUs is half
 
 
+_DEVICES: ContextVar[tuple[str, ...]] = ContextVar("_DEVICES", default=("cpu",))
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """Inside the block, tensors of the meta device take the way that the CPU's take; calls do nothing with them."""
+    token = _DEVICES.set(("cpu", "meta"))
+    try:
+        yield
+    finally:
+        _DEVICES.reset(token)
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps."""
+    devices = _DEVICES.get()
     return (
-        all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        all(t.dtype == torch.bfloat16 and t.device.type in devices and t.is_contiguous() for t in tensors)
         and library() is not None
     )
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.ops import rotate
+from lit_lora.model.ops import causal_attention, rotate
 from lit_lora.model.packed_attention import Layout, packed_attention, usable
 from lit_lora.model.rope import rope_table
 
@@ -86,14 +86,8 @@ class PackedAttention:
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value
         for q, k, v in zip(*(torch.split(tensor, self.lengths) for tensor in turned), strict=True):
             masked = self.window is not None and q.shape[0] > self.window
-            out = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                attn_mask=_window_mask(q.shape[0], self.window, q.device) if masked else None,
-                is_causal=not masked,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            mask = _window_mask(q.shape[0], self.window, q.device) if masked else None
+            out = causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 

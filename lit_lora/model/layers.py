@@ -81,10 +81,10 @@ def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
         value: (..., D).
         compute: Gives it again, from tensors that the backward holds.
     """
-    place, shape = value.data_ptr(), value.shape
+    place, shape = _place(value), value.shape
 
     def keep(tensor: Tensor) -> Tensor | tuple[int, ...]:
-        is_value = tensor.data_ptr() == place and tensor.numel() == value_size and tensor.is_contiguous()
+        is_value = _place(tensor) == place and tensor.numel() == value_size and tensor.is_contiguous()
         return tuple(tensor.shape) if is_value else tensor
 
     def give(kept: Tensor | tuple[int, ...]) -> Tensor:
@@ -122,3 +122,8 @@ def checkpointed(function: Callable[..., R], *arguments: Any) -> R:
 
     result: R = checkpoint(call, *arguments, use_reentrant=False)
     return result
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where its first number lies; told apart on the meta device too, where nothing has an address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lit_lora import kernels
 
-__all__ = ["add_rms_norm", "linear", "rotate", "swiglu"]
+__all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu"]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class _AddRMSNorm(torch.autograd.Function):
         width = x.shape[-1]
         total = x if delta is None else torch.empty_like(x)
         normed = torch.empty_like(x)
-        roots = torch.empty(x.numel() // width, dtype=torch.float32)
+        roots = x.new_empty(x.numel() // width, dtype=torch.float32)
         kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
         ctx.save_for_backward(total, weight, roots)
         ctx.set_materialize_grads(False)
@@ -128,3 +128,22 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention to the tokens before and to the token itself, by a fused kernel of the device.
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, T, H).
+        value: (B, K, T, H).
+        mask: (T, T) bool in place of the causal one.
+    """
+    if query.is_meta:  # where PyTorch would write the scores out, as no device does
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = fused(
+            query, key, value, 0.0, mask is None, attn_mask=None if mask is None else mask.to(query.dtype)
+        )[0]
+        return out
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)

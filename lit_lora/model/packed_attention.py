@@ -63,7 +63,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, layout: Layout
     ) -> Tensor:
         out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:2], dtype=torch.float32)
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         places = (query, key, value, cosine, sine, layout.starts)
         kernels.call("packed_attention", *places, out, lse, *layout.sizes(query, key))
         ctx.save_for_backward(query, key, value, cosine, sine, lse)

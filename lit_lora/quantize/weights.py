@@ -139,6 +139,8 @@ class FourBit(Quantized):
         if self._on_cuda():
             return bitsandbytes.dequantize(self.codes, self.scales(), self.config.name, block, self.shape, dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        if out.is_meta:
+            return out
         if self._fused() and dtype in (torch.bfloat16, torch.float32):
             blocks, wide = out.numel() // block, int(dtype == torch.float32)
             kernels.call("dequantize_4bit", *self._pointers(), out, blocks, block, wide)
@@ -220,6 +222,8 @@ class Int8(Quantized):
             kernels.call("dequantize_8bit", self.codes, self.absmax, out, *self.shape, int(dtype == torch.float32))
             return out
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        if out.is_meta:
+            return out
         step = max(1, _CHUNK // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)

@@ -6,13 +6,21 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
 from lit_lora.errors import OutOfMemoryError, UsageError
 
-__all__ = ["choose_device", "choose_dtype", "peak_memory_bytes", "report_lack_of_memory", "reuse_memory"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "free_memory_bytes",
+    "peak_memory_bytes",
+    "report_lack_of_memory",
+    "reuse_memory",
+]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,6 +77,22 @@ def reuse_memory() -> None:
         mallopt(mmap_threshold, 16 << 20)
         mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 64 << 20)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that a run may still take: of the GPU, or of this machine or container; ``None`` when unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+    left = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        left.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with suppress(OSError, ValueError):  # "max" is no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        stats = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        left.append(limit - int((group / "memory.current").read_text(encoding="ascii")) + int(stats["inactive_file"]))
+    return min(left, default=None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

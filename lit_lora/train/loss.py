@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_lora import IGNORE_INDEX, kernels
 
-__all__ = ["CHUNK", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
+__all__ = ["CHUNK", "STEP", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
 
 CHUNK = 256
 """Rows of logits that exist at a time: 25 MB in bfloat16 for a vocabulary of 49k."""
@@ -145,7 +145,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tup
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(labels), dtype=torch.float32)
+        losses = logits.new_empty(len(labels), dtype=torch.float32)
         kernels.call("cross_entropy", logits, labels, losses, *logits.shape, scale)
         ctx.save_for_backward(logits)
         total = losses.sum()

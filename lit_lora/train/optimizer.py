@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
-from lit_lora.train.adamw8bit import SmallStateAdamW
+from lit_lora.train.adamw8bit import BLOCK, SMALL, SmallStateAdamW
 
-__all__ = ["OptimizerConfig", "Trainables", "build_optimizer"]
+__all__ = ["OptimizerConfig", "Trainables", "build_optimizer", "state_bytes"]
 
 
 class OptimizerConfig(Settings):
@@ -117,3 +117,13 @@ def build_optimizer(
     if bits == 8 or paged:
         return SmallStateAdamW(groups, bits=bits, paged=paged, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def state_bytes(config: OptimizerConfig, masters: Iterable[Tensor]) -> int:
+    """Bytes of state that the optimizer keeps for ``masters`` from its first step on."""
+    counts = [master.numel() for master in masters]
+    if config.name == "sgd":
+        return 4 * sum(counts) if config.momentum else 0
+    if config.name.endswith("8bit"):
+        return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= SMALL else 8 * n for n in counts)
+    return 8 * sum(counts)

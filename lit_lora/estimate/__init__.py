@@ -1,0 +1,206 @@
+"""What a run will need, said before it starts: memory by rehearsing a step on paper, time by its products."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_lora.checkpoint.load import empty_model
+from lit_lora.data import Rows
+from lit_lora.data.batches import Batches
+from lit_lora.data.rows import Integers
+from lit_lora.estimate.rehearsal import Portion, on_paper, rehearse
+from lit_lora.estimate.shapes import SHAPES, model_shape
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.peft import Method, freeze
+from lit_lora.quantize import QuantizeConfig
+from lit_lora.train.loop import TrainConfig
+from lit_lora.train.loss import STEP
+from lit_lora.train.optimizer import OptimizerConfig, Trainables, state_bytes
+
+__all__ = ["SHAPES", "Estimate", "Memory", "RowLengths", "Setup", "estimate", "model_shape", "on_paper", "outline"]
+
+_PROCESS_BYTES = {"cpu": 506_000_000, "cuda": 500_000_000}
+"""Python, torch and the libraries on the CPU; the driver's context and the libraries' workspaces on a GPU."""
+
+_SLACK = {torch.bfloat16: 0.17}
+_OTHER_SLACK = 0.32
+"""Shares of what a step allocates that a CPU's allocator holds beyond it, measured: benchmarks/estimate_202611.md."""
+
+_EFFICIENCY = 0.4
+"""Share of the matrix-product rate that a training step reaches; the rest is elementwise work and attention."""
+
+_LOOKED_AT = 500
+"""Steps among which the largest micro-batch is looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowLengths:
+    """The training rows as far as memory knows them."""
+
+    token_counts: Integers
+    target_counts: Integers
+    """Learned tokens."""
+
+    def __len__(self) -> int:
+        return len(self.token_counts)
+
+    @classmethod
+    def alike(cls, rows: int, tokens: int) -> RowLengths:
+        """Rows of one length, learned whole: what is known without the data."""
+        counts = np.full(rows, tokens, dtype=np.int64)
+        return cls(counts, counts)
+
+    def cut(self, longest: int) -> RowLengths:
+        """The rows when none is longer than that."""
+        return RowLengths(self.token_counts.clip(max=longest), self.target_counts.clip(max=longest))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that memory and time of a run depend on."""
+
+    shape: ModelConfig
+    peft: Method
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    rows: RowLengths
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+    quantize: QuantizeConfig | None = None
+
+    @classmethod
+    def of(
+        cls, config: Any, *, shape: ModelConfig, rows: RowLengths, dtype: torch.dtype, device: torch.device
+    ) -> Setup:
+        """From the config of a run; ids stand in for tokens that it gives as text."""
+        peft = config.peft.with_token_ids(lambda tokens: list(range(shape.vocab_size, shape.vocab_size + len(tokens))))
+        peft = peft.with_text(lambda text: [0] * (1 + len(text) // 4))
+        quantize = getattr(config, "quantize", None)  # only some recipes have it
+        return cls(shape, peft, config.train, config.optimizer, rows, dtype, device, config.seed, quantize)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the peak, by what holds them."""
+
+    weights: int
+    """The model's own tensors."""
+    trained: int
+    """What a method added, and float32 masters of weights that train in lower precision."""
+    optimizer: int
+    """Moments."""
+    gradients: int
+    activations: int
+    """Kept from the forward pass for the backward."""
+    logits: int
+    """In the output layer and the loss."""
+    workspace: int
+    """What the backward holds beside gradients, and what the allocator cannot use."""
+    process: int
+    """Before any tensor."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need."""
+
+    memory: Memory
+    disk_bytes: int
+    seconds_per_step: float | None
+    """``None`` where the device is not in this machine."""
+    trainable: int
+    """Numbers that train."""
+
+
+def outline(setup: Setup) -> CausalLM:
+    """The model of a setup as its recipe makes it, on the meta device."""
+    shape = setup.shape.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
+    model = empty_model(shape, setup.quantize).to(setup.dtype)
+    freeze(model)
+    setup.peft.apply(model)
+    model.checkpoint_activations(setup.train.activation_checkpointing)
+    return model
+
+
+def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
+    """Estimate peak memory, disk space, and time per step.
+
+    Args:
+        setup: The run.
+        model: Its model from :func:`on_paper`; made by :func:`outline` when omitted.
+    """
+    model = outline(setup) if model is None else model
+    assert isinstance(model, CausalLM)
+    model.train()
+    stored = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    parameters = set(model.parameters())
+    masters = list(Trainables(model).masters.values())
+    trained = sum(master.nbytes for master in masters)
+    own = 0 if setup.peft.kind == "full" else sum(master.nbytes for master in masters if master in parameters)
+    copies = sum(master.nbytes for master in masters if master not in parameters)
+    portion, several, step_tokens = _largest(setup)
+    peak = rehearse(model, portion, fused=setup.device.type == "cpu", masters=masters if several else ())
+    gradients = min(trained, peak.backward)
+    passing = peak.activations + peak.logits + peak.backward
+    slack = _SLACK.get(setup.dtype, _OTHER_SLACK) if setup.device.type == "cpu" else 0.05
+    memory = Memory(
+        weights=stored - own,
+        trained=own + copies,
+        optimizer=state_bytes(setup.optimizer, masters),
+        gradients=gradients,
+        activations=peak.activations,
+        logits=peak.logits,
+        workspace=peak.backward - gradients + int(slack * passing),
+        process=_PROCESS_BYTES.get(setup.device.type, 0),
+    )
+    numbers = sum(master.numel() for master in masters)
+    written = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    disk = (trained + state_bytes(setup.optimizer, masters)) * (setup.train.keep_last + 2) + written
+    padded = -(-sum(portion.lengths) // STEP) * STEP
+    return Estimate(memory, disk, _seconds(setup, peak.operations / padded * step_tokens), numbers)
+
+
+def _largest(setup: Setup) -> tuple[Portion, bool, float]:
+    """The micro-batch with the most tokens, whether some step has several, and the mean tokens of a step."""
+    rows, train = setup.rows, setup.train
+    batches = Batches(
+        cast(Rows, rows), batch_size=train.batch_size, micro_batch_tokens=train.micro_batch_tokens, seed=setup.seed
+    )
+    steps = min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _LOOKED_AT)
+    portions = [batches.places(step) for step in range(steps)]
+    largest = max((places for step in portions for places in step), key=lambda places: rows.token_counts[places].sum())
+    portion = Portion(rows.token_counts[largest].tolist(), max(1, int(rows.target_counts[largest].sum())))
+    mean = float(rows.token_counts.mean()) * min(train.batch_size, len(rows))
+    return portion, any(len(step) > 1 for step in portions), mean
+
+
+def _seconds(setup: Setup, operations: float) -> float | None:
+    """Of one step, by a matrix product that is measured here and now; ``None`` where the device is not here."""
+    if setup.device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    return operations / (_product_rate(setup.dtype, setup.device) * _EFFICIENCY)
+
+
+@lru_cache(maxsize=8)
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a matrix product here and now; takes a fraction of a second."""
+    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for a GPU
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,167 @@
+"""A training step on tensors without values: what it would hold, when, and how many multiplications it would take.
+
+The step is the one that trains (:func:`lit_lora.train.loss.backward`), run on the meta device, so whatever a method, a
+kernel or checkpointing keeps for the backward is counted as it is, and no formula has to follow the code.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lit_lora import IGNORE_INDEX, kernels
+from lit_lora.model import CausalLM
+from lit_lora.train.loss import backward
+
+__all__ = ["Peak", "Portion", "on_paper", "rehearse"]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A micro-batch as far as memory knows it; one that :func:`lit_lora.train.loss.backward` takes."""
+
+    lengths: list[int]
+    """Tokens of each document."""
+    targets: int
+    """Learned tokens of all of them."""
+
+    @property
+    def rows(self) -> list[int]:
+        """Dataset row of each document."""
+        return list(range(len(self.lengths)))
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(1, T) int64."""
+        return torch.zeros(1, sum(self.lengths), dtype=torch.int64)
+
+    @property
+    def labels(self) -> Tensor:
+        """(1, T) int64."""
+        places = torch.arange(sum(self.lengths))[None]
+        return torch.where(places < self.targets, 0, IGNORE_INDEX)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that exists at one time beside weights and optimizer state, and the work of one micro-batch."""
+
+    activations: int
+    """Bytes kept from the forward pass."""
+    logits: int
+    """Bytes born in the output layer and the loss."""
+    backward: int
+    """Bytes born in the backward: gradients, what is computed again, what passes from layer to layer."""
+    operations: int
+    """Floating-point operations of the matrix products of one micro-batch, forward and backward."""
+
+
+def on_paper(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose tensors have no values; shared ones stay shared."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        twin = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    return copy.deepcopy(model, memo)
+
+
+def rehearse(model: CausalLM, portion: Portion, *, fused: bool, masters: Iterable[Tensor] = ()) -> Peak:
+    """Run one micro-batch and note what exists when.
+
+    Args:
+        model: On the meta device, or any other; gradients are added to it.
+        portion: The largest micro-batch.
+        fused: Take the kernels for CPUs.
+        masters: Those whose gradients exist already, from an earlier micro-batch of the step.
+    """
+    ledger = _Ledger()
+    with ExitStack() as stack:
+        if fused:
+            stack.enter_context(kernels.rehearsed())
+        stack.enter_context(_phases(model, ledger))
+        stack.enter_context(ledger)
+        ledger.phase = "backward"
+        for master in masters:
+            master.grad = torch.empty_like(master)
+        backward(model, portion, 1.0)
+    peak = ledger.peak
+    return Peak(peak["forward"], peak["head"], peak["backward"], ledger.operations)
+
+
+@contextmanager
+def _phases(model: CausalLM, ledger: _Ledger) -> Iterator[None]:
+    """Tell the ledger in which phase of a micro-batch the model is."""
+
+    def enter(phase: str) -> None:
+        ledger.phase = phase
+
+    def leave_decoder(module: nn.Module, inputs: Any, hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: enter("backward"))  # type: ignore[no-untyped-call]
+
+    hooks = [
+        model.model.register_forward_pre_hook(lambda *_: enter("forward")),
+        model.model.register_forward_hook(leave_decoder),
+        model.lm_head.register_forward_pre_hook(lambda *_: enter("head")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_COUNTS = {packet.__name__: count for packet, count in flop_registry.items()}
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage from its first tensor to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "forward"
+        self.alive: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.operations = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0  # a number that only reports: a loss, the gradient of one
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        out = func(*args, **(kwargs or {}))
+        count = _COUNTS.get(func._overloadpacket.__name__.removesuffix("_"))  # addmm_ works as addmm
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        given = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._enter(leaf.untyped_storage())
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, phase, size = storage._cdata, self.phase, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive[phase] += size
+        if self.alive.total() > self.peak.total():
+            self.peak = self.alive.copy()
+        weakref.finalize(storage, self._leave, key, phase, size)
+
+    def _leave(self, key: int, phase: str, size: int) -> None:
+        self._known.discard(key)
+        self.alive[phase] -= size
