@@ -111,7 +111,7 @@ def _methods(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     """The keys that are no sections."""
-    return {name: field for name, field in fields.items() if "$ref" not in field}
+    return {name: field for name, field in fields.items() if not {"$ref", "oneOf"} & field.keys()}
 
 
 def _table(

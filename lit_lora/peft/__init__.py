@@ -45,6 +45,13 @@ __all__ = [
 # name -> (kind, "module:settings class"); a recipe serves one kind
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora:LoRAConfig"),
+    "dora": ("low-rank", "lit_lora.peft.dora:DoRAConfig"),
+    "multilora": ("low-rank", "lit_lora.peft.multilora:MultiLoRAConfig"),
+    "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
+    "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
+    "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
+    "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
+    "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
     "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),

@@ -16,7 +16,7 @@ from lit_lora.config import validate
 from lit_lora.errors import InputError, LitLoraError
 from lit_lora.peft.added import AddedMethod
 
-__all__ = ["added_types", "read_added", "restore_added"]
+__all__ = ["OWN", "added_types", "read_added", "restore_added"]
 
 OWN = "LIT_LORA_"
 

@@ -14,12 +14,25 @@ from lit_lora import log
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.added import AddedMethod
 from lit_lora.peft.added_files import restore_added
-from lit_lora.peft.base import Base, base_tensors, device_of, freeze, own_modules, replace_module
-from lit_lora.peft.files import Adapter, listed, read_adapter
+from lit_lora.peft.base import (
+    Base,
+    base_tensors,
+    device_of,
+    freeze,
+    model_updates,
+    own_modules,
+    remove,
+    replace_module,
+)
+from lit_lora.peft.dora import DoRALinear
+from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora import LoRAConfig, LoRAEmbedding, LoRALinear
+from lit_lora.peft.lora_conv import Conv, LoRAConv
+from lit_lora.peft.lora_files import listed
+from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
-from lit_lora.peft.updates import LowRank, Replace, Rows, Update, Updates
+from lit_lora.peft.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates
 
 __all__ = ["AppliedAdapter", "check_base", "load_adapter", "with_tied_head"]
 
@@ -58,18 +71,27 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
         raise UsageError(f"{folder}: the model has an adapter already", hint="take it out first")
     adapter = read_adapter(folder)
     base = base_tensors(model)
-    updates = check_base(adapter, base, tied=_is_tied(model), force=force)
-    if adapter.added:
-        assert isinstance(adapter.config, AddedMethod)
+    if isinstance(adapter.config, AddedMethod):
+        _check(adapter, {}, base, force=force)
         freeze(model)
-        restore_added(model, adapter.folder, adapter.config, adapter.added)
-        return AppliedAdapter(adapter, math.hypot(*(float(tensor.norm()) for tensor in adapter.added.values())))
+        restore_added(model, adapter.folder, adapter.config, adapter.values)
+        return AppliedAdapter(adapter, math.hypot(*(float(tensor.norm()) for tensor in adapter.values.values())))
+    if adapter.updates is None:
+        freeze(model)
+        updates = _fill_modules(model, adapter)
+        try:
+            _check(adapter, updates, base, force=force)
+        except InputError:
+            remove(model)
+            raise
+    else:
+        updates = check_base(adapter, base, tied=_is_tied(model), force=force)
+        assert isinstance(adapter.config, LoRAConfig)
+        freeze(model)
+        _attach(model, updates, adapter.config.dropout)
     norm = math.hypot(*(update.norm(base[name]) for name, update in updates.items()))
     if norm == 0:
         log.warn(f"{folder}: no effect, every update in it is zero: was it saved before its first training step?")
-    freeze(model)
-    assert isinstance(adapter.config, LoRAConfig)
-    _attach(model, updates, adapter.config.dropout)
     return AppliedAdapter(adapter, norm)
 
 
@@ -85,7 +107,18 @@ def check_base(adapter: Adapter, base: Base, *, tied: bool, force: bool = False)
     Raises:
         InputError: It does not fit; names and counts say where.
     """
-    updates = with_tied_head(adapter.updates, base, tied=tied)
+    updates = _fill_modules(_skeleton(base), adapter) if adapter.updates is None else adapter.updates
+    updates = with_tied_head(updates, base, tied=tied)
+    _check(adapter, updates, base, force=force)
+    return updates
+
+
+def _check(adapter: Adapter, updates: Updates, base: Base, *, force: bool) -> None:
+    """Compare names, shapes and, unless forced, values.
+
+    Raises:
+        InputError: The updates do not fit the base, or another base is meant.
+    """
     missing = [name for name in updates if name not in base]
     if missing:
         raise InputError(
@@ -93,8 +126,8 @@ def check_base(adapter: Adapter, base: Base, *, tied: bool, force: bool = False)
             hint=f"the adapter was made for {adapter.base or 'another model'}",
         )
     modules = [name.removesuffix(".weight") for name in base if name.endswith(".weight") and name not in updates]
-    lacking = [module for module in adapter.lacking(modules) if len(base.shape(f"{module}.weight")) == 2]
-    if lacking:
+    lacking = [module for module in adapter.lacking(modules) if len(base.shape(f"{module}.weight")) > 1]
+    if lacking and adapter.updates is not None:
         raise InputError(
             f"{adapter.folder}: lacks {listed(lacking, 'module')}, which its adapter_config.json lists as targets",
             hint="the file is incomplete: copy or save it again",
@@ -107,7 +140,62 @@ def check_base(adapter: Adapter, base: Base, *, tied: bool, force: bool = False)
         )
     if not force:
         _check_values(adapter, base)
-    return updates
+
+
+def _fill_modules(model: nn.Module, adapter: Adapter) -> dict[str, Update]:
+    """Apply the adapter's method to ``model`` in place, put in the file's values, and return its updates.
+
+    Raises:
+        InputError: Names or shapes do not fit; the model is as it was.
+    """
+    assert isinstance(adapter.config, TargetedMethod)
+    adapted = f"the adapter was made for {adapter.base or 'another model'}"
+    try:
+        adapter.config.apply(model)
+    except UsageError as error:
+        raise InputError(f"{adapter.folder}: does not fit this model: {error}", hint=adapted) from error
+    places = adapter.config.file_tensors(model)
+    places = {name: place for name, place in places.items() if not adapter.config.filler(name)}
+    missing = [name for name in places if name not in adapter.values]
+    unknown = [name for name in adapter.values if name not in places and not adapter.config.filler(name)]
+    shapes = [
+        f"{name} has shape {list(adapter.values[name].shape)}, expected {list(place.shape)}"
+        for name, place in places.items()
+        if name in adapter.values and adapter.values[name].shape != place.shape
+    ]
+    if missing or unknown or shapes:
+        remove(model)
+        problem = f"{listed(missing)} missing" if missing else f"{listed(unknown)} with no place in this model"
+        raise InputError(f"{adapter.folder}: {shapes[0] if shapes else problem}", hint=adapted)
+    for name, place in places.items():
+        place.copy_(adapter.values[name])
+    return model_updates(model)
+
+
+def _skeleton(base: Base) -> nn.Module:
+    """A tree of modules around the tensors of a base, for a method to wrap; it computes nothing."""
+    modules: dict[str, nn.Module] = {"": nn.Module()}
+    for name, tensor in base.items():
+        place, _, last = name.rpartition(".")
+        parts = place.split(".")
+        for depth, part in enumerate(parts, 1):
+            here = ".".join(parts[:depth])
+            if here not in modules:
+                modules[here] = _leaf(here, base)
+                modules[".".join(parts[: depth - 1])].add_module(part, modules[here])
+        setattr(modules[place], last, nn.Parameter(tensor, requires_grad=False))
+    return modules[""]
+
+
+def _leaf(name: str, base: Base) -> nn.Module:
+    """An embedding or a linear layer where there is a matrix of this name, yet without it."""
+    weight = f"{name}.weight"
+    if weight not in base or len(base.shape(weight)) != 2:
+        return nn.Module()
+    rows, columns = base.shape(weight)
+    if weight.endswith(_EMBEDDING):
+        return nn.Embedding(rows, columns, device="meta")
+    return nn.Linear(columns, rows, bias=False, device="meta")
 
 
 def with_tied_head(updates: Updates, base: Iterable[str], *, tied: bool) -> dict[str, Update]:
@@ -124,14 +212,21 @@ def with_tied_head(updates: Updates, base: Iterable[str], *, tied: bool) -> dict
 
 def _misfit(name: str, update: Update, base: tuple[int, ...]) -> str | None:
     """How an update does not fit its tensor, in words."""
-    if isinstance(update, LowRank):
-        shape: tuple[int, ...] = (update.left.shape[0], update.right.shape[1])
-        fits = shape == base
+    low = update.low if isinstance(update, Magnitude) else update
+    if isinstance(update, Scaled):
+        return None  # made for this base by the method itself
+    if isinstance(low, LowRank):
+        shape: tuple[int, ...] = (low.left.shape[0], low.right.shape[1])
+        fits = shape == (base[0], math.prod(base[1:]))
+        if fits and isinstance(update, Magnitude):
+            shape = tuple(update.lengths.shape)
+            fits = shape == base[:1]
     elif isinstance(update, Rows):
         shape = (update.rows(base[0]), *update.values.shape[1:])
         known = sum(token < base[0] for token in update.ids)
         fits = shape[1:] == base[1:] and shape[0] - base[0] == len(update.ids) - known
     else:
+        assert isinstance(update, Replace)
         shape = tuple(update.tensor.shape)
         grows = name.endswith((_EMBEDDING, _HEAD)) and shape[:1] > base[:1]
         fits = shape == base or (grows and shape[1:] == base[1:])
@@ -187,12 +282,21 @@ def _wrap(base: nn.Module, parts: dict[str, Update], dropout: float, shared: dic
         _fill(embedding.lora_A, weight.left.T)
         _fill(embedding.lora_B, weight.right.T)
         return embedding
-    if isinstance(weight, LowRank):
+    if isinstance(weight, LowRank) and isinstance(base, Conv):
+        conv = LoRAConv(base, weight.right.shape[0], weight.scaling, dropout)
+        _fill(conv.lora_A, weight.right.view_as(conv.lora_A))
+        _fill(conv.lora_B, weight.left)
+        return conv
+    low = weight.low if isinstance(weight, Magnitude) else weight
+    if isinstance(low, LowRank):
         assert isinstance(base, nn.Linear)
         bias = parts.get("bias")
-        linear = LoRALinear(base, weight.right.shape[0], weight.scaling, dropout, train_bias=bias is not None)
-        _fill(linear.lora_A, weight.right)
-        _fill(linear.lora_B, weight.left)
+        kind = DoRALinear if isinstance(weight, Magnitude) else LoRALinear
+        linear = kind(base, low.right.shape[0], low.scaling, dropout, train_bias=bias is not None)
+        _fill(linear.lora_A, low.right)
+        _fill(linear.lora_B, low.left)
+        if isinstance(weight, Magnitude) and isinstance(linear, DoRALinear):
+            _fill(linear.lora_magnitude_vector, weight.lengths)
         if isinstance(bias, Replace) and linear.trained_bias is not None:
             _fill(linear.trained_bias, bias.tensor)
         return linear

@@ -42,6 +42,7 @@ __all__ = [
     "remove",
     "replace_module",
     "select",
+    "short_names",
     "trainable_state",
 ]
 
@@ -106,6 +107,10 @@ class OwnModule(nn.Module):
     @abstractmethod
     def updates(self) -> dict[str, Update]:
         """What merging does to the parameters of ``base_layer``, by their names in it."""
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Its parameters by the ends of their names in an adapter file, as views in the file's shapes."""
+        return dict(self.named_parameters(recurse=False))
 
     def leave(self, host: nn.Module) -> None:
         """Take the module out of its host, where it wraps nothing."""
@@ -296,6 +301,21 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), child, module)
+
+
+def short_names(model: nn.Module, names: list[str]) -> list[str]:
+    """The last parts of the names of modules where they mean exactly these, else the names in full."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    own = own_modules(model)
+    inside = tuple(f"{name}." for name in own)
+    known = [n for n, m in model.named_modules() if n in own or (_has_own(m) and not n.startswith(inside))]
+    meant = [name for name in known if name.rpartition(".")[2] in ends]
+    return sorted(ends) if sorted(meant) == sorted(names) else sorted(names)
+
+
+def _has_own(module: nn.Module) -> bool:
+    """Whether a module has weights of its own, not only in its children."""
+    return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
 
 
 def _no_match(pattern: str, names: Sequence[str], key: str) -> str:

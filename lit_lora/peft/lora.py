@@ -15,28 +15,24 @@ loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import Kind, Method, OwnModule, device_of, matches, own_modules, replace_module, select
-from lit_lora.peft.lora_function import Part, lora_linears
-from lit_lora.peft.trained import TrainedCopy, train_tokens
-from lit_lora.peft.updates import LowRank, Replace, Update
-from lit_lora.quantize import QuantizedLinear
+from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.lora_conv import Conv, LoRAConv
+from lit_lora.peft.lora_function import Part, lora_linears, stored_weight
+from lit_lora.peft.targets import TargetedMethod, check_rank
+from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
+from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
 
-__all__ = ["LoRAConfig", "LoRAEmbedding", "LoRALinear", "layer_number"]
+__all__ = ["Init", "LoRAConfig", "LoRAEmbedding", "LoRALinear"]
 
 Init = Literal["kaiming", "gaussian"]
-
-# Output heads by the last part of their name: "all-linear" leaves them alone.
-_HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
-_PRESETS = {"q,v": ["q_proj", "v_proj"]}
 
 
 class LoRALinear(OwnModule):
@@ -80,25 +76,35 @@ class LoRALinear(OwnModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return LoRALinear.forward_together([self], x)[0]
+        return self.forward_together([self], x)[0]
 
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
-        dropout = layers[0].dropout if layers[0].training else 0.0
-        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout) if dropout else None
-        return lora_linears(x, [layer._part(1 - dropout) for layer in layers], mask)
+        keep, mask = layers[0]._mask(x)
+        return lora_linears(x, [layer._part(keep) for layer in layers], mask)
+
+    def _mask(self, x: Tensor) -> tuple[float, Tensor | None]:
+        """The share of inputs that dropout leaves to the branch, and which (..., in)."""
+        if not (self.training and self.dropout):
+            return 1.0, None
+        keep = 1 - self.dropout
+        return keep, torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
 
     def _part(self, keep: float) -> Part:
         base = self.base_layer
         bias = base.bias if self.trained_bias is None else self.trained_bias
-        weight = base.quantized if isinstance(base, QuantizedLinear) else base.weight
-        return Part(weight, bias, self.lora_A, self.lora_B, self.scaling / keep)
+        return Part(stored_weight(base), bias, self.lora_A, self.lora_B, self.scaling / keep)
 
     def updates(self) -> dict[str, Update]:
         """``W + s B A``, and the trained bias."""
         updates: dict[str, Update] = {"weight": LowRank(self.lora_B.detach(), self.lora_A.detach(), self.scaling)}
         return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Both factors, and the trained bias."""
+        factors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        return factors if self.trained_bias is None else {**factors, "base_layer.bias": self.trained_bias}
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout."""
@@ -135,32 +141,29 @@ class LoRAEmbedding(OwnModule):
         """``E + s (B A)^T``."""
         return {"weight": LowRank(self.lora_A.detach().T, self.lora_B.detach().T, self.scaling)}
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Both factors."""
+        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
     def extra_repr(self) -> str:
         """Rank and scaling."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
-class LoRAConfig(Method):
-    """LoRA: a low-rank update beside frozen linear layers.
+class LoRAConfig(TargetedMethod):
+    """LoRA: a low-rank update beside frozen layers."""
 
-    A name is matched by its last parts (``q_proj``, ``mlp.up_proj``) or in full, with ``*`` for anything; a name that
-    matches nothing is an error.
-    """
-
-    kind: ClassVar[Kind] = "low-rank"
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    peft_type: ClassVar[str] = "LORA"
+    peft_keys: ClassVar[frozenset[str]] = frozenset(
+        ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
+    ) | frozenset(["init_lora_weights", "trainable_token_indices", "megatron_core", "qalora_group_size", "eva_config"])
     name: Literal["lora"] = Field("lora", description="The method.")
     rank: int = Field(8, ge=1, description="Rank of the update: more rank, more capacity and memory.")
     alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; 2 x rank when omitted.")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of the branch's inputs zeroed in training; try 0.05 on little data."
     )
-    target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
-        "all-linear",
-        description="Modules to adapt: all-linear (every linear layer but the output head), q,v (the paper's choice), "
-        "or a list of names such as q_proj, mlp.up_proj, model.layers.*.v_proj, embed_tokens or lm_head.",
-    )
-    exclude_modules: list[str] = Field([], description="Names taken out of the targets.")
-    layers: list[int] | None = Field(None, description="Adapt these layers only, counted from 0; all when omitted.")
     rank_pattern: dict[str, int] = Field({}, description="Name: rank, where it differs; the first that matches holds.")
     alpha_pattern: dict[str, float] = Field({}, description="Name: alpha, where it differs; the first match holds.")
     bias: Literal["none", "all", "lora_only"] = Field(
@@ -172,20 +175,9 @@ class LoRAConfig(Method):
     )
     freeze_A: bool = Field(False, description="LoRA-FA: A keeps its random start, only B trains: less memory.")
     init: Init = Field("kaiming", description="How A starts; B starts at zero.")
-    modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
     trainable_tokens: list[int] | list[str] = Field(
         [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
     )
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        """A text that is no preset is names with commas between."""
-        if isinstance(value, str) and value not in ("all-linear", *_PRESETS):
-            return [name.strip() for name in value.split(",")]
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            return value
-        raise ValueError(f"expected all-linear, {', '.join(_PRESETS)} or a list of names, got {value!r}")
 
     @field_validator("trainable_tokens", mode="before")
     @classmethod
@@ -198,16 +190,6 @@ class LoRAConfig(Method):
         """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
         texts = [token for token in self.trainable_tokens if isinstance(token, str)]
         return self.model_copy(update={"trainable_tokens": add_tokens(texts)}) if texts else self
-
-    @property
-    def title(self) -> str:
-        """The method's name as one writes it."""
-        return "LoRA"
-
-    @property
-    def about(self) -> str:
-        """Rank and alpha."""
-        return f"LoRA, rank {self.rank}, alpha {self.base_alpha:g}"
 
     @property
     def base_alpha(self) -> float:
@@ -228,6 +210,63 @@ class LoRAConfig(Method):
         own = own_modules(model).items()
         return {f"{name}.lora_B": self.loraplus_lr_ratio for name, module in own if isinstance(module, LoRALinear)}
 
+    @property
+    def title(self) -> str:
+        """The method's name as one writes it."""
+        return "LoRA"
+
+    @property
+    def about(self) -> str:
+        """Rank and alpha."""
+        return f"{self.title}, rank {self.rank}, alpha {self.base_alpha:g}"
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name."""
+        own = own_modules(model)
+        low = {n: m for n, m in own.items() if isinstance(m, LoRALinear | LoRAEmbedding | LoRAConv)}
+        ranks, alphas = self._written(low)
+        rank, alpha = _usual(ranks, self.rank), _usual(alphas, self.base_alpha)
+        whole = [
+            name
+            for name, module in own.items()
+            if isinstance(module, TrainedCopy) and (self.bias != "all" or set(module.trained) != {"bias"})
+        ]
+        rows: dict[int, tuple[str, list[int]]] = {}  # a tied head shares the embedding's rows: PEFT ties it again
+        for name, module in own.items():
+            if isinstance(module, TokenEmbedding | TokenHead):
+                rows.setdefault(id(module.token_rows), (name.rpartition(".")[2], list(module.ids)))
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": short_names(model, list(low)),
+            "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {f"^{name}": a for name, a in alphas.items() if a != alpha},
+            "use_rslora": self.use_rslora,
+            "use_dora": False,
+            "bias": self.bias,
+            "modules_to_save": whole or None,
+            "trainable_token_indices": dict(rows.values()) or None,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    def _written(self, modules: Mapping[str, OwnModule]) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and alpha of each module as its file has them: of all that the module adds to its base."""
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for name, module in modules.items():
+            update = module.updates()["weight"]
+            low = update.low if isinstance(update, Magnitude) else update
+            assert isinstance(low, LowRank)
+            ranks[name] = low.right.shape[0]
+            alpha = low.scaling * (math.sqrt(ranks[name]) if self.use_rslora else ranks[name])
+            alphas[name] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+        return ranks, alphas
+
     def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each target.
 
@@ -238,65 +277,52 @@ class LoRAConfig(Method):
         alphas = _by_pattern(self.alpha_pattern, targets, "peft.alpha_pattern")
         return {name: (int(ranks.get(name, self.rank)), alphas.get(name, self.base_alpha)) for name in targets}
 
+    def wrapped(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> dict[str, OwnModule]:
+        """A low-rank update beside each target.
+
+        Raises:
+            UsageError: A pattern matches none of them, or a rank is too large.
+        """
+        return {
+            name: self.wrap(name, targets[name], rank, self.scaling(rank, alpha))
+            for name, (rank, alpha) in self.ranks_and_alphas(list(targets)).items()
+        }
+
+    def wrap(self, name: str, base: nn.Linear | nn.Embedding | Conv, rank: int, scaling: float) -> OwnModule:
+        """The module with an update of ``rank`` beside ``base``.
+
+        Raises:
+            UsageError: The rank is larger than that of a matrix of this shape.
+        """
+        if isinstance(base, nn.Linear):  # its weight may be quantised: reading that would take time
+            check_rank(rank, name, (base.out_features, base.in_features))
+        else:
+            check_rank(rank, name, base.weight.shape)
+        if isinstance(base, nn.Embedding):
+            return LoRAEmbedding(base, rank, scaling)
+        if not isinstance(base, nn.Linear):
+            if self.bias != "none":
+                raise UsageError(f"peft.bias: {self.bias!r}, but {name} is a convolution, whose bias does not train")
+            return LoRAConv(base, rank, scaling, self.dropout)
+        settings = {"dropout": self.dropout, "init": self.init, "train_bias": self.bias != "none"}
+        wrapped = self.linear(base, rank, scaling, **settings)
+        wrapped.lora_A.requires_grad_(not self.freeze_A)
+        return wrapped
+
+    def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
+        """What takes the place of a linear layer."""
+        return LoRALinear(base, rank, scaling, **settings)
+
     def apply(self, model: nn.Module) -> None:
         """Wrap the targets in place; call ``freeze`` first.
 
         Raises:
             UsageError: A name matches no module, two settings want the same module, or there is an adapter already.
         """
-        if own_modules(model):
-            raise UsageError("peft: the model has an adapter already", hint="load the base model again")
-        copies = _with_parameters(model, self.modules_to_save)
-        targets = self._targets(model, copies)
-        for name, (rank, alpha) in self.ranks_and_alphas(targets).items():
-            scaling = self.scaling(rank, alpha)
-            base = model.get_submodule(name)
-            if isinstance(base, nn.Embedding):
-                replace_module(model, name, LoRAEmbedding(base, rank, scaling))
-            elif isinstance(base, nn.Linear):
-                bias = self.bias != "none"
-                _check_rank(name, rank, base)
-                wrapped = LoRALinear(base, rank, scaling, self.dropout, self.init, train_bias=bias)
-                wrapped.lora_A.requires_grad_(not self.freeze_A)
-                replace_module(model, name, wrapped)
-        for name in copies:
-            replace_module(model, name, TrainedCopy(model.get_submodule(name)))
+        super().apply(model)
         if self.bias != "none":
             self._train_biases(model)
         self._train_tokens(model)
-
-    def _targets(self, model: nn.Module, copies: list[str]) -> list[str]:
-        known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-        if isinstance(self.target_modules, list):
-            targets = select(self.target_modules, known, key="peft.target_modules")
-            both = [name for name in targets if name in copies]
-            if both:
-                raise UsageError(f"peft: {both[0]} is in target_modules and in modules_to_save, expected it in one")
-        else:
-            linears = [name for name, module in known.items() if isinstance(module, nn.Linear)]
-            patterns = _PRESETS.get(self.target_modules)
-            if patterns is None:
-                targets = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
-            else:
-                targets = select(patterns, linears, key="peft.target_modules")
-            targets = [name for name in targets if name not in copies]
-        excluded = select(self.exclude_modules, targets, key="peft.exclude_modules")
-        targets = self._in_layers([name for name in targets if name not in excluded])
-        if not targets:
-            raise UsageError("peft.target_modules: no linear layer is left to adapt")
-        return targets
-
-    def _in_layers(self, targets: list[str]) -> list[str]:
-        """The targets within the chosen layers, and those that are in no numbered layer."""
-        if self.layers is None:
-            return targets
-        layer = {name: layer_number(name) for name in targets}
-        there = sorted({number for number in layer.values() if number is not None})
-        missing = [number for number in self.layers if number not in there]
-        if missing:
-            span = f"{there[0]} to {there[-1]}" if there else "no numbered layers"
-            raise UsageError(f"peft.layers: there is no layer {missing[0]} with a target, the model has {span}")
-        return [name for name in targets if layer[name] is None or layer[name] in self.layers]
 
     def _train_biases(self, model: nn.Module) -> None:
         own = own_modules(model)
@@ -328,26 +354,13 @@ class LoRAConfig(Method):
         train_tokens(model, ids)
 
 
-def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names.
+Number = TypeVar("Number", int, float)
 
-    Raises:
-        UsageError: One of them is quantised, or a pattern matches nothing.
-    """
-    known = dict(model.named_modules())
-    roots = select(patterns, [name for name in known if name], key="peft.modules_to_save")
-    inside = tuple(f"{root}." for root in roots)
-    for name, module in known.items():
-        if f"{name}.".startswith(inside) and isinstance(module, QuantizedLinear):
-            raise UsageError(
-                f"peft.modules_to_save: {name} is quantised ({module.quantized.config}), its codes cannot train; "
-                "expected modules in full precision, such as lm_head or a norm"
-            )
-    return [
-        name
-        for name, module in known.items()
-        if f"{name}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
-    ]
+
+def _usual(values: Mapping[str, Number], own: Number) -> Number:
+    """``own`` if any module has it, else the most frequent value."""
+    found = list(values.values())
+    return own if own in found or not found else max(found, key=found.count)
 
 
 def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> dict[str, float]:
@@ -361,21 +374,3 @@ def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> 
                 raise UsageError(f"{key}: {name}: expected more than 0, got {value}")
             found[name] = value
     return found
-
-
-def _check_rank(name: str, rank: int, base: nn.Linear) -> None:
-    """An update of a matrix has at most the rank of the matrix.
-
-    Raises:
-        UsageError: ``rank`` is larger.
-    """
-    most = min(base.out_features, base.in_features)
-    if rank > most:
-        shape = f"{base.out_features}×{base.in_features}"
-        raise UsageError(f"peft.rank: {rank} is too large for {name} ({shape}), expected at most {most}")
-
-
-def layer_number(name: str) -> int | None:
-    """The layer that a module lies in: the first number in its dotted name."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(match[1]) if match else None

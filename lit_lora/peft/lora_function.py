@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_lora.model.ops import linear
-from lit_lora.quantize import Quantized
+from lit_lora.quantize import Quantized, QuantizedLinear
 
-__all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears"]
+__all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears", "stored_weight"]
 
 
 class Part(NamedTuple):
@@ -42,6 +42,11 @@ class Part(NamedTuple):
     """(out, R), usually float32."""
     scaling: float
     """The factor ``s`` of the update."""
+
+
+def stored_weight(layer: nn.Linear) -> Tensor | Quantized:
+    """The weight of a linear layer as it is stored, for a :class:`Part`."""
+    return layer.quantized if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def lora_linears(x: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -47,6 +47,10 @@ class TrainedCopy(OwnModule):
         """The trained values take the place of the base's."""
         return {name: Replace(value.detach()) for name, value in self.trained.items()}
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The trained values under the base's names."""
+        return dict(self.trained.items())
+
 
 class TokenEmbedding(OwnModule):
     """An embedding of which only the rows of some tokens train; tokens beyond its rows are added.
@@ -79,6 +83,10 @@ class TokenEmbedding(OwnModule):
         """The rows of the trained tokens."""
         return {"weight": Rows(self.ids, self.token_rows.detach())}
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The rows; a tied head has the embedding's."""
+        return {"token_adapter.trainable_tokens_delta": self.token_rows}
+
 
 class TokenHead(OwnModule):
     """An output head of which only the rows of some tokens train; tokens beyond its rows are added.
@@ -110,6 +118,10 @@ class TokenHead(OwnModule):
     def updates(self) -> dict[str, Update]:
         """The rows of the trained tokens."""
         return {"weight": Rows(self.ids, self.token_rows.detach())}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The rows; a tied head has the embedding's."""
+        return {"token_adapter.trainable_tokens_delta": self.token_rows}
 
 
 def find_embedding(model: nn.Module) -> str | None:

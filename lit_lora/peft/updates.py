@@ -6,13 +6,14 @@ only. Merging, task switching and adapter files all speak in a dictionary of bas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["LowRank", "Replace", "Rows", "Update", "Updates"]
+__all__ = ["LowRank", "Magnitude", "Replace", "Rows", "Scaled", "Update", "Updates"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ class LowRank:
         return base
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the updated ``weight``, (stop - start, columns) float32."""
-        product = self.left[start:stop].float() @ self.right.float()
-        return product.mul_(self.scaling).add_(weight[start:stop].float())
+        """Rows ``start`` to ``stop`` of the updated ``weight``, in its shape and float32."""
+        rows = weight[start:stop].float()
+        return self.product(start, stop).view_as(rows).add_(rows)
+
+    def product(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the change, (stop - start, columns) float32."""
+        return (self.left[start:stop].float() @ self.right.float()).mul_(self.scaling)
 
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of the change; costs R x R products and not a whole matrix."""
@@ -113,5 +118,69 @@ class Rows:
         return float(torch.hypot(change.norm(), self.values[new].float().norm()))
 
 
-Update = LowRank | Replace | Rows
+@dataclass(frozen=True)
+class Magnitude:
+    """The rows of ``W + scaling * left @ right`` at lengths of their own.
+
+    Args:
+        low: The low-rank update.
+        lengths: (rows,).
+    """
+
+    low: LowRank
+    lengths: Tensor
+
+    def rows(self, base: int) -> int:
+        """Rows of the result, of a base tensor with ``base`` rows."""
+        return base
+
+    def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the updated ``weight``, (stop - start, columns) float32."""
+        rows = self.low.apply(weight, start, stop)
+        return rows.mul_((self.lengths[start:stop].float() / rows.norm(dim=1))[:, None])
+
+    def norm(self, weight: Tensor) -> float:
+        """Frobenius norm of the change."""
+        return _change(self, weight)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """``W * (1 + factor) + offset``, elementwise; each may be missing.
+
+    Args:
+        factor: Whose product is (rows, columns), or (rows, 1) for a vector ``W``.
+        offset: Of the same shape.
+    """
+
+    factor: LowRank | None = None
+    offset: LowRank | None = None
+
+    def rows(self, base: int) -> int:
+        """Rows of the result, of a base tensor with ``base`` rows."""
+        return base
+
+    def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the updated ``weight``, in its shape and float32."""
+        rows = weight[start:stop].float()
+        result = rows.clone()
+        if self.factor is not None:
+            result += rows * self.factor.product(start, stop).view_as(rows)
+        if self.offset is not None:
+            result += self.offset.product(start, stop).view_as(rows)
+        return result
+
+    def norm(self, weight: Tensor) -> float:
+        """Frobenius norm of the change."""
+        return _change(self, weight)
+
+
+def _change(update: Magnitude | Scaled, weight: Tensor, rows: int = 1024) -> float:
+    """Frobenius norm of what ``update`` does to ``weight``, some rows at a time."""
+    starts = range(0, len(weight), rows)
+    parts = [update.apply(weight, start, start + rows) - weight[start : start + rows].float() for start in starts]
+    return math.hypot(*(float(part.norm()) for part in parts))
+
+
+Update = LowRank | Replace | Rows | Magnitude | Scaled
 Updates = Mapping[str, Update]

@@ -35,6 +35,24 @@ CASES = {
     "lora modules_to_save": {"name": "lora", "modules_to_save": ["lm_head", "model.norm", "layers.0.mlp"]},
     "lora tokens": {"name": "lora", "trainable_tokens": [3, VOCABULARY, VOCABULARY + 1]},
     **ADDED,
+    "dora": {"name": "dora"},
+    "dora q,v bias": {"name": "dora", "target_modules": "q,v", "rank": 3, "use_rslora": True, "bias": "lora_only"},
+    "multilora": {"name": "multilora", "rank": 2},
+    "vera": {"name": "vera", "rank": 24},
+    "tied": {"name": "tied-lora", "rank": 4},
+    "tied A, B": {"name": "tied-lora", "rank": 4, "train": ["A", "B"]},
+    "tied v": {"name": "tied-lora", "rank": 8, "train": ["v"]},
+    "tied u, v": {"name": "tied-lora", "rank": 8, "train": ["u", "v"]},
+    "ia3": {"name": "ia3"},
+    "ia3 all": {"name": "ia3", "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    "bitfit": {"name": "bitfit"},
+    "glora": {"name": "glora"},
+    "glora bias": {"name": "glora", "C": "lora", "D": "constant", "E": "constant"},
+    "glora vectors": {"name": "glora", "A": "vector", "B": "constant", "C": "vector", "D": "vector", "E": "vector"},
+    "glora mixed": {
+        "name": "glora",
+        "forms_pattern": {"q_proj": {"A": "none"}, "mlp.*": {"A": "constant", "B": "vector"}, "v_proj": {"B": "none"}},
+    },
     "full": {"name": "full"},
     "full part": {"name": "full", "train": ["layers.1", "lm_head"]},
 }
@@ -67,7 +85,9 @@ def train(model: CausalLM, steps: int, ids: torch.Tensor, lr: float = 1e-2) -> l
 
 
 # What trains is not all that is theirs: the file has more than it, or it trains on as another method.
-PARTLY_FROZEN = {"lora-fa"}
+PARTLY_FROZEN = {"lora-fa", "vera", "tied A, B", "tied v", "tied u, v"}
+# Written as a LoRA that does the same.
+WRITTEN_AS_LORA = {"multilora"}
 
 
 def own_parameters(model: CausalLM) -> dict[int, torch.nn.Parameter]:
@@ -206,7 +226,7 @@ def test_saved_and_loaded_adapter_gives_the_same_logits(case, tied, tmp_path):
         else:
             assert torch.equal(got, expected)
     assert report.norm > 0
-    if case not in FOLDED:
+    if case not in FOLDED | WRITTEN_AS_LORA:
         assert peft.trainable_state(fresh).keys() >= peft.trainable_state(model).keys()
         assert case in PARTLY_FROZEN or len(peft.trainable_state(fresh)) == len(peft.trainable_state(model))
     # and what was loaded can be written again
@@ -221,11 +241,11 @@ def test_adapter_file_holds_the_trained_tensors_and_little_else(case, tied, tmp_
     model = adapted(case, tied)
     peft.save_adapter(model, method(case), tmp_path / "adapter", base="some/base")
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    own = own_parameters(model)
-    count = sum(parameter.numel() for parameter in own.values())
-    assert 4 * count < size < 4 * count + 12_000
+    own = [p for n, p in model.named_parameters() if id(p) in own_parameters(model) and not n.endswith(".scales")]
+    count = sum(parameter.numel() for parameter in own)
+    assert 4 * count < size < 4 * count + 20_000
     adapter = peft.read_adapter(tmp_path / "adapter")
-    assert adapter.tensors == len(own)
+    assert sum(not name.endswith(".zeros") for name in adapter.values) == len(own)  # PEFT's, for absent terms
     assert check_base(adapter, peft.base_tensors(make_model(tied)), tied=tied).keys() == model_updates(model).keys()
 
 
@@ -247,7 +267,7 @@ def test_count_is_rank_times_in_plus_out(rank):
 def test_a_fixed_batch_is_learnt(case):
     model = adapted(case)
     losses = train(model, 60, token_ids(), lr=2e-2)
-    assert losses[-1] < (0.87 if case in FEW else 0.6) * losses[0]
+    assert losses[-1] < (0.87 if case in FEW else 0.7 if case == "bitfit" else 0.6) * losses[0]
 
 
 def test_kinds_partition_the_table():

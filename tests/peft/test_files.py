@@ -169,7 +169,7 @@ def test_nan_and_infinite_values_are_refused_with_names(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "not supported: use_dora true"),
+        ({"use_dora": True}, "0 magnitude vectors for 4 modules, while use_dora is true"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
@@ -177,7 +177,7 @@ def test_nan_and_infinite_values_are_refused_with_names(folder):
         ({"some_future_option": {"a": 1}}, "some_future_option"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported: .* changed base"),
         ({"init_lora_weights": "mica"}, "init_lora_weights 'mica'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported, known: LORA, ADAPTION_PROMPT, "),
+        ({"peft_type": "XLORA"}, "peft_type 'XLORA' is not supported, known: LORA, VERA, "),
         ({"lora_alpha": "x"}, "alpha"),
         ({"rank_pattern": {"(": 4}}, "not a regular expression"),
     ],

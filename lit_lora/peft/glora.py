@@ -1,0 +1,244 @@
+"""GLoRA: trained terms on weight and bias, each in a form of its own for every layer.
+
+``y = (W + W * A + B) x + b + b * D + E + W C``. ``A`` and ``B`` are a low-rank product, a vector with a value per
+output, one constant, or absent; ``C`` a product or a vector over the inputs; ``D`` and ``E`` a vector or a constant.
+All start at zero. Only layers with a bias have ``C``, ``D`` and ``E``.
+Source: Chavan et al. 2023, "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", equations 10 and 11.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lit_lora.config import Settings
+from lit_lora.errors import UsageError
+from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, select
+from lit_lora.peft.targets import TargetedMethod, check_rank
+from lit_lora.peft.updates import LowRank, Scaled, Update
+
+__all__ = ["Forms", "GLoRAConfig", "GLoRALinear"]
+
+MatrixForm = Literal["lora", "vector", "constant", "none"]
+InputForm = Literal["lora", "vector", "none"]
+BiasForm = Literal["vector", "constant", "none"]
+
+
+class Forms(Settings):
+    """The forms of the five terms."""
+
+    A: MatrixForm = Field("lora", description="The weight's factor: lora, vector, constant or none.")
+    B: MatrixForm = Field("lora", description="What is added to the weight: lora, vector, constant or none.")
+    C: InputForm = Field("none", description="What, times the weight, is added to the bias: lora, vector or none.")
+    D: BiasForm = Field("none", description="The bias's factor: vector, constant or none.")
+    E: BiasForm = Field("none", description="What is added to the bias: vector, constant or none.")
+
+
+class Term(nn.Module):
+    """A matrix (rows, columns) as a product of two float32 factors that starts at zero.
+
+    Args:
+        form: ``lora``: Xd (rows, R) zero and Xu (R, columns) random; ``vector``: X (rows, 1); ``constant``: X (1,).
+        rows: Of the matrix.
+        columns: Of the matrix.
+        rank: R.
+        device: Of the factors.
+    """
+
+    def __init__(self, form: str, rows: int, columns: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.form, self.rows, self.columns = form, rows, columns
+        if form == "lora":
+            self.Xd = nn.Parameter(torch.zeros(rows, rank, device=device))
+            self.Xu = nn.Parameter(torch.empty(rank, columns, device=device))
+            nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
+        else:
+            self.X = nn.Parameter(torch.zeros((rows, 1) if form == "vector" else (1,), device=device))
+
+    @property
+    def value(self) -> Tensor:
+        """The matrix; what is the same in every column has one."""
+        return self.Xd @ self.Xu if self.form == "lora" else self.X.expand(self.rows, 1)
+
+    def factors(self) -> LowRank:
+        """The matrix as a detached product."""
+        if self.form == "lora":
+            return LowRank(self.Xd.detach(), self.Xu.detach(), 1.0)
+        left = self.X.detach().expand(self.rows, 1)
+        return LowRank(left, torch.ones_like(left[:1]).expand(1, self.columns), 1.0)
+
+
+class GLoRALinear(OwnModule):
+    """A frozen linear layer with trained terms on its weight and its bias.
+
+    Args:
+        base_layer: The linear layer; it stays as it is.
+        forms: The terms' forms; those of the bias hold where there is one.
+        rank: Of low-rank terms.
+    """
+
+    def __init__(self, base_layer: nn.Linear, forms: Forms, rank: int) -> None:
+        super().__init__()
+        self.base_layer: nn.Linear = base_layer
+        out, wide = base_layer.out_features, base_layer.in_features
+        shapes = {"A": (out, wide), "B": (out, wide)}
+        if base_layer.bias is not None:
+            shapes |= {"C": (wide, 1), "D": (out, 1), "E": (out, 1)}
+        chosen = forms.model_dump()
+        self.terms = nn.ModuleDict(
+            {
+                name: Term(chosen[name], *shape, rank, device_of(base_layer))
+                for name, shape in shapes.items()
+                if chosen[name] != "none"
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        y: Tensor = nn.functional.linear(x, weight)
+        A, B = self._term("A"), self._term("B")
+        if A is not None and A.form == "lora":  # apart from W, or rounding to its dtype would lose small changes
+            y = y + nn.functional.linear(x, (weight * A.value).to(x.dtype))
+        elif A is not None:
+            y = y + y * A.value[:, 0]
+        if B is not None and B.form == "lora":
+            y = y + nn.functional.linear(nn.functional.linear(x, B.Xu.to(x.dtype)), B.Xd.to(x.dtype))
+        elif B is not None:
+            y = y + x.sum(-1, keepdim=True) * B.value[:, 0]
+        return (y if bias is None else y + self._bias()).to(x.dtype)
+
+    def _bias(self) -> Tensor:
+        """``b + b * D + E + W C``, (out,) float32."""
+        bias = self.base_layer.bias.float()
+        C, D, E = self._term("C"), self._term("D"), self._term("E")
+        total = bias if D is None else bias + bias * D.value[:, 0]
+        total = total if E is None else total + E.value[:, 0]
+        return total if C is None else total + self.base_layer.weight.to(total.dtype) @ C.value[:, 0].to(total.dtype)
+
+    def _term(self, name: str) -> Term | None:
+        term = dict(self.terms.named_children()).get(name)
+        assert term is None or isinstance(term, Term)
+        return term
+
+    def updates(self) -> dict[str, Update]:
+        """``W * (1 + A) + B``, and ``b * (1 + D) + E + W C``."""
+        A, B, C, D, E = (self._term(name) for name in "ABCDE")
+        A_low, B_low, D_low = (term.factors() if term is not None else None for term in (A, B, D))
+        updates: dict[str, Update] = {}
+        if A is not None or B is not None:
+            updates["weight"] = Scaled(A_low, B_low)
+        if not C is D is E is None:
+            added = torch.zeros(self.base_layer.out_features, 1, device=device_of(self.base_layer))
+            if E is not None:
+                added = added + E.value.detach()
+            if C is not None:
+                added = added + self.base_layer.weight.detach().to(added.dtype) @ C.value.detach()
+            updates["bias"] = Scaled(D_low, LowRank(added, torch.ones_like(added[:1]), 1.0))
+        return updates
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """PEFT's names and shapes."""
+        tensors = {f"glora_{name}": value for name, value in self.terms.named_parameters()}
+        flat = ("glora_D.X", "glora_E.X")
+        return {name: value.flatten() if name in flat else value for name, value in tensors.items()}
+
+
+class GLoRAConfig(TargetedMethod, Forms):
+    """GLoRA: trained terms on weight and bias in chosen forms, the same for all layers or by name."""
+
+    peft_type: ClassVar[str] = "GLORA"
+    peft_keys: ClassVar[frozenset[str]] = frozenset(
+        ["r", "config_A_B", "config_C", "config_D_E", "init_weights", "bias"]
+    )
+
+    name: Literal["glora"] = Field("glora", description="The method.")
+    rank: int = Field(4, ge=1, description="Rank of the low-rank terms.")
+    forms_pattern: dict[str, Forms] = Field(
+        {}, description="Name: forms (A to E), where they differ; the first that matches holds."
+    )
+
+    @property
+    def title(self) -> str:
+        """The method's name as one writes it."""
+        return "GLoRA"
+
+    def forms(self, name: str) -> Forms:
+        """The forms of a module."""
+        found = next((forms for pattern, forms in self.forms_pattern.items() if matches(pattern, name)), None)
+        return found or Forms(**{key: getattr(self, key) for key in Forms.model_fields})
+
+    def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
+        """Terms on each target.
+
+        Raises:
+            UsageError: Nothing would train, a rank is too large, or terms of the bias are asked for and none has one.
+        """
+        select(self.forms_pattern, targets, key="peft.forms_pattern")
+        chosen = {name: self.forms(name) for name in targets}
+        if any({f.C, f.D, f.E} != {"none"} for f in chosen.values()) and all(t.bias is None for t in targets.values()):
+            raise UsageError("peft: C, D and E change biases, and the targets have none", hint="leave them at none")
+        wrapped: dict[str, OwnModule] = {}
+        for name, base in targets.items():
+            if "lora" in (chosen[name].A, chosen[name].B):
+                check_rank(self.rank, name, (base.out_features, base.in_features))
+            module = GLoRALinear(base, chosen[name], self.rank)
+            if len(module.terms):
+                wrapped[name] = module
+        if not wrapped:
+            raise UsageError("peft: every form is none, so nothing would train")
+        return wrapped
+
+    @property
+    def _known_to_peft(self) -> bool:
+        """Whether PEFT has these forms: one for A and B, one for D and E, the same everywhere."""
+        return self.A == self.B != "none" and self.D == self.E and not self.forms_pattern
+
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The terms; PEFT wants zeros for those that are absent."""
+        tensors = super().file_tensors(model)
+        for name, module in own_modules(model).items():
+            if self._known_to_peft and isinstance(module, GLoRALinear):
+                out, wide = module.base_layer.out_features, module.base_layer.in_features
+                shapes = {"C": (wide, 1), "D": (out,), "E": (out,)}
+                absent = {key: shape for key, shape in shapes.items() if key not in module.terms}
+                tensors |= {f"{name}.glora_{key}.zeros": torch.zeros(shape) for key, shape in absent.items()}
+        return tensors
+
+    @classmethod
+    def filler(cls, name: str) -> bool:
+        """The zeros of absent terms."""
+        return name.endswith(".zeros")
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name; a type of our own where PEFT has no such forms."""
+        known = self._known_to_peft
+        return {
+            **super().peft_config(model),
+            "peft_type": "GLORA" if known else "LIT_LORA_GLORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": self.rank,
+            "config_A_B": self.A,
+            "config_C": self.C,
+            "config_D_E": self.D,
+            "bias": "none",
+        }
+
+    @classmethod
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Settings of an adapter that PEFT wrote, with full names: one form for A and B, one for D and E."""
+        biased = any(re.search(r"\.glora_[CDE]\.X", name) for name in tensors)
+        both, bias = raw.get("config_A_B", "lora"), raw.get("config_D_E", "constant") if biased else "none"
+        return {
+            "name": "glora",
+            "rank": raw.get("r", 8),
+            "target_modules": list(dict.fromkeys(name.partition(".glora_")[0] for name in tensors)),
+            **{"A": both, "B": both, "C": raw.get("config_C", "lora") if biased else "none", "D": bias, "E": bias},
+        }

@@ -1,0 +1,225 @@
+"""Which modules a method adapts: by kind, name and layer, the same settings for every method."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.trained import TrainedCopy
+from lit_lora.quantize import QuantizedLinear
+
+__all__ = ["TargetedMethod", "check_rank", "layer_number"]
+
+# Output heads by the last part of their name: "all-linear" leaves them alone.
+_HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
+_PRESETS = {"q,v": ["q_proj", "v_proj"]}
+
+
+class TargetedMethod(Method):
+    """A method that wraps modules chosen by name: a subclass says by what.
+
+    A name is matched by its last parts (``q_proj``, ``mlp.up_proj``) or in full, with ``*`` for anything; a name that
+    matches nothing is an error.
+    """
+
+    kind: ClassVar[Kind] = "low-rank"
+    peft_type: ClassVar[str]
+    """``peft_type`` of its adapter files, PEFT's where PEFT has the method."""
+    peft_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of PEFT's ``adapter_config.json`` that :meth:`from_peft` reads, or that may be ignored."""
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    """Kinds of modules that can be named; without names, the linear ones are meant."""
+
+    name: str = Field("", description="The method.")
+    target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
+        "all-linear",
+        description="Modules to adapt: all-linear (every linear layer but the output head), q,v (the LoRA paper's "
+        "choice), or a list of names such as q_proj, mlp.up_proj or model.layers.*.v_proj.",
+    )
+    exclude_modules: list[str] = Field([], description="Names taken out of the targets.")
+    layers: list[int] | None = Field(None, description="Adapt these layers only, counted from 0; all when omitted.")
+    modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
+
+    @property
+    def about(self) -> str:
+        """The method and its size in a few words."""
+        rank = getattr(self, "rank", None)
+        return self.title if rank is None else f"{self.title}, rank {rank}"
+
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's tensors by their names in its file, each once; views of the parameters, to fill as well."""
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, module in own_modules(model).items():
+            for key, tensor in module.file_tensors().items():
+                if tensor.data_ptr() not in seen:
+                    tensors[key if key.startswith("base_model.") else f"{name}.{key}"] = tensor.detach()
+                seen.add(tensor.data_ptr())
+        return tensors
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json`` but for the base model's name, in PEFT's words."""
+        return {"peft_type": self.peft_type, "target_modules": short_names(model, list(own_modules(model)))}
+
+    @classmethod
+    def filler(cls, name: str) -> bool:
+        """Whether a tensor of this name in a file says nothing."""
+        return False
+
+    @classmethod
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Settings of an adapter that PEFT wrote.
+
+        Args:
+            raw: ``adapter_config.json``.
+            tensors: The file's tensors, without the prefix of their names.
+
+        Raises:
+            InputError: PEFT does not write such adapters.
+        """
+        raise InputError(f"peft_type {raw.get('peft_type')!r} without lit_lora.json", hint="copy the whole folder")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """A text that is no preset is names with commas between."""
+        if isinstance(value, str) and value not in ("all-linear", *_PRESETS):
+            return [name.strip() for name in value.split(",")]
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise ValueError(f"expected all-linear, {', '.join(_PRESETS)} or a list of names, got {value!r}")
+
+    @abstractmethod
+    def wrapped(self, targets: Mapping[str, Any]) -> Mapping[str, OwnModule]:
+        """The modules that take the places of ``targets``, which are of the kinds in ``adapts``, by the same names.
+
+        Raises:
+            UsageError: The settings do not fit one.
+        """
+
+    def apply(self, model: nn.Module) -> None:
+        """Wrap the targets in place; call ``freeze`` first.
+
+        Raises:
+            UsageError: A name matches no module, two settings want the same module, or there is an adapter already.
+        """
+        if own_modules(model):
+            raise UsageError("peft: the model has an adapter already", hint="load the base model again")
+        copies = _with_parameters(model, self.modules_to_save)
+        targets = {name: model.get_submodule(name) for name in self.targets(model, copies)}
+        for name, module in self.wrapped(targets).items():
+            replace_module(model, name, module)
+        for name in copies:
+            replace_module(model, name, TrainedCopy(model.get_submodule(name)))
+
+    def adaptable(self, module: nn.Module) -> bool:
+        """Whether a module can be wrapped."""
+        return isinstance(module, self.adapts)
+
+    def targets(self, model: nn.Module, copies: list[str]) -> list[str]:
+        """Names of the modules to wrap, in the model's order.
+
+        Args:
+            model: Without an adapter.
+            copies: Modules that train in full, which are not wrapped.
+
+        Raises:
+            UsageError: A name matches nothing that can be adapted, or nothing is left.
+        """
+        known = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
+        if isinstance(self.target_modules, list):
+            self._check_kinds(model, known)
+            targets = select(self.target_modules, known, key="peft.target_modules")
+            both = [name for name in targets if name in copies]
+            if both:
+                raise UsageError(f"peft: {both[0]} is in target_modules and in modules_to_save, expected it in one")
+        else:
+            linears = [name for name, module in known.items() if isinstance(module, nn.Linear)]
+            patterns = _PRESETS.get(self.target_modules)
+            if patterns is None:
+                targets = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
+            else:
+                targets = select(patterns, linears, key="peft.target_modules")
+            targets = [name for name in targets if name not in copies]
+        excluded = select(self.exclude_modules, targets, key="peft.exclude_modules")
+        targets = self._in_layers([name for name in targets if name not in excluded])
+        if not targets:
+            raise UsageError("peft.target_modules: no linear layer is left to adapt")
+        return targets
+
+    def _check_kinds(self, model: nn.Module, known: dict[str, nn.Module]) -> None:
+        """Name the kind of a module that is there but cannot be adapted.
+
+        Raises:
+            UsageError: A pattern matches only such modules.
+        """
+        kinds = ", ".join(kind.__name__ for kind in self.adapts)
+        for pattern in self.target_modules:
+            found = [(name, module) for name, module in model.named_modules() if name and matches(pattern, name)]
+            leaves = [(name, module) for name, module in found if not any(True for _ in module.children())]
+            if leaves and not any(name in known for name, _ in found):
+                name, module = leaves[0]
+                raise UsageError(
+                    f"peft.target_modules: {pattern!r} is of the wrong kind: {name} is {type(module).__name__}, "
+                    f"{self.name} adapts {kinds}"
+                )
+
+    def _in_layers(self, targets: list[str]) -> list[str]:
+        """The targets within the chosen layers, and those that are in no numbered layer."""
+        if self.layers is None:
+            return targets
+        layer = {name: layer_number(name) for name in targets}
+        there = sorted({number for number in layer.values() if number is not None})
+        missing = [number for number in self.layers if number not in there]
+        if missing:
+            span = f"{there[0]} to {there[-1]}" if there else "no numbered layers"
+            raise UsageError(f"peft.layers: there is no layer {missing[0]} with a target, the model has {span}")
+        return [name for name in targets if layer[name] is None or layer[name] in self.layers]
+
+
+def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names.
+
+    Raises:
+        UsageError: One of them is quantised, or a pattern matches nothing.
+    """
+    known = dict(model.named_modules())
+    roots = select(patterns, [name for name in known if name], key="peft.modules_to_save")
+    inside = tuple(f"{root}." for root in roots)
+    for name, module in known.items():
+        if f"{name}.".startswith(inside) and isinstance(module, QuantizedLinear):
+            raise UsageError(
+                f"peft.modules_to_save: {name} is quantised ({module.quantized.config}), its codes cannot train; "
+                "expected modules in full precision, such as lm_head or a norm"
+            )
+    return [
+        name
+        for name, module in known.items()
+        if f"{name}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a module lies in: the first number in its dotted name."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None
+
+
+def check_rank(rank: int, name: str, shape: Sequence[int]) -> None:
+    """An update of a matrix has at most the rank of the matrix.
+
+    Raises:
+        UsageError: ``rank`` is larger than that of a matrix of this shape.
+    """
+    most = min(shape[0], math.prod(shape[1:]))
+    if rank > most:
+        sizes = "×".join(str(size) for size in shape)
+        raise UsageError(f"peft.rank: {rank} is too large for {name} ({sizes}), expected at most {most}")
