@@ -44,6 +44,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     model = load_model(config.model.path, dtype=run.dtype, device=run.device, quantize=config.quantize)
     freeze(model)
     method.apply(model)  # B = 0, so nothing changes yet
+    model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder

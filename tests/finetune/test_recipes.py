@@ -15,7 +15,7 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import validation_batches
 from lit_lora.model.decoder import DecoderLayer
-from lit_lora.recipe import Options, load_data, load_recipe, start
+from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import validation_loss
 from tests.finetune.tiny_task import ROOT, contents, make_base, write_config, write_rows
@@ -116,12 +116,13 @@ def test_answers_shown_while_training_leave_it_as_it_is(task, capsys):
     assert all(", expected '" in line for line in lines)
 
 
-@pytest.mark.parametrize("recipe", ["lora", "full"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_activation_checkpointing_recomputes_and_changes_no_number(task, recipe, monkeypatch):
-    plain, calls = finetuned(write_config(task, recipe=recipe)), []
+    settings = {"recipe": recipe, **({"quantize": {"block_size": 32}} if recipe == "qlora" else {})}
+    plain, calls = finetuned(write_config(task, **settings)), []
     monkeypatch.setattr(DecoderLayer, "_forward", counting(DecoderLayer._forward, calls))
-    sections = {"recipe": recipe, "train": {"activation_checkpointing": "full"}, "out": str(task / "again")}
-    again = finetuned(write_config(task, **sections))
+    sections = {"train": {"activation_checkpointing": "full"}, "out": str(task / "again")}
+    again = finetuned(write_config(task, **settings, **sections))
     assert metrics(again) == metrics(plain)
     trained = 8 * 2 * 2  # steps x layers x (forward, and again in the backward)
     assert sum(calls) == trained
