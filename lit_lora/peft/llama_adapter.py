@@ -179,6 +179,7 @@ class LlamaAdapterConfig(AddedMethod):
 class LlamaAdapterV2Config(LlamaAdapterConfig):
     """LLaMA-Adapter V2: gated prompts, trained norms, a bias and a scale of every linear layer."""
 
+    default_lr: ClassVar[float | None] = 1e-3
     peft_type: ClassVar[str | None] = None
     name: Literal["llama-adapter-v2"] = Field("llama-adapter-v2", description="The method.")  # type: ignore[assignment]
 

@@ -70,7 +70,7 @@ class EncodedPrompt(Prompt):
 class PTuningConfig(PromptMethod):
     """P-tuning: virtual tokens computed by a small network, among fixed tokens."""
 
-    default_lr: ClassVar[float | None] = 3e-3
+    default_lr: ClassVar[float | None] = 3e-4
     peft_type: ClassVar[str | None] = "P_TUNING"
     name: Literal["p-tuning"] = Field("p-tuning", description="The method.")
     template: list[int | str | list[int]] | None = Field(
