@@ -118,7 +118,7 @@ def test_answers_shown_while_training_leave_it_as_it_is(task, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_activation_checkpointing_recomputes_and_changes_no_number(task, recipe, monkeypatch):
-    settings = {"recipe": recipe, **({"quantize": {"block_size": 32}} if recipe == "qlora" else {})}
+    settings = {"recipe": recipe, **({"quantize": {"name": "int8"}} if recipe == "qlora" else {})}
     plain, calls = finetuned(write_config(task, **settings)), []
     monkeypatch.setattr(DecoderLayer, "_forward", counting(DecoderLayer._forward, calls))
     sections = {"train": {"activation_checkpointing": "full"}, "out": str(task / "again")}
@@ -129,10 +129,10 @@ def test_activation_checkpointing_recomputes_and_changes_no_number(task, recipe,
 
 
 def counting(function, calls):
-    """``function``, noting for each call with gradients that it was one."""
+    """``function``, noting for each call whether it was of training (the estimate runs layers without memory too)."""
 
     def wrapper(*args):
-        calls.append(torch.is_grad_enabled())
+        calls.append(torch.is_grad_enabled() and args[1].device.type == "cpu")
         return function(*args)
 
     return wrapper
