@@ -26,6 +26,7 @@ from lit_lora.errors import UsageError
 from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
 from lit_lora.peft.lora_conv import Conv, LoRAConv
 from lit_lora.peft.lora_function import Part, lora_linears, stored_weight
+from lit_lora.peft.lora_inits import WeightInit, start_factors
 from lit_lora.peft.targets import TargetedMethod, check_rank
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
@@ -70,9 +71,23 @@ class LoRALinear(OwnModule):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
             nn.init.normal_(self.lora_A, std=1 / rank)
+        self.start_A: nn.Parameter | None = None
+        self.start_B: nn.Parameter | None = None
         self.trained_bias: nn.Parameter | None = None
         if train_bias and base_layer.bias is not None:
             self.trained_bias = nn.Parameter(base_layer.bias.detach().to(torch.float32, copy=True))
+
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Let the factors start at values, float32, whose product is taken off again; see ``lora_inits``."""
+        self.lora_A.data, self.lora_B.data = A, B
+        self.start_A = nn.Parameter(A.clone(), requires_grad=False)
+        self.start_B = nn.Parameter(B.clone(), requires_grad=False)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of the whole update, with the start that is taken off."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -94,16 +109,18 @@ class LoRALinear(OwnModule):
     def _part(self, keep: float) -> Part:
         base = self.base_layer
         bias = base.bias if self.trained_bias is None else self.trained_bias
-        return Part(stored_weight(base), bias, self.lora_A, self.lora_B, self.scaling / keep)
+        return Part(stored_weight(base), bias, *self.factors(), self.scaling / keep)
 
     def updates(self) -> dict[str, Update]:
         """``W + s B A``, and the trained bias."""
-        updates: dict[str, Update] = {"weight": LowRank(self.lora_B.detach(), self.lora_A.detach(), self.scaling)}
+        A, B = self.factors()
+        updates: dict[str, Update] = {"weight": LowRank(B.detach(), A.detach(), self.scaling)}
         return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Both factors, and the trained bias."""
-        factors: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        A, B = self.factors()
+        factors: dict[str, Tensor] = {"lora_A.weight": A, "lora_B.weight": B}
         return factors if self.trained_bias is None else {**factors, "base_layer.bias": self.trained_bias}
 
     def extra_repr(self) -> str:
@@ -174,7 +191,11 @@ class LoRAConfig(TargetedMethod):
         1.0, gt=0, description="LoRA+: B learns at this many times optimizer.lr; try 16, with half the lr."
     )
     freeze_A: bool = Field(False, description="LoRA-FA: A keeps its random start, only B trains: less memory.")
-    init: Init = Field("kaiming", description="How A starts; B starts at zero.")
+    init: Init | WeightInit = Field(
+        "kaiming",
+        description="How A starts, while B starts at zero: kaiming or gaussian. Or both from the weight: pissa (its "
+        "largest singular values), olora (its QR factors); the adapter is then written with twice the rank.",
+    )
     trainable_tokens: list[int] | list[str] = Field(
         [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
     )
@@ -298,14 +319,22 @@ class LoRAConfig(TargetedMethod):
             check_rank(rank, name, (base.out_features, base.in_features))
         else:
             check_rank(rank, name, base.weight.shape)
+        if self.init in ("pissa", "olora") and not isinstance(base, nn.Linear):
+            raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(base).__name__}")
         if isinstance(base, nn.Embedding):
             return LoRAEmbedding(base, rank, scaling)
         if not isinstance(base, nn.Linear):
             if self.bias != "none":
                 raise UsageError(f"peft.bias: {self.bias!r}, but {name} is a convolution, whose bias does not train")
             return LoRAConv(base, rank, scaling, self.dropout)
-        settings = {"dropout": self.dropout, "init": self.init, "train_bias": self.bias != "none"}
+        start = self.init if self.init in ("pissa", "olora") else None
+        plain = "kaiming" if start else self.init
+        settings = {"dropout": self.dropout, "init": plain, "train_bias": self.bias != "none"}
         wrapped = self.linear(base, rank, scaling, **settings)
+        if start and type(wrapped) is not LoRALinear:
+            raise UsageError(f"peft.init: {start!r} is for lora, {self.title} starts at kaiming or gaussian")
+        if start:
+            wrapped.start_at(*start_factors(start, base.weight, rank, scaling))
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped
 

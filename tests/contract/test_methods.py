@@ -27,6 +27,8 @@ CASES = {
         "exclude_modules": ["gate_proj"],
     },
     "rslora gaussian": {"name": "lora", "use_rslora": True, "rank": 4, "init": "gaussian"},
+    "pissa": {"name": "lora", "init": "pissa", "rank": 4},
+    "olora": {"name": "lora", "init": "olora", "rank": 3, "use_rslora": True},
     "lora+": {"name": "lora", "loraplus_lr_ratio": 16.0},
     "lora-fa": {"name": "lora", "freeze_A": True},
     "lora bias all": {"name": "lora", "target_modules": "q,v", "bias": "all"},
@@ -85,7 +87,9 @@ def train(model: CausalLM, steps: int, ids: torch.Tensor, lr: float = 1e-2) -> l
 
 
 # What trains is not all that is theirs: the file has more than it, or it trains on as another method.
-PARTLY_FROZEN = {"lora-fa", "vera", "tied A, B", "tied v", "tied u, v"}
+PARTLY_FROZEN = {"pissa", "olora", "lora-fa", "vera", "tied A, B", "tied v", "tied u, v"}
+# They start at a product of the weight's own, which is taken off again.
+BY_WEIGHT = {"pissa", "olora"}
 # Written as a LoRA that does the same.
 WRITTEN_AS_LORA = {"multilora"}
 
@@ -131,6 +135,8 @@ def test_logits_at_init_are_those_of_the_base_bit_for_bit(case, tied):
         torch.testing.assert_close(got[..., :VOCABULARY], expected, atol=1e-5, rtol=1e-5)
         other = [token for token in range(VOCABULARY) if token != 3]
         assert torch.equal(got[..., other], expected[..., other])
+    elif case in BY_WEIGHT:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     elif case in NEAR:
         torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)
     elif case in ADDED and case not in EXACT:
@@ -245,6 +251,7 @@ def test_adapter_file_holds_the_trained_tensors_and_little_else(case, tied, tmp_
     count = sum(parameter.numel() for parameter in own)
     assert 4 * count < size < 4 * count + 20_000
     adapter = peft.read_adapter(tmp_path / "adapter")
+    own = own[::2] if case in BY_WEIGHT else own  # the factors and their start lie side by side
     assert sum(not name.endswith(".zeros") for name in adapter.values) == len(own)  # PEFT's, for absent terms
     assert check_base(adapter, peft.base_tensors(make_model(tied)), tied=tied).keys() == model_updates(model).keys()
 

@@ -190,3 +190,15 @@ def test_convolutions_are_adapted_as_by_peft(layer, shape, tmp_path):
     with torch.no_grad():
         model[0].weight.copy_(update.apply(model[0].weight, 0, 8))
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_peft_opens_an_adapter_that_started_from_the_weight_on_the_original_base(bases, init, tmp_path):
+    model = our_model(bases[False])
+    ours.freeze(model)
+    config = ours.methods()["lora"].model_validate({"init": init, "rank": 4, "use_rslora": init == "olora"})
+    config.apply(model)
+    shake(model)
+    ours.save_adapter(model, config, tmp_path / "adapter", base=bases[False])
+    theirs = open_in_peft(theirs_of(bases[False]), tmp_path / "adapter")
+    torch.testing.assert_close(theirs(ids()).logits, model(ids()), atol=1e-4, rtol=1e-4)
