@@ -28,7 +28,7 @@ from lit_lora.train.loop import fit
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("adapter", kind="added")
+Config = finetune_config("adapter", "added")
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Path:

@@ -29,7 +29,7 @@ from lit_lora.train.optimizer import OptimizerConfig
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("full", kind="full", optimizer=OptimizerConfig(lr=2e-5))
+Config = finetune_config("full", "full", optimizer=OptimizerConfig(lr=2e-5))
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Path:

@@ -27,7 +27,7 @@ from lit_lora.train.loop import fit
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("lora", kind="low-rank")
+Config = finetune_config("lora", "low-rank")
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Path:

@@ -2,14 +2,15 @@
 
 ``y = deq(codes) x + (alpha / r) B A x``: the base weights are held in about 4 bits and dequantised for each product, in
 the forward and again in the backward; only the small ``A`` and ``B`` train. Source: QLoRA, arXiv:2305.14314, section 3.
+Methods that choose codes and update together (LoftQ, LQ-LoRA) start from the weights in full, one tensor at a time.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.checkpoint.load import load_model
-from lit_lora.peft import freeze, save_adapter
+from lit_lora.peft import save_adapter
+from lit_lora.qbase import keep_base, load_base
 from lit_lora.recipe import (
     Options,
     QuantizedConfig,
@@ -28,7 +29,7 @@ from lit_lora.train.loop import fit
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("qlora", kind="low-rank", base=QuantizedConfig)
+Config = finetune_config("qlora", "low-rank", "quantized", base=QuantizedConfig)
 
 
 def finetune(config: QuantizedConfig, options: Options) -> Path:
@@ -41,14 +42,13 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     tokenizer = Tokenizer.load(config.model.path)
     method = config.peft.with_token_ids(tokenizer.add_tokens)
     data = load_data(run, tokenizer)
-    model = load_model(config.model.path, dtype=run.dtype, device=run.device, quantize=config.quantize)
-    freeze(model)
-    method.apply(model)  # B = 0, so nothing changes yet
+    model = load_base(run, config, method)  # quantised, with the method applied
     model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder
     claim_folder(run)
+    base = keep_base(run, method, model)
     result = fit(
         model,
         data.batches,
@@ -63,7 +63,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
         lr_factors=method.lr_factors(model),
     )
     adapter = run.folder / "adapter"
-    save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))
+    save_adapter(model, method, adapter, base=base, data=data.about, figures=summary(result))
     if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
-from lit_lora.model import CausalLM
+from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import load_adapter, quantization_of, read_adapter
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.quantize.config import parse
@@ -61,7 +61,7 @@ def open_model(
     place = choose_device(device)
     precision = choose_dtype(dtype or "auto", place)
     reuse_memory()
-    loaded = load_model(base, dtype=precision, device=place, quantize=_how(quantize, folder))
+    loaded = load_model(base, dtype=precision, device=place, quantize=_how(quantize, base, folder))
     about = [str(base)]
     if folder is not None:
         about.append(f"adapter {load_adapter(loaded, folder)}")
@@ -78,10 +78,11 @@ def open_model(
     return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
 
 
-def _how(asked: str | None, adapter: Path | None) -> QuantizeConfig | None:
-    """How the base is to be quantised."""
+def _how(asked: str | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:
+    """How the base is to be quantised, where it is not yet."""
     if asked is None:
-        return None if adapter is None else quantization_of(adapter)
+        held = ModelConfig.from_folder(base).source.get("quantization_config")
+        return None if adapter is None or held else quantization_of(adapter)
     return None if asked == "none" else parse(asked, option="--quantize")
 
 
@@ -131,13 +132,15 @@ def _adapter_folder(adapter: Path) -> Path:
 
 
 def _base_of(adapter: Path) -> Path:
-    """The base that an adapter names, as written or relative to where the adapter lies.
+    """The base that an adapter names, as written or relative to where the adapter lies; first, one kept beside it.
 
     Raises:
         UsageError: It is not a folder here.
     """
-    named = read_adapter(adapter).base
-    for folder in (Path(named), adapter / named) if named else ():
+    found = read_adapter(adapter)
+    named = found.base
+    places: list[Path] = [*found.base_beside, *((Path(named), adapter / named) if named else ())]
+    for folder in places:
         if (folder / "config.json").is_file():
             return folder
     raise UsageError(

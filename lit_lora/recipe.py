@@ -95,20 +95,20 @@ class FinetuneConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
 
-    kind: ClassVar[Kind] = "low-rank"
-    """Which methods the recipe runs; the first of that kind is the default."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("low-rank",)
+    """Which methods the recipe runs; the first of these kinds is the default."""
 
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_method(cls, data: Any) -> Any:
         """Refuse a method of another recipe by naming that recipe; take the method's learning rate if none is given."""
         section = data.get("peft", {}) if isinstance(data, dict) else None
-        name = section.get("name", next(iter(methods(cls.kind)))) if isinstance(section, dict) else None
+        name = section.get("name", next(iter(methods(*cls.kinds)))) if isinstance(section, dict) else None
         if name not in METHODS:
             return data  # reported with the section
         kind = METHODS[name][0]
-        if kind != cls.kind:
-            other = next(recipe for recipe in RECIPES if load_settings(recipe).kind == kind)
+        if kind not in cls.kinds:
+            other = next(recipe for recipe in RECIPES if kind in load_settings(recipe).kinds)
             raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {other}?)")
         optimizer = data.get("optimizer", {})
         if not isinstance(optimizer, dict) or "lr" in optimizer:
@@ -133,17 +133,17 @@ def load_settings(recipe: str) -> type[FinetuneConfig]:
 
 
 def finetune_config(
-    recipe: str, kind: Kind, *, base: type[FinetuneConfig] = FinetuneConfig, **defaults: Any
+    recipe: str, *kinds: Kind, base: type[FinetuneConfig] = FinetuneConfig, **defaults: Any
 ) -> type[FinetuneConfig]:
-    """The config of a recipe: ``peft`` takes the methods of one kind, and sections may get other defaults.
+    """The config of a recipe: ``peft`` takes the methods of its kinds, and sections may get other defaults.
 
     Args:
         recipe: Its name.
-        kind: Which methods it runs; the first of that kind is the default.
+        kinds: Which methods it runs; the first of these kinds is the default.
         base: A config with further sections.
         defaults: Section name: default value.
     """
-    table = methods(kind)
+    table = methods(*kinds)
     first = next(iter(table))
 
     def name_of(value: Any) -> str:
@@ -160,7 +160,7 @@ def finetune_config(
         known = base.model_fields[name]
         fields[name] = (known.annotation, Field(default, description=known.description))
     config = create_model(f"{recipe.capitalize()}Config", __base__=base, **fields)
-    config.kind = kind
+    config.kinds = kinds
     return config
 
 
@@ -273,7 +273,7 @@ def _flat(config: FinetuneConfig) -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a former run wrote into ``folder``, and nothing else."""
-    for name in ("checkpoints", "adapter", "model", "merged"):
+    for name in ("checkpoints", "adapter", "base", "model", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in [folder / "metrics.jsonl", folder / "loss.png", *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)

@@ -170,7 +170,7 @@ def plan_conversion(
     total = sum(sizes[name] * dtypes[name].itemsize for name in expected if name not in chosen)
     if quantize is not None:
         total += sum(packed_sizes(name.removesuffix(".weight"), expected[name], quantize) for name in chosen)
-        described["quantization_config"] = quantization_config(quantize, dtypes[widest])
+        described["quantization_config"] = quantization_config([quantize], dtypes[widest])
     return Plan(source, described, dtypes, sum(sizes.values()), total, write, quantize, chosen)
 
 

@@ -11,7 +11,7 @@ from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.tensors import check_tensors
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear
+from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer
 from lit_lora.quantize import quantize as quantize_matrix
 
 __all__ = ["decoder_linears", "empty_model", "load_model"]
@@ -22,7 +22,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    quantize: QuantizeConfig | None = None,
+    quantize: QuantizeConfig | Quantizer | None = None,
 ) -> CausalLM:
     """Load a checkpoint for inference or finetuning.
 
@@ -35,7 +35,8 @@ def load_model(
         folder: A Hugging Face folder.
         dtype: Of all weights; as stored when omitted.
         device: Where they go.
-        quantize: How the linear layers of the decoder are held; in ``dtype``, or as stored, when omitted.
+        quantize: How the linear layers of the decoder are held, or what makes each from its tensor; in ``dtype``, or as
+            stored, when omitted.
 
     Raises:
         InputError: Files are missing or broken, or the tensors are not those that ``config.json`` describes.
@@ -44,9 +45,9 @@ def load_model(
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
     stored = StoredTensors(folder)
-    _check_quantization(folder, stored.config(), quantize)
+    _check_quantization(folder, stored.configs(), quantize)
     model = empty_model(config)
-    to_quantize = {} if quantize is None else dict.fromkeys(decoder_linears(model), quantize)
+    to_quantize = set(decoder_linears(model)) if quantize is not None else set()
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     check_tensors(folder, stored, expected)
     for name in expected:
@@ -55,7 +56,11 @@ def load_model(
             _put_quantized(model, parent, stored.packed(name).to(device), dtype or stored.dtype(name))
         elif last == "weight" and parent in to_quantize:
             tensor = stored.read(name).to(device)
-            weight = quantize_matrix(tensor, to_quantize[parent], name=name)
+            assert quantize is not None
+            if isinstance(quantize, QuantizeConfig):
+                weight = quantize_matrix(tensor, quantize, name=name)
+            else:
+                weight = quantize(parent, tensor)
             _put_quantized(model, parent, weight, dtype or tensor.dtype)
         else:
             tensor = stored.read(name).to(device=device, dtype=dtype)
@@ -100,14 +105,16 @@ def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.d
     setattr(model.get_submodule(parent), last, layer)
 
 
-def _check_quantization(folder: Path, stored: QuantizeConfig | None, wanted: QuantizeConfig | None) -> None:
+def _check_quantization(folder: Path, stored: list[QuantizeConfig], wanted: QuantizeConfig | Quantizer | None) -> None:
     """Refuse to quantise what is quantised.
 
     Raises:
         UsageError: The folder is quantised in another way than wanted.
     """
-    if stored is not None and wanted is not None and stored != wanted:
+    if stored and wanted is not None and stored != [wanted]:
+        found = ", ".join(map(str, stored))
+        aim = f", cannot become {wanted}" if isinstance(wanted, QuantizeConfig) else ""
         raise UsageError(
-            f"{folder}: is quantised already ({stored}), cannot become {wanted}",
-            hint=f"ask for {stored}, or start from the original 16-bit checkpoint",
+            f"{folder}: is quantised already ({found}){aim}",
+            hint=f"ask for {found}, or start from the original 16-bit checkpoint",
         )

@@ -2,7 +2,8 @@
 
 4 bits: ``weight`` holds the codes, ``weight.absmax`` the scales, and ``weight.quant_state.bitsandbytes__nf4`` the rest
 as JSON in bytes. int8: ``weight`` holds the codes, ``SCB`` the scales. ``config.json`` says so in
-``quantization_config``.
+``quantization_config``. What bitsandbytes does not have (nf3, nf2, groups of int4, several types in one model) lies in
+the same way under names of ours, which transformers refuses by name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from torch import Tensor
 from lit_lora.checkpoint.tensors import open_tensors
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
-from lit_lora.quantize import FourBit, Int8, QuantizeConfig, Quantized, quantize
+from lit_lora.quantize import Blocks, Groups, Int8, QuantizeConfig, Quantized, quantize
 from lit_lora.quantize.codes import DYNAMIC, table
+from lit_lora.quantize.weights import TYPES
 
 __all__ = ["StoredTensors", "packed_sizes", "packed_tensors", "quantization_config"]
 
-_STATE = ".weight.quant_state.bitsandbytes__"
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE = ".weight.quant_state."
+_THEIRS = ("nf4", "fp4", "int8")
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "scale", "zero")
 
 
-def quantization_config(config: QuantizeConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``config.json`` says, by transformers' names; ``dtype`` is the one to compute in."""
-    eight = config.name == "int8"
+def quantization_config(configs: Iterable[QuantizeConfig], dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` says, by transformers' names where it can read the weights; ``dtype`` is to compute in."""
+    found = list(dict.fromkeys(configs))
+    config, eight = found[0], found[0].name == "int8"
+    if len(found) > 1 or config.name not in _THEIRS:
+        return {"quant_method": "lit_lora", "types": sorted(map(str, found))}
     common = {"quant_method": "bitsandbytes", "load_in_4bit": not eight, "load_in_8bit": eight}
     if eight:
         return {**common, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": ["lm_head"]}
@@ -54,19 +60,22 @@ def packed_tensors(module: str, quantized: Quantized, dtype: torch.dtype) -> dic
     if isinstance(quantized, Int8):
         form = torch.tensor(0, dtype=torch.uint8)  # row by row
         return {f"{module}.weight": quantized.codes, f"{module}.SCB": quantized.absmax, f"{module}.weight_format": form}
-    assert isinstance(quantized, FourBit)
     config = quantized.config
-    values = table(config.name, torch.device("cpu")).values
-    tensors = {"": quantized.codes, ".absmax": quantized.absmax, ".quant_map": values}
     state: dict[str, Any] = {"quant_type": config.name, "blocksize": config.block_size}
     state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(quantized.shape)}
-    if quantized.nested_absmax is not None and quantized.offset is not None:
-        tensors |= {".nested_absmax": quantized.nested_absmax, ".nested_quant_map": DYNAMIC}
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
-        state["nested_offset"] = 0.0 if quantized.offset.is_meta else quantized.offset.item()
-    tensors[f".quant_state.bitsandbytes__{config.name}"] = torch.tensor(
-        list(json.dumps(state).encode()), dtype=torch.uint8
-    )
+    if isinstance(quantized, Groups):
+        tensors = {"": quantized.codes, ".scale": quantized.scale, ".zero": quantized.zero}
+    else:
+        assert isinstance(quantized, Blocks)
+        values = table(config.name, torch.device("cpu")).values
+        tensors = {"": quantized.codes, ".absmax": quantized.absmax, ".quant_map": values}
+        if quantized.nested_absmax is not None and quantized.offset is not None:
+            tensors |= {".nested_absmax": quantized.nested_absmax, ".nested_quant_map": DYNAMIC}
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+            state["nested_offset"] = 0.0 if quantized.offset.is_meta else quantized.offset.item()
+    whose = "bitsandbytes" if config.name in _THEIRS else "lit_lora"
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f".quant_state.{whose}__{config.name}"] = text
     return {f"{module}.weight{end}": tensor for end, tensor in tensors.items()}
 
 
@@ -139,10 +148,9 @@ class StoredTensors:
         """Whether a tensor is stored quantised."""
         return name in self._packed
 
-    def config(self) -> QuantizeConfig | None:
-        """How tensors are quantised, by the first; ``None`` if none is."""
-        module = next(iter(self._packed.values()), None)
-        return None if module is None else self._config(module)
+    def configs(self) -> list[QuantizeConfig]:
+        """How tensors are quantised, each way once."""
+        return list(dict.fromkeys(map(self._config, self._packed.values())))
 
     def packed(self, name: str) -> Quantized:
         """A quantised tensor; its codes are pages of the file.
@@ -156,6 +164,10 @@ class StoredTensors:
             tensors = [self._tensor(name), self._tensor(f"{module}.SCB").reshape(-1)]
             self._fits(module, Int8.empty(config, (shape[0], shape[1]), meta), tensors)
             return Int8(config, (shape[0], shape[1]), *tensors)
+        if TYPES[config.name] is Groups:
+            tensors = [self._tensor(name), *(self._tensor(f"{name}.{part}") for part in ("scale", "zero"))]
+            self._fits(module, Groups.empty(config, (shape[0], shape[1]), meta), tensors)
+            return Groups(config, (shape[0], shape[1]), *tensors)
         state = self._state(module)
         if state.get("nested_blocksize", 256) != 256:
             raise self._wrong(module, f"nested_blocksize {state['nested_blocksize']}, expected 256")
@@ -165,8 +177,8 @@ class StoredTensors:
         if config.double_quant:
             self._same_values(f"{name}.nested_quant_map", DYNAMIC)
             tensors += [self._tensor(f"{name}.nested_absmax"), torch.tensor(float(state.get("nested_offset", 0.0)))]
-        self._fits(module, FourBit.empty(config, (shape[0], shape[1]), meta), tensors)
-        return FourBit(config, (shape[0], shape[1]), *tensors)
+        self._fits(module, Blocks.empty(config, (shape[0], shape[1]), meta), tensors)
+        return Blocks(config, (shape[0], shape[1]), *tensors)
 
     def _state(self, module: str) -> dict[str, Any]:
         try:
@@ -184,8 +196,9 @@ class StoredTensors:
         found = {
             "name": state.get("quant_type"),
             "block_size": state.get("blocksize"),
-            "double_quant": "nested_blocksize" in state,
         }
+        if TYPES.get(str(found["name"])) is Blocks:
+            found["double_quant"] = "nested_blocksize" in state
         try:
             return validate(found, QuantizeConfig, name=f"{self._where}: {module}.weight")
         except UsageError as error:

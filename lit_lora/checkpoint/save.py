@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -12,11 +13,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
 from lit_lora.checkpoint.tensors import INDEX
 from lit_lora.files import atomic_folder, disk_errors
-from lit_lora.model import CausalLM
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["CheckpointWriter", "copy_side_files", "save_model"]
+__all__ = ["CheckpointWriter", "copy_side_files", "save_model", "save_quantized"]
 
 # A shard starts with the length of its JSON header, the header, and then the bytes of the tensors. Room for the
 # header is kept when the shard is opened and filled in when it is closed (the format allows trailing spaces), so a
@@ -190,6 +193,51 @@ def save_model(model: CausalLM, folder: Path, *, side_files: Path, card: str) ->
                 writer.add(name, parameter)
         config = json.dumps(model.config.to_hf(), indent=2) + "\n"
         (temporary / "config.json").write_text(config, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        copy_side_files(side_files, temporary)
+    return Path(folder)
+
+
+def save_quantized(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor | QuantizedLinear]],
+    folder: Path,
+    *,
+    side_files: Path,
+    card: str,
+) -> Path:
+    """Write a model with quantised layers as a Hugging Face folder, which appears complete or not at all.
+
+    Args:
+        config: The model's.
+        tensors: Name and values of each; a tied head is left out, and a quantised layer's weight is the layer.
+        folder: The folder; an older one is replaced.
+        side_files: The checkpoint that tokenizer, template and the like are copied from.
+        card: The text of its README.md.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DiskError: The disk is full or read-only; an older folder is kept.
+    """
+    found = {name: tensor for name, tensor in tensors if not (config.tie_word_embeddings and name == "lm_head.weight")}
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in found.items():
+            if isinstance(tensor, QuantizedLinear):
+                yield from packed_tensors(name.removesuffix(".weight"), tensor.quantized, tensor.dtype).items()
+            else:
+                yield name, tensor
+
+    layers = [tensor for tensor in found.values() if isinstance(tensor, QuantizedLinear)]
+    described = config.to_hf()
+    described["quantization_config"] = quantization_config((x.quantized.config for x in layers), layers[0].dtype)
+    with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
+        with CheckpointWriter(temporary) as writer:
+            for name, tensor in stored():
+                writer.add(name, tensor)
+        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         copy_side_files(side_files, temporary)
     return Path(folder)

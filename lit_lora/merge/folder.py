@@ -167,7 +167,9 @@ def _write_side_files(plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer, templates: the adapter's tokenizer where it has one, else the base's."""
     config = plan.config.to_hf()
     if plan.into == "quantized" and plan.quantize is not None:
-        config["quantization_config"] = quantization_config(plan.quantize, getattr(torch, plan.config.dtype))
+        config["quantization_config"] = quantization_config(
+            plan.base.reader.configs() or [plan.quantize], getattr(torch, plan.config.dtype)
+        )
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if (plan.adapter.folder / "tokenizer.json").is_file():
         copy_side_files(plan.adapter.folder, folder)

@@ -262,7 +262,7 @@ def _bases(
         UsageError: ``into`` does not apply.
     """
     stored = BaseTensors(folder, tied=config.tie_word_embeddings)
-    packed = stored.reader.config()
+    packed = next(iter(stored.reader.configs()), None)
     held = packed or adapter.quantize
     if held is None and into is not None:
         raise UsageError(f"--into {into}: has no effect, the base of {adapter.folder} is not quantised")
@@ -279,12 +279,15 @@ def _bases(
 
 def _named_bases(adapter: Path, run: Path | None) -> list[Path]:
     """The base folders that the run's config and the adapter name, as written and relative to where they lie."""
+    found = read_adapter(adapter)
+    if found.base_beside:
+        return found.base_beside  # the original, which the run's config names, is not what it was trained on
     named: list[Any] = []
     if run is not None and (run / "config.yaml").is_file():
         settings = read_yaml(run / "config.yaml")
         model = settings.get("model") if isinstance(settings, dict) else None
         named.append(model.get("path") if isinstance(model, dict) else None)
-    named.append(read_adapter(adapter).base)
+    named.append(found.base)
     paths = [Path(path) for path in named if isinstance(path, str) and path]
     return [*paths, *(adapter / path for path in paths)]
 

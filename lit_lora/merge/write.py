@@ -102,7 +102,7 @@ def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
         return plan.base.packed(name), None
     weight, proof = plan.base[name].float(), TensorProof(name, torch.float32)
     exact = torch.cat([rows for _, _, rows in _exact_rows(weight, update, plan.rows(name))])
-    packed = quantize(exact, plan.quantize, name=name)
+    packed = quantize(exact, plan.base.packed(name).config, name=name)
     stored = packed.dequantize(torch.float32)
     wanted = exact != weight
     proof.values = int(wanted.sum())

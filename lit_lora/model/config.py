@@ -117,8 +117,8 @@ class ModelConfig(Settings):
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
             raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
         quantization = data.get("quantization_config")
-        if quantization and not (isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if quantization and method not in ("bitsandbytes", "lit_lora"):
             raise InputError(
                 f"{name}: this checkpoint is quantised already, by {method}; expected bitsandbytes, or 16 or 32 bits"
             )

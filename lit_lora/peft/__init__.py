@@ -42,7 +42,7 @@ __all__ = [
     "trainable_state",
 ]
 
-# name -> (kind, "module:settings class"); a recipe serves one kind
+# name -> (kind, "module:settings class"); a recipe serves one kind, qlora low-rank and quantized
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora:LoRAConfig"),
     "dora": ("low-rank", "lit_lora.peft.dora:DoRAConfig"),
@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
     "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
+    "loftq": ("quantized", "lit_lora.peft.loftq:LoftQConfig"),
     "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),
@@ -66,11 +67,11 @@ METHODS: dict[str, tuple[Kind, str]] = {
 }
 
 
-def methods(kind: Kind | None = None) -> dict[str, type[Method]]:
-    """The settings classes of a kind of method, or of all, by name."""
+def methods(*kinds: Kind) -> dict[str, type[Method]]:
+    """The settings classes of some kinds of methods, or of all, by name."""
     found: dict[str, type[Method]] = {}
     for name, (its_kind, place) in METHODS.items():
-        if kind in (None, its_kind):
+        if not kinds or its_kind in kinds:
             module, _, attribute = place.partition(":")
             found[name] = getattr(importlib.import_module(module), attribute)
     return found

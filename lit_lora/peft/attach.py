@@ -234,6 +234,11 @@ def _misfit(name: str, update: Update, base: tuple[int, ...]) -> str | None:
 
 
 def _check_values(adapter: Adapter, base: Base) -> None:
+    if adapter.own_base and not any(base.quantized(name) for name in base):
+        raise InputError(
+            f"{adapter.folder}: was trained on codes that its method chose, this base is not quantised",
+            hint="give the folder base/ of its run",
+        )
     other = [name for name, tensor in adapter.base_copies.items() if not _same(tensor, base.get(name))]
     other += differing(adapter.fingerprint or {}, base)
     if other:

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
 from lit_lora.peft.updates import Update
-from lit_lora.quantize import QuantizedLinear, count_quantized
+from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, count_quantized
 
 __all__ = [
     "Base",
     "BaseTensors",
+    "Decomposer",
     "Kind",
     "MatchedRow",
     "Method",
@@ -46,7 +47,7 @@ __all__ = [
     "trainable_state",
 ]
 
-Kind = Literal["low-rank", "added", "full"]
+Kind = Literal["low-rank", "quantized", "added", "full"]
 
 
 class Method(Settings):
@@ -55,6 +56,8 @@ class Method(Settings):
     kind: ClassVar[Kind]
     default_lr: ClassVar[float | None] = None
     """The learning rate where the config gives none; ``None`` for that of the optimizer's settings."""
+    own_base: ClassVar[bool] = False
+    """The base has codes that the method chose: the run keeps it, the original cannot stand in for it."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
@@ -69,6 +72,18 @@ class Method(Settings):
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
         """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""
         return {}
+
+    def decomposer(self, model: nn.Module, quantize: QuantizeConfig) -> Decomposer | None:
+        """What quantises the base, where the method starts from what the codes lose; ``None`` where it does not.
+
+        Args:
+            model: Without values, such as on the meta device, and without an adapter.
+            quantize: How the base is quantised.
+
+        Raises:
+            UsageError: The settings do not fit this model.
+        """
+        return None
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> Method:
         """These settings with tokens named by text turned into ids; a method without such tokens stays as it is."""
@@ -92,6 +107,16 @@ class Method(Settings):
     def title(self) -> str:
         """The method's name as one writes it."""
         return str(self.model_dump()["name"]).replace("-", " ").capitalize()
+
+
+class Decomposer(Protocol):
+    """Quantises layer by layer and keeps what the adapter then starts from."""
+
+    def __call__(self, name: str, weight: Tensor) -> Quantized:
+        """Quantise the weight (out, in) of the layer ``name``."""
+
+    def fill(self, model: nn.Module) -> None:
+        """Give the adapter in ``model`` the values it starts from, in place."""
 
 
 class OwnModule(nn.Module):
@@ -218,6 +243,10 @@ class BaseTensors(Base):
 
     def __len__(self) -> int:
         return len(self._there)
+
+    def stored(self) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+        """Name and values of each as the model holds them: in the place of a quantised weight, its layer."""
+        yield from self._there.items()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, at no cost."""

@@ -65,11 +65,19 @@ class Adapter:
     """``adapter_config.json`` as it was read."""
     quantize: QuantizeConfig | None
     """How the base was quantised that it was trained on."""
+    own_base: bool
+    """It was trained on codes that its method chose."""
 
     @property
     def tensors(self) -> int:
         """How many tensors are in the file."""
         return len(self.values)
+
+    @property
+    def base_beside(self) -> list[Path]:
+        """The folder beside it where a run keeps such a base, if there is one."""
+        beside = self.folder.absolute().parent / "base"
+        return [beside] if self.own_base and (beside / "config.json").is_file() else []
 
     def require_updates(self) -> None:
         """Make sure that the adapter is a change of the base's weights, so that it can be merged.
@@ -138,6 +146,8 @@ def save_adapter(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     settings = {**settings, "base_model_name_or_path": str(base)}
     extras = {"format": 1, "base": fingerprint(base_tensors(model)), "method": config.model_dump(mode="json")}
+    if config.own_base:
+        extras["own_base"] = True
     quantize = found_config(model)
     if quantize is not None:
         extras["quantize"] = quantize.model_dump(mode="json")
@@ -181,9 +191,8 @@ def read_adapter(folder: Path) -> Adapter:
     else:
         config = _settings(folder, method, raw, extras, tensors)
     base = raw.get("base_model_name_or_path")
-    return Adapter(
-        folder, base or None, config, updates, tensors, copies, extras.get("base"), raw, quantization_of(folder)
-    )
+    held, own_base = quantization_of(folder), bool(extras.get("own_base"))
+    return Adapter(folder, base or None, config, updates, tensors, copies, extras.get("base"), raw, held, own_base)
 
 
 def quantization_of(folder: Path) -> QuantizeConfig | None:

@@ -1,15 +1,17 @@
-"""Linear layers whose weights take 4 or 8 bits: NF4, FP4, int8."""
+"""Linear layers whose weights take 2 to 8 bits: NF4 and its like, FP4, groups of int4, rows of int8."""
 
 from lit_lora.quantize.config import QuantizeConfig
 from lit_lora.quantize.linear import QuantizedLinear, count_quantized, found_config, stored_bytes
-from lit_lora.quantize.weights import FourBit, Int8, Quantized, quantize
+from lit_lora.quantize.weights import Blocks, Groups, Int8, Quantized, Quantizer, quantize
 
 __all__ = [
-    "FourBit",
+    "Blocks",
+    "Groups",
     "Int8",
     "QuantizeConfig",
     "Quantized",
     "QuantizedLinear",
+    "Quantizer",
     "count_quantized",
     "found_config",
     "quantize",

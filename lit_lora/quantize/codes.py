@@ -1,18 +1,22 @@
-"""The values that codes stand for.
+"""The values that codes stand for, and how codes lie in bytes.
 
-``NF4``: 16 quantiles of a standard normal distribution, scaled to [-1, 1], one of them 0. ``FP4``: sign, two exponent
-bits, one mantissa bit. ``DYNAMIC``: 256 values whose exponent takes a changing number of bits, which scales of blocks
-are stored in. Source: QLoRA, arXiv:2305.14314, section 3 and appendix E; 8-bit approximations, arXiv:1511.04561.
+``NF4``: 16 quantiles of a standard normal distribution, scaled to [-1, 1], one of them 0; ``nf3`` and ``nf2``: 8 and 4
+by the same rule. ``FP4``: sign, two exponent bits, one mantissa bit. ``int4``, ``int2``: whole numbers. ``DYNAMIC``:
+256 values whose exponent takes a changing number of bits, which scales of blocks are stored in. Source: QLoRA,
+arXiv:2305.14314, section 3 and appendix E; 8-bit approximations, arXiv:1511.04561; NF of other widths: LQ-LoRA,
+arXiv:2311.12023, appendix A.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-__all__ = ["NF4", "FP4", "DYNAMIC", "Table", "nearest_dynamic", "table"]
+__all__ = ["NF4", "FP4", "DYNAMIC", "TABLES", "Table", "nearest_dynamic", "table"]
 
 # The construction from quantiles gives these to 1e-7; the digits are those that every NF4 checkpoint was written with.
 NF4 = (
@@ -25,32 +29,82 @@ _FP4_POSITIVE = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = (*_FP4_POSITIVE, *(-value for value in _FP4_POSITIVE))
 
 
+def _normal_quantiles(bits: int) -> tuple[float, ...]:
+    """The NF values of ``bits``: equal steps of probability below 1/2, one step more above, scaled to [-1, 1]."""
+    edge, normal, half = 1 - (1 / 32 + 1 / 30) / 2, NormalDist(), 2 ** (bits - 1)
+    below = [1 - edge + (edge - 0.5) * step / (half - 1) for step in range(half - 1)]
+    above = [0.5 + (edge - 0.5) * step / half for step in range(1, half + 1)]
+    return tuple(normal.inv_cdf(p) / normal.inv_cdf(edge) for p in [*below, 0.5, *above])
+
+
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "nf3": _normal_quantiles(3),
+    "nf2": _normal_quantiles(2),
+    "int4": tuple(map(float, range(16))),
+    "int2": tuple(map(float, range(4))),
+}
+"""By type: the value of each code, in units of the block's scale."""
+
+
 class Table:
-    """The 16 values of a code, and how a number finds the nearest.
+    """The values of a code, how a number finds the nearest, and how codes are packed.
+
+    Codes lie in bytes one after the other, the first in the highest bits: two of 4 bits in a byte, four of 2 bits,
+    eight of 3 bits in three bytes.
 
     Args:
-        values: By code.
+        values: By code; 4, 8 or 16.
         device: Where the tensors are.
     """
 
     def __init__(self, values: tuple[float, ...], device: torch.device) -> None:
         self.values = torch.tensor(values, dtype=torch.float32, device=device)
-        """(16,) float32, by code."""
+        """(codes,) float32, by code."""
+        self.bits = int(math.log2(len(values)))
+        """Bits of a code."""
         order = torch.argsort(self.values, stable=True)
         ascending = self.values[order]
         self.midpoints = (ascending[:-1] + ascending[1:]) / 2
-        """(15,) float32, ascending: between neighbours."""
+        """(codes - 1,) float32, ascending: between neighbours."""
         self.order = order.to(torch.uint8)
-        """(16,) uint8: the code of each value in ascending order."""
-        pairs = torch.arange(256, device=device)
-        self.pairs = torch.stack([self.values[pairs >> 4], self.values[pairs & 15]], dim=1)
-        """(256, 2) float32: the two values of a byte."""
+        """(codes,) uint8: the code of each value in ascending order."""
+        self.word_bits = 12 if self.bits == 3 else 8
+        words = torch.arange(2**self.word_bits, device=device)
+        shifts = range(self.word_bits - self.bits, -1, -self.bits)
+        self.expanded = torch.stack([self.values[words >> shift & 2**self.bits - 1] for shift in shifts], dim=1)
+        """(words, codes in a word) float32: the values of the codes in a word, a byte or (3 bits) half of 3 bytes."""
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """Codes of numbers within [-1, 1], in their shape, uint8."""
+        return self.order[torch.bucketize(scaled, self.midpoints, out_int32=True)]
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """(n,) uint8 codes to (n * bits / 8, 1) uint8; n is a multiple of 8."""
+        count = self.word_bits // self.bits
+        groups = codes.view(-1, count).int()
+        words = groups[:, 0].clone()
+        for place in range(1, count):
+            words = words << self.bits | groups[:, place]
+        if self.word_bits == 12:
+            first, second = words.view(-1, 2).unbind(1)
+            words = torch.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], dim=1)
+        return words.to(torch.uint8).view(-1, 1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The values of packed codes, (n * bits / 8,) uint8 to (n,) float32."""
+        words = packed.int()
+        if self.word_bits == 12:
+            first, second, third = words.view(-1, 3).unbind(1)
+            words = torch.stack([first << 4 | second >> 4, (second & 15) << 8 | third], dim=1).view(-1)
+        return self.expanded.index_select(0, words).view(-1)
 
 
 @lru_cache(maxsize=8)
 def table(name: str, device: torch.device) -> Table:
-    """The table of ``nf4`` or ``fp4``."""
-    return Table({"nf4": NF4, "fp4": FP4}[name], device)
+    """The table of a type in ``TABLES``."""
+    return Table(TABLES[name], device)
 
 
 def _dynamic() -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lit_lora import kernels
 from lit_lora.errors import UsageError
 from lit_lora.quantize import bitsandbytes
-from lit_lora.quantize.codes import DYNAMIC, nearest_dynamic, table
+from lit_lora.quantize.codes import DYNAMIC, TABLES, nearest_dynamic, table
 from lit_lora.quantize.config import QuantizeConfig
 
-__all__ = ["FourBit", "Int8", "Quantized", "quantize"]
+__all__ = ["TYPES", "Blocks", "Groups", "Int8", "Quantized", "Quantizer", "quantize"]
 
 NESTED = 256
 """Scales that share a scale themselves."""
@@ -66,13 +66,13 @@ class Quantized(nn.Module):
         return f"{self.shape[0]}, {self.shape[1]}, {self.config}"
 
 
-class FourBit(Quantized):
-    """Blocks of 4-bit codes: ``values[code] * absmax`` of the block.
+class Blocks(Quantized):
+    """Blocks of codes of 2 to 4 bits: ``values[code] * absmax`` of the block.
 
     Args:
-        config: nf4 or fp4.
+        config: nf4, fp4, nf3 or nf2.
         shape: (out, in).
-        codes: (out * in / 2, 1) uint8: two codes a byte, row by row, the first in the high half.
+        codes: (out * in * bits / 8, 1) uint8: row by row, packed as :class:`lit_lora.quantize.codes.Table` says.
         absmax: (blocks,) float32, or uint8 codes into ``DYNAMIC`` where double quantised.
         nested_absmax: (blocks / 256 rounded up,) float32: of the codes of absmax.
         offset: () float32: what was taken off every absmax.
@@ -99,10 +99,10 @@ class FourBit(Quantized):
         self.register_buffer("offset", offset)
 
     @classmethod
-    def empty(cls, config: QuantizeConfig, shape: tuple[int, int], device: torch.device) -> FourBit:
+    def empty(cls, config: QuantizeConfig, shape: tuple[int, int], device: torch.device) -> Blocks:
         """With tensors of the right shapes and no values, such as on the meta device."""
         blocks = shape[0] * shape[1] // config.block_size
-        codes = torch.empty(shape[0] * shape[1] // 2, 1, dtype=torch.uint8, device=device)
+        codes = torch.empty(shape[0] * shape[1] * config.code_bits // 8, 1, dtype=torch.uint8, device=device)
         if not config.double_quant:
             return cls(config, shape, codes, torch.empty(blocks, device=device))
         nested = torch.empty(-(-blocks // NESTED), device=device)
@@ -110,15 +110,16 @@ class FourBit(Quantized):
         return cls(config, shape, codes, absmax, nested, torch.empty((), device=device))
 
     @classmethod
-    def of(cls, weight: Tensor, config: QuantizeConfig) -> FourBit:
+    def of(cls, weight: Tensor, config: QuantizeConfig) -> Blocks:
         """Quantise ``weight``."""
-        flat, block = weight.detach().reshape(-1), config.block_size
-        codes = torch.empty(flat.numel() // 2, 1, dtype=torch.uint8, device=flat.device)
+        flat, block, bits = weight.detach().reshape(-1), config.block_size, config.code_bits
+        codes = torch.empty(flat.numel() * bits // 8, 1, dtype=torch.uint8, device=flat.device)
         absmax = torch.empty(flat.numel() // block, device=flat.device)
         for start in range(0, flat.numel(), _CHUNK):
             piece = flat[start : start + _CHUNK].float()
-            here = codes[start // 2 : (start + _CHUNK) // 2], absmax[start // block : (start + _CHUNK) // block]
-            _quantize_4bit(piece, config, *here)
+            stop = start + _CHUNK
+            here = codes[start * bits // 8 : stop * bits // 8], absmax[start // block : stop // block]
+            _quantize_blocks(piece, config, *here)
         shape = (weight.shape[0], weight.shape[1])
         if not config.double_quant:
             return cls(config, shape, codes, absmax)
@@ -145,16 +146,16 @@ class FourBit(Quantized):
             blocks, wide = out.numel() // block, int(dtype == torch.float32)
             kernels.call("dequantize_4bit", *self._pointers(), out, blocks, block, wide)
             return out
-        pairs, codes, scales = table(self.config.name, out.device).pairs, self.codes.view(-1), self.scales()
-        flat = out.view(-1)
+        known, codes, scales = table(self.config.name, out.device), self.codes.view(-1), self.scales()
+        flat, bits = out.view(-1), known.bits
         for start in range(0, flat.numel(), _CHUNK):
             stop = min(start + _CHUNK, flat.numel())
-            values = pairs.index_select(0, codes[start // 2 : stop // 2].int()).view(-1, block)  # (blocks, block)
+            values = known.unpack(codes[start * bits // 8 : stop * bits // 8]).view(-1, block)  # (blocks, block)
             flat[start:stop] = values.mul_(scales[start // block : stop // block, None]).view(-1)
         return out
 
     def matrix_vector(self, x: Tensor) -> Tensor:
-        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from codes of 4 bits."""
         rows, columns = self.shape
         if self._on_cuda():
             values, block = table(self.config.name, self.codes.device).values, self.config.block_size
@@ -168,10 +169,11 @@ class FourBit(Quantized):
     def _fused(self) -> bool:
         tensors = [self.codes, self.absmax, self.nested_absmax]
         placed = all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
-        return placed and kernels.library() is not None
+        return placed and self.config.code_bits == 4 and kernels.library() is not None
 
     def _on_cuda(self) -> bool:
-        return self.codes.device.type == "cuda" and bitsandbytes.load() is not None
+        on_cuda = self.codes.device.type == "cuda" and self.config.code_bits == 4
+        return on_cuda and bitsandbytes.load() is not None
 
     def _pointers(self) -> tuple[Tensor | None, ...]:
         values = table(self.config.name, self.codes.device).values
@@ -243,7 +245,74 @@ class Int8(Quantized):
         return placed and kernels.library() is not None
 
 
-TYPES: dict[str, type[FourBit] | type[Int8]] = {"nf4": FourBit, "fp4": FourBit, "int8": Int8}
+class Groups(Quantized):
+    """Groups of codes within a row, each between its own least and greatest value: ``scale * code + zero``.
+
+    ``zero`` is the value of code 0, in float32: an update that is constant within a group goes into it and nowhere
+    else, so a merged matrix keeps its codes. Source: QA-LoRA, arXiv:2309.14717, section 3.3.
+
+    Args:
+        config: int4 or int2.
+        shape: (out, in).
+        codes: (out, in * bits / 8) uint8, packed as :class:`lit_lora.quantize.codes.Table` says.
+        scale: (out, groups) float16.
+        zero: (out, groups) float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(
+        self, config: QuantizeConfig, shape: tuple[int, int], codes: Tensor, scale: Tensor, zero: Tensor
+    ) -> None:
+        super().__init__(config, shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @classmethod
+    def empty(cls, config: QuantizeConfig, shape: tuple[int, int], device: torch.device) -> Groups:
+        """With tensors of the right shapes and no values, such as on the meta device."""
+        rows, groups = shape[0], shape[1] // config.block_size
+        codes = torch.empty(rows, shape[1] * config.code_bits // 8, dtype=torch.uint8, device=device)
+        scale = torch.empty(rows, groups, dtype=torch.float16, device=device)
+        return cls(config, shape, codes, scale, torch.empty(rows, groups, device=device))
+
+    @classmethod
+    def of(cls, weight: Tensor, config: QuantizeConfig) -> Groups:
+        """Quantise ``weight``."""
+        made = cls.empty(config, (weight.shape[0], weight.shape[1]), weight.device)
+        known, step = table(config.name, weight.device), max(1, _CHUNK // weight.shape[1])
+        most = 2**known.bits - 1
+        for start in range(0, len(weight), step):
+            piece = weight.detach()[start : start + step].float()
+            groups = piece.view(len(piece), -1, config.block_size)
+            least, greatest = groups.aminmax(dim=2)
+            scale = ((greatest - least) / most).to(torch.float16)
+            inverse = torch.where(scale > 0, 1 / scale.float(), 0)  # a group of one value: all of it is in zero
+            codes = ((groups - least[..., None]) * inverse[..., None]).round_().clamp_(0, most).to(torch.uint8)
+            rows = slice(start, start + step)
+            made.scale[rows], made.zero[rows] = scale, least
+            made.codes[rows] = known.pack(codes.view(-1)).view(len(codes), -1)
+        return made
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        known, step = table(self.config.name, out.device), max(1, _CHUNK // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            groups = known.unpack(self.codes[rows].reshape(-1)).view(-1, self.scale.shape[1], self.config.block_size)
+            out[rows] = groups.mul_(self.scale[rows, :, None].float()).add_(self.zero[rows, :, None]).flatten(1)
+        return out
+
+
+Quantizer = Callable[[str, Tensor], Quantized]
+"""Quantises the weight (out, in) of the linear layer of this name."""
+
+TYPES: dict[str, type[Blocks] | type[Groups] | type[Int8]] = {**dict.fromkeys(TABLES, Blocks), "int8": Int8}
+TYPES["int4"] = TYPES["int2"] = Groups
 
 
 def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix") -> Quantized:
@@ -261,7 +330,7 @@ def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix"
     """
     rows, columns = weight.shape
     kind = TYPES[config.name]
-    if kind is FourBit and columns % config.block_size:
+    if kind is not Int8 and columns % config.block_size:
         sizes = [size for size in (32, 64, 128, 256, 512, 1024, 2048, 4096) if columns % size == 0]
         fitting = f"those that do: {', '.join(map(str, sizes))}" if sizes else "none does: use quantize.name=int8"
         raise UsageError(
@@ -272,17 +341,16 @@ def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix"
     return kind.of(weight, config)
 
 
-def _quantize_4bit(x: Tensor, config: QuantizeConfig, codes: Tensor, absmax: Tensor) -> None:
-    """Fill ``codes`` (n / 2, 1) and ``absmax`` (n / block,) of ``x`` (n,) float32."""
+def _quantize_blocks(x: Tensor, config: QuantizeConfig, codes: Tensor, absmax: Tensor) -> None:
+    """Fill ``codes`` (n * bits / 8, 1) and ``absmax`` (n / block,) of ``x`` (n,) float32."""
     known, block = table(config.name, x.device), config.block_size
-    if x.device.type == "cpu" and kernels.library() is not None:
+    if x.device.type == "cpu" and known.bits == 4 and kernels.library() is not None:
         kernels.call("quantize_4bit", x.contiguous(), known.midpoints, known.order, codes, absmax, len(absmax), block)
         return
     blocks = x.view(-1, block)
     absmax.copy_(blocks.abs().amax(1))
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # times the inverse, as everybody's codes were made
-    found = known.order[torch.bucketize(scaled, known.midpoints, out_int32=True)].view(-1, 2)
-    codes.copy_(found[:, :1] << 4 | found[:, 1:])
+    codes.copy_(known.pack(known.nearest(scaled).view(-1)))
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ CASES = {
 LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "low-rank"]
 
 
-KINDS = ("low-rank", "added", "full")
+KINDS = ("low-rank", "quantized", "added", "full")
 
 
 def method(case: str) -> peft.Method:
@@ -108,7 +108,7 @@ every_low_rank_case = pytest.mark.parametrize("case", LOW_RANK)
 
 
 def test_every_method_of_the_table_has_a_case():
-    for_other_models = {"residual"}  # see tests/peft/test_residual.py
+    for_other_models = {"residual", *peft.methods("quantized")}  # tests/peft/test_residual.py, test_quantized_base.py
     assert {settings["name"] for settings in CASES.values()} | for_other_models == set(peft.METHODS)
     assert set().union(*(peft.methods(kind) for kind in KINDS)) == peft.METHODS.keys()
     for name, (kind, _) in peft.METHODS.items():

@@ -13,14 +13,16 @@ from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.base import own_modules
 from lit_lora.quantize import QuantizeConfig, found_config
-from tests.contract.test_methods import CASES, LOW_RANK, train
+from tests.contract.test_methods import CASES as PLAIN
+from tests.contract.test_methods import LOW_RANK, train
 from tests.peft import tiny
 from tests.peft.tiny import LAYERS, save_base, shake
 
 VOCABULARY = tiny.VOCABULARY
 CONFIGS = [QuantizeConfig(block_size=32), QuantizeConfig(name="fp4", double_quant=False), QuantizeConfig(name="int8")]
 # Codes have no gradient: whole layers of the decoder cannot train.
-ON_CODES = [name for name in LOW_RANK if "modules_to_save" not in name]
+CASES = {**PLAIN, "loftq": {"name": "loftq", "rank": 4}}
+ON_CODES = [*(name for name in LOW_RANK if "modules_to_save" not in name), "loftq"]
 every_case = pytest.mark.parametrize("case", ON_CODES)
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
 

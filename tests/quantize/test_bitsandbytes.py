@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora.quantize import FourBit, QuantizeConfig, bitsandbytes, quantize
+from lit_lora.quantize import Blocks, QuantizeConfig, bitsandbytes, quantize
 
 # Stands in for the package through which bitsandbytes fetches kernels; says so if anybody asks it for one.
 FAKE_KERNELS = """
@@ -68,7 +68,7 @@ def test_its_kernel_gives_the_matrix_that_ours_gives(name: str) -> None:
         pytest.skip("bitsandbytes is not installed")
     torch.manual_seed(0)
     made = quantize(torch.randn(96, 128), QuantizeConfig(name=name))
-    assert isinstance(made, FourBit)
+    assert isinstance(made, Blocks)
     theirs = bitsandbytes.dequantize(made.codes, made.scales(), name, 64, made.shape, torch.float32)
     assert torch.equal(theirs, made.dequantize(torch.float32))
 

@@ -11,7 +11,7 @@ import torch
 from lit_lora import kernels
 from lit_lora.errors import UsageError
 from lit_lora.kernels import build
-from lit_lora.quantize import FourBit, Int8, QuantizeConfig, Quantized, quantize
+from lit_lora.quantize import Blocks, Int8, QuantizeConfig, Quantized, quantize
 from lit_lora.quantize.codes import DYNAMIC, NF4, table
 
 TYPES = ["nf4", "fp4"]
@@ -42,9 +42,9 @@ def config(name: str, block_size: int = 64, double_quant: bool = True) -> Quanti
     return QuantizeConfig.model_validate({"name": name, "block_size": block_size, "double_quant": double_quant})
 
 
-def four_bit(*settings: Any, dtype: torch.dtype = torch.float32) -> FourBit:
+def four_bit(*settings: Any, dtype: torch.dtype = torch.float32) -> Blocks:
     made = quantize(weight(dtype=dtype), config(*settings))
-    assert isinstance(made, FourBit)
+    assert isinstance(made, Blocks)
     return made
 
 
@@ -120,8 +120,8 @@ def test_double_quantised_scales_are_off_by_less_than_a_hundredth() -> None:
     torch.manual_seed(1)
     made = quantize(torch.randn(256, 1024), config("nf4"))
     exact = quantize(torch.randn(256, 1024, generator=torch.Generator().manual_seed(1)), config("nf4", 64, False))
-    assert isinstance(made, FourBit)
-    assert isinstance(exact, FourBit)
+    assert isinstance(made, Blocks)
+    assert isinstance(exact, Blocks)
     relative = (made.scales() - exact.absmax).square().mean().sqrt() / exact.absmax.mean()
     assert 0 < relative < 0.01
 

@@ -1,0 +1,94 @@
+"""Methods that choose the codes of their base, or train on its groups: run, use, resume and merge."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_lora.checkpoint import load_model
+from lit_lora.errors import LitLoraError
+from lit_lora.open_model import open_model
+from lit_lora.peft import load_adapter
+from tests.finetune.test_qlora import Call, call, finetuned, task  # noqa: F401 - fixtures
+from tests.finetune.tiny_task import write_config
+from tests.train.tiny_run import losses, metrics
+
+LOFTQ: dict[str, Any] = {"peft": {"name": "loftq", "rank": 4, "alpha": 2.0}}
+CASES = {"loftq": LOFTQ, "loftq int2": {**LOFTQ, "quantize": {"name": "int2", "block_size": 32}}}
+OWN_BASE = [name for name, sections in CASES.items() if sections["peft"]["name"] != "qa-lora"]
+every_case = pytest.mark.parametrize("case", CASES)
+every_own_base = pytest.mark.parametrize("case", OWN_BASE)
+
+
+def configured(task: Path, case: str, **sections: Any) -> Path:  # noqa: F811
+    defaults: dict[str, Any] = {"quantize": {"name": "nf4", "block_size": 32}}
+    return write_config(task, recipe="qlora", **{**defaults, **CASES[case], **sections})
+
+
+def logits(run: Path) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = open_model(run, dtype="fp32").model(torch.arange(3, 20)[None])
+    return result
+
+
+@every_case
+def test_a_run_learns_and_opens_wherever_it_is_moved(task: Path, case: str) -> None:  # noqa: F811
+    run = finetuned(configured(task, case), "train.max_steps=12")
+    assert losses(run)[-1] < losses(run)[0]
+    first = logits(run)
+    shutil.move(run, task / "elsewhere")
+    assert torch.equal(logits(task / "elsewhere"), first)
+
+
+@every_case
+def test_resuming_continues_bit_for_bit(task: Path, case: str) -> None:  # noqa: F811
+    whole = finetuned(configured(task, case, train={"save_every": 4}))
+    weights = whole / "adapter" / "adapter_model.safetensors"
+    reference = metrics(whole), weights.read_bytes()
+    for later in sorted((whole / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(later)
+    weights.unlink()
+    finetuned(whole / "config.yaml", resume=True)
+    assert (metrics(whole), weights.read_bytes()) == reference
+
+
+@every_own_base
+def test_the_original_base_cannot_stand_in_for_the_codes(task: Path, case: str) -> None:  # noqa: F811
+    run = finetuned(configured(task, case))
+    with pytest.raises(LitLoraError, match="trained on codes that its method chose"):
+        load_adapter(load_model(task / "base"), run / "adapter")
+
+
+@every_case
+def test_a_dry_run_writes_nothing(task: Path, case: str) -> None:  # noqa: F811
+    finetuned(configured(task, case), dry_run=True)
+    assert not (task / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=lora", "peft.name=loftq"], r"'loftq' is not for this recipe \(did you mean recipe: qlora\?\)"),
+        (
+            ["peft.name=loftq", "peft.rank=17"],
+            r"peft.rank: 17 is too large for .*k_proj \(16×32\), expected at most 16",
+        ),
+        (["peft.name=loftq", "peft.init=gaussian"], "has no effect: A and B start from"),
+        (["peft.name=loftq", "peft.iterations=0"], "iterations: .* 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_one_line(task: Path, call: Call, arguments: list[str], message: str) -> None:  # noqa: F811
+    quantized = {} if "recipe=lora" in arguments else {"recipe": "qlora", "quantize": {"name": "nf4", "block_size": 32}}
+    config = write_config(task, **quantized)
+    code, out, err = call("finetune", "--config", config, *arguments)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, len(errors)) == (2, 1), err
+    assert re.search(message, errors[0]), errors
+    assert "Traceback" not in err + out
+    assert not (task / "run").exists()
