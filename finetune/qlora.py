@@ -40,9 +40,10 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     """
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    method = config.peft.with_token_ids(tokenizer.add_tokens)
+    chosen = config.peft.over(config.quantize)  # not every method is for every base
+    method = chosen.with_token_ids(tokenizer.add_tokens)
     data = load_data(run, tokenizer)
-    model = load_base(run, config, method)  # quantised, with the method applied
+    model = load_base(run, config, method, data)  # quantised, with the method applied
     model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
@@ -64,7 +65,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     )
     adapter = run.folder / "adapter"
     save_adapter(model, method, adapter, base=base, data=data.about, figures=summary(result))
-    if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer
+    if method is not chosen:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")
     return run.folder

@@ -6,23 +6,37 @@ adapter, which is nothing without it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from lit_lora.checkpoint.load import empty_model, load_model
+import torch
+
+from lit_lora import log
+from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
+from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.save import save_quantized
+from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
+from lit_lora.peft.decompose import Weights
 from lit_lora.quantize import stored_bytes
-from lit_lora.recipe import QuantizedConfig, Run
+from lit_lora.recipe import QuantizedConfig, Run, RunData
+from lit_lora.train.loss import backward
 
 __all__ = ["keep_base", "load_base"]
 
 _BASE = "base"
 
 
-def load_base(run: Run, config: QuantizedConfig, method: Method) -> CausalLM:
+def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) -> CausalLM:
     """The quantised base with the method applied to it; a resumed run takes the base that it kept.
+
+    Args:
+        run: The run.
+        config: Its config.
+        method: Its method, over this base.
+        data: The rows, for a method that weighs errors by them.
 
     Raises:
         InputError: The folder is broken.
@@ -33,13 +47,43 @@ def load_base(run: Run, config: QuantizedConfig, method: Method) -> CausalLM:
         decomposer, quantize, path = None, None, kept
     else:
         quantize = config.quantize
-        decomposer = method.decomposer(empty_model(ModelConfig.from_folder(path)), quantize)
+        weights = _weights(run, method, data) if method.weighing_rows else None
+        stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
+        decomposer = method.decomposer(
+            skeleton, quantize, lambda name: stored.read(f"{name}.weight").to(run.device), weights
+        )
     model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
     freeze(model)
     method.apply(model)  # B = 0, so nothing changes yet
     if decomposer is not None:
         decomposer.fill(model)  # what the codes lost, B is not 0
     return model
+
+
+def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
+    """How much errors matter, by layer: means of the squared gradients of the loss of single rows.
+
+    Takes the model in full, and one layer's gradient at a time.
+    """
+    model = load_model(run.config.model.path, dtype=run.dtype, device=run.device)
+    freeze(model)
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(name: str, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        squares = weight.grad.float().square()
+        rows, columns = sums.get(name, (0, 0))
+        sums[name] = rows + squares.mean(1), columns + squares.mean(0)
+        weight.grad = None
+
+    for name in decoder_linears(model):
+        weight = model.get_parameter(f"{name}.weight")
+        weight.requires_grad_()
+        weight.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
+    rows = data.prepared.train
+    for number in log.progress(range(min(method.weighing_rows, len(rows))), what="weighing", unit=" rows"):
+        backward(model, collate(rows, [number]), 1.0)
+    return {name: Weights.of_squares(*means) for name, means in sums.items()}
 
 
 def keep_base(run: Run, method: Method, model: CausalLM) -> Path:

@@ -106,7 +106,8 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
         written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings)
         proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
         report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
-        if not (proof.lost <= MAX_LOST or allow_lossy or plan.lossy):
+        kept = plan.into == "quantized" and plan.keeps_codes  # in 32 bits, whatever it is then computed in
+        if not (proof.lost <= MAX_LOST or allow_lossy or plan.lossy or kept):
             raise _lossy(plan, report)
         write_text(temporary / "README.md", _card(plan, report))
     return report
@@ -138,6 +139,8 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
 
 def _onto(plan: MergePlan) -> str:
     """What the update was added to, where there is a choice."""
+    if plan.into == "quantized" and plan.keeps_codes:
+        return f"merged into the zeros of {plan.quantize}: the codes stay, the function is the one that was trained"
     return {
         None: "",
         "dequantized": f"merged into the dequantised base ({plan.quantize}): the function that was trained",

@@ -138,7 +138,12 @@ class MergePlan:
     @property
     def lossy(self) -> bool:
         """What was asked for is not the function that was trained."""
-        return self.into in ("original", "quantized")
+        return self.into == "original" or (self.into == "quantized" and not self.keeps_codes)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """The update fits between the codes of the base, which stay."""
+        return self.quantize is not None and self.adapter.config.keeps_codes(self.quantize)
 
     def packs(self, name: str) -> bool:
         """Whether a tensor is quantised again."""
@@ -223,8 +228,8 @@ def plan_merge(
         places: The folders.
         subtract: An adapter that was merged into the base before and is taken back: task switching.
         dtype: Of the result; as in the base when omitted.
-        into: Onto what the update of a quantised base is added: the dequantised base, which is the function that was
-            trained, when omitted.
+        into: Onto what the update of a quantised base is added: what is the function that was trained, when omitted:
+            codes that the update leaves as they are, or else the dequantised base.
         force: Take a base that is not the one the adapter was trained on.
 
     Raises:
@@ -249,7 +254,8 @@ def plan_merge(
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([HEAD] if untied else [])
-    into = (into or "dequantized") if held else None
+    if held is not None:
+        into = into or ("quantized" if adapter.config.keeps_codes(held) else "dequantized")
     return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
 
 

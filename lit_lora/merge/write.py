@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lit_lora.errors import NumericalError
 from lit_lora.merge.plan import MergePlan
-from lit_lora.peft.updates import Update
-from lit_lora.quantize import Quantized, quantize
+from lit_lora.peft.updates import LowRank, Update
+from lit_lora.quantize import Groups, Quantized, quantize
 
 __all__ = ["TensorProof", "Totals", "measure", "merged_tensors", "totals"]
 
@@ -102,7 +102,8 @@ def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
         return plan.base.packed(name), None
     weight, proof = plan.base[name].float(), TensorProof(name, torch.float32)
     exact = torch.cat([rows for _, _, rows in _exact_rows(weight, update, plan.rows(name))])
-    packed = quantize(exact, plan.base.packed(name).config, name=name)
+    codes = plan.base.packed(name)
+    packed = _shifted(codes, update) or quantize(exact, codes.config, name=name)
     stored = packed.dequantize(torch.float32)
     wanted = exact != weight
     proof.values = int(wanted.sum())
@@ -111,6 +112,13 @@ def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
     proof.error_square = float((stored - exact).square().sum(dtype=torch.float64))
     proof.update_square = float((exact - weight).square().sum(dtype=torch.float64))
     return packed, proof
+
+
+def _shifted(packed: Quantized, update: Update) -> Quantized | None:
+    """Codes with the update in their zeros, where it is constant within each group."""
+    if isinstance(packed, Groups) and isinstance(update, LowRank):
+        return packed.plus(update.left * update.scaling, update.right)
+    return None
 
 
 def measure(plan: MergePlan, dtype: torch.dtype) -> Totals:

@@ -53,6 +53,8 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
     "loftq": ("quantized", "lit_lora.peft.loftq:LoftQConfig"),
+    "lq-lora": ("quantized", "lit_lora.peft.lq_lora:LQLoRAConfig"),
+    "qa-lora": ("quantized", "lit_lora.peft.qa_lora:QALoRAConfig"),
     "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
+from lit_lora.peft.decompose import Weights
 from lit_lora.peft.updates import Update
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, count_quantized
 
@@ -73,12 +74,37 @@ class Method(Settings):
         """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""
         return {}
 
-    def decomposer(self, model: nn.Module, quantize: QuantizeConfig) -> Decomposer | None:
+    def over(self, quantize: QuantizeConfig) -> Method:
+        """These settings as they are over a base quantised so.
+
+        Raises:
+            UsageError: The method needs another base.
+        """
+        return self
+
+    @property
+    def weighing_rows(self) -> int:
+        """Rows of the data whose gradients say how much errors of the base matter."""
+        return 0
+
+    def keeps_codes(self, quantize: QuantizeConfig) -> bool:
+        """Whether a merged model has the codes of its base, which was quantised so: nothing is lost."""
+        return False
+
+    def decomposer(
+        self,
+        model: nn.Module,
+        quantize: QuantizeConfig,
+        read: Callable[[str], Tensor],
+        weights: Mapping[str, Weights] | None = None,
+    ) -> Decomposer | None:
         """What quantises the base, where the method starts from what the codes lose; ``None`` where it does not.
 
         Args:
             model: Without values, such as on the meta device, and without an adapter.
             quantize: How the base is quantised.
+            read: Gives the weight (out, in) of a linear layer by its name.
+            weights: How much errors matter, by layer, where ``weighing_rows`` asks for it.
 
         Raises:
             UsageError: The settings do not fit this model.

@@ -34,6 +34,12 @@ class Weights:
     rows: Tensor
     columns: Tensor
 
+    @classmethod
+    def of_squares(cls, rows: Tensor, columns: Tensor) -> Weights:
+        """From the means of squared gradients over each row (out,) and over each column (in,)."""
+        rows, columns = (mean.float().clamp(min=1e-4 * float(mean.max()) + 1e-38) for mean in (rows, columns))
+        return cls(rows.sqrt(), (columns / rows.mean()).sqrt())
+
     def apply(self, matrix: Tensor) -> Tensor:
         """``matrix`` (out, in), weighted."""
         return self.rows[:, None] * matrix * self.columns

@@ -220,7 +220,7 @@ def _targeted(folder: Path, raw: Mapping[str, Any]) -> type[TargetedMethod]:
     """
     from lit_lora.peft import methods  # noqa: PLC0415 - its table imports this module
 
-    known = {cls.peft_type: cls for cls in methods("low-rank").values() if issubclass(cls, TargetedMethod)}
+    known = {cls.peft_type: cls for cls in methods("low-rank", "quantized").values() if issubclass(cls, TargetedMethod)}
     kind = str(raw.get("peft_type"))
     # One of ours may carry the name of PEFT's: the same method, in a form that PEFT does not have.
     method = known.get(kind) or known.get(kind.removeprefix(OWN))

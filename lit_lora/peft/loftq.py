@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import Kind, freeze, own_modules
-from lit_lora.peft.decompose import Decomposed, decompose
+from lit_lora.peft.decompose import Decomposed, Weights, decompose
 from lit_lora.peft.lora import LoRAConfig, LoRALinear
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
@@ -85,7 +85,13 @@ class LoftQConfig(LoRAConfig):
         """The method's name as one writes it."""
         return "LoftQ"
 
-    def decomposer(self, model: nn.Module, quantize: QuantizeConfig) -> LowRankStart:
+    def decomposer(
+        self,
+        model: nn.Module,
+        quantize: QuantizeConfig,
+        read: Callable[[str], Tensor],
+        weights: Mapping[str, Weights] | None = None,
+    ) -> LowRankStart:
         """What takes the weights of the adapted layers apart.
 
         Raises:

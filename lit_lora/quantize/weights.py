@@ -297,6 +297,19 @@ class Groups(Quantized):
             made.codes[rows] = known.pack(codes.view(-1)).view(len(codes), -1)
         return made
 
+    def plus(self, left: Tensor, right: Tensor) -> Groups | None:
+        """The matrix plus ``left @ right``, with the same codes; ``None`` where that varies within a group.
+
+        Args:
+            left: (out, R).
+            right: (R, in).
+        """
+        groups = right.float().view(len(right), -1, self.config.block_size)
+        if not torch.equal(groups, groups[:, :, :1].expand_as(groups)):
+            return None
+        zero = torch.addmm(self.zero, left.float(), groups[:, :, 0])
+        return Groups(self.config, self.shape, self.codes, self.scale, zero)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,12 +15,21 @@ from lit_lora.checkpoint import load_model
 from lit_lora.errors import LitLoraError
 from lit_lora.open_model import open_model
 from lit_lora.peft import load_adapter
+from lit_lora.quantize import Groups, QuantizeConfig
 from tests.finetune.test_qlora import Call, call, finetuned, task  # noqa: F401 - fixtures
 from tests.finetune.tiny_task import write_config
 from tests.train.tiny_run import losses, metrics
 
 LOFTQ: dict[str, Any] = {"peft": {"name": "loftq", "rank": 4, "alpha": 2.0}}
-CASES = {"loftq": LOFTQ, "loftq int2": {**LOFTQ, "quantize": {"name": "int2", "block_size": 32}}}
+QA_LORA: dict[str, Any] = {"peft": {"name": "qa-lora", "rank": 1}, "quantize": {"name": "int4", "block_size": 32}}
+NF4 = {"name": "nf4", "block_size": 32}
+LQ_LORA: dict[str, Any] = {"peft": {"name": "lq-lora", "rank": 4, "bits": 3.5, "fisher_rows": 3}, "quantize": {}}
+CASES = {
+    "lq-lora": LQ_LORA,
+    "qa-lora": QA_LORA,
+    "loftq": LOFTQ,
+    "loftq int2": {**LOFTQ, "quantize": {"name": "int2", "block_size": 32}},
+}
 OWN_BASE = [name for name, sections in CASES.items() if sections["peft"]["name"] != "qa-lora"]
 every_case = pytest.mark.parametrize("case", CASES)
 every_own_base = pytest.mark.parametrize("case", OWN_BASE)
@@ -64,10 +74,35 @@ def test_the_original_base_cannot_stand_in_for_the_codes(task: Path, case: str) 
         load_adapter(load_model(task / "base"), run / "adapter")
 
 
+def test_qa_lora_merges_into_the_zeros_and_the_model_in_int4_computes_the_same(task: Path, call: Call) -> None:  # noqa: F811
+    run = finetuned(configured(task, "qa-lora"), "train.max_steps=12")
+    code, out, err = call("merge", run)
+    assert code == 0, err
+    assert "merged into the zeros of int4, blocks of 32: the codes stay" in out
+    merged, trained = open_model(run / "merged", dtype="fp32"), open_model(run, dtype="fp32")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected, got = trained.model(ids), merged.model(ids)
+        untrained = load_model(task / "base", quantize=QuantizeConfig.model_validate(QA_LORA["quantize"]))(ids)
+    assert (got - expected).abs().max() <= 1e-4
+    assert (untrained - expected).abs().max() > 1e-2
+    before = {
+        name.replace(".base_layer", ""): m.codes for name, m in trained.model.named_modules() if isinstance(m, Groups)
+    }
+    after = {name: m.codes for name, m in merged.model.named_modules() if isinstance(m, Groups)}
+    assert before.keys() == after.keys() != set()
+    assert all(torch.equal(before[name], codes) for name, codes in after.items())
+    assert json.loads((run / "merged" / "config.json").read_text())["quantization_config"]["quant_method"] == "lit_lora"
+    assert call("generate", run / "merged", "colour 3?", "--max-new-tokens", 4)[0] == 0
+
+
 @every_case
 def test_a_dry_run_writes_nothing(task: Path, case: str) -> None:  # noqa: F811
     finetuned(configured(task, case), dry_run=True)
     assert not (task / "run").exists()
+
+
+_INT4 = ["peft.name=qa-lora", "quantize.name=int4"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +114,15 @@ def test_a_dry_run_writes_nothing(task: Path, case: str) -> None:  # noqa: F811
             r"peft.rank: 17 is too large for .*k_proj \(16×32\), expected at most 16",
         ),
         (["peft.name=loftq", "peft.init=gaussian"], "has no effect: A and B start from"),
+        (["peft.name=qa-lora"], r"qa-lora trains over a base in groups, this one is nf4-dq, blocks of 32"),
+        (["recipe=lora", "peft.name=qa-lora"], r"'qa-lora' is not for this recipe \(did you mean recipe: qlora\?\)"),
+        ([*_INT4, "peft.group_size=24"], "peft.group_size: 24 does not divide the 32 columns of .*q_proj"),
+        (
+            [*_INT4, "peft.rank=2"],
+            r"peft.rank: 2 is too large for .*q_proj \(32×32 in groups of 32\), expected at most 1",
+        ),
+        (["quantize.name=int4", "quantize.block_size=64"], "quantize.block_size: 64 does not divide the 32 columns"),
+        (["quantize.name=int4", "quantize.double_quant=false"], "double_quant has no effect"),
         (["peft.name=loftq", "peft.iterations=0"], "iterations: .* 1"),
     ],
     ids=str,

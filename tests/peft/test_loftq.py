@@ -105,6 +105,10 @@ def test_weights_of_one_change_nothing_and_others_lower_the_weighted_error():
     assert lost[1] < lost[0]
 
 
+def never(name: str) -> torch.Tensor:
+    raise AssertionError(f"{name} is read before it comes")
+
+
 def method(name: str = "loftq", **settings: Any) -> peft.Method:
     return peft.methods()[name].model_validate({"name": name, **settings})
 
@@ -118,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("config", [NF4, QuantizeConfig(block_size=32), INT2, QuantizeConfig(name="int8")], ids=str)
 def test_codes_and_scaled_update_are_nearer_to_every_weight_than_codes_alone(folder, config, settings):
     chosen, original = method(**settings), load_model(folder)
-    decomposer = chosen.decomposer(empty_model(ModelConfig.from_folder(folder)), config)
+    decomposer = chosen.decomposer(empty_model(ModelConfig.from_folder(folder)), config, never)
     model = adapted(load_model(folder, quantize=decomposer), chosen)
     decomposer.fill(model)
     own = own_modules(model)
@@ -135,7 +139,7 @@ def test_codes_and_scaled_update_are_nearer_to_every_weight_than_codes_alone(fol
 
 def test_layers_that_are_not_adapted_are_quantised_as_they_are(folder):
     chosen, original = method(target_modules="q,v", rank_pattern={"v_proj": 2}), load_model(folder)
-    decomposer = chosen.decomposer(empty_model(ModelConfig.from_folder(folder)), NF4)
+    decomposer = chosen.decomposer(empty_model(ModelConfig.from_folder(folder)), NF4, never)
     model = adapted(load_model(folder, quantize=decomposer), chosen)
     decomposer.fill(model)
     for name, module in original.named_modules():
@@ -158,7 +162,7 @@ def test_layers_that_are_not_adapted_are_quantised_as_they_are(folder):
 )
 def test_settings_that_do_not_fit_are_refused_before_any_tensor_is_read(folder, settings, message):
     with pytest.raises(UsageError, match=message):
-        method(**settings).decomposer(empty_model(ModelConfig.from_folder(folder)), NF4)
+        method(**settings).decomposer(empty_model(ModelConfig.from_folder(folder)), NF4, never)
 
 
 def test_an_init_that_has_no_effect_is_refused():
@@ -170,6 +174,6 @@ def test_a_folder_that_is_quantised_already_is_refused(folder, tmp_path):
     from lit_lora.checkpoint.convert import convert, open_source, plan_conversion
 
     convert(plan_conversion(open_source(folder), quantize=NF4), tmp_path / "packed")
-    decomposer = method().decomposer(empty_model(ModelConfig.from_folder(tmp_path / "packed")), NF4)
+    decomposer = method().decomposer(empty_model(ModelConfig.from_folder(tmp_path / "packed")), NF4, never)
     with pytest.raises(UsageError, match="is quantised already"):
         load_model(tmp_path / "packed", quantize=decomposer)
