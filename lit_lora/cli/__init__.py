@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
     "estimate": ("lit_lora.cli.estimate", "Memory and time of a run before it starts, and what would make it fit."),
     "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
+    "inspect-update": ("lit_lora.cli.inspect_update", "How low-rank the change was: singular values of each layer's."),
     "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
     "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),
     "chat": ("lit_lora.cli.chat", "Talk to a model."),

@@ -1,0 +1,218 @@
+"""How low-rank a change of weights was: the singular values of ``ΔW`` of every tensor that a run changed.
+
+Of ``ΔW = s B A`` they are those of an R x R core: with ``B = Q_1 R_1`` and ``A^T = Q_2 R_2`` by QR, ``ΔW = Q_1 (s R_1
+R_2^T) Q_2^T``, and ``Q_1`` and ``Q_2`` are rotations. Of any other change they are the roots of the eigenvalues of its
+smaller Gram matrix, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_lora.config import read_yaml
+from lit_lora.errors import InputError, UsageError
+from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors, find_places, plan_merge
+from lit_lora.model import ModelConfig
+from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.base import Base
+from lit_lora.peft.files import read_adapter
+from lit_lora.peft.targets import layer_number
+from lit_lora.peft.updates import LowRank, Replace, Update
+
+__all__ = ["Change", "Changes", "find_changes", "singular_values"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a run did to one tensor."""
+
+    name: str
+    """Of the base's tensor."""
+    shape: tuple[int, ...]
+    """Of the change."""
+    norm: float
+    """Frobenius norm of the change."""
+    weight_norm: float
+    """Frobenius norm of the base's tensor."""
+    singular_values: tuple[float, ...]
+    """Of the change, descending, as many as the update can have; none of a vector."""
+
+    @property
+    def kind(self) -> str:
+        """The last part of the module's name, such as ``q_proj``; of a bias ``q_proj.bias``."""
+        parts = self.name.removesuffix(".weight").split(".")
+        return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the block that it lies in."""
+        return layer_number(self.name)
+
+    @property
+    def relative(self) -> float | None:
+        """The change's norm relative to the weight's; ``None`` for a weight of zeros."""
+        return self.norm / self.weight_norm if self.weight_norm else None
+
+    @property
+    def stable_rank(self) -> float | None:
+        """Squared Frobenius norm over squared largest singular value: 1 of one direction, ``n`` of ``n`` equal ones.
+
+        ``None`` where nothing changed, and of a vector.
+        """
+        if not self.singular_values or not self.singular_values[0]:
+            return None
+        largest = self.singular_values[0]
+        return sum((value / largest) ** 2 for value in self.singular_values)
+
+    def rank_holding(self, share: float) -> int | None:
+        """The smallest rank at which the nearest matrix holds ``share`` of the change's squared norm, or ``None``."""
+        if self.stable_rank is None:
+            return None
+        energy = torch.tensor(self.singular_values, dtype=torch.float64).square().cumsum(0)
+        return 1 + int((energy < share * energy[-1] * (1 - 1e-12)).sum())
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that a run can have changed, in the order of its files."""
+
+    about: str
+    """Which run, against which base."""
+    base: Base
+    """The base's tensors."""
+    updates: Mapping[str, Update]
+    """By tensor; those that give the base's own values back are no change."""
+
+    def __iter__(self) -> Iterator[Change]:
+        """Measure one tensor after the other; memory for one.
+
+        Raises:
+            InputError: A tensor has values that are not finite.
+        """
+        for name, update in self.updates.items():
+            yield _measure(name, update, self.base[name])
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+
+def find_changes(run: Path, *, base: Path | None = None) -> Changes:
+    """What ``run`` changed in its base: by its adapter, or tensor by tensor where it trained the model itself.
+
+    Args:
+        run: A run folder, an adapter folder, or a checkpoint to compare with ``base``.
+        base: The base model, where it is not the one that the run names.
+
+    Raises:
+        InputError: There is neither adapter nor model, they do not belong together, or the adapter is no change of
+            weights.
+        UsageError: The base is not on this machine.
+    """
+    run = Path(run)
+    if not run.exists():
+        raise InputError(f"{run}: no such folder")
+    tuned = next((folder for folder in (run / "model", run) if (folder / "config.json").is_file()), None)
+    if tuned is not None and not (run / "adapter").is_dir():
+        return _of_model(run, tuned, base)
+    if not any((folder / "adapter_config.json").is_file() for folder in (run, run / "adapter")):
+        raise InputError(f"{run}: expected a run folder (adapter/ or model/ in it), an adapter or a checkpoint")
+    places = find_places(run, base=base)
+    method = read_adapter(places.adapter).config
+    if isinstance(method, AddedMethod):
+        raise InputError(
+            f"{places.adapter}: {method.about} computes beside the base's weights, so no weight has a change to inspect"
+        )
+    plan = plan_merge(places)
+    updates = {name: plan.updates[name] for name in plan.trained if name in plan.updates}
+    if updates.get(HEAD) is updates.get(EMBEDDING):
+        updates.pop(HEAD, None)  # one tensor under two names
+    return Changes(f"{places.adapter} on {places.base}", plan.trained, updates)
+
+
+def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
+    """The change from a base to a model of the same shapes.
+
+    Raises:
+        InputError: They are not of the same shapes.
+        UsageError: The base is not known.
+    """
+    base = base or _base_of(run)
+    before, after = (
+        BaseTensors(folder, tied=ModelConfig.from_folder(folder).tie_word_embeddings) for folder in (base, tuned)
+    )
+    updates: dict[str, Update] = {}
+    for name in after.stored:
+        shape = after.shape(name)
+        if name not in before:
+            raise InputError(f"{tuned}: {name} has no place in {base}", hint="give the model's own base with --base")
+        if not _fits(name, shape, before.shape(name)):
+            raise InputError(
+                f"{tuned}: {name} has shape {list(shape)}, in {base} it has {list(before.shape(name))}",
+                hint="give the model's own base with --base",
+            )
+        tensor = after[name]
+        if not torch.equal(tensor.float(), before[name].float()):
+            updates[name] = Replace(tensor)
+    return Changes(f"{tuned} against {base}", before, updates)
+
+
+def _base_of(run: Path) -> Path:
+    """The base that the config of a run names, as written or relative to the run.
+
+    Raises:
+        UsageError: It names none that is here.
+    """
+    settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    named = model.get("path") if isinstance(model, dict) else None
+    for folder in (Path(named), run / named) if isinstance(named, str) else ():
+        if (folder / "config.json").is_file():
+            return folder
+    shown = f" ({named})" if named else ""
+    raise UsageError(f"{run}: its base model{shown} is not a folder here", hint="give it with --base FOLDER")
+
+
+def _fits(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> bool:
+    """Whether a tensor can come of one of another shape: of the same, or of fewer tokens."""
+    grown = name in (EMBEDDING, HEAD) and shape[0] > base[0]
+    return shape == base or (grown and shape[1:] == base[1:])
+
+
+def _measure(name: str, update: Update, weight: Tensor) -> Change:
+    shape = (update.rows(weight.shape[0]), *weight.shape[1:])
+    values = singular_values(update, weight) if len(shape) > 1 else torch.empty(0)
+    norm = update.norm(weight) if len(shape) == 1 else float(values.norm())
+    if not math.isfinite(norm):
+        raise InputError(f"{name}: the change has NaN or infinite values")
+    return Change(name, shape, norm, float(weight.float().norm()), tuple(values.tolist()))
+
+
+def singular_values(update: Update, weight: Tensor) -> Tensor:
+    """Singular values of what ``update`` does to ``weight``, descending float64; NaN where the change is not finite.
+
+    Args:
+        update: Of a matrix; a larger tensor counts as one of (rows, all the rest).
+        weight: The base's tensor, (rows, columns); an update may give more rows.
+    """
+    if isinstance(update, LowRank):
+        left = torch.linalg.qr(update.left.double(), mode="r").R  # (min(rows, R), R)
+        right = torch.linalg.qr(update.right.T.double(), mode="r").R
+        values: Tensor = torch.linalg.svdvals(left @ right.T)
+        return values * abs(update.scaling)
+    after, before = update.apply(weight, 0, update.rows(weight.shape[0])).flatten(1), weight.flatten(1)
+    change = torch.cat([after[: len(before)] - before, after[len(before) :]])
+    if change.shape[0] < change.shape[1]:
+        change = change.T
+    gram = torch.zeros(change.shape[1], change.shape[1], dtype=torch.float64)
+    for rows in torch.split(change, 4096):
+        gram.addmm_(rows.T.double(), rows.double())
+    if not torch.isfinite(gram).all():
+        return torch.full((len(gram),), torch.nan, dtype=torch.float64)
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(0).clamp(min=0).sqrt()
