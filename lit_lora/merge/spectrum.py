@@ -96,7 +96,7 @@ class Changes:
             InputError: A tensor has values that are not finite.
         """
         for name, update in self.updates.items():
-            yield _measure(name, update, self.base[name])
+            yield _measure(name, update, _as_loaded(self.base[name], update))
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -156,10 +156,15 @@ def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
                 f"{tuned}: {name} has shape {list(shape)}, in {base} it has {list(before.shape(name))}",
                 hint="give the model's own base with --base",
             )
-        tensor = after[name]
-        if not torch.equal(tensor.float(), before[name].float()):
-            updates[name] = Replace(tensor)
+        update = Replace(after[name])
+        if not torch.equal(update.tensor, _as_loaded(before[name], update)):
+            updates[name] = update
     return Changes(f"{tuned} against {base}", before, updates)
+
+
+def _as_loaded(weight: Tensor, update: Update) -> Tensor:
+    """The base's tensor as it was when training began: rounding it to a trained tensor's dtype is no change."""
+    return weight.to(update.tensor) if isinstance(update, Replace) else weight
 
 
 def _base_of(run: Path) -> Path:

@@ -13,6 +13,9 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.cli import main
 from lit_lora.merge import find_changes, find_places, merge, plan_merge
+from lit_lora.peft.base import base_tensors
+from lit_lora.quantize import QuantizeConfig
+from tests.finetune.tiny_task import make_base, write_config, write_rows
 from tests.peft.tiny import LAYERS, adapted, make_adapter, make_model, save_base, shake
 
 
@@ -147,3 +150,39 @@ def test_bad_input_is_told_in_one_line(base: Path, tmp_path: Path, capsys: pytes
         assert (found, err.count("error:")) == (code, 1), err
         assert message in err
         assert "Traceback" not in err
+
+
+def test_a_run_over_a_quantised_base_is_measured_against_what_it_was_trained_on(tmp_path: Path) -> None:
+    base, held = make_base(tmp_path / "base", intermediate_size=64), QuantizeConfig(block_size=32)
+    config = peft.methods()["dora"].model_validate({"name": "dora", "rank": 2})
+    model = adapted(load_model(base, quantize=held), config)
+    shake(model)
+    peft.save_adapter(model, config, tmp_path / "run" / "adapter", base=base)
+    merge(plan_merge(find_places(tmp_path / "run")), tmp_path / "run" / "merged")
+    merged = dict(load_model(tmp_path / "run" / "merged").named_parameters())
+    weights = base_tensors(load_model(base, quantize=held))
+    changes = list(find_changes(tmp_path / "run"))
+    assert len(changes) == 14
+    for change in changes:
+        expected = torch.linalg.svdvals((merged[change.name] - weights[change.name]).detach().double())
+        torch.testing.assert_close(torch.tensor(change.singular_values).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["all", ["up_proj"]])
+def test_a_run_that_trained_the_model_itself_finds_its_base(
+    tmp_path: Path, train: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl")
+    sections = {"peft": {"name": "full", "train": train}, "model": {"dtype": "bf16"}}  # of a base in float32
+    config = write_config(tmp_path, recipe="full", **sections)
+    with pytest.raises(SystemExit) as done:
+        main(["finetune", "--config", str(config), "train.max_steps=3"])
+    assert not done.value.code
+    capsys.readouterr()
+    code, out, err = call(capsys, tmp_path / "run")
+    assert code == 0, err
+    kinds = [line.split("\t")[0] for line in out.splitlines()[2:]]
+    assert kinds == ["up_proj"] if train != "all" else {"q_proj", "lm_head"} < set(kinds), "rounding is no change"
+    assert (tmp_path / "run" / "update.png").is_file()
