@@ -29,7 +29,6 @@ from lit_lora.model import ModelConfig
 from lit_lora.quantize import QuantizeConfig, quantize
 
 __all__ = [
-    "DTYPES",
     "Plan",
     "Source",
     "convert",
@@ -38,8 +37,6 @@ __all__ = [
     "quantisation_stripped",
     "write_side_files",
 ]
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = (".bin", ".pth", ".pt")

@@ -58,7 +58,8 @@ def command(
 
         lit-lora convert checkpoints/mine --quantize nf4-dq
     """
-    from lit_lora.checkpoint.convert import DTYPES, convert, open_source, plan_conversion, write_side_files
+    from lit_lora.checkpoint.convert import convert, open_source, plan_conversion, write_side_files
+    from lit_lora.model import DTYPES
     from lit_lora.quantize.config import parse
 
     if dtype is not None and dtype not in DTYPES:

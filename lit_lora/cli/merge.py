@@ -68,7 +68,8 @@ def command(
 
         lit-lora merge out/task2 --base out/task1/merged --subtract out/task1 --out out/task2/merged
     """
-    from lit_lora.merge import DTYPES, find_adapter, find_places, merge, plan_merge
+    from lit_lora.merge import find_adapter, find_places, merge, plan_merge
+    from lit_lora.model import DTYPES
 
     places = find_places(source, base=base, out=out)
     taken = None if subtract is None else find_adapter(subtract)
@@ -98,7 +99,8 @@ def _forecast(plan: MergePlan) -> None:
 
     from lit_lora.errors import NumericalError
     from lit_lora.files import human_bytes
-    from lit_lora.merge import DTYPES, forecast
+    from lit_lora.merge import forecast
+    from lit_lora.model import DTYPES
 
     rows = []
     for name, dtype in DTYPES.items():

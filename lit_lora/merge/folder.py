@@ -17,13 +17,13 @@ from lit_lora.files import atomic_folder, disk_errors, require_free_space, write
 from lit_lora.merge.plan import BaseTensors, MergePlan
 from lit_lora.merge.prove import Proof, prove
 from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
+from lit_lora.model import DTYPES
 from lit_lora.peft.card import model_card
 from lit_lora.quantize import Quantized
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["DTYPES", "Forecast", "MergeReport", "forecast", "merge"]
+__all__ = ["Forecast", "MergeReport", "forecast", "merge"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # More than this of what the adapter does lost to rounding is refused: about a twentieth of what training gained.
 MAX_LOST = 0.15
 # Any text will do; its tokens' embeddings are what the blocks are compared on.

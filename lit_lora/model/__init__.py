@@ -4,8 +4,8 @@ One legend of shape letters for the whole package: ``B`` batch, ``T`` tokens, ``
 width, ``F`` MLP width, ``N`` query heads, ``K`` key/value heads, ``H`` head size, ``V`` vocabulary, ``R`` rank.
 """
 
-from lit_lora.model.config import FAMILIES, ModelConfig
+from lit_lora.model.config import DTYPES, FAMILIES, ModelConfig
 from lit_lora.model.decoder import CausalLM
 from lit_lora.model.kv_cache import KVCache
 
-__all__ = ["FAMILIES", "CausalLM", "KVCache", "ModelConfig"]
+__all__ = ["DTYPES", "FAMILIES", "CausalLM", "KVCache", "ModelConfig"]

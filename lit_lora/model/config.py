@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict, Field, model_validator
 
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["FAMILIES", "ModelConfig", "Rope"]
+__all__ = ["DTYPES", "FAMILIES", "ModelConfig", "Rope"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What weights may be in, by the names that settings and commands use."""
 
 # config.json's "model_type" -> what its config.json leaves unsaid. One line a family: the decoder is shared.
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lit_lora.errors import OutOfMemoryError, UsageError
+from lit_lora.model import DTYPES
 
 __all__ = [
     "choose_device",
@@ -21,8 +22,6 @@ __all__ = [
     "report_lack_of_memory",
     "reuse_memory",
 ]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,10 +48,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         UsageError: Unknown name.
     """
-    if name in _DTYPES:
-        return _DTYPES[name]
+    if name in DTYPES:
+        return DTYPES[name]
     if name != "auto":
-        raise UsageError(f"dtype {name!r} is not known, expected auto, {', '.join(_DTYPES)}")
+        raise UsageError(f"dtype {name!r} is not known, expected auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
