@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from lit_lora import recipe
 from lit_lora.cli import main
+from lit_lora.train import loop
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, metrics
 
@@ -391,3 +394,25 @@ def test_the_metrics_file_can_be_read_line_by_line(task, call):
     assert call()[0] == 0
     for line in (task / "run" / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line)["step"], int)
+
+
+def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch):
+    monkeypatch.setattr(recipe, "free_memory_bytes", lambda _: 1_000)
+    code, _, err = call("--dry-run")
+    assert code == 0  # a warning: the estimate may be wrong
+    assert "this run needs about" in err
+    assert "1.0 KB are free: even " in err
+    assert "activation_checkpointing=full" in err
+    assert "take a smaller model" in err
+    monkeypatch.undo()
+    assert "this run needs" not in call("--dry-run")[2]
+
+
+def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, monkeypatch):
+    monkeypatch.setattr(loop, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    code, _, err = call()
+    assert code != 0
+    assert "out of memory; the last checkpoint is kept" in err
+    assert "needs" in err
+    assert "by lit-lora estimate" in err
+    assert "Traceback" not in err
