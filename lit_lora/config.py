@@ -219,7 +219,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = None if _scalar(text, plain=True) == text else '"'
+    # PyYAML's other styles lose line breaks that are not \n.
+    style = None if text.isprintable() and _scalar(text, plain=True) == text else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lit_lora.finetune import full, lora
 
@@ -56,6 +56,7 @@ def test_a_config_survives_being_written_and_read(tmp_path, recipe):
     assert load_recipe(path, []) == (recipe.finetune, config)
 
 
+@example("\x85")  # a line break of YAML 1.1
 @given(st.text(st.characters(codec="utf-8"), min_size=1) | st.from_regex(r"[-+.0-9eE_~a-z:#]{1,6}", fullmatch=True))
 def test_any_text_survives_being_written_and_read(tmp_path_factory, text):
     config = lora.Config.model_validate({"model": {"path": "b"}, "data": {"path": text, "values": {"c": {"k": text}}}})
