@@ -25,6 +25,8 @@ NESTED = 256
 """Scales that share a scale themselves."""
 _CHUNK = 1 << 20
 """Values at a time in the PyTorch forms: their temporaries stay small."""
+_QUANTIZE_CHUNK = 1 << 16
+"""The same while quantising, which makes tensors that stay: holes of larger temporaries would not be filled again."""
 
 
 class Quantized(nn.Module):
@@ -113,19 +115,20 @@ class Blocks(Quantized):
     def of(cls, weight: Tensor, config: QuantizeConfig) -> Blocks:
         """Quantise ``weight``."""
         flat, block, bits = weight.detach().reshape(-1), config.block_size, config.code_bits
-        codes = torch.empty(flat.numel() * bits // 8, 1, dtype=torch.uint8, device=flat.device)
-        absmax = torch.empty(flat.numel() // block, device=flat.device)
-        for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK].float()
-            stop = start + _CHUNK
-            here = codes[start * bits // 8 : stop * bits // 8], absmax[start // block : stop // block]
-            _quantize_blocks(piece, config, *here)
-        shape = (weight.shape[0], weight.shape[1])
-        if not config.double_quant:
-            return cls(config, shape, codes, absmax)
-        offset = absmax.mean()
-        scale_codes, nested = _quantize_scales(absmax - offset)
-        return cls(config, shape, codes, scale_codes, nested, offset)
+        made = cls.empty(config, (weight.shape[0], weight.shape[1]), flat.device)  # what stays comes first: no holes
+        absmax = torch.empty(flat.numel() // block, device=flat.device) if config.double_quant else made.absmax
+        for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
+            stop = start + _QUANTIZE_CHUNK
+            here = made.codes[start * bits // 8 : stop * bits // 8], absmax[start // block : stop // block]
+            _quantize_blocks(flat[start:stop].float(), config, *here)
+        if made.nested_absmax is not None and made.offset is not None:
+            made.offset.copy_(absmax.mean())
+            absmax -= made.offset
+            for start in range(0, len(absmax), _QUANTIZE_CHUNK):
+                stop = start + _QUANTIZE_CHUNK
+                here = made.absmax[start:stop], made.nested_absmax[start // NESTED : stop // NESTED]
+                _quantize_scales(absmax[start:stop], *here)
+        return made
 
     def scales(self) -> Tensor:
         """The absmax of each block, (blocks,) float32."""
@@ -366,12 +369,11 @@ def _quantize_blocks(x: Tensor, config: QuantizeConfig, codes: Tensor, absmax: T
     codes.copy_(known.pack(known.nearest(scaled).view(-1)))
 
 
-def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes into ``DYNAMIC``, (blocks,) uint8, and the absmax of each 256 of them, float32."""
+def _quantize_scales(scales: Tensor, codes: Tensor, nested: Tensor) -> None:
+    """Fill ``codes`` into ``DYNAMIC``, (n,) uint8, and the absmax of each 256 of ``scales`` (n,), float32."""
     count = scales.numel()
     padded = torch.zeros(-(-count // NESTED) * NESTED, device=scales.device)
     padded[:count] = scales
     blocks = padded.view(-1, NESTED)
-    most = blocks.abs().amax(1)
-    codes = nearest_dynamic(blocks * (1 / most.clamp(min=1e-38))[:, None])
-    return codes.view(-1)[:count], most
+    nested.copy_(blocks.abs().amax(1))
+    codes.copy_(nearest_dynamic(blocks * (1 / nested.clamp(min=1e-38))[:, None]).view(-1)[:count])
