@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -23,10 +24,12 @@ def in_terminal(monkeypatch: pytest.MonkeyPatch, work) -> str:
     with os.fdopen(theirs, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         work()
-        stream.flush()
-        written = os.read(ours, 1 << 16).decode()
+    written = b""
+    with contextlib.suppress(OSError):  # how a terminal ends that nobody writes to any more
+        while piece := os.read(ours, 1 << 16):  # which may come in parts
+            written += piece
     os.close(ours)
-    return written
+    return written.decode()
 
 
 def screen(written: str) -> list[str]:
