@@ -64,24 +64,27 @@ class DoRALinear(LoRALinear):
     def _stretched(self, y: Tensor) -> Tensor:
         """Rows of ``V x``, (..., out), at their trained length, and the bias."""
         bias = self.base_layer.bias if self.trained_bias is None else self.trained_bias
-        stretched = y * (self.lora_magnitude_vector / self.norms())  # float32: in bfloat16 small stretches would vanish
+        norms = self.norms(decoding=not torch.is_grad_enabled())
+        stretched = y * (self.lora_magnitude_vector / norms)  # float32: in bfloat16 small stretches would vanish
         return (stretched if bias is None else stretched + bias).to(y.dtype)
 
     @torch.no_grad()
-    def norms(self) -> Tensor:
+    def norms(self, *, decoding: bool = False) -> Tensor:
         """Norms of the rows of ``W + s B A``, (out,) float32, without forming that matrix.
 
-        ``|w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T``. They are kept until ``A`` or ``B``
-        change, as for every token that is decoded.
+        ``|w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T``. For what is decoded they are kept until ``A`` or
+        ``B`` change or a gradient is taken: a fused optimizer changes both without counting their version up.
         """
         state = (self.lora_A._version, self.lora_B._version, self.lora_A.data_ptr(), self.lora_B.data_ptr())
+        if not decoding:
+            self._known = None
         if self._known is not None and self._known[0] == state:
             return self._known[1]
         A, B = self.lora_A, self.lora_B * self.scaling
         cross = self.base_layer.weight.to(A.dtype) @ A.T  # (out, R)
         squares = self.base_squares + (B * (2 * cross + B @ (A @ A.T))).sum(1)
         norms = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-        self._known = (state, norms)
+        self._known = (state, norms) if decoding else None
         return norms
 
     def updates(self) -> dict[str, Update]:

@@ -280,3 +280,18 @@ def test_a_fixed_batch_is_learnt(case):
 def test_kinds_partition_the_table():
     kinds = [set(peft.methods(kind)) for kind in KINDS]
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(kinds, 2))
+
+
+def test_dora_follows_its_factors_under_a_fused_optimizer_that_counts_no_versions():
+    model = adapted("dora")
+    shake(model)
+    ids = token_ids()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for _ in range(2):
+        model(ids).float().logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fresh = adapted("dora")
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids), fresh.eval()(ids))
