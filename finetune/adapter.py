@@ -48,7 +48,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     plan(run, model, data)
     if options.dry_run:
         return run.folder
-    claim_folder(run)
+    claim_folder(run, model)
     result = fit(
         model,
         data.batches,

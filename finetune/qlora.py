@@ -48,7 +48,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     plan(run, model, data)
     if options.dry_run:
         return run.folder
-    claim_folder(run)
+    claim_folder(run, model)
     base = keep_base(run, method, model)
     result = fit(
         model,

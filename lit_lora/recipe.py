@@ -31,6 +31,7 @@ from lit_lora.files import human_bytes, require_free_space, write_text
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import METHODS, Kind, Method, count_parameters, matched_table, methods
+from lit_lora.peft.frozen import keep_frozen
 from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, free_memory_bytes
@@ -229,14 +230,18 @@ def start(config: FinetuneConfig, options: Options) -> Run:
     return run
 
 
-def claim_folder(run: Run) -> None:
+def claim_folder(run: Run, model: CausalLM) -> None:
     """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
+
+    What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
 
     Raises:
         DiskError: The folder cannot be written.
+        InputError: What a run to resume has kept does not fit.
     """
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
+    keep_frozen(model, run.folder / "start", resume=run.options.resume)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
 
 
@@ -273,7 +278,7 @@ def _flat(config: FinetuneConfig) -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a former run wrote into ``folder``, and nothing else."""
-    for name in ("checkpoints", "adapter", "base", "model", "merged"):
+    for name in ("checkpoints", "start", "adapter", "base", "model", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in [folder / "metrics.jsonl", folder / "loss.png", *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)

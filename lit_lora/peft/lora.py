@@ -79,9 +79,11 @@ class LoRALinear(OwnModule):
 
     def start_at(self, A: Tensor, B: Tensor) -> None:
         """Let the factors start at values, float32, whose product is taken off again; see ``lora_inits``."""
-        self.lora_A.data, self.lora_B.data = A, B
-        self.start_A = nn.Parameter(A.clone(), requires_grad=False)
-        self.start_B = nn.Parameter(B.clone(), requires_grad=False)
+        with torch.no_grad():  # into their own, contiguous memory, as the optimizer's state of a resumed run is
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
+        self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` of the whole update, with the start that is taken off."""
