@@ -1,4 +1,7 @@
-"""The one training loop. It asks only what requires a gradient; it knows no method, no dataset and no model."""
+"""The one training loop. It asks only what requires a gradient; it knows no method, no dataset and no model.
+
+What the loss is, and what a validation measures, is the objective's: see ``objective``.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,29 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from lit_lora import IGNORE_INDEX, log
+from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.errors import InputError, Interrupted, NumericalError, UsageError
 from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reuse_memory
-from lit_lora.train.loss import Batch, backward, evaluate
 from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
+from lit_lora.train.objective import Batch, Batches, NextToken, Objective
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.state import CheckpointStore
 
-__all__ = ["FitResult", "TrainConfig", "fit", "validation_loss"]
+__all__ = ["Figure", "FitResult", "TrainConfig", "fit", "validate", "validation_loss"]
+
+
+Figure = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
 
 
 class TrainConfig(Settings):
@@ -50,7 +56,12 @@ class TrainConfig(Settings):
     eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run by default.")
     save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; as eval_every when omitted.")
     keep_last: int = Field(1, gt=0, description="Newest checkpoints kept, beside the best one.")
-    patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better loss.")
+    patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better one.")
+    best_by: Figure = Field(
+        "loss",
+        description="Which figure of the validation picks the best weights: loss, or one that the recipe measures: "
+        "classify has accuracy, f1 and matthews of labels, pearson and spearman of numbers, exact_match of texts.",
+    )
     samples: int = Field(1, ge=0, description="Validation prompts answered at each validation, to watch it learn.")
 
     @model_validator(mode="after")
@@ -70,40 +81,6 @@ class TrainConfig(Settings):
         return self.eval_every or max(1, math.ceil(total_steps / 10))
 
 
-class Row(Protocol):
-    """A training row, as far as the loop looks into it."""
-
-    @property
-    def source(self) -> str:
-        """Where it came from, such as ``file:line``."""
-
-
-class Rows(Protocol):
-    """The training rows."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal rows in the same order."""
-
-    def __getitem__(self, i: int) -> Row:
-        """Row ``i``."""
-
-
-class Batches(Protocol):
-    """The training rows, portioned: a pure function of the step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that visit each row once."""
-
-    @property
-    def rows(self) -> Rows:
-        """What is portioned."""
-
-    def step(self, step: int) -> Sequence[Batch]:
-        """The micro-batches of one optimizer step."""
-
-
 @dataclass
 class FitResult:
     """What a run came to."""
@@ -116,6 +93,8 @@ class FitResult:
     """Of the weights that the model now has; ``None`` without validation rows."""
     untrained_validation_loss: float | None
     """Before the first step."""
+    figures: dict[str, float]
+    """What else the validation measured of these weights."""
     tokens: int
     """Tokens trained on in the whole run, prompts included."""
     seconds: float
@@ -134,7 +113,7 @@ class _Progress:
 
     step: int = 0
     best_step: int | None = None
-    best_loss: float | None = None
+    best_figures: dict[str, float] = field(default_factory=dict)
     waited: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
@@ -161,8 +140,12 @@ class _Run:
         folder: Path,
         seed: int,
         lr_factors: Mapping[str, float] | None,
+        objective: Objective,
     ) -> None:
-        self.model, self.batches, self.config = model, batches, config
+        if config.best_by not in ("loss", *objective.figures):
+            known = ", ".join(("loss", *objective.figures))
+            raise UsageError(f"train.best_by: {config.best_by!r} is not measured in this run, expected: {known}")
+        self.model, self.batches, self.config, self.objective = model, batches, config, objective
         self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
         self.trainables = Trainables(model)
         self.optimizer = build_optimizer(optimizer, self.trainables, lr_factors)
@@ -214,9 +197,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         micro_batches = list(self.batches.step(step))
-        targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        targets = sum(self.objective.count(batch) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
-        losses = [backward(self.model, batch, scale) for batch in micro_batches]
+        losses = [self.objective.backward(self.model, batch, scale) for batch in micro_batches]
         norm, problem = self._clip(), None
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
             self.optimizer.step()
@@ -272,26 +255,33 @@ class _Run:
         )
 
     def validate(self, metrics: Metrics) -> None:
-        """Record the validation loss of the current weights, and remember the best trained ones.
+        """Record loss and figures of the validation of the current weights, and remember the best trained ones.
 
         Raises:
-            NumericalError: It is not finite.
+            NumericalError: The loss is not finite.
         """
-        loss, progress = validation_loss(self.model, self.validation), self.progress
-        metrics.record(progress.step, validation_loss=loss)
+        figures, progress = validate(self.model, self.validation, self.objective), self.progress
+        metrics.record(progress.step, **{f"validation_{name}": value for name, value in figures.items()})
+        loss = figures["loss"]
         if not math.isfinite(loss):
             raise NumericalError(
                 f"step {progress.step}: the validation loss {loss} is not finite",
                 hint="lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
             )
+        shown = ", ".join(f"validation {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
         if progress.step == 0:
-            log.note(f"before training: validation loss {loss:.4f}")
+            log.note(f"before training: {shown}")
             return
-        log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, validation loss {loss:.4f}")
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.waited = loss, progress.step, 0
+        log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, {shown}")
+        if not progress.best_figures or self._rank(figures) > self._rank(progress.best_figures):
+            progress.best_figures, progress.best_step, progress.waited = figures, progress.step, 0
         else:
             progress.waited += 1
+
+    def _rank(self, figures: Mapping[str, float]) -> tuple[float, ...]:
+        """Larger for better weights; of equal figures the lower loss decides."""
+        by, loss = self.config.best_by, -figures["loss"]
+        return (loss,) if by == "loss" else (figures[by], loss)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -312,14 +302,15 @@ def fit(
     sample: Callable[[int], None] = lambda _: None,
     resume: bool = False,
     lr_factors: Mapping[str, float] | None = None,
+    objective: Objective | None = None,
 ) -> FitResult:
     """Train whatever of ``model`` requires a gradient, in place; at the end the model has the best weights.
 
-    The loss is the mean over all learned tokens of a step, however it is split into micro-batches. Checkpoints,
+    The loss is the mean over all units of a step, however it is split into micro-batches. Checkpoints,
     ``metrics.jsonl`` and ``loss.png`` are written into ``folder``.
 
     Args:
-        model: With ``hidden_states`` and ``lm_head``; see :class:`lit_lora.train.loss.LanguageModel`.
+        model: What the objective can compute with, with all parameters on one device.
         batches: The training rows.
         config: Length and portions.
         optimizer: Its settings.
@@ -330,9 +321,10 @@ def fit(
         sample: Called with the step before training and after each validation, to show answers.
         resume: Continue after the newest checkpoint in ``folder``.
         lr_factors: Parameter name: factor of its learning rate, where that is not 1.
+        objective: The loss and the validation's figures; next-token prediction when omitted.
 
     Raises:
-        UsageError: ``folder`` holds checkpoints, and ``resume`` is false.
+        UsageError: ``folder`` holds checkpoints, and ``resume`` is false; or ``best_by`` is not measured.
         InputError: The checkpoint to resume from is broken or of another run, or the training rows have changed.
         NumericalError: A loss or gradient is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
@@ -340,7 +332,8 @@ def fit(
         OutOfMemoryError: A step needs more memory than there is.
     """
     reuse_memory()
-    run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed, lr_factors)
+    objective = objective or NextToken()
+    run = _Run(model, batches, validation, config, optimizer, schedule, Path(folder), seed, lr_factors, objective)
     saved = run.store.steps()
     if saved and not resume:
         raise UsageError(
@@ -359,7 +352,7 @@ def fit(
         model.eval()
         run.trainables.release()
         metrics.close()
-        plot_losses(metrics.path, run.folder / "loss.png")
+        plot_losses(metrics.path, run.folder / "loss.png", unit=objective.unit)
     best = run.progress.best_step or run.progress.step
     if best != run.progress.step:
         run.store.load(best, run.trainables)
@@ -369,8 +362,9 @@ def fit(
         steps=run.progress.step,
         best_step=best,
         loss=steps[-1]["loss"] if steps else None,
-        validation_loss=run.progress.best_loss,
+        validation_loss=run.progress.best_figures.get("loss"),
         untrained_validation_loss=next((r["validation_loss"] for r in records if r["step"] == 0), None),
+        figures={name: value for name, value in run.progress.best_figures.items() if name != "loss"},
         tokens=sum(record["tokens"] for record in steps),
         seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
         peak_memory_bytes=peak_memory_bytes(run.device),
@@ -407,13 +401,18 @@ def _steps(run: _Run, metrics: Metrics, sample: Callable[[int], None], stop: lis
         log.note(f"no better validation loss in {run.progress.waited} validations: stopped at step {run.progress.step}")
 
 
-def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
-    """Mean loss per learned token over all ``batches``, however they are split; leaves the model's mode as it was."""
+def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+    """The mean ``loss`` and the objective's figures over all ``batches``; leaves the model's mode as it was."""
     training = model.training
     model.eval()
-    losses = [evaluate(model, batch) for batch in log.progress(batches, what="validating", unit="batch")]
+    figures = objective.validate(model, log.progress(batches, what="validating", unit="batch"))
     model.train(training)
-    return sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
+    return figures
+
+
+def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Mean loss per learned token over all ``batches``, however they are split; leaves the model's mode as it was."""
+    return validate(model, batches, NextToken())["loss"]
 
 
 @contextmanager

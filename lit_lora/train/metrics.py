@@ -77,8 +77,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_losses(path: Path, target: Path) -> None:
-    """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file.
+def plot_losses(path: Path, target: Path, *, unit: str = "learned token") -> None:
+    """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file, and what else validations measured.
 
     Nothing is drawn of nothing; and since all figures are in the other file, a disk that cannot take it is a warning.
     """
@@ -100,14 +100,32 @@ def plot_losses(path: Path, target: Path) -> None:
     if validation:
         axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", label="validation")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per learned token (nats)")
+    axes.set_ylabel(f"loss per {unit}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    lines = [*axes.get_lines(), *_plot_figures(axes, records)]
+    axes.legend(lines, [line.get_label() for line in lines])
     try:
         figure.savefig(target, dpi=120)
     except OSError as error:
         log.warn(f"{target}: the plot could not be written: {error.strerror}")
+
+
+def _plot_figures(axes: Any, records: list[dict[str, Any]]) -> list[Any]:
+    """Lines of the validation's other figures on a scale of their own, at the right."""
+    last: dict[str, Any] = next((record for record in reversed(records) if "validation_loss" in record), {})
+    names = [name for name in last if name.startswith("validation_") and name != "validation_loss"]
+    if not names:
+        return []
+    right = axes.twinx()
+    right.set_ylabel("validation figures")
+    for name, colour in zip(names, ("#31a354", "#756bb1", "#636363", "#e6550d"), strict=False):
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        if points:
+            label = name.removeprefix("validation_").replace("_", " ")
+            right.plot(*zip(*points, strict=True), color=colour, marker=".", linestyle="--", label=label)
+    lines: list[Any] = right.get_lines()
+    return lines
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from lit_lora import peft
 from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.errors import UsageError
 from lit_lora.train.loop import TrainConfig, validation_loss
+from lit_lora.train.objective import NextToken
 from tests.train.tiny_run import (
     adapted,
     checkpoints,
@@ -263,3 +264,32 @@ def test_one_model_can_be_trained_twice(tmp_path):
         train(model, tmp_path / name, max_steps=2)
         assert all(parameter.grad is None for parameter in model.parameters())
     assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0]
+
+
+class Counted(NextToken):
+    """Next-token prediction whose validation also measures what a test says."""
+
+    figures = ("accuracy",)
+
+    def __init__(self, accuracies):
+        self.accuracies = iter(accuracies)
+
+    def validate(self, model, batches):
+        return {**super().validate(model, batches), "accuracy": next(self.accuracies)}
+
+
+def test_the_best_weights_are_those_of_the_figure_that_was_asked_for(tmp_path):
+    rows, held_out = make_rows(), make_rows(3, seed=9)
+    settings = {"max_steps": 4, "eval_every": 1, "validation": held_out, "best_by": "accuracy"}
+    result = train(adapted(), tmp_path, rows=rows, objective=Counted([0.9, 0.5, 0.7, 0.7, 0.6]), **settings)
+    by_step = {r["step"]: r for r in metrics(tmp_path) if r.get("validation_loss")}
+    equal = min((2, 3), key=lambda step: by_step[step]["validation_loss"])  # the lower loss decides
+    assert (result.best_step, result.figures) == (equal, {"accuracy": 0.7})
+    assert [by_step[step]["validation_accuracy"] for step in range(5)] == [0.9, 0.5, 0.7, 0.7, 0.6]
+    assert checkpoints(tmp_path) == sorted({equal, 4})
+
+
+def test_a_figure_that_is_not_measured_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match=r"best_by: 'f1' is not measured in this run, expected: loss$"):
+        train(adapted(), tmp_path / "run", validation=make_rows(3), best_by="f1")
+    assert not (tmp_path / "run").exists()

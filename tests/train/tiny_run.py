@@ -16,6 +16,7 @@ from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.data.rows import Rows
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.train.loop import FitResult, TrainConfig, fit
+from lit_lora.train.objective import Objective
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 
@@ -87,6 +88,7 @@ def train(
     resume: bool = False,
     seed: int = 0,
     lr_factors: dict[str, float] | None = None,
+    objective: Objective | None = None,
     **settings: Any,
 ) -> FitResult:
     """One call of the loop in ``folder``; ``settings`` are those of the ``train`` section."""
@@ -106,6 +108,7 @@ def train(
         sample=sample,
         resume=resume,
         lr_factors=lr_factors,
+        objective=objective,
     )
 
 
