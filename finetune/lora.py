@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_lora.begin import apply_method
 from lit_lora.checkpoint.load import load_model
 from lit_lora.peft import freeze, save_adapter
 from lit_lora.recipe import (
@@ -42,12 +43,12 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     data = load_data(run, tokenizer)
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    method.apply(model)  # B = 0, so nothing changes yet
+    applied = apply_method(run, method, model, data)  # nothing that the model computes changes yet
     model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder
-    claim_folder(run, model)
+    claim_folder(run, model, applied)
     result = fit(
         model,
         data.batches,
@@ -59,10 +60,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         validation=data.validation,
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
-        lr_factors=method.lr_factors(model),
+        lr_factors=applied.lr_factors(model),
     )
     adapter = run.folder / "adapter"
-    save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))
+    save_adapter(model, applied, adapter, base=config.model.path, data=data.about, figures=summary(result))
     if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

@@ -43,13 +43,13 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     chosen = config.peft.over(config.quantize)  # not every method is for every base
     method = chosen.with_token_ids(tokenizer.add_tokens)
     data = load_data(run, tokenizer)
-    model = load_base(run, config, method, data)  # quantised, with the method applied
+    model, applied = load_base(run, config, method, data)  # quantised, with the method applied
     model.checkpoint_activations(config.train.activation_checkpointing)
     plan(run, model, data)
     if options.dry_run:
         return run.folder
-    claim_folder(run, model)
-    base = keep_base(run, method, model)
+    claim_folder(run, model, applied)
+    base = keep_base(run, applied, model)
     result = fit(
         model,
         data.batches,
@@ -61,10 +61,10 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
         validation=data.validation,
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
-        lr_factors=method.lr_factors(model),
+        lr_factors=applied.lr_factors(model),
     )
     adapter = run.folder / "adapter"
-    save_adapter(model, method, adapter, base=base, data=data.about, figures=summary(result))
+    save_adapter(model, applied, adapter, base=base, data=data.about, figures=summary(result))
     if method is not chosen:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

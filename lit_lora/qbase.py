@@ -6,12 +6,12 @@ adapter, which is nothing without it.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from lit_lora import log
+from lit_lora.begin import apply_method, passes
 from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
 from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.save import save_quantized
@@ -19,24 +19,27 @@ from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
+from lit_lora.peft.data_starts import each_gradient
 from lit_lora.peft.decompose import Weights
 from lit_lora.quantize import stored_bytes
 from lit_lora.recipe import QuantizedConfig, Run, RunData
-from lit_lora.train.loss import backward
 
 __all__ = ["keep_base", "load_base"]
 
 _BASE = "base"
 
 
-def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) -> CausalLM:
+def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
     """The quantised base with the method applied to it; a resumed run takes the base that it kept.
 
     Args:
         run: The run.
         config: Its config.
         method: Its method, over this base.
-        data: The rows, for a method that weighs errors by them.
+        data: The rows, for a method that weighs errors by them or starts from them.
+
+    Returns:
+        The model, and the method as it is applied; see :func:`lit_lora.begin.apply_method`.
 
     Raises:
         InputError: The folder is broken.
@@ -54,10 +57,10 @@ def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) 
         )
     model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
     freeze(model)
-    method.apply(model)  # B = 0, so nothing changes yet
+    applied = apply_method(run, method, model, data)  # nothing that the model computes changes yet
     if decomposer is not None:
         decomposer.fill(model)  # what the codes lost, B is not 0
-    return model
+    return model, applied
 
 
 def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
@@ -69,20 +72,15 @@ def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
     freeze(model)
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(name: str, weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        squares = weight.grad.float().square()
+    def add(name: str, gradient: torch.Tensor) -> None:
+        squares = gradient.float().square()
         rows, columns = sums.get(name, (0, 0))
         sums[name] = rows + squares.mean(1), columns + squares.mean(0)
-        weight.grad = None
 
-    for name in decoder_linears(model):
-        weight = model.get_parameter(f"{name}.weight")
-        weight.requires_grad_()
-        weight.register_post_accumulate_grad_hook(partial(add, name))  # type: ignore[no-untyped-call]
-    rows = data.prepared.train
-    for number in log.progress(range(min(method.weighing_rows, len(rows))), what="weighing", unit=" rows"):
-        backward(model, collate(rows, [number]), 1.0)
+    rows, count = data.prepared.train, min(method.weighing_rows, len(data.prepared.train))
+    one_by_one = (collate(rows, [number]) for number in range(count))
+    looks = log.progress(passes(model, one_by_one), total=count, what="weighing", unit=" rows")
+    each_gradient(model, decoder_linears(model), looks, add)
     return {name: Weights.of_squares(*means) for name, means in sums.items()}
 
 

@@ -31,7 +31,7 @@ from lit_lora.files import human_bytes, require_free_space, write_text
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import METHODS, Kind, Method, count_parameters, matched_table, methods
-from lit_lora.peft.frozen import keep_frozen
+from lit_lora.peft.frozen import keep_frozen, keep_method
 from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, free_memory_bytes
@@ -230,10 +230,15 @@ def start(config: FinetuneConfig, options: Options) -> Run:
     return run
 
 
-def claim_folder(run: Run, model: CausalLM) -> None:
+def claim_folder(run: Run, model: CausalLM, method: Method | None = None) -> None:
     """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
 
     What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
+
+    Args:
+        run: The run.
+        model: With its method applied.
+        method: As it was applied, where a start from rows may have changed its settings.
 
     Raises:
         DiskError: The folder cannot be written.
@@ -242,6 +247,8 @@ def claim_folder(run: Run, model: CausalLM) -> None:
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
     keep_frozen(model, run.folder / "start", resume=run.options.resume)
+    if method is not None and method.rows_to_start and not run.options.resume:
+        keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
 
 

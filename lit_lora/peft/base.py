@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
+from lit_lora.peft.data_starts import Pass
 from lit_lora.peft.decompose import Weights
 from lit_lora.peft.updates import Update
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, count_quantized
@@ -69,6 +70,23 @@ class Method(Settings):
         Raises:
             UsageError: The settings do not fit this model, such as a target that matches nothing.
         """
+
+    @property
+    def rows_to_start(self) -> int:
+        """Rows of the data that the method looks at before it starts."""
+        return 0
+
+    def start_from(self, model: nn.Module, passes: Iterable[Pass]) -> Method:
+        """As :meth:`apply`, starting from what the model does with the rows that ``rows_to_start`` asks for.
+
+        Returns:
+            Settings by which ``apply`` gives modules of the same shapes.
+
+        Raises:
+            UsageError: The settings do not fit this model or the rows.
+        """
+        self.apply(model)
+        return self
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
         """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""

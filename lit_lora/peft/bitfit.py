@@ -37,7 +37,7 @@ class BitFitConfig(TargetedMethod):
         """Whether a module has a bias."""
         return isinstance(getattr(module, "bias", None), nn.Parameter)
 
-    def targets(self, model: nn.Module, copies: list[str]) -> list[str]:
+    def targets(self, model: nn.Module, copies: list[str] | None = None) -> list[str]:
         """Names of the modules with a bias that are meant.
 
         Raises:

@@ -115,6 +115,9 @@ def _parsed(items: list[Any]) -> list[Method]:
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"{number}: {name}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
     names = [_label(method) for method in found]
+    looking = next((method for method in found if method.rows_to_start), None)
+    if looking is not None:
+        raise ValueError(f"{_label(looking)}: a start that looks at rows (eva, lora-ga) is for recipe: lora or qlora")
     if len(set(names)) < len(names):
         raise ValueError(f"a method is there twice: {', '.join(names)}")
     if any(method.kind == "low-rank" for method in found[1:]):

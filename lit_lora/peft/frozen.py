@@ -6,6 +6,7 @@ the same numbers at all, and what was trained on them would not fit.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lit_lora.errors import InputError
-from lit_lora.files import atomic_folder
-from lit_lora.peft.base import own_modules
+from lit_lora.config import validate
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import atomic_folder, write_text
+from lit_lora.peft.base import Method, own_modules
 
-__all__ = ["frozen_state", "keep_frozen"]
+__all__ = ["frozen_state", "keep_frozen", "keep_method", "kept_method"]
 
 
 def frozen_state(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,6 +30,30 @@ def frozen_state(model: nn.Module) -> dict[str, nn.Parameter]:
             if not parameter.requires_grad and not own.startswith(f"{name}.base_layer."):
                 found.setdefault(id(parameter), (own, parameter))
     return dict(found.values())
+
+
+def kept_method(folder: Path, method: Method) -> Method | None:
+    """The settings that the run to resume began with, where they are not those of its config; see :func:`keep_method`.
+
+    Raises:
+        InputError: They are broken.
+    """
+    path = folder / "method.json"
+    if not path.is_file():
+        return None
+    try:
+        return validate(json.loads(path.read_text(encoding="utf-8")), type(method), name=str(path))
+    except (OSError, ValueError, UsageError) as error:
+        raise InputError(f"{path}: cannot be read: {error}", hint="start a new run in another folder") from error
+
+
+def keep_method(folder: Path, method: Method) -> None:
+    """Write the settings that a start from rows has come to, such as ranks by layer, into ``folder``.
+
+    Raises:
+        DiskError: They cannot be written.
+    """
+    write_text(folder / "method.json", method.model_dump_json(indent=2) + "\n")
 
 
 def keep_frozen(model: nn.Module, folder: Path, *, resume: bool) -> None:

@@ -15,25 +15,28 @@ loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.data_starts import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora_conv import Conv, LoRAConv
+from lit_lora.peft.lora_embedding import LoRAEmbedding
 from lit_lora.peft.lora_function import Part, lora_linears, stored_weight
 from lit_lora.peft.lora_inits import WeightInit, start_factors
 from lit_lora.peft.targets import TargetedMethod, check_rank
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
 
-__all__ = ["Init", "LoRAConfig", "LoRAEmbedding", "LoRALinear"]
+__all__ = ["Init", "LoRAConfig", "LoRALinear"]
 
 Init = Literal["kaiming", "gaussian"]
+DataInit = Literal["eva", "lora-ga"]
 
 
 class LoRALinear(OwnModule):
@@ -130,45 +133,6 @@ class LoRALinear(OwnModule):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-class LoRAEmbedding(OwnModule):
-    """A frozen embedding with a trained low-rank update: ``E[x] + s A^T[x] B^T``.
-
-    Here ``lora_A`` (R, V) starts at zero and ``lora_B`` (D, R) normal: the roles are reversed. Both float32.
-
-    Args:
-        base_layer: The embedding (V, D); it stays as it is.
-        rank: R.
-        scaling: The factor of the branch, alpha / rank.
-    """
-
-    def __init__(self, base_layer: nn.Embedding, rank: int, scaling: float) -> None:
-        super().__init__()
-        self.base_layer: nn.Embedding = base_layer
-        self.rank, self.scaling = rank, scaling
-        vocabulary, width = base_layer.weight.shape
-        device = base_layer.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, vocabulary, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.randn(width, rank, dtype=torch.float32, device=device))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed (...,) int64 to (..., D)."""
-        base: Tensor = self.base_layer(input_ids)
-        low = nn.functional.embedding(input_ids, self.lora_A.T)  # (..., R)
-        return base + (self.scaling * low @ self.lora_B.T).to(base.dtype)
-
-    def updates(self) -> dict[str, Update]:
-        """``E + s (B A)^T``."""
-        return {"weight": LowRank(self.lora_A.detach().T, self.lora_B.detach().T, self.scaling)}
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        """Both factors."""
-        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
-
-    def extra_repr(self) -> str:
-        """Rank and scaling."""
-        return f"rank={self.rank}, scaling={self.scaling:g}"
-
-
 class LoRAConfig(TargetedMethod):
     """LoRA: a low-rank update beside frozen layers."""
 
@@ -193,10 +157,20 @@ class LoRAConfig(TargetedMethod):
         1.0, gt=0, description="LoRA+: B learns at this many times optimizer.lr; try 16, with half the lr."
     )
     freeze_A: bool = Field(False, description="LoRA-FA: A keeps its random start, only B trains: less memory.")
-    init: Init | WeightInit = Field(
+    init: Init | WeightInit | DataInit = Field(
         "kaiming",
-        description="How A starts, while B starts at zero: kaiming or gaussian. Or both from the weight: pissa (its "
-        "largest singular values), olora (its QR factors); the adapter is then written with twice the rank.",
+        description="How A starts, while B starts at zero: kaiming, gaussian, or eva (the principal components of what "
+        "the layer reads on your rows, which also share out the ranks). Or both from the weight, pissa (its largest "
+        "singular values) and olora (its QR factors), or from the loss's gradient on your rows, lora-ga; of these the "
+        "adapter is written with twice the rank.",
+    )
+    start_rows: int | None = Field(
+        None, ge=1, description="eva and lora-ga: training rows looked at before the start; 64 when omitted."
+    )
+    rho: float | None = Field(
+        None,
+        ge=1,
+        description="eva: a layer gets up to this many times rank; 2 when omitted, 1: ranks stay.",
     )
     trainable_tokens: list[int] | list[str] = Field(
         [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
@@ -208,6 +182,22 @@ class LoRAConfig(TargetedMethod):
         if isinstance(value, list) and ({type(token) for token in value} in (set(), {int}, {str})):
             return value
         raise ValueError(f"expected a list of token ids or a list of token texts, got {value!r}")
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> LoRAConfig:
+        starts_so = self.name == "lora" or (self.name == "dora" and self.init == "eva")
+        if self.init not in ("kaiming", "gaussian") and not starts_so:
+            raise ValueError(f"init {self.init!r} is for lora, {self.title} starts at kaiming or gaussian")
+        if self.start_rows is not None and not self.rows_to_start:
+            raise ValueError(f"start_rows has no effect with init {self.init!r}, it is for eva and lora-ga")
+        if self.rho is not None and self.init != "eva":
+            raise ValueError(f"rho has no effect with init {self.init!r}, it is for eva")
+        return self
+
+    @property
+    def rows_to_start(self) -> int:
+        """Rows of the data that EVA and LoRA-GA look at."""
+        return (self.start_rows or 64) if self.init in ("eva", "lora-ga") else 0
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> LoRAConfig:
         """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
@@ -321,7 +311,7 @@ class LoRAConfig(TargetedMethod):
             check_rank(rank, name, (base.out_features, base.in_features))
         else:
             check_rank(rank, name, base.weight.shape)
-        if self.init in ("pissa", "olora") and not isinstance(base, nn.Linear):
+        if self.init not in ("kaiming", "gaussian") and not isinstance(base, nn.Linear):
             raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(base).__name__}")
         if isinstance(base, nn.Embedding):
             return LoRAEmbedding(base, rank, scaling)
@@ -329,20 +319,73 @@ class LoRAConfig(TargetedMethod):
             if self.bias != "none":
                 raise UsageError(f"peft.bias: {self.bias!r}, but {name} is a convolution, whose bias does not train")
             return LoRAConv(base, rank, scaling, self.dropout)
-        start = self.init if self.init in ("pissa", "olora") else None
-        plain = "kaiming" if start else self.init
+        plain = "gaussian" if self.init == "gaussian" else "kaiming"
         settings = {"dropout": self.dropout, "init": plain, "train_bias": self.bias != "none"}
         wrapped = self.linear(base, rank, scaling, **settings)
-        if start and type(wrapped) is not LoRALinear:
-            raise UsageError(f"peft.init: {start!r} is for lora, {self.title} starts at kaiming or gaussian")
-        if start:
-            wrapped.start_at(*start_factors(start, base.weight, rank, scaling))
+        if self.init == "pissa" or self.init == "olora":
+            wrapped.start_at(*start_factors(self.init, base.weight, rank, scaling))
+        elif self.init == "lora-ga":  # until start_from is called, as kaiming
+            wrapped.start_at(wrapped.lora_A.detach(), wrapped.lora_B.detach())
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped
 
     def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
         """What takes the place of a linear layer."""
         return LoRALinear(base, rank, scaling, **settings)
+
+    def start_from(self, model: nn.Module, passes: Iterable[Pass]) -> LoRAConfig:
+        """As :meth:`apply`; EVA and LoRA-GA start from what the model, yet without adapter, does with the rows.
+
+        Returns:
+            These settings; of EVA, with the ranks that its layers got.
+
+        Raises:
+            UsageError: A name matches no module, or the settings do not fit the model or the rows.
+        """
+        if not self.rows_to_start:
+            self.apply(model)
+            return self
+        ranks = self.ranks_and_alphas(self.targets(model))
+        most: dict[str, int] = {}
+        for name, (rank, _) in ranks.items():
+            layer = model.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(layer).__name__}")
+            check_rank(rank if self.init == "eva" else 2 * rank, name, (layer.out_features, layer.in_features))
+            most[name] = min(round((self.rho or 2) * rank), layer.out_features, layer.in_features)
+        if self.init == "eva":
+            return self._start_eva(model, ranks, most, passes)
+        return self._start_ga(model, ranks, passes)
+
+    def _start_eva(
+        self,
+        model: nn.Module,
+        ranks: Mapping[str, tuple[int, float]],
+        most: Mapping[str, int],
+        passes: Iterable[Pass],
+    ) -> LoRAConfig:
+        """Give every ``A`` the directions in which its layer's inputs vary most; ``B`` stays zero."""
+        found = principal_inputs(model, ranks, max(most.values()), passes)
+        shared = share_ranks({name: rank for name, (rank, _) in ranks.items()}, most, found)
+        got = {name: rank for name, rank in shared.items() if rank}
+        alphas = {name: ranks[name][1] * rank / ranks[name][0] for name, rank in got.items()}
+        places = {"target_modules": list(got), "exclude_modules": [], "layers": None}
+        method = self.model_copy(update={**places, "rank_pattern": got, "alpha_pattern": alphas})
+        method.apply(model)
+        with torch.no_grad():
+            for name, rank in got.items():
+                model.get_parameter(f"{name}.lora_A").copy_(found[name].directions[:rank])
+        return method
+
+    def _start_ga(self, model: nn.Module, ranks: Mapping[str, tuple[int, float]], passes: Iterable[Pass]) -> LoRAConfig:
+        """Give every ``A`` and ``B`` singular vectors of its weight's gradient."""
+        gradients = sum_gradients(model, ranks, passes)
+        self.apply(model)
+        for name, (rank, _) in ranks.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LoRALinear)
+            layer.start_at(*gradient_factors(gradients.pop(name), rank))
+        return self
 
     def apply(self, model: nn.Module) -> None:
         """Wrap the targets in place; call ``freeze`` first.

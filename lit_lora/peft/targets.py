@@ -124,16 +124,17 @@ class TargetedMethod(Method):
         """Whether a module can be wrapped."""
         return isinstance(module, self.adapts)
 
-    def targets(self, model: nn.Module, copies: list[str]) -> list[str]:
+    def targets(self, model: nn.Module, copies: list[str] | None = None) -> list[str]:
         """Names of the modules to wrap, in the model's order.
 
         Args:
             model: Without an adapter.
-            copies: Modules that train in full, which are not wrapped.
+            copies: Modules that train in full, which are not wrapped; those of ``modules_to_save`` when omitted.
 
         Raises:
             UsageError: A name matches nothing that can be adapted, or nothing is left.
         """
+        copies = _with_parameters(model, self.modules_to_save) if copies is None else copies
         known = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
         if isinstance(self.target_modules, list):
             self._check_kinds(model, known)

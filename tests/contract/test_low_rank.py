@@ -12,7 +12,7 @@ from lit_lora.model import CausalLM, KVCache
 from lit_lora.peft.frozen import frozen_state, keep_frozen
 from tests.contract.test_methods import LOW_RANK, PARTLY_FROZEN, method
 from tests.peft import tiny
-from tests.peft.tiny import make_model, shake
+from tests.peft.tiny import make_model, rows, shake
 from tests.train.tiny_run import losses, make_rows, same, stored, train
 
 every_case = pytest.mark.parametrize("case", LOW_RANK)
@@ -22,7 +22,7 @@ def adapted(case: str, seed: int = 2) -> CausalLM:
     model = make_model()
     peft.freeze(model)
     torch.manual_seed(seed)
-    method(case).apply(model)
+    method(case).start_from(model, rows(model))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import validation_batches
+from lit_lora.errors import InputError, UsageError
 from lit_lora.model.decoder import DecoderLayer
+from lit_lora.peft.lora import LoRAConfig
 from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import validation_loss
@@ -102,6 +105,38 @@ def test_new_tokens_are_trained_and_their_tokenizer_is_saved_with_the_adapter(ta
     model = load_model(task / "base")
     peft.load_adapter(model, folder / "adapter")
     assert model(torch.tensor([[384]])).shape == (1, 1, 385)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora-ga"])
+@pytest.mark.parametrize("recipe", ["lora", "qlora"])
+def test_a_start_from_rows_is_made_saved_merged_and_resumed(task, recipe, init, capsys, monkeypatch):
+    sections = {"recipe": recipe, "peft": {"init": init, "rank": 3, "start_rows": 10}}
+    sections |= {"quantize": {"name": "int8"}} if recipe == "qlora" else {}
+    config = write_config(task, **sections)
+    if (recipe, init) == ("qlora", "lora-ga"):
+        with pytest.raises(UsageError, match="quantised"):
+            finetuned(config)
+        assert not (task / "run").exists()
+        return
+    finetuned(config, dry_run=True)
+    assert not (task / "run").exists()
+    whole = finetuned(config)
+    assert losses(whole)[-1] < losses(whole)[0]
+    adapter = peft.read_adapter(whole / "adapter")
+    ranks = {update.right.shape[0] for update in adapter.updates.values()}
+    assert len(ranks) > 1 if init == "eva" else ranks == {6}
+    parts = finetuned(config, f"out={task / 'parts'}", "train.max_steps=8", "train.save_every=1", "train.keep_last=8")
+    for step in checkpoints(parts):
+        if step > 4:
+            shutil.rmtree(parts / "checkpoints" / f"step-{step:08d}")
+    monkeypatch.setattr(LoRAConfig, "start_from", None)  # a resumed run does not look at rows again
+    again = finetuned(parts / "config.yaml", resume=True)
+    assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    (parts / "start" / "method.json").write_text("{")
+    with pytest.raises(InputError, match=r"method\.json: cannot be read"):
+        finetuned(parts / "config.yaml", resume=True)
 
 
 def test_answers_shown_while_training_leave_it_as_it_is(task, capsys):

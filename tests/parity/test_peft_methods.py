@@ -16,6 +16,7 @@ if importlib.util.find_spec("peft") is None:
     pytest.skip("peft is not installed", allow_module_level=True)
 
 from tests.parity.test_peft import bases, ids, loss_of, open_in_peft, our_model, save_peft, shake, theirs_of
+from tests.peft.tiny import rows
 
 __all__ = ["bases"]
 
@@ -192,12 +193,12 @@ def test_convolutions_are_adapted_as_by_peft(layer, shape, tmp_path):
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_peft_opens_an_adapter_that_started_from_the_weight_on_the_original_base(bases, init, tmp_path):
+@pytest.mark.parametrize("init", ["pissa", "olora", "eva", "lora-ga"])
+def test_peft_opens_an_adapter_that_started_elsewhere_on_the_original_base(bases, init, tmp_path):
     model = our_model(bases[False])
     ours.freeze(model)
     config = ours.methods()["lora"].model_validate({"init": init, "rank": 4, "use_rslora": init == "olora"})
-    config.apply(model)
+    config = config.start_from(model, rows(model))
     shake(model)
     ours.save_adapter(model, config, tmp_path / "adapter", base=bases[False])
     theirs = open_in_peft(theirs_of(bases[False]), tmp_path / "adapter")

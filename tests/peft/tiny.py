@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from lit_lora import peft
 from lit_lora.checkpoint.save import CheckpointWriter
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.peft.data_starts import Pass
 
 VOCABULARY, WIDTH, LAYERS = 61, 16, 2
 
@@ -55,8 +59,24 @@ def lora(**settings: object) -> peft.Method:
 def adapted(model: CausalLM, config: peft.Method) -> CausalLM:
     peft.freeze(model)
     torch.manual_seed(2)
-    config.apply(model)
+    config.start_from(model, rows(model))
     return model
+
+
+def rows(model: CausalLM, count: int = 4, seed: int = 7, length: int = 12) -> Iterator[Pass]:
+    """Passes of one row each; the second half of each is learned."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+        learned = torch.arange(length) >= length // 2
+        learned[-1] = False
+
+        def run(ids: Tensor = ids, learned: Tensor = learned) -> None:
+            loss = F.cross_entropy(model(ids)[0][learned], ids[0].roll(-1)[learned], reduction="sum")
+            if loss.requires_grad:
+                loss.backward()
+
+        yield Pass(learned, run)
 
 
 def shake(model: torch.nn.Module, size: float = 0.2, seed: int = 4) -> None:

@@ -58,7 +58,7 @@ def started(folder: Path, base: Path, rows: Path, peft: dict[str, Any], **sectio
     run = start(settings, Options(dry_run=True))
     data = load_data(run, Tokenizer.load(settings.model.path))
     began = time.perf_counter()
-    made = load_base(run, settings, settings.peft.over(settings.quantize), data)
+    made, _ = load_base(run, settings, settings.peft.over(settings.quantize), data)
     seconds = time.perf_counter() - began
     held = sum(stored_bytes(module) for module in made.modules() if isinstance(module, Quantized))
     loss = validation_loss(made, data.validation)

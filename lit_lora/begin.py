@@ -1,0 +1,69 @@
+"""A method put on its model at the start of a run, with a look at the rows where it asks for one.
+
+What it made of them is kept in the run's ``start/``, so that a resumed run begins with the same modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import count
+
+from lit_lora import IGNORE_INDEX, log
+from lit_lora.data.batches import Batches, MicroBatch
+from lit_lora.model import CausalLM
+from lit_lora.peft import Method
+from lit_lora.peft.data_starts import Pass
+from lit_lora.peft.frozen import kept_method
+from lit_lora.recipe import Run, RunData
+from lit_lora.train.loss import backward
+
+__all__ = ["apply_method", "passes"]
+
+
+def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Method:
+    """Change ``model`` in place into one that trains by ``method``.
+
+    A dry run leaves the rows alone: its start has the right size, and other values.
+
+    Args:
+        run: The run.
+        method: Its method.
+        model: Frozen.
+        data: The rows.
+
+    Returns:
+        The method as it is now: settings by which ``apply`` gives these modules again.
+
+    Raises:
+        InputError: What a run to resume has kept is broken.
+        UsageError: The settings do not fit the model or the rows.
+    """
+    kept = kept_method(run.folder / "start", method) if run.options.resume else None
+    if kept is not None or run.options.dry_run or not method.rows_to_start:
+        method = method if kept is None else kept
+        method.apply(model)
+        return method
+    seen = list(first_batches(data.batches, method.rows_to_start))
+    return method.start_from(model, log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch"))
+
+
+def first_batches(batches: Batches, rows: int) -> Iterator[MicroBatch]:
+    """The micro-batches of the first steps, until so many rows, or all, have been in them."""
+    seen = 0
+    for step in count():
+        for batch in batches.step(step):
+            if seen >= min(rows, len(batches.rows)):
+                return
+            seen += len(batch.rows)
+            yield batch
+
+
+def passes(model: CausalLM, batches: Iterable[MicroBatch]) -> Iterator[Pass]:
+    """The micro-batches for a method, which knows neither of data nor of the loss."""
+    for batch in batches:
+        yield Pass(batch.labels[0] != IGNORE_INDEX, partial(_run, model, batch))
+
+
+def _run(model: CausalLM, batch: MicroBatch) -> None:
+    backward(model, batch, 1.0)
