@@ -252,6 +252,7 @@ def plan_merge(
     if EMBEDDING in updates:
         rows = updates[EMBEDDING].rows(rows)
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
+    config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([HEAD] if untied else [])
     if held is not None:

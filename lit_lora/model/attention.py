@@ -5,6 +5,9 @@ documents, nor of caches. Grouped queries: query head ``n`` attends with key/val
 
 ``behind(P)`` of either gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
 they are the first rows of queries, keys and values, before those of the documents, and get the first positions.
+
+``in_groups(G)`` of either is for training on long documents: tokens attend within groups of ``G``, and in half of the
+heads the groups are shifted by half of that, so that neighbours meet.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ class Attend(Protocol):
             Its :attr:`front` says how many of these rows are to be given: none if a cache holds them already.
         """
 
+    def in_groups(self, size: int) -> Attend:
+        """The same within groups of ``size`` tokens, for training; decoding sees everything."""
+
 
 class PackedAttention:
     """Documents laid end to end in one row; none sees another, so no token is padding.
@@ -67,6 +73,7 @@ class PackedAttention:
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
         self.rope = rope_table(config, positions, max(self.lengths))
         self.layout = Layout(self.lengths, self.window)
+        self._grouped: dict[int, Attend] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend within each document.
@@ -80,11 +87,15 @@ class PackedAttention:
         Returns:
             (T, N, H) in the dtype of ``query``.
         """
+        return self.within(self.layout, query, key, value)
+
+    def within(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rotate by the positions in the documents, and attend within each piece of ``layout``."""
         if usable(query, key, value):
-            return packed_attention(query, key, value, self.rope, self.layout)
+            return packed_attention(query, key, value, self.rope, layout)
         outputs = []
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value
-        for q, k, v in zip(*(torch.split(tensor, self.lengths) for tensor in turned), strict=True):
+        for q, k, v in zip(*(torch.split(tensor, layout.lengths) for tensor in turned), strict=True):
             masked = self.window is not None and q.shape[0] > self.window
             mask = _window_mask(q.shape[0], self.window, q.device) if masked else None
             out = causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
@@ -98,6 +109,56 @@ class PackedAttention:
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """The same, with ``front`` tokens before every document; see :class:`Attend`."""
         return _PackedBehind(self, front, rotated)
+
+    def in_groups(self, size: int) -> Attend:
+        """The same within groups of ``size`` tokens; all layers of a pass share the result."""
+        if size not in self._grouped:
+            self._grouped[size] = _InGroups(self, size)
+        return self._grouped[size]
+
+
+class _InGroups:
+    """Documents cut into groups that do not see each other; half of the key/value heads cut them half a group earlier.
+
+    A group is to attention what a document is, only that positions go on. So nobody sees what comes later, and nobody
+    another document. A document of at most one group stays whole in all heads. With one key/value head, the query heads
+    are halved.
+
+    Source: arXiv:2309.12307 section 3.2, without the wrap of the last group around to the first tokens.
+    """
+
+    front = 0
+
+    def __init__(self, tokens: PackedAttention, size: int) -> None:
+        self.tokens = tokens
+        self.halves = [
+            Layout([piece for length in tokens.lengths for piece in _groups(length, size, first)], tokens.window)
+            for first in (size, max(1, size // 2))
+        ]
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+        kept = -(-key.shape[1] // 2)
+        shared = query.shape[1] // key.shape[1]
+        cuts = [kept * shared if key.shape[1] > 1 else -(-shared // 2), kept, kept]
+        first, second = [], []
+        for tensor, cut in zip((query, key, value), cuts, strict=True):
+            first.append(tensor[:, :cut].contiguous())
+            second.append((tensor[:, cut:] if cut < tensor.shape[1] else tensor).contiguous())
+        early, late = self.halves
+        return torch.cat([self.tokens.within(early, *first), self.tokens.within(late, *second)], dim=1)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+        return self.tokens.rotate(x)
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """Refused: tokens before a document would be in its first group only."""
+        raise ValueError("tokens before every document do not go with groups")
+
+    def in_groups(self, size: int) -> Attend:
+        """Refused: these are groups already."""
+        raise ValueError("these are groups already")
 
 
 class _PackedBehind:
@@ -123,6 +184,10 @@ class _PackedBehind:
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every document already."""
         raise ValueError(f"{self.front} tokens stand before every document already")
+
+    def in_groups(self, size: int) -> Attend:
+        """Refused: what stands before every document would be in its first group only."""
+        raise ValueError("tokens before every document do not go with groups")
 
     def _spread(self, x: Tensor) -> Tensor:
         """The first rows before every document."""
@@ -183,6 +248,10 @@ class CachedAttention:
         """The same, with ``front`` tokens before every row; see :class:`Attend`."""
         return _CachedBehind(self, front, rotated)
 
+    def in_groups(self, size: int) -> Attend:
+        """Itself: groups are for training."""
+        return self
+
 
 class _CachedBehind:
     """Rows behind common tokens, whose keys and values the cache keeps before those of the first tokens read."""
@@ -213,8 +282,20 @@ class _CachedBehind:
         """Refused: something stands before every row already."""
         raise ValueError(f"{self.front} tokens stand before every row already")
 
+    def in_groups(self, size: int) -> Attend:
+        """Itself: groups are for training."""
+        return self
+
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """(T, T) bool: causal, and at most ``window`` tokens back."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return mask if window is None else mask.triu(1 - window)
+
+
+def _groups(length: int, size: int, first: int) -> list[int]:
+    """A document's length in groups of ``size``, the first of ``first`` tokens; one that fits into a group is one."""
+    if length <= size:
+        return [length]
+    whole, rest = divmod(length - first, size)
+    return [first, *[size] * whole, *([rest] if rest else [])]

@@ -141,6 +141,30 @@ class ModelConfig(Settings):
         except UsageError as error:
             raise InputError(str(error)) from error
 
+    def extended(self, factor: float, rope_type: str = "linear") -> ModelConfig:
+        """The same for a context that is ``factor`` times as long, with interpolated positions.
+
+        Raises:
+            UsageError: The positions are scaled in another way already.
+        """
+        if self.rope.rope_type not in ("default", rope_type):
+            raise UsageError(
+                f"rope_type {rope_type!r}: the positions of this model are scaled by {self.rope.rope_type!r} already",
+                hint=f"take rope_type: {self.rope.rope_type}" if self.rope.rope_type in ("linear", "yarn") else None,
+            )
+        context = round(self.max_position_embeddings * factor)
+        changed: dict[str, Any] = {"rope_type": rope_type, "factor": (self.rope.factor or 1.0) * factor}
+        if rope_type == "yarn":
+            original = self.rope.original_max_position_embeddings or self.max_position_embeddings
+            changed["original_max_position_embeddings"] = original
+        source = dict(self.source)
+        if source:
+            key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
+            source |= {"max_position_embeddings": context, key: {**(source.get(key) or {}), **changed}}
+            source[key].pop("type", None)  # what rope_type was called before
+        rope = self.rope.model_copy(update=changed)
+        return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
+
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as it was read, with the fields that finetuning may have changed, of weights in full."""
         name = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"

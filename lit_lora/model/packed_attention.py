@@ -27,6 +27,7 @@ class Layout:
     """
 
     def __init__(self, lengths: Sequence[int], window: int | None) -> None:
+        self.lengths = list(lengths)
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         self.window = window or (1 << 40)
 

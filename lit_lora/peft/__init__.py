@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora:LoRAConfig"),
     "dora": ("low-rank", "lit_lora.peft.dora:DoRAConfig"),
     "multilora": ("low-rank", "lit_lora.peft.multilora:MultiLoRAConfig"),
+    "longlora": ("low-rank", "lit_lora.peft.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
     "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
     "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),

@@ -35,6 +35,9 @@ class Attend(Protocol):
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """The same, with ``front`` tokens before every document."""
 
+    def in_groups(self, size: int) -> Attend:
+        """The same within groups of ``size`` tokens, for training."""
+
 
 class AddedModule(OwnModule):
     """Base of the added modules; every parameter in it is the method's own, float32, and trains."""

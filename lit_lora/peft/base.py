@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lit_lora.peft.updates import Update
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, count_quantized
 
 __all__ = [
+    "AnyConfig",
     "Base",
     "BaseTensors",
     "Decomposer",
@@ -49,6 +50,7 @@ __all__ = [
     "trainable_state",
 ]
 
+AnyConfig = TypeVar("AnyConfig")
 Kind = Literal["low-rank", "quantized", "added", "full"]
 
 
@@ -87,6 +89,10 @@ class Method(Settings):
         """
         self.apply(model)
         return self
+
+    def configure(self, config: AnyConfig) -> AnyConfig:
+        """The model's config with what the method changes of it."""
+        return config
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
         """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""

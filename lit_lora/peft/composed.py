@@ -18,6 +18,7 @@ from lit_lora.peft.base import Method, own_modules
 
 __all__ = ["ComposedConfig"]
 
+_ALONE = ("composed", "residual", "longlora")  # longlora: its groups do not go with what stands before a document
 _ITEMS = WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["name"]}})
 
 
@@ -102,7 +103,7 @@ def _parsed(items: list[Any]) -> list[Method]:
     """
     from lit_lora.peft import METHODS, methods  # noqa: PLC0415 - its table imports this module
 
-    known = [name for name, (kind, _) in METHODS.items() if kind != "full" and name not in ("composed", "residual")]
+    known = [name for name, (kind, _) in METHODS.items() if kind != "full" and name not in _ALONE]
     found: list[Method] = []
     for number, item in enumerate(items):
         name = item.get("name") if isinstance(item, dict) else getattr(item, "name", None)

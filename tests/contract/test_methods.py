@@ -42,6 +42,7 @@ CASES = {
     "dora": {"name": "dora"},
     "dora q,v bias": {"name": "dora", "target_modules": "q,v", "rank": 3, "use_rslora": True, "bias": "lora_only"},
     "multilora": {"name": "multilora", "rank": 2},
+    "longlora": {"name": "longlora", "factor": 1, "group": 4},
     "vera": {"name": "vera", "rank": 24},
     "tied": {"name": "tied-lora", "rank": 4},
     "tied A, B": {"name": "tied-lora", "rank": 4, "train": ["A", "B"]},
