@@ -98,6 +98,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, ValueError, StopIteration):  # getrusage counts what the starting process held, too
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:

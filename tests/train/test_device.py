@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -34,6 +37,16 @@ def test_peak_memory_counts_what_was_held():
     before = peak_memory_bytes(torch.device("cpu"))
     held = torch.ones(before // 4 + (50 << 20) // 4)
     assert peak_memory_bytes(torch.device("cpu")) > before
+    del held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    """Linux hands getrusage's peak on to a child, where it would hide how little that one needs."""
+    held = torch.ones((1 << 30) // 4)
+    program = "import torch; from lit_lora.train.device import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 1 << 30
     del held
 
 
