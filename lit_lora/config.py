@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lit_lora.errors import UsageError
 
 __all__ = [
+    "Document",
     "Settings",
     "did_you_mean",
     "dump_yaml",
     "find_config",
     "load_config",
+    "read_config",
     "read_yaml",
     "shipped_configs",
     "validate",
@@ -50,8 +52,16 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]
 _MAX_DEPTH = 32
 
 
-class _Document:
-    """Plain data of one YAML text, and where each value stands in it."""
+class Document:
+    """Plain data of one YAML text, and where each value stands in it.
+
+    Args:
+        text: The YAML.
+        name: What messages call it.
+
+    Raises:
+        UsageError: It is not valid YAML. What is wrong inside valid YAML is collected in ``problems``.
+    """
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
@@ -125,7 +135,7 @@ def read_yaml(path: Path, *, problems: list[str] | None = None) -> Any:
     Raises:
         UsageError: The file is missing, not UTF-8 or not valid YAML.
     """
-    document = _Document(_read(path), str(path))
+    document = Document(_read(path), str(path))
     if problems is None:
         _raise(document.problems)
     else:
@@ -144,13 +154,23 @@ def load_config(source: str | Path, model: type[Model], overrides: Sequence[str]
     Raises:
         UsageError: With one line per problem: file, line, what is wrong, what was expected.
     """
+    document = read_config(source, overrides)
+    return validate(document.data, model, document.places, name=document.name, problems=document.problems)
+
+
+def read_config(source: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """The mapping in a config file, or in a shipped config by name, with ``key.sub=value`` overrides applied.
+
+    Raises:
+        UsageError: It is not there, or no YAML mapping.
+    """
     path = find_config(source)
-    document = _Document(_read(path), str(path))
+    document = Document(_read(path), str(path))
     if not isinstance(document.data, dict):
         raise UsageError(f"{path}:1: expected 'key: value' lines, got {type(document.data).__name__}")
     for override in overrides:
         _apply_override(document, override)
-    return validate(document.data, model, document.places, name=str(path), problems=document.problems)
+    return document
 
 
 def validate(
@@ -233,12 +253,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _apply_override(document: _Document, override: str) -> None:
+def _apply_override(document: Document, override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not all(key.split(".")):
         document.problems.append(f"{override!r}: expected key=value, such as train.max_steps=20")
         return
-    value = _Document(text, f"{override!r}")
+    value = Document(text, f"{override!r}")
     document.problems += value.problems
     place: Any = document.data
     *parents, last = key.split(".")

@@ -66,6 +66,6 @@ class OutOfMemoryError(LitLoraError):
 class Interrupted(LitLoraError):
     """A signal stopped the work; the exit code is the shell's convention, 128 + signal."""
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message, hint="the same command with --resume continues")
+    def __init__(self, number: int, message: str, hint: str = "the same command with --resume continues") -> None:
+        super().__init__(message, hint=hint)
         self.exit_code = 128 + number

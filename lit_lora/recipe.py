@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
@@ -57,8 +58,10 @@ __all__ = [
     "in_words",
     "load_data",
     "load_recipe",
+    "load_settings",
     "main",
     "plan",
+    "recipe_for",
     "row_lengths",
     "start",
     "summary",
@@ -109,8 +112,7 @@ class FinetuneConfig(Settings):
             return data  # reported with the section
         kind = METHODS[name][0]
         if kind not in cls.kinds:
-            other = next(recipe for recipe in RECIPES if kind in load_settings(recipe).kinds)
-            raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {other}?)")
+            raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {recipe_for(name)}?)")
         optimizer = data.get("optimizer", {})
         if not isinstance(optimizer, dict) or "lr" in optimizer:
             return data
@@ -131,6 +133,12 @@ def load_settings(recipe: str) -> type[FinetuneConfig]:
     """The settings class of a recipe."""
     config: type[FinetuneConfig] = importlib.import_module(RECIPES[recipe]).Config
     return config
+
+
+def recipe_for(method: str) -> str:
+    """The first recipe that runs a method of the table."""
+    kind = METHODS[method][0]
+    return next(recipe for recipe in RECIPES if kind in load_settings(recipe).kinds)
 
 
 def finetune_config(
@@ -287,7 +295,8 @@ def _remove_run(folder: Path) -> None:
     """Remove what a former run wrote into ``folder``, and nothing else."""
     for name in ("checkpoints", "start", "adapter", "base", "model", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [folder / "metrics.jsonl", folder / "loss.png", *folder.glob("events.out.tfevents.*")]:
+    files = [folder / name for name in ("metrics.jsonl", "loss.png", "result.json")]
+    for path in [*files, *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)
 
 
@@ -465,7 +474,7 @@ def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int)
 
 
 def finish(run: Run, result: FitResult, written: Path, next_command: str) -> None:
-    """Print what came out, and what to type next."""
+    """Print what came out and what to type next, and write ``result.json``: with it the run is complete."""
     rows = [[name, f"{value:.4f}" if isinstance(value, float) else value] for name, value in summary(result).items()]
     log.table("Result", ["what", "figure"], rows)
     before, after = result.untrained_validation_loss, result.validation_loss
@@ -474,6 +483,9 @@ def finish(run: Run, result: FitResult, written: Path, next_command: str) -> Non
             "the validation loss did not fall: try a lower optimizer.lr, and look at the rows with "
             "lit-lora prepare FILE --show 3"
         )
+    figures = {**asdict(result), "tokens_per_second": result.tokens_per_second}
+    weights = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+    write_text(run.folder / "result.json", json.dumps({**figures, "written_bytes": weights}, indent=1) + "\n")
     log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
     log.say(f"next: {next_command}")
 
@@ -505,6 +517,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[
     # Problems of the YAML are reported by load_config, with all others.
     data = read_yaml(find_config(source), problems=[])
     given = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
+    if isinstance(data, dict) and "runs" in data:
+        raise UsageError(f"{source}: is a comparison of runs", hint=f"lit-lora compare --config {source}")
     name = str(given[-1] if given else data.get("recipe", "lora") if isinstance(data, dict) else "lora")
     if name not in RECIPES:
         raise UsageError(

@@ -14,7 +14,9 @@ from typing import Any
 import typer.main
 
 from lit_lora.cli import COMMANDS, build_app, help_texts
+from lit_lora.compare import CompareConfig
 from lit_lora.files import write_text
+from lit_lora.peft import methods
 from lit_lora.recipe import config_schema
 
 __all__ = ["commands_page", "config_page", "pages"]
@@ -94,9 +96,27 @@ def config_page() -> str:
     for name, recipe in recipes.items():
         for method in _methods(schema, recipe["properties"]["peft"]):
             chosen = method["properties"]["name"]["const"]
-            lines += [f"## peft, name: {chosen}", f"For `recipe: {name}`. " + method["description"].replace("``", "`")]
-            lines.append(_table(method["properties"]))
-    return "\n\n".join(lines) + "\n"
+            about = f"For `recipe: {name}`. " + method["description"].replace("``", "`")
+            lr = methods()[chosen].default_lr
+            own = "" if lr is None else f" Learns at {lr:g} where `optimizer.lr` is not given."
+            lines += [f"## peft, name: {chosen}", about + own, _table(method["properties"])]
+    return "\n\n".join([*lines, *_comparison()]) + "\n"
+
+
+def _comparison() -> Iterator[str]:
+    """The keys of a file for ``lit-lora compare``."""
+    schema = CompareConfig.model_json_schema()
+    yield "## A comparison"
+    yield (
+        "A file for `lit-lora compare --config FILE`; `lit-lora configs compare` shows one. A `peft` that names a "
+        "method takes the place of the base's; other sections are mixed into the base's. `recipe` follows from it."
+    )
+    yield _table(schema["properties"], required=schema["required"])
+    for key, model in (("runs", "RunSection"), ("evaluate", "EvaluateSection")):
+        found = schema["$defs"][model]
+        yield f"## A comparison, {key}"
+        yield found["description"]
+        yield _table(found["properties"], required=found["required"])
 
 
 def _resolve(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +166,8 @@ def _yaml(value: Any) -> str:
 
 def _values(field: dict[str, Any]) -> str:
     """What a key can be, in words."""
+    if "$ref" in field:
+        return "mapping"
     if "anyOf" in field:
         return " or ".join(_values(part) for part in field["anyOf"] if part.get("type") != "null")
     if "enum" in field or "const" in field:
@@ -153,7 +175,8 @@ def _values(field: dict[str, Any]) -> str:
     kind: str = field["type"]
     if kind == "array":
         inner = field.get("items") or field["prefixItems"][0]
-        return f"list of {_values(inner)}s"
+        each = _values(inner)
+        return f"list, each {each}" if set(each) & set("≥>≤<") else f"list of {each}s"
     if kind == "object":
         return "mapping"
     words = {"integer": "whole number", "boolean": "`true`, `false`", "string": field.get("format", "text")}

@@ -65,7 +65,7 @@ def test_any_text_survives_being_written_and_read(tmp_path_factory, text):
     assert load_config(path, lora.Config) == config
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != "compare"])
 def test_every_shipped_config_loads_and_survives(tmp_path, name):
     recipe, config = load_recipe(name, [])
     path = tmp_path / "config.yaml"

@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report what is in it."),
     "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
     "estimate": ("lit_lora.cli.estimate", "Memory and time of a run before it starts, and what would make it fit."),
+    "compare": (
+        "lit_lora.cli.compare",
+        "Methods side by side, on the same rows and budget: a table, a plot.",
+    ),
     "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
     "inspect-update": ("lit_lora.cli.inspect_update", "How low-rank the change was: singular values of each layer's."),
     "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),

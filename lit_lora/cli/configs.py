@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lit_lora import log
-from lit_lora.config import find_config, shipped_configs
+from lit_lora.config import find_config, read_yaml, shipped_configs
 from lit_lora.errors import UsageError
 from lit_lora.files import write_text
 
@@ -53,7 +53,8 @@ def command(
     if copy.exists():
         raise UsageError(f"{copy}: already exists", hint="choose another name")
     write_text(copy, text)
-    log.say(f"wrote {copy}; next: lit-lora finetune --config {copy}")
+    reader = "compare" if "runs" in read_yaml(copy) else "finetune"
+    log.say(f"wrote {copy}; next: lit-lora {reader} --config {copy}")
 
 
 def _about(path: Path) -> str:

@@ -40,6 +40,9 @@ def command(
     examples: Annotated[
         str | None, typer.Option(metavar="DATA", help="Training rows for --shots; a run's own if omitted.")
     ] = None,
+    skip_base: Annotated[
+        bool, typer.Option("--skip-base", help="Measure runs and adapters only, not the base they are on.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N rows.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="Instead of looking at the columns.")] = None,
     columns: Annotated[
@@ -83,7 +86,9 @@ def command(
     given = {"format": format_, "columns": parse_columns(columns or []) or None, "system": system}
     trained_on = _run_data(models)
     config = _data_config(trained_on, data, {key: value for key, value in given.items() if value is not None})
-    candidates = _candidates(models, adapter, shots)
+    if skip_base and shots:
+        raise UsageError("--shots asks the base with examples, which --skip-base leaves out")
+    candidates = _candidates(models, adapter, shots, skip_base=skip_base)
     dataset = _read(config, tasks, limit)
     tasks = tasks or default_tasks(dataset)
     drawn_from = _examples(config, examples or trained_on.get("path"), shots, tasks, dataset)
@@ -153,8 +158,8 @@ def _data_config(trained_on: dict[str, Any], data: str | None, given: dict[str, 
     return validate({**kept, **given, "path": path}, DataConfig, name="evaluate")
 
 
-def _candidates(models: list[Path], adapter: Path | None, shots: int) -> list[Candidate]:
-    """The columns: each base once, with its shots beside it, and what was made of it.
+def _candidates(models: list[Path], adapter: Path | None, shots: int, *, skip_base: bool) -> list[Candidate]:
+    """The columns: each base once, with its shots beside it, and what was made of it; or only the latter.
 
     Raises:
         InputError: A folder holds no model.
@@ -168,7 +173,8 @@ def _candidates(models: list[Path], adapter: Path | None, shots: int) -> list[Ca
     found: list[Candidate] = []
     for number, path in enumerate(models):
         base, folder = find_folders(path, adapter=adapter)
-        if all(known.adapter or known.model.resolve() != base.resolve() for known in found):
+        wanted = not (skip_base and folder is not None)
+        if wanted and all(known.adapter or known.model.resolve() != base.resolve() for known in found):
             found.append(Candidate(_label(base, found), base))
             # of plain models only the first is a base; the others are what finetuning made
             if shots and (folder is not None or number == 0):

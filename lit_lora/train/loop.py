@@ -100,6 +100,8 @@ class FitResult:
     seconds: float
     """Spent in training steps in the whole run."""
     peak_memory_bytes: int
+    trainable: int
+    """Numbers that train."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -368,6 +370,7 @@ def fit(
         tokens=sum(record["tokens"] for record in steps),
         seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
         peak_memory_bytes=peak_memory_bytes(run.device),
+        trainable=sum(master.numel() for master in run.trainables.masters.values()),
     )
 
 

@@ -26,7 +26,10 @@ class OptimizerConfig(Settings):
         "device pages out when its memory is short; SGD with momentum.",
     )
     lr: float = Field(
-        2e-4, gt=0, description="Peak learning rate: 1e-4…1e-3 where few weights train, 1e-5…5e-5 where all do."
+        2e-4,
+        gt=0,
+        description="Peak learning rate; a method may bring its own. 1e-4…1e-3 where few weights train, 1e-5…5e-5 "
+        "where all do.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW: decay of the first and second moment.")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lit_lora.cli import main
+from lit_lora.compare import load_comparison
 from lit_lora.config import load_config, read_yaml, shipped_configs
 from lit_lora.recipe import RECIPES, load_recipe
 
@@ -31,7 +32,10 @@ def test_every_shipped_config_is_listed_with_what_it_is_for(capsys: Any) -> None
     assert all(len(about) > 20 for _, about in rows)
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+FOR_FINETUNE = [name for name in shipped_configs() if name != "compare"]
+
+
+@pytest.mark.parametrize("name", FOR_FINETUNE)
 def test_a_config_is_printed_and_copied_as_it_is_and_can_be_read(name: str, capsys: Any) -> None:
     assert configs(name) == 0
     text = capsys.readouterr().out
@@ -41,6 +45,12 @@ def test_a_config_is_printed_and_copied_as_it_is_and_can_be_read(name: str, caps
     _, config = load_recipe("mine.yaml", [])
     assert config == load_recipe(name, [])[1]
     assert load_config(shipped_configs()[name], type(config)) == config
+
+
+def test_the_comparison_is_copied_and_can_be_read(capsys: Any) -> None:
+    assert configs("compare", "--copy", "mine.yaml") == 0
+    assert capsys.readouterr().out == "wrote mine.yaml; next: lit-lora compare --config mine.yaml\n"
+    assert load_comparison("mine.yaml") == load_comparison("compare")
 
 
 def test_a_file_that_is_there_is_kept(capsys: Any) -> None:
@@ -76,8 +86,8 @@ def test_the_schema_knows_every_key_of_every_shipped_config(capsys: Any) -> None
         properties: dict[str, Any] = found["properties"]
         return properties
 
-    for path in shipped_configs().values():
-        data = read_yaml(path)
+    for shipped in FOR_FINETUNE:
+        data = read_yaml(shipped_configs()[shipped])
         known = section(cases[data["recipe"]]["then"])
         assert data.keys() <= known.keys()
         for name, value in data.items():

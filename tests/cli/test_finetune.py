@@ -69,6 +69,9 @@ def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     assert "step 8 of 8: loss " in err
     assert "\r" not in err  # no progress bar in a pipe
     assert {path.name for path in (task / "run").iterdir()} >= {"adapter", "config.yaml", "loss.png", "metrics.jsonl"}
+    result = json.loads((task / "run" / "result.json").read_text())
+    assert result["trainable"] > 0
+    assert result["written_bytes"] == (task / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
 def test_a_dry_run_writes_nothing_and_prints_the_plan(task, call):
