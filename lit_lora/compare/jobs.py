@@ -77,7 +77,7 @@ class Outcome:
     result: dict[str, Any] = field(default_factory=dict)
     """``result.json``; empty where the run failed."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Of ``evaluate``: metric to its value; empty where it was not measured."""
+    """Metric to its value: what validation measured beside the loss, and of ``evaluate``."""
     base_scores: dict[str, Any] = field(default_factory=dict)
     """Of the base model, where this measurement had it too."""
     error: str = ""
@@ -116,7 +116,9 @@ class Runner:
             if error:
                 return Outcome(job, error=error)
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # only for resuming, and large
-        return Outcome(job, json.loads((job.folder / "result.json").read_text(encoding="utf-8")), found=found)
+        result = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
+        scores = {f"validation {name}": value for name, value in result.pop("figures").items()}
+        return Outcome(job, result, scores, found=found)
 
     def measure(self, outcome: Outcome, section: EvaluateSection, *, with_base: bool) -> None:
         """Give an outcome its scores, from its file where it was measured already.
@@ -138,7 +140,7 @@ class Runner:
             outcome.error = self._call([*command, "--samples", "0", *([] if with_base else ["--skip-base"])], job)
             found = _read_evaluation(file)
         if found:
-            outcome.scores = found[-1]
+            outcome.scores |= found[-1]
             outcome.base_scores = found[0] if len(found) > 1 else {}
 
     def _call(self, arguments: list[str], job: Job) -> str:

@@ -104,7 +104,8 @@ def summary_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     first = next((outcome for row in rows for outcome in row.kept), None)
     if first is not None:
         before = f"{first.result['untrained_validation_loss']:.4f}"
-        scores = [_figure(metric, [base.base_scores[metric]]) if base else "" for metric in metrics]
+        known = base.base_scores if base else {}
+        scores = [_figure(metric, [known[metric]] if metric in known else []) for metric in metrics]
         lines.append(["base, untrained", *[""] * 7, before, *scores])
     return header, lines
 
@@ -178,7 +179,7 @@ def _record(row: Row, outcome: Outcome) -> dict[str, Any]:
     chosen = outcome in row.chosen
     own = {"name": row.variant.name, "method": row.variant.config.peft.about, "lr": outcome.job.rate}
     own |= {"seed": outcome.job.seed, "chosen": chosen, "merges": row.merges, "error": outcome.error}
-    return {**own, **outcome.result, **{f"held out: {name}": score for name, score in outcome.scores.items()}}
+    return {**own, **outcome.result, **{f"measured: {name}": score for name, score in outcome.scores.items()}}
 
 
 def _page(rows: Sequence[Row], picture: Path, about: Mapping[str, object]) -> str:

@@ -111,7 +111,7 @@ def test_a_comparison_runs_measures_and_reports_and_a_second_start_finds_it_done
     with (task / "out" / "comparison.csv").open() as file:
         records = {(r["name"], r["lr"], r["seed"]): r for r in csv.DictReader(file)}
     assert float(records["lora", "0.01", "1"]["validation_loss"]) == result["validation_loss"]
-    assert records["lora", "0.001", "0"]["held out: loss"] == "", "only what was chosen is measured"
+    assert records["lora", "0.001", "0"]["measured: loss"] == "", "only what was chosen is measured"
     logs = {path: path.stat().st_mtime_ns for path in runs.glob("*.log") if "bad" not in path.name}
 
     code, again, err = call()
