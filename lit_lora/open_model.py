@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft import load_adapter, quantization_of, read_adapter
+from lit_lora.peft import bottleneck, load_adapter, quantization_of, read_adapter
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.quantize.config import parse
 from lit_lora.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ def open_model(
     dtype: str | None = None,
     device: str = "auto",
     quantize: str | None = None,
+    drop_layers: int = 0,
 ) -> OpenedModel:
     """Open a model for use.
 
@@ -51,11 +52,12 @@ def open_model(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         quantize: How the base is held: ``none``, ``nf4-dq``, ``nf4``, ``fp4-dq``, ``fp4`` or ``int8``; when omitted, as
             the adapter was trained, or as the folder has it.
+        drop_layers: Leave the bottleneck adapters of so many first layers out; without an adapter it has no effect.
 
     Raises:
         InputError: A folder holds no model or adapter, or the adapter does not belong to the base.
-        UsageError: The base of a run or adapter is not on this machine, no such device or dtype, or the base is
-            quantised in another way than asked for.
+        UsageError: The base of a run or adapter is not on this machine, no such device or dtype, the base is quantised
+            in another way than asked for, or the adapter has no layers to drop.
     """
     base, folder = find_folders(model, adapter=adapter)
     place = choose_device(device)
@@ -65,6 +67,9 @@ def open_model(
     about = [str(base)]
     if folder is not None:
         about.append(f"adapter {load_adapter(loaded, folder)}")
+        if drop_layers:
+            bottleneck.drop_layers(loaded, drop_layers)
+            about.append(f"without those of the first {drop_layers} layers")
     brings_own = folder is not None and (folder / "tokenizer.json").is_file()  # one with added tokens
     tokenizer = Tokenizer.load(folder if folder is not None and brings_own else base)
     rows = loaded.config.vocab_size

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Methods side by side, on the same rows and budget: a table, a plot.",
     ),
     "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
+    "combine": ("lit_lora.cli.combine", "Several LoRA adapters as one: sums, differences, task arithmetic."),
     "inspect-update": ("lit_lora.cli.inspect_update", "How low-rank the change was: singular values of each layer's."),
     "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
     "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),

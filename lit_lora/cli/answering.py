@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Device",
+    "DropLayers",
     "Dtype",
     "MaxNewTokens",
     "MinP",
@@ -53,6 +54,9 @@ Quantize = Annotated[
     typer.Option(
         metavar="TYPE", help="Hold the base in nf4-dq, nf4, fp4-dq, fp4, int8 or none; as trained if omitted."
     ),
+]
+DropLayers = Annotated[
+    int, typer.Option(metavar="N", min=0, help="AdapterDrop: leave the adapters of the first N layers out.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +39,7 @@ def command(
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    drop_layers: options.DropLayers = 0,
 ) -> None:
     """Talk to a model. /help lists what you can do beside talking; Ctrl-C stops an answer, Ctrl-D ends.
 
@@ -63,12 +64,13 @@ def command(
     from lit_lora.generate import ChatSession
     from lit_lora.open_model import open_model
 
-    opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
+    opened = open_model(model, adapter=adapter, **how)
     if template is not None:
         options.read_template(opened.tokenizer, template)
 
     def with_adapter(chosen: Path | None) -> OpenedModel:
-        other = open_model(opened.base, adapter=chosen, dtype=dtype, device=device, quantize=quantize)
+        other = open_model(opened.base, adapter=chosen, **how)
         if template is not None:
             other.tokenizer.use_template(opened.tokenizer.template.text, str(template))
         return other

@@ -60,6 +60,7 @@ def command(
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    drop_layers: options.DropLayers = 0,
 ) -> None:
     """Measure models on held-out rows, side by side.
 
@@ -95,7 +96,8 @@ def command(
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:
-        opened = open_model(candidate.model, adapter=candidate.adapter, dtype=dtype, device=device, quantize=quantize)
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
+        opened = open_model(candidate.model, adapter=candidate.adapter, **how)
         return opened.model, opened.tokenizer, opened.description
 
     settings = EvaluateSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, plain=plain)

@@ -46,6 +46,7 @@ def command(
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    drop_layers: options.DropLayers = 0,
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
@@ -77,7 +78,7 @@ def command(
     rows = _rows(file, system, raw) if file is not None else _one(prompt, system)
     from lit_lora.open_model import open_model
 
-    opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
+    opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, drop_layers=drop_layers)
     log.note(opened.description)
     if template is not None:
         options.read_template(opened.tokenizer, template)

@@ -1,5 +1,6 @@
-"""Merging an adapter into its base model, with proof, switching tasks on a loaded model, and what a run changed."""
+"""Merging an adapter into its base model, with proof, combining adapters, switching tasks, and what a run changed."""
 
+from lit_lora.merge.combine import Combined, combine
 from lit_lora.merge.folder import Forecast, MergeReport, forecast, merge
 from lit_lora.merge.plan import MergePlan, Places, find_adapter, find_places, plan_merge
 from lit_lora.merge.spectrum import Change, Changes, find_changes
@@ -8,11 +9,13 @@ from lit_lora.merge.switch import TaskSwitcher
 __all__ = [
     "Change",
     "Changes",
+    "Combined",
     "Forecast",
     "MergePlan",
     "MergeReport",
     "Places",
     "TaskSwitcher",
+    "combine",
     "find_adapter",
     "find_changes",
     "find_places",

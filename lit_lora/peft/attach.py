@@ -35,7 +35,7 @@ from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates
 
-__all__ = ["AppliedAdapter", "check_base", "load_adapter", "with_tied_head"]
+__all__ = ["AppliedAdapter", "attach", "check_base", "load_adapter", "with_tied_head"]
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
         updates = check_base(adapter, base, tied=_is_tied(model), force=force)
         assert isinstance(adapter.config, LoRAConfig)
         freeze(model)
-        _attach(model, updates, adapter.config.dropout)
+        attach(model, updates, adapter.config.dropout)
     norm = math.hypot(*(update.norm(base[name]) for name, update in updates.items()))
     if norm == 0:
         log.warn(f"{folder}: no effect, every update in it is zero: was it saved before its first training step?")
@@ -262,8 +262,14 @@ def _is_tied(model: nn.Module) -> bool:
     return embedding is not None and head is not None and embedding.data_ptr() == head.data_ptr()
 
 
-def _attach(model: nn.Module, updates: Updates, dropout: float) -> None:
-    """Wrap the modules that the updates are for, with the updates' values."""
+def attach(model: nn.Module, updates: Updates, dropout: float) -> None:
+    """Wrap the modules that low-rank updates and whole tensors are for, in place, with their values.
+
+    Args:
+        model: Frozen, without an adapter.
+        updates: By the names of the base tensors.
+        dropout: Of the branches, in training.
+    """
     modules: dict[str, dict[str, Update]] = {}
     for name, update in updates.items():
         module, _, parameter = name.rpartition(".")

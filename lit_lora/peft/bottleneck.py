@@ -284,13 +284,27 @@ class LinConfig(BottleneckConfig):
 def drop_layers(model: nn.Module, first: int) -> None:
     """Take the adapters of the first layers out of a model, in place: AdapterDrop at inference.
 
+    Norms that train with the adapters go back to the base's there, so these layers compute what the base does.
+
     Args:
         model: With bottleneck adapters.
         first: The first layer that keeps its adapters.
+
+    Raises:
+        UsageError: There are no bottleneck adapters, or fewer layers.
     """
-    for name, module in own_modules(model).items():
-        if isinstance(module, Bottleneck) and module.layer < first:
-            module.leave(model.get_submodule(name.rpartition(".")[0]))
+    own, names = own_modules(model), list(blocks(model))
+    owners = {module.owner for module in own.values() if isinstance(module, Bottleneck)}
+    if not owners:
+        raise UsageError("drop_layers: the model has no adapters of the kinds houlsby, lin or parallel")
+    if not 0 <= first <= len(names):
+        raise UsageError(f"drop_layers: {first}, expected 0 to {len(names)}, the layers that there are")
+    for name, module in own.items():
+        if module.owner in owners and 0 <= _layer_of(name, names) < first:
+            if "base_layer" in module._modules:
+                replace_module(model, name, module.base_layer)
+            else:
+                module.leave(model.get_submodule(name.rpartition(".")[0]))
 
 
 def norms(model: nn.Module, first_layer: int = 0) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,29 @@ def test_a_run_learns_and_its_adapter_answers_and_is_evaluated(task, call, name)
     assert "cannot be merged" in err
     assert len(err.strip().splitlines()) <= 3
     assert "recipe: lora" in err
+
+
+def test_adapters_of_the_first_layers_are_dropped_by_every_command_that_answers(task, call, monkeypatch):
+    assert call("finetune", "--config", config(task, "houlsby", bottleneck=8), "optimizer.lr=0.1")[0] == 0
+    ask = ("colour 1?", "--max-new-tokens", 8)
+    answers = [call("generate", task / "run", *ask, "--drop-layers", number)[1] for number in (0, 1, 2)]
+    assert len(set(answers)) == 3
+    scores = []
+    for number in (0, 1):
+        code, out, err = call(
+            "evaluate", task / "run", "--data", task / "rows.jsonl", "--skip-base", "--drop-layers", number
+        )
+        assert code == 0, err
+        assert ("without those of the first 1 layers" in err) == (number == 1)
+        scores.append(out)
+    assert scores[0] != scores[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("colour 1?\n"))
+    assert call("chat", task / "run", "--max-new-tokens", 8, "--drop-layers", 1)[1] == answers[1]
+    code, _, err = call("generate", task / "run", *ask, "--drop-layers", 3)
+    assert (code, "drop_layers: 3, expected 0 to 2" in err) == (2, True)
+    assert call("finetune", "--config", config(task, "prefix"), f"out={task / 'other'}")[0] == 0
+    code, _, err = call("generate", task / "other", *ask, "--drop-layers", 1)
+    assert (code, "no adapters of the kinds" in err) == (2, True)
 
 
 def test_a_learning_rate_that_is_given_holds(task, call):

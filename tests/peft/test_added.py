@@ -176,6 +176,27 @@ def test_adapters_dropped_at_inference_are_as_if_they_had_never_been():
     assert torch.equal(model(token_ids()), make_model().eval()(token_ids()))
 
 
+def test_norms_that_train_with_adapters_are_dropped_with_them():
+    model, base = with_method("houlsby"), make_model().eval()
+    shake(model)
+    drop_layers(model, 1)
+    hidden = {}
+    for name, of in (("base", base), ("dropped", model)):
+        of.model.layers[0].register_forward_hook(lambda _, args, out, n=name: hidden.update({n: out}))
+        of(token_ids())
+    assert all(torch.equal(one, other) for one, other in zip(hidden["base"], hidden["dropped"], strict=True))
+    assert not torch.equal(model(token_ids()), base(token_ids()))
+    drop_layers(model, LAYERS)
+    left = [name for name in own_modules(model) if ".layers." in name]
+    assert left == []
+
+
+@pytest.mark.parametrize(("name", "first"), [("houlsby", -1), ("houlsby", LAYERS + 1), ("prefix", 1)])
+def test_layers_that_cannot_be_dropped_are_told(name, first):
+    with pytest.raises(UsageError, match="drop_layers"):
+        drop_layers(with_method(name), first)
+
+
 def test_robust_dropping_draws_anew_for_every_batch_in_training_and_drops_nothing_after():
     model = with_method("parallel", drop_layers="random")
     shake(model)
