@@ -177,7 +177,7 @@ def test_nan_and_infinite_values_are_refused_with_names(folder):
         ({"some_future_option": {"a": 1}}, "some_future_option"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported: .* changed base"),
         ({"init_lora_weights": "mica"}, "init_lora_weights 'mica'"),
-        ({"peft_type": "XLORA"}, "peft_type 'XLORA' is not supported, known: LORA, VERA, "),
+        ({"peft_type": "XLORA"}, "peft_type 'XLORA' is not supported, known: LORA, "),
         ({"lora_alpha": "x"}, "alpha"),
         ({"rank_pattern": {"(": 4}}, "not a regular expression"),
     ],
