@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.begin import apply_method
+from lit_lora.begin import apply_method, settle
 from lit_lora.checkpoint.load import load_model
 from lit_lora.peft import freeze, save_adapter
 from lit_lora.recipe import (
@@ -62,6 +62,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         resume=options.resume,
         lr_factors=applied.lr_factors(model),
     )
+    applied = settle(applied, model, data)
     adapter = run.folder / "adapter"
     save_adapter(model, applied, adapter, base=config.model.path, data=data.about, figures=summary(result))
     if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer

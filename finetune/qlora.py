@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_lora.begin import settle
 from lit_lora.peft import save_adapter
 from lit_lora.qbase import keep_base, load_base
 from lit_lora.recipe import (
@@ -63,6 +64,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
         resume=options.resume,
         lr_factors=applied.lr_factors(model),
     )
+    applied = settle(applied, model, data)
     adapter = run.folder / "adapter"
     save_adapter(model, applied, adapter, base=base, data=data.about, figures=summary(result))
     if method is not chosen:  # tokens were added: the adapter needs its own tokenizer

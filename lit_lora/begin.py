@@ -1,6 +1,6 @@
-"""A method put on its model at the start of a run, with a look at the rows where it asks for one.
+"""A method put on its model at the start of a run, with a look at the rows where it asks for one, and its last word.
 
-What it made of them is kept in the run's ``start/``, so that a resumed run begins with the same modules.
+What it made of the rows is kept in the run's ``start/``, so that a resumed run begins with the same modules.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from itertools import count
 
 from lit_lora import IGNORE_INDEX, log
 from lit_lora.data.batches import Batches, MicroBatch
+from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM
-from lit_lora.peft import Method
+from lit_lora.peft import Method, count_parameters
 from lit_lora.peft.data_starts import Pass
 from lit_lora.peft.frozen import kept_method
 from lit_lora.recipe import Run, RunData
+from lit_lora.train.loop import validation_loss
 from lit_lora.train.loss import backward
 
-__all__ = ["apply_method", "passes"]
+__all__ = ["apply_method", "passes", "settle"]
 
 
 def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Method:
@@ -37,8 +39,13 @@ def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Me
 
     Raises:
         InputError: What a run to resume has kept is broken.
-        UsageError: The settings do not fit the model or the rows.
+        UsageError: The settings do not fit the model or the rows, or validation rows are needed and there are none.
     """
+    if method.settles and not data.validation:
+        raise UsageError(
+            "peft.search: selections are scored on validation rows, and there are none",
+            hint="data.validation=0.1 holds a tenth of the rows out",
+        )
     kept = kept_method(run.folder / "start", method) if run.options.resume else None
     if kept is not None or run.options.dry_run or not method.rows_to_start:
         method = method if kept is None else kept
@@ -46,6 +53,22 @@ def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Me
         return method
     seen = list(first_batches(data.batches, method.rows_to_start))
     return method.start_from(model, log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch"))
+
+
+def settle(method: Method, model: CausalLM, data: RunData) -> Method:
+    """Choose in place what training has left open, by the validation loss; see :meth:`lit_lora.peft.Method.settle`.
+
+    Returns:
+        The method as it is now.
+    """
+    if not method.settles:
+        return method
+    model.eval()
+    before = count_parameters(model).trainable
+    settled = method.settle(model, partial(validation_loss, model, data.validation))
+    now, loss = count_parameters(model).trainable, validation_loss(model, data.validation)
+    log.note(f"chose forms: {now:,} of {before:,} trained numbers are kept, validation loss {loss:.4f}")
+    return settled
 
 
 def first_batches(batches: Batches, rows: int) -> Iterator[MicroBatch]:

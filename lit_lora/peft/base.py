@@ -90,6 +90,23 @@ class Method(Settings):
         self.apply(model)
         return self
 
+    @property
+    def settles(self) -> bool:
+        """Whether :meth:`settle` has something to choose, by the loss on validation rows."""
+        return False
+
+    def settle(self, model: nn.Module, score: Callable[[], float]) -> Method:
+        """Choose, in place, what training has left open.
+
+        Args:
+            model: Trained.
+            score: The validation loss of the model as it is when called.
+
+        Returns:
+            Settings by which ``apply`` gives modules of the same shapes.
+        """
+        return self
+
     def configure(self, config: AnyConfig) -> AnyConfig:
         """The model's config with what the method changes of it."""
         return config

@@ -2,15 +2,17 @@
 
 ``y = (W + W * A + B) x + b + b * D + E + W C``. ``A`` and ``B`` are a low-rank product, a vector with a value per
 output, one constant, or absent; ``C`` a product or a vector over the inputs; ``D`` and ``E`` a vector or a constant.
-All start at zero. Only layers with a bias have ``C``, ``D`` and ``E``.
+All start at zero. Only layers with a bias have ``C``, ``D`` and ``E``. ``search`` finds
+the forms; see ``glora_search``.
 Source: Chavan et al. 2023, "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", equations 10 and 11.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, select
+from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select
+from lit_lora.peft.glora_search import Search, evolve, narrower
 from lit_lora.peft.targets import TargetedMethod, check_rank
 from lit_lora.peft.updates import LowRank, Scaled, Update
 
@@ -54,6 +57,7 @@ class Term(nn.Module):
     def __init__(self, form: str, rows: int, columns: int, rank: int, device: torch.device) -> None:
         super().__init__()
         self.form, self.rows, self.columns = form, rows, columns
+        self.widest = form
         if form == "lora":
             self.Xd = nn.Parameter(torch.zeros(rows, rank, device=device))
             self.Xu = nn.Parameter(torch.empty(rank, columns, device=device))
@@ -64,13 +68,34 @@ class Term(nn.Module):
     @property
     def value(self) -> Tensor:
         """The matrix; what is the same in every column has one."""
-        return self.Xd @ self.Xu if self.form == "lora" else self.X.expand(self.rows, 1)
+        return self.Xd @ self.Xu if self.form == "lora" else self._column().expand(self.rows, 1)
+
+    def _column(self) -> Tensor:
+        """The numbers of a vector or of a constant: part of the term's where it could be wider."""
+        column = self.Xd[:, :1] if self.widest == "lora" else self.X
+        return column[:1] if self.form == "constant" else column
+
+    def size(self, form: str) -> int:
+        """Numbers that the term has in a form."""
+        lora = (self.rows + self.columns) * self.Xd.shape[1] if self.widest == "lora" else 0
+        return {"lora": lora, "vector": self.rows, "constant": 1, "none": 0}[form]
+
+    @torch.no_grad()
+    def narrowed(self, form: str) -> Term:
+        """A term of that form with the numbers of this one."""
+        if form == self.widest:
+            self.form = form
+            return self
+        self.form, rank = form, self.Xd.shape[1] if self.widest == "lora" else 1
+        term = Term(form, self.rows, self.columns, rank, self._column().device)
+        term.X.copy_(self._column().reshape(term.X.shape))
+        return term
 
     def factors(self) -> LowRank:
         """The matrix as a detached product."""
         if self.form == "lora":
             return LowRank(self.Xd.detach(), self.Xu.detach(), 1.0)
-        left = self.X.detach().expand(self.rows, 1)
+        left = self._column().detach().expand(self.rows, 1)
         return LowRank(left, torch.ones_like(left[:1]).expand(1, self.columns), 1.0)
 
 
@@ -81,11 +106,13 @@ class GLoRALinear(OwnModule):
         base_layer: The linear layer; it stays as it is.
         forms: The terms' forms; those of the bias hold where there is one.
         rank: Of low-rank terms.
+        searching: Forms are drawn anew, the given ones or narrower, for each pass in training.
     """
 
-    def __init__(self, base_layer: nn.Linear, forms: Forms, rank: int) -> None:
+    def __init__(self, base_layer: nn.Linear, forms: Forms, rank: int, *, searching: bool = False) -> None:
         super().__init__()
         self.base_layer: nn.Linear = base_layer
+        self.searching = searching
         out, wide = base_layer.out_features, base_layer.in_features
         shapes = {"A": (out, wide), "B": (out, wide)}
         if base_layer.bias is not None:
@@ -101,6 +128,8 @@ class GLoRALinear(OwnModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
+        if self.searching and self.training:  # checkpointed activations draw the same again: torch keeps the state
+            self.take(self.choices[int(torch.randint(len(self.choices), ()))])
         weight, bias = self.base_layer.weight, self.base_layer.bias
         y: Tensor = nn.functional.linear(x, weight)
         A, B = self._term("A"), self._term("B")
@@ -123,9 +152,43 @@ class GLoRALinear(OwnModule):
         return total if C is None else total + self.base_layer.weight.to(total.dtype) @ C.value[:, 0].to(total.dtype)
 
     def _term(self, name: str) -> Term | None:
-        term = dict(self.terms.named_children()).get(name)
-        assert term is None or isinstance(term, Term)
-        return term
+        term = self._terms.get(name)
+        return None if term is None or term.form == "none" else term
+
+    @property
+    def _terms(self) -> dict[str, Term]:
+        return {name: term for name, term in self.terms.items() if isinstance(term, Term)}
+
+    @property
+    def choices(self) -> list[dict[str, str]]:
+        """Forms by term: all that the terms' numbers can take, the widest first."""
+        options = {name: narrower(term.widest, constant=name != "C") for name, term in self._terms.items()}
+        return [dict(zip(options, forms, strict=True)) for forms in itertools.product(*options.values())]
+
+    def take(self, forms: Mapping[str, str]) -> None:
+        """Compute in these forms, by term, in place; the numbers stay."""
+        for name, form in forms.items():
+            self._terms[name].form = form
+
+    def train(self, mode: bool = True) -> GLoRALinear:
+        """While it searches, what is measured between steps has the widest forms."""
+        if self.searching and self.training and not mode:
+            self.take(self.choices[0])
+        super().train(mode)
+        return self
+
+    def settle(self, forms: Mapping[str, str]) -> None:
+        """Keep these forms and drop all other numbers, in place."""
+        self.searching = False
+        for name, form in forms.items():
+            if form == "none":
+                del self.terms[name]
+            else:
+                self.terms[name] = self._terms[name].narrowed(form)
+
+    def size(self, forms: Mapping[str, str]) -> int:
+        """Trained numbers in these forms."""
+        return sum(self._terms[name].size(form) for name, form in forms.items())
 
     def updates(self) -> dict[str, Update]:
         """``W * (1 + A) + B``, and ``b * (1 + D) + E + W C``."""
@@ -163,6 +226,11 @@ class GLoRAConfig(TargetedMethod, Forms):
     forms_pattern: dict[str, Forms] = Field(
         {}, description="Name: forms (A to E), where they differ; the first that matches holds."
     )
+    search: Search | None = Field(
+        None,
+        description="Choose every layer's forms, the given ones or narrower, by an evolutionary search on the "
+        "validation rows after training; {} takes the defaults. Every step then trains forms drawn anew.",
+    )
 
     @property
     def title(self) -> str:
@@ -188,12 +256,46 @@ class GLoRAConfig(TargetedMethod, Forms):
         for name, base in targets.items():
             if "lora" in (chosen[name].A, chosen[name].B):
                 check_rank(self.rank, name, (base.out_features, base.in_features))
-            module = GLoRALinear(base, chosen[name], self.rank)
+            module = GLoRALinear(base, chosen[name], self.rank, searching=self.search is not None)
             if len(module.terms):
                 wrapped[name] = module
         if not wrapped:
             raise UsageError("peft: every form is none, so nothing would train")
         return wrapped
+
+    @property
+    def settles(self) -> bool:
+        """Whether forms are chosen after training."""
+        return self.search is not None
+
+    def settle(self, model: nn.Module, score: Callable[[], float]) -> GLoRAConfig:
+        """Choose the forms of every layer, in place, and return the settings that name them.
+
+        Raises:
+            UsageError: The search's budget leaves nothing.
+        """
+        if self.search is None:
+            return self
+        layers = {name: module for name, module in own_modules(model).items() if isinstance(module, GLoRALinear)}
+        choices = {name: layer.choices for name, layer in layers.items()}
+        sizes = [[layer.size(forms) for forms in choices[name]] for name, layer in layers.items()]
+
+        def scored(genes: tuple[int, ...]) -> float:
+            for (name, layer), gene in zip(layers.items(), genes, strict=True):
+                layer.take(choices[name][gene])
+            return score()
+
+        genes, _ = evolve(sizes, self.search, scored)
+        pattern = {}
+        for (name, layer), gene in zip(layers.items(), genes, strict=True):
+            forms = choices[name][gene]
+            layer.settle(forms)
+            pattern[name] = Forms.model_validate({**dict.fromkeys(Forms.model_fields, "none"), **forms})
+            if not layer.terms:
+                replace_module(model, name, layer.base_layer)
+        kept = [name for name in layers if layers[name].terms]
+        places = {"target_modules": kept, "exclude_modules": [], "layers": None, "search": None}
+        return self.model_copy(update={**places, "forms_pattern": {name: pattern[name] for name in kept}})
 
     @property
     def _known_to_peft(self) -> bool:
