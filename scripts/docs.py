@@ -99,7 +99,7 @@ def config_page() -> str:
             about = f"For `recipe: {name}`. " + method["description"].replace("``", "`")
             lr = methods()[chosen].default_lr
             own = "" if lr is None else f" Learns at {lr:g} where `optimizer.lr` is not given."
-            lines += [f"## peft, name: {chosen}", about + own, _table(method["properties"])]
+            lines += [f"## peft, name: {chosen}", about + own, _table(_with_inner(schema, method["properties"]))]
     return "\n\n".join([*lines, *_comparison()]) + "\n"
 
 
@@ -121,6 +121,17 @@ def _comparison() -> Iterator[str]:
 
 def _resolve(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+    return found
+
+
+def _with_inner(schema: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The keys, and behind one that is a section of its own the keys of that, as ``key.inner``."""
+    found: dict[str, Any] = {}
+    for name, field in fields.items():
+        found[name] = field
+        for part in field.get("anyOf", []):
+            inner = _resolve(schema, part)["properties"] if "$ref" in part else {}
+            found |= {f"{name}.{key}": value for key, value in inner.items()}
     return found
 
 
@@ -172,7 +183,7 @@ def _values(field: dict[str, Any]) -> str:
         return " or ".join(_values(part) for part in field["anyOf"] if part.get("type") != "null")
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    kind: str = field["type"]
+    kind: str = field.get("type", "object")
     if kind == "array":
         inner = field.get("items") or field["prefixItems"][0]
         each = _values(inner)

@@ -81,11 +81,24 @@ def test_full_writes_a_whole_model_with_the_best_weights(task):
     assert losses(folder)[-1] < losses(folder)[0]
 
 
-def test_part_of_the_weights_can_be_trained(task):
-    folder = finetuned(write_config(task, recipe="full", peft={"name": "full", "train": ["mlp"]}))
+PARTS = {
+    "modules by name": (["mlp"], lambda name: "mlp" in name),
+    "a layer": (["layers.1"], lambda name: "layers.1." in name),
+    "norms only": (["*norm"], lambda name: "norm" in name),
+    "embedding and norms": (["embed_tokens", "*norm"], lambda name: "norm" in name or "embed" in name),
+    "embedding only": (["embed_tokens"], lambda name: "embed" in name),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_the_weights_can_be_trained(task, part):
+    names, trains = PARTS[part]
+    folder = finetuned(write_config(task, recipe="full", peft={"name": "full", "train": names}))
     before, after = load_model(task / "base"), load_model(folder / "model")
     for name, value in before.named_parameters():
-        assert torch.equal(value, after.get_parameter(name)) != ("mlp" in name), name
+        assert torch.equal(value, after.get_parameter(name)) != trains(name), name
+    validated = [record["validation_loss"] for record in metrics(folder) if "validation_loss" in record]
+    assert min(validated[1:]) < validated[0]
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])

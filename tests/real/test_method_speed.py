@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lit_lora import peft
+from lit_lora.begin import passes
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import MicroBatch
 from lit_lora.train.device import reuse_memory
@@ -25,6 +26,7 @@ METHODS: dict[str, tuple[dict[str, Any], float | None]] = {
     "lora-fa": ({"name": "lora", "freeze_A": True}, 1.1),
     "pissa": ({"name": "lora", "init": "pissa"}, 1.1),
     "olora": ({"name": "lora", "init": "olora"}, 1.1),
+    "eva": ({"name": "lora", "init": "eva"}, 1.1),
     "multilora, n = 1": ({"name": "multilora", "updates": 1}, 1.1),
     "multilora": ({"name": "multilora"}, None),
     "dora": ({"name": "dora"}, 1.5),
@@ -50,7 +52,8 @@ class Trained:
     def __init__(self, folder: Any, settings: dict[str, Any]) -> None:
         self.model = load_model(folder, dtype=torch.bfloat16)
         peft.freeze(self.model)
-        peft.methods()[settings["name"]].model_validate(settings).apply(self.model)
+        method = peft.methods()[settings["name"]].model_validate(settings)
+        method.start_from(self.model, passes(self.model, [batch()]))
         self.model.train()
         self.trainables = Trainables(self.model)
         self.optimizer = build_optimizer(OptimizerConfig(lr=1e-6), self.trainables)
