@@ -53,7 +53,7 @@ def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) 
         weights = _weights(run, method, data) if method.weighing_rows else None
         stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
         decomposer = method.decomposer(
-            skeleton, quantize, lambda name: stored.read(f"{name}.weight").to(run.device), weights
+            skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
         )
     model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
     freeze(model)

@@ -55,7 +55,7 @@ def load_model(
         if stored.quantized(name):
             _put_quantized(model, parent, stored.packed(name).to(device), dtype or stored.dtype(name))
         elif last == "weight" and parent in to_quantize:
-            tensor = stored.read(name).to(device)
+            tensor = stored.read_once(name).to(device)
             assert quantize is not None
             if isinstance(quantize, QuantizeConfig):
                 weight = quantize_matrix(tensor, quantize, name=name)
@@ -63,7 +63,7 @@ def load_model(
                 weight = quantize(parent, tensor)
             _put_quantized(model, parent, weight, dtype or tensor.dtype)
         else:
-            tensor = stored.read(name).to(device=device, dtype=dtype)
+            tensor = stored.read(name, dtype).to(device)
             setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
     if config.tie_word_embeddings:
         model.tie_weights()

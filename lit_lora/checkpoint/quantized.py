@@ -144,6 +144,14 @@ class StoredTensors:
             return self.packed(name).dequantize(dtype or self.dtype(name))
         return self._reader.read(name, dtype)
 
+    def read_once(self, name: str) -> Tensor:
+        """The values of a tensor that is soon dropped: see :meth:`TensorReader.read_once`.
+
+        Raises:
+            InputError: As :meth:`packed`.
+        """
+        return self.read(name) if self.quantized(name) else self._reader.read_once(name)
+
     def quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantised."""
         return name in self._packed

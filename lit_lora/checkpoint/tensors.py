@@ -61,13 +61,14 @@ class TensorReader:
 
     def __init__(self, files: list[Path]) -> None:
         self._shards: dict[str, Any] = {}  # tensor name -> open shard
+        self._files: dict[str, Path] = {}
         self._slices: dict[str, Any] = {}
         for file in files:
             shard = _open_shard(file)
             for name in shard.offset_keys():
                 if name in self._shards:
                     raise InputError(f"{file}: tensor {name} is in another shard too, expected it once")
-                self._shards[name] = shard
+                self._shards[name], self._files[name] = shard, file
                 self._slices[name] = shard.get_slice(name)
 
     def names(self) -> list[str]:
@@ -91,8 +92,19 @@ class TensorReader:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor's values: pages of the file, mapped on use, or a copy in ``dtype`` where that differs."""
+        if dtype is not None and dtype != self.dtype(name):
+            return self.read_once(name).to(dtype)
         tensor: Tensor = self._shards[name].get_tensor(name)
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor
+
+    def read_once(self, name: str) -> Tensor:
+        """The values of a tensor that is soon dropped, in a mapping of their own.
+
+        Its pages leave the process with the tensor. Those of the shared mapping would count as the process's memory for
+        as long as any tensor of the file is in use.
+        """
+        tensor: Tensor = _open_shard(self._files[name]).get_tensor(name)
+        return tensor
 
 
 def open_tensors(folder: Path) -> TensorReader:

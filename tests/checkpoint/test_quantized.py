@@ -196,14 +196,14 @@ BIG: dict[str, Any] = CONFIG | {
 }
 
 # Loads a folder and prints: the peak of the memory that is the process's own (mapped files are not) over that of a bare
-# import of torch, the bytes of the model, and the seconds.
+# import of torch, how many bytes of files are mapped more than before, the bytes of the model, and the seconds.
 PROBE = """
 import sys, threading, time
 import torch
 
-def own():
+def own(which="RssAnon"):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(which))
 
 def sample():
     global peak
@@ -219,23 +219,23 @@ from pathlib import Path
 from lit_lora.checkpoint import load_model
 from lit_lora.quantize import QuantizeConfig, stored_bytes
 quantize = QuantizeConfig.model_validate(sys.argv[2]) if sys.argv[2] != "none" else None
-started = time.perf_counter()
+started, files = time.perf_counter(), own("RssFile")
 model = load_model(Path(sys.argv[1]), dtype=torch.bfloat16, quantize=quantize)
 seconds = time.perf_counter() - started
 done = True
 thread.join()
-print(max(peak, own()) - bare, stored_bytes(model), seconds)
+print(max(peak, own()) - bare, own("RssFile") - files, stored_bytes(model), seconds)
 """
 
 
-def probe(folder: Path, how: str, **environment: str) -> tuple[int, int, float]:
+def probe(folder: Path, how: str, **environment: str) -> tuple[int, int, int, float]:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(folder), how],
         capture_output=True, text=True, check=False, env={**os.environ, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak, size, seconds = done.stdout.split()
-    return int(peak), int(size), float(seconds)
+    peak, files, size, seconds = done.stdout.split()
+    return int(peak), int(files), int(size), float(seconds)
 
 
 @pytest.fixture
@@ -252,13 +252,14 @@ def big(tmp_path: Path, tokenizer_folder: Path) -> Path:
 @pytest.mark.slow
 def test_quantising_while_loading_takes_the_result_and_one_tensor(big: Path) -> None:
     for environment in ({}, {"LIT_LORA_KERNELS": "0"}):
-        peak, size, _ = probe(big, "nf4-dq", **environment)
+        peak, files, size, _ = probe(big, "nf4-dq", **environment)
         assert size / 2 < peak < size + 2 * 2048 * 8192 + 100_000_000
+        assert files < 150_000_000, "pages of the 16-bit weights stay with the process"
 
 
 @pytest.mark.slow
 def test_a_quantised_folder_stays_pages_of_its_files(big: Path, tmp_path: Path) -> None:
     convert(plan_conversion(open_source(big), quantize=settings("nf4-dq")), tmp_path / "packed")
-    peak, _, seconds = probe(tmp_path / "packed", "none")
+    peak, _, _, seconds = probe(tmp_path / "packed", "none")
     assert peak < 200_000_000
     assert seconds < 2

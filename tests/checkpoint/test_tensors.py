@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def test_tensors_of_all_shards_are_read_by_name(folder: Path) -> None:
     assert reader.dtype("b") == torch.bfloat16
     assert torch.equal(reader.read("a"), torch.arange(6.0).reshape(2, 3))
     assert reader.read("a", torch.float16).dtype == torch.float16
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", ["once", "converted"])
+def test_the_pages_of_a_tensor_that_is_read_once_go_with_it(folder: Path, name: str) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(folder))
+
+    reader = open_tensors(folder)
+    before = mappings()
+    tensor = reader.read_once("a") if name == "once" else reader.read("a", torch.float16)
+    assert torch.equal(tensor.float(), torch.arange(6.0).reshape(2, 3))
+    assert mappings() == before + (name == "once")
+    del tensor
+    assert mappings() == before
 
 
 def test_every_dtype_is_told_without_reading(tmp_path: Path) -> None:
