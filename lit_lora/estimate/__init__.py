@@ -15,7 +15,7 @@ from lit_lora.checkpoint.load import empty_model
 from lit_lora.data import Rows
 from lit_lora.data.batches import Batches
 from lit_lora.data.rows import Integers
-from lit_lora.estimate.rehearsal import Portion, on_paper, rehearse
+from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
 from lit_lora.estimate.shapes import SHAPES, model_shape
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, freeze
@@ -29,12 +29,18 @@ __all__ = ["SHAPES", "Estimate", "Memory", "RowLengths", "Setup", "estimate", "m
 _PROCESS_BYTES = {"cpu": 506_000_000, "cuda": 500_000_000}
 """Python, torch and the libraries on the CPU; the driver's context and the libraries' workspaces on a GPU."""
 
-_SLACK = {torch.bfloat16: 0.17}
-_OTHER_SLACK = 0.32
-"""Shares of what a step allocates that a CPU's allocator holds beyond it, measured: benchmarks/estimate_202611.md."""
+_HOLES = 60
+"""In bfloat16 on a CPU: times the hidden states of a micro-batch, what the allocator holds beside what is in use."""
 
-_EFFICIENCY = 0.4
-"""Share of the matrix-product rate that a training step reaches; the rest is elementwise work and attention."""
+_SLACK = 0.32
+"""In other dtypes on a CPU: the same as a share of what a step allocates. Measured: benchmarks/estimate_202611.md."""
+
+_EFFICIENCY = {"cpu": 0.6}
+_OTHER_EFFICIENCY = 0.4
+"""Share of the matrix-product rate that a training step reaches; the rest is elementwise work and attention. Measured
+on CPUs, in the same place."""
+
+_MEASURED_SECONDS = 0.3
 
 _LOOKED_AT = 500
 """Steps among which the largest micro-batch is looked for."""
@@ -154,8 +160,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     portion, several, step_tokens = _largest(setup)
     peak = rehearse(model, portion, fused=setup.device.type == "cpu", masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    passing = peak.activations + peak.logits + peak.backward
-    slack = _SLACK.get(setup.dtype, _OTHER_SLACK) if setup.device.type == "cpu" else 0.05
+    padded = -(-sum(portion.lengths) // STEP) * STEP
     memory = Memory(
         weights=stored - own,
         trained=own + copies,
@@ -163,13 +168,12 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
         gradients=gradients,
         activations=peak.activations,
         logits=peak.logits,
-        workspace=peak.backward - gradients + int(slack * passing),
+        workspace=peak.backward - gradients + _unused(setup, padded, peak),
         process=_PROCESS_BYTES.get(setup.device.type, 0),
     )
     numbers = sum(master.numel() for master in masters)
     written = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     disk = (trained + state_bytes(setup.optimizer, masters)) * (setup.train.keep_last + 2) + written
-    padded = -(-sum(portion.lengths) // STEP) * STEP
     return Estimate(memory, disk, _seconds(setup, peak.operations / padded * step_tokens), numbers)
 
 
@@ -187,20 +191,30 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
     return portion, any(len(step) > 1 for step in portions), mean
 
 
+def _unused(setup: Setup, tokens: int, peak: Peak) -> int:
+    """Bytes that the allocator holds and nothing uses."""
+    if setup.device.type == "cpu" and setup.dtype == torch.bfloat16:
+        return _HOLES * tokens * setup.shape.hidden_size * setup.dtype.itemsize
+    share = _SLACK if setup.device.type == "cpu" else 0.05
+    return int(share * (peak.activations + peak.logits + peak.backward))
+
+
 def _seconds(setup: Setup, operations: float) -> float | None:
     """Of one step, by a matrix product that is measured here and now; ``None`` where the device is not here."""
     if setup.device.type == "cuda" and not torch.cuda.is_available():
         return None
-    return operations / (_product_rate(setup.dtype, setup.device) * _EFFICIENCY)
+    rate = _product_rate(setup.dtype, setup.device, setup.shape.hidden_size, setup.shape.intermediate_size)
+    return operations / (rate * _EFFICIENCY.get(setup.device.type, _OTHER_EFFICIENCY))
 
 
 @lru_cache(maxsize=8)
-def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of a matrix product here and now; takes a fraction of a second."""
-    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
-    best = 0.0
-    for _ in range(4):
+def _product_rate(dtype: torch.dtype, device: torch.device, width: int, inner: int) -> float:
+    """Floating-point operations per second of an MLP's product here and now; takes a fraction of a second."""
+    tokens = 512
+    a, b = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (tokens, inner))
+    best, begun = 0.0, time.perf_counter()
+    while best == 0 or time.perf_counter() - begun < _MEASURED_SECONDS:
         started = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for a GPU
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+        float((a @ b.T)[0, 0])  # waits for a GPU
+        best = max(best, 2 * tokens * width * inner / (time.perf_counter() - started))
     return best
