@@ -14,7 +14,7 @@ from lit_lora.quantize.config import parse
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
 
-__all__ = ["OpenedModel", "find_folders", "open_model"]
+__all__ = ["OpenedModel", "find_folders", "held_base", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def open_model(
     adapter: Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    quantize: str | None = None,
+    quantize: str | QuantizeConfig | None = None,
     drop_layers: int = 0,
 ) -> OpenedModel:
     """Open a model for use.
@@ -50,8 +50,8 @@ def open_model(
         adapter: An adapter folder, or a run folder with one, in the place of the run's own.
         dtype: ``fp32``, ``bf16`` or ``fp16``; what the device computes fastest when omitted.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        quantize: How the base is held: ``none``, ``nf4-dq``, ``nf4``, ``fp4-dq``, ``fp4`` or ``int8``; when omitted, as
-            the adapter was trained, or as the folder has it.
+        quantize: How the base is held: settings, ``none``, or a name such as ``nf4-dq``; when omitted, as the adapter
+            was trained, or as the folder has it.
         drop_layers: Leave the bottleneck adapters of so many first layers out; without an adapter it has no effect.
 
     Raises:
@@ -83,12 +83,23 @@ def open_model(
     return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
 
 
-def _how(asked: str | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:
+def _how(asked: str | QuantizeConfig | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:
     """How the base is to be quantised, where it is not yet."""
     if asked is None:
-        held = ModelConfig.from_folder(base).source.get("quantization_config")
-        return None if adapter is None or held else quantization_of(adapter)
+        return None if adapter is None else held_base(base, adapter)
+    if isinstance(asked, QuantizeConfig):
+        return asked
     return None if asked == "none" else parse(asked, option="--quantize")
+
+
+def held_base(base: Path, adapter: Path) -> QuantizeConfig | None:
+    """How ``base`` is to be quantised to be what ``adapter`` was trained on; ``None`` where it is that already.
+
+    Raises:
+        InputError: A folder is broken.
+    """
+    quantized = ModelConfig.from_folder(base).source.get("quantization_config")
+    return None if quantized else quantization_of(adapter)
 
 
 def find_folders(model: Path, *, adapter: Path | None = None) -> tuple[Path, Path | None]:

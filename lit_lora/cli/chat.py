@@ -62,7 +62,7 @@ def command(
         seed=seed,
     )
     from lit_lora.generate import ChatSession
-    from lit_lora.open_model import open_model
+    from lit_lora.open_model import held_base, open_model
 
     how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
     opened = open_model(model, adapter=adapter, **how)
@@ -70,7 +70,9 @@ def command(
         options.read_template(opened.tokenizer, template)
 
     def with_adapter(chosen: Path | None) -> OpenedModel:
-        other = open_model(opened.base, adapter=chosen, **how)
+        left = opened.adapter if chosen is None else None
+        held = held_base(opened.base, left) if left is not None else None  # the base stays as it was trained on
+        other = open_model(opened.base, adapter=chosen, **{**how, "quantize": quantize or held})
         if template is not None:
             other.tokenizer.use_template(opened.tokenizer.template.text, str(template))
         return other

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lit_lora.data import DataConfig
     from lit_lora.evaluate.compare import Candidate, Result
     from lit_lora.evaluate.tasks import Dataset
+    from lit_lora.quantize import QuantizeConfig
 
 __all__ = ["command"]
 
@@ -64,9 +65,9 @@ def command(
 ) -> None:
     """Measure models on held-out rows, side by side.
 
-    A run folder gives two columns, its base and its adapter; --shots adds the base with examples in its prompt, which
-    finetuning has to beat. Shares come with their 95 % interval. Answers are compared after Unicode NFC, without white
-    space at the ends and without a code fence; JSON is compared as JSON.
+    A run folder gives two columns, its base (quantised as in training) and its adapter; --shots adds the base with
+    examples in its prompt, which finetuning has to beat. Shares come with their 95 % interval. Answers are compared
+    after Unicode NFC, without white space at the ends and without a code fence; JSON is compared as JSON.
 
     Rows are read as by lit-lora prepare. Rows of multiple choice (prompt, options, answer) are scored by likelihood.
 
@@ -89,14 +90,15 @@ def command(
     config = _data_config(trained_on, data, {key: value for key, value in given.items() if value is not None})
     if skip_base and shots:
         raise UsageError("--shots asks the base with examples, which --skip-base leaves out")
-    candidates = _candidates(models, adapter, shots, skip_base=skip_base)
+    candidates = _candidates(models, adapter, shots, as_trained=quantize is None, skip_base=skip_base)
     dataset = _read(config, tasks, limit)
     tasks = tasks or default_tasks(dataset)
     drawn_from = _examples(config, examples or trained_on.get("path"), shots, tasks, dataset)
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "drop_layers": drop_layers}
+        how["quantize"] = quantize or candidate.quantize
         opened = open_model(candidate.model, adapter=candidate.adapter, **how)
         return opened.model, opened.tokenizer, opened.description
 
@@ -160,30 +162,45 @@ def _data_config(trained_on: dict[str, Any], data: str | None, given: dict[str, 
     return validate({**kept, **given, "path": path}, DataConfig, name="evaluate")
 
 
-def _candidates(models: list[Path], adapter: Path | None, shots: int, *, skip_base: bool) -> list[Candidate]:
-    """The columns: each base once, with its shots beside it, and what was made of it; or only the latter.
+def _candidates(
+    models: list[Path], adapter: Path | None, shots: int, *, as_trained: bool, skip_base: bool
+) -> list[Candidate]:
+    """The columns: each base once, as the adapter beside it was trained, with its shots, and what was made of it.
+
+    With ``skip_base`` only the latter.
 
     Raises:
         InputError: A folder holds no model.
         UsageError: ``--adapter`` was given with several models.
     """
     from lit_lora.evaluate.compare import Candidate
-    from lit_lora.open_model import find_folders
+    from lit_lora.open_model import find_folders, held_base
 
     if adapter is not None and len(models) > 1:
         raise UsageError("--adapter goes with one MODEL", hint="name runs and adapters as further MODELs")
     found: list[Candidate] = []
     for number, path in enumerate(models):
         base, folder = find_folders(path, adapter=adapter)
-        wanted = not (skip_base and folder is not None)
-        if wanted and all(known.adapter or known.model.resolve() != base.resolve() for known in found):
-            found.append(Candidate(_label(base, found), base))
+        held = held_base(base, folder) if as_trained and folder is not None else None
+        known = {(other.model.resolve(), other.quantize) for other in found if other.adapter is None}
+        if (base.resolve(), held) not in known and not (skip_base and folder is not None):
+            found.append(Candidate(_base_label(base, folder, held, found), base, quantize=held))
             # of plain models only the first is a base; the others are what finetuning made
             if shots and (folder is not None or number == 0):
-                found.append(Candidate(f"{found[-1].label} + {shots} shots", base, shots=shots))
+                found.append(Candidate(f"{found[-1].label} + {shots} shots", base, shots=shots, quantize=held))
         if folder is not None:
             found.append(Candidate(_label(folder, found), base, folder))
     return found
+
+
+def _base_label(base: Path, adapter: Path | None, held: QuantizeConfig | None, taken: list[Candidate]) -> str:
+    """A base's label, with what it is where that is not the checkpoint itself."""
+    label = _label(base, taken)
+    if held is not None:
+        return f"{label} in {held}"
+    if adapter is not None and base.resolve() == (adapter.parent / "base").resolve():  # it chose the codes itself
+        return f"{adapter.resolve().parent.name}/{label}, the codes without their update"
+    return label
 
 
 def _label(folder: Path, taken: list[Candidate]) -> str:

@@ -16,6 +16,7 @@ from lit_lora.evaluate.shots import draw_shots
 from lit_lora.evaluate.tasks import Dataset, EvaluateSettings, Subject
 from lit_lora.files import sha256_file
 from lit_lora.model import CausalLM
+from lit_lora.quantize import QuantizeConfig
 from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["Candidate", "Result", "compare", "comparison_table", "report", "same_scores"]
@@ -29,6 +30,8 @@ class Candidate:
     model: Path
     adapter: Path | None = None
     shots: int = 0
+    quantize: QuantizeConfig | None = None
+    """How a base without an adapter is held: as the adapter beside it was trained."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def report(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any
             "model": str(result.candidate.model),
             "adapter": str(result.candidate.adapter) if result.candidate.adapter else None,
             "adapter_sha256": result.adapter_sha256,
+            "opened": result.description,
             "shots": result.candidate.shots,
             "seconds": round(result.seconds, 3),
             "scores": {metric.name: metric.to_json() for metric in result.metrics},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch
 from lit_lora import peft
 from lit_lora.checkpoint import load_model
 from lit_lora.cli import main
-from lit_lora.open_model import open_model
+from lit_lora.open_model import OpenedModel, open_model
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.recipe import Options, load_recipe
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
@@ -79,6 +82,44 @@ def test_a_run_opens_over_the_base_that_it_was_trained_on_unless_told_otherwise(
         assert (plain(ids) - opened.model(ids)).abs().max() > 1e-4
     assert found_config(plain) is None
     assert found_config(open_model(task / "base", dtype="fp32", quantize="int8").model) == QuantizeConfig(name="int8")
+
+
+def test_evaluate_holds_the_base_as_it_was_trained_on(task: Path, call: Call) -> None:
+    run = finetuned(task / "config.yaml", "optimizer.lr=1e-30")  # an adapter that changes nothing
+    code, _, err = call("evaluate", run, "--data", task / "rows.jsonl", "--task", "loss", "--out", task / "one.json")
+    assert code == 0, err
+    assert "run/adapter scores exactly as base in nf4-dq, blocks of 32 in everything" in err
+    trained = finetuned(task / "config.yaml", "optimizer.lr=1e-2", f"out={task / 'trained'}")
+    assert call("evaluate", trained, task / "base", "--data", task / "rows.jsonl", "--out", task / "two.json")[0] == 0
+    columns = {model["label"]: model for model in json.loads((task / "two.json").read_text())["models"]}
+    assert list(columns) == ["base in nf4-dq, blocks of 32", "trained/adapter", "base"]
+    assert "nf4-dq, blocks of 32, " in columns["trained/adapter"]["opened"]
+    losses = [column["scores"]["loss"]["value"] for column in columns.values()]
+    assert losses[1] < losses[0] != losses[2]
+    assert call("evaluate", run, "--data", task / "rows.jsonl", "--quantize", "none", "--out", task / "3.json")[0] == 0
+    assert [m["label"] for m in json.loads((task / "3.json").read_text())["models"]] == ["base", "run/adapter"]
+
+
+def test_generate_and_chat_run_over_the_quantised_base(task: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finetuned(task / "config.yaml", "train.max_steps=12")
+    opened: list[OpenedModel] = []
+
+    def noted(*arguments: Any, **options: Any) -> OpenedModel:
+        opened.append(open_model(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("lit_lora.open_model.open_model", noted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("colour 3?\n/adapter off\ncolour 3?\n"))
+    code, out, err = call("chat", run, "--max-new-tokens", 4)
+    assert code == 0, err
+    assert len(out.splitlines()) == 2
+    assert [model.adapter is None for model in opened] == [False, True]
+    assert all("nf4-dq, blocks of 32, " in model.description for model in opened), "the base stays as it was trained on"
+    code, answer, err = call("generate", run, "colour 3?", "--max-new-tokens", 4, "--temperature", 0)
+    assert code == 0, err
+    kept = call("generate", run, "colour 3?", "--max-new-tokens", 4, "--temperature", 0, "--quantize", "nf4-dq")
+    assert kept[0] == 2  # its blocks are of 64, which do not fit
+    assert call("generate", run, "colour 3?", "--max-new-tokens", 4, "--temperature", 0)[1] == answer
 
 
 @pytest.mark.parametrize("quantize", [NF4, {"name": "int8"}], ids=str)

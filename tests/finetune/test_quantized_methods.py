@@ -102,6 +102,13 @@ def test_a_dry_run_writes_nothing(task: Path, case: str) -> None:  # noqa: F811
     assert not (task / "run").exists()
 
 
+def test_evaluate_says_that_codes_chosen_by_a_method_are_not_the_base(task: Path, call: Call) -> None:  # noqa: F811
+    run = finetuned(configured(task, "loftq"))
+    assert call("evaluate", run, "--data", task / "rows.jsonl", "--task", "loss", "--out", task / "x.json")[0] == 0
+    models = json.loads((task / "x.json").read_text())["models"]
+    assert [model["label"] for model in models] == ["run/base, the codes without their update", "run/adapter"]
+
+
 _INT4 = ["peft.name=qa-lora", "quantize.name=int4"]
 
 
