@@ -1,21 +1,21 @@
-"""LoRA finetuning speed and memory against PEFT + transformers, TRL and LitGPT, on the same rows and targets.
+"""LoRA and QLoRA finetuning, speed and memory against PEFT (+ bitsandbytes), TRL and LitGPT, on the same rows.
 
 Each contender runs in its own virtual environment, one process at a time. A survey runs every variant of a contender
 once; then the fastest variant of each runs in several alternating rounds (A B C A B C …), and the medians are
 reported beside the machine's own limit. The runners are in ``benchmark_peers/``.
 
     python scripts/benchmark.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl.gz --create-venvs peers
+    python scripts/benchmark.py --method qlora --model … --data … --create-venvs peers --validation 64
+    python scripts/benchmark.py --method qlora --shape llama-3.2-1b --length 512 --batch 1 --only ours ours-qlora …
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import os
 import platform
-import random
 import shlex
 import statistics
 import subprocess
@@ -28,10 +28,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from lit_lora.scripts.benchmark_contenders import CONTENDERS, METHODS, PEERS, REFERENCES, TITLES, Contender
+from lit_lora.scripts.benchmark_rows import write_random, write_rows
 
 from lit_lora.config import did_you_mean
-from lit_lora.errors import InputError, LitLoraError, UsageError
+from lit_lora.errors import LitLoraError, UsageError
 from lit_lora.files import human_bytes, write_text
 from lit_lora.log import note, say, table, warn
 
@@ -40,94 +41,6 @@ __all__ = ["main"]
 RUNNERS = Path(__file__).parent / "benchmark_peers"
 TORCH = "torch==2.13.0"
 SAMPLE_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One program to be measured: its runner, what its virtual environment needs, its settings worth trying."""
-
-    title: str
-    runner: str
-    variants: dict[str, dict[str, Any]]
-    requirements: tuple[str, ...] = ()
-    """What ``--create-venvs`` installs beside PyTorch; empty: it runs in this Python."""
-    convert: str | None = None
-    """A script that writes the model folder in the contender's own format, in its Python."""
-
-
-_PRECISIONS = ("fp32", "bf16", "autocast")
-
-
-def _peft_variants() -> dict[str, dict[str, Any]]:
-    variants: dict[str, dict[str, Any]] = {
-        f"{precision}/{size}": {"precision": precision, "micro_batch": size}
-        for precision in _PRECISIONS
-        for size in (1, 2, 4, 8)
-    }
-    for precision in _PRECISIONS:
-        base = {"precision": precision, "micro_batch": 8}
-        variants[f"{precision}/8/length"] = {**base, "group": "length"}
-        variants[f"{precision}/4/length"] = {**base, "micro_batch": 4, "group": "length"}
-    for precision in ("bf16", "autocast"):
-        variants[f"{precision}/1/eager"] = {"precision": precision, "micro_batch": 1, "attention": "eager"}
-        variants[f"{precision}/8/eager"] = {"precision": precision, "micro_batch": 8, "attention": "eager"}
-        variants[f"{precision}/2/packed"] = {"precision": precision, "micro_batch": 2, "packed": True}
-        variants[f"{precision}/8/packed"] = {"precision": precision, "micro_batch": 8, "packed": True}
-    variants["bf16/1/checkpointing"] = {"precision": "bf16", "micro_batch": 1, "checkpointing": True}
-    variants["fp32, bf16 products/1"] = {"precision": "tf32", "micro_batch": 1}
-    variants["fp32, bf16 products/8"] = {"precision": "tf32", "micro_batch": 8}
-    return variants
-
-
-def _trl_variants() -> dict[str, dict[str, Any]]:
-    variants: dict[str, dict[str, Any]] = {
-        f"{precision}/packed {length}": {
-            "precision": precision,
-            "max_length": length,
-            "packed_rows": 1,
-            "accumulation": 2048 // length,
-        }
-        for precision in _PRECISIONS
-        for length in (512, 1024, 2048)
-    }
-    for precision in _PRECISIONS:
-        base = {"precision": precision, "max_length": 2048, "packing": False}
-        variants[f"{precision}/1"] = {**base, "packed_rows": 1, "accumulation": 8}
-        variants[f"{precision}/8"] = {**base, "packed_rows": 8, "accumulation": 1}
-    return variants
-
-
-def _litgpt_variants() -> dict[str, dict[str, Any]]:
-    return {
-        f"{precision}/{size}": {"precision": precision, "micro_batch": size}
-        for precision in ("bf16-true", "bf16-mixed", "32-true")
-        for size in (1, 2, 4, 8)
-    }
-
-
-# A variant is called precision/rows of a micro-batch/anything else.
-CONTENDERS = {
-    "peft": Contender("PEFT + transformers", "peft_loop.py", _peft_variants(), ("peft", "transformers", "accelerate")),
-    "trl": Contender("TRL", "trl_sft.py", _trl_variants(), ("trl", "peft", "transformers", "datasets")),
-    "litgpt": Contender("LitGPT", "litgpt_lora.py", _litgpt_variants(), ("litgpt",), convert="litgpt_convert.py"),
-    "ours": Contender(
-        "lit-lora",
-        "ours.py",
-        {
-            f"bf16/{tokens} tokens{mode and '/checkpointing'}": {
-                "dtype": "bf16",
-                "micro_batch_tokens": tokens,
-                "activation_checkpointing": mode or "none",
-            }
-            for tokens in (2048, 1024, 512, 256)
-            for mode in ("", "full")
-        },
-    ),
-    "limit": Contender("the machine's limit", "gemm_limit.py", {"bf16 products": {}}),
-}
-PEERS = ("peft", "trl", "litgpt")
-REFERENCE = ("peft", "fp32/1")
-"""Run once more at the end: its losses are what the others' are held against."""
 
 
 @dataclass
@@ -169,37 +82,6 @@ class Job:
     rank: int = 8
     alpha: int = 16
     learning_rate: float = 2e-4
-
-
-def write_rows(data: Path, model: Path, *, batch: int, steps: int, seed: int, target: Path) -> dict[str, float]:
-    """Tokenise GSM8K rows once and write the rows of every step, so that all contenders train the very same ids.
-
-    A row is the question, a line break, the answer and the end-of-sequence token; the answer and that token are
-    learned.
-
-    Raises:
-        InputError: The data or the tokenizer is missing, or there are too few rows.
-    """
-    for path in (data, model / "tokenizer.json", model / "config.json"):
-        if not path.is_file():
-            raise InputError(f"{path}: not found")
-    with gzip.open(data, "rt", encoding="utf-8") as file:
-        samples = [json.loads(line) for line in file]
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    if len(samples) < steps * batch:
-        raise InputError(f"{data}: {len(samples)} rows, expected at least {steps * batch}")
-    random.Random(seed).shuffle(samples)
-    rows = []
-    tokens, targets = [], []
-    for sample in samples[: steps * batch]:
-        prompt = tokenizer.encode(sample["question"] + "\n", add_special_tokens=False).ids
-        answer = tokenizer.encode(sample["answer"], add_special_tokens=False).ids
-        rows.append({"ids": [*prompt, *answer, eos], "prompt": len(prompt)})
-        tokens.append(len(prompt) + len(answer) + 1)
-        targets.append(len(answer) + 1)
-    write_text(target, json.dumps([rows[start : start + batch] for start in range(0, len(rows), batch)]))
-    return {"tokens a row": statistics.mean(tokens), "targets a row": statistics.mean(targets), "longest": max(tokens)}
 
 
 def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> Result:
@@ -346,7 +228,10 @@ def loss_rows(results: Sequence[Result], warmup: int) -> tuple[list[str], list[l
     header = ["step", *(f"{CONTENDERS[run.contender].title} {run.variant}" for run in same)]
     steps = [f"{step + 1}{' (warm-up)' if step < warmup else ''}" for step in range(len(same[0].losses) if same else 0)]
     rows = [[name, *(f"{run.losses[step]:.4f}" for run in same)] for step, name in enumerate(steps)]
-    return header, [*rows, ["mean", *(f"{statistics.mean(run.losses):.4f}" for run in same)]]
+    rows.append(["mean", *(f"{statistics.mean(run.losses):.4f}" for run in same)])
+    if any("validation_loss" in run.extra for run in same):
+        rows.append(["validation", *(f"{run.extra.get('validation_loss', math.nan):.4f}" for run in same)])
+    return header, rows
 
 
 def _ordered_tokens(results: Sequence[Result]) -> list[int]:
@@ -367,7 +252,7 @@ def report(
         (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peak_rss_bytes, default=None
     )
     lines = [
-        f"# LoRA on the CPU against peers, {date.today():%Y-%m}",
+        f"# {TITLES[args.method]} on the CPU against peers, {date.today():%Y-%m}",
         "",
         __doc__.strip().splitlines()[0] if __doc__ else "",
         "",
@@ -494,26 +379,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         UsageError: A contender or a variant is not known.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, weights in bf16")
-    parser.add_argument("--data", type=Path, required=True, help="gsm8k_train.jsonl.gz: question and answer a line")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder, weights in bf16")
+    parser.add_argument("--data", type=Path, help="gsm8k_train.jsonl.gz: question and answer a line")
+    parser.add_argument("--shape", metavar="NAME", help="instead: random weights of this size, such as llama-3.2-1b")
+    parser.add_argument("--length", type=int, default=512, help="with --shape: tokens of a random row (512)")
     parser.add_argument("--venv", action="append", default=[], metavar="NAME=PYTHON", help="a contender's Python")
     parser.add_argument(
         "--create-venvs", type=Path, metavar="FOLDER", help="make the missing ones there, and keep them"
     )
     parser.add_argument("--torch-index", metavar="URL", help="package index for PyTorch, such as its CPU builds'")
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="NAME", help=", ".join(CONTENDERS))
+    parser.add_argument("--method", choices=list(METHODS), default="lora", help="what is compared (lora)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(CONTENDERS))
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=VARIANT", help="use it, no survey")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=8, help="rows a step (8)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (2)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a process (8)")
     parser.add_argument("--survey-steps", type=int, default=2, help="timed steps of a survey's process (2)")
+    parser.add_argument("--validation", type=int, default=0, help="rows for a loss after the last step (0)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each contender at the end (3)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the record (benchmarks)")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the run in float32")
     args = parser.parse_args(arguments)
-    args.only = [name for name in CONTENDERS if name in args.only] + [
-        name for name in args.only if name not in CONTENDERS
-    ]
+    if (args.shape is None) == (args.model is None or args.data is None) or (args.shape and args.validation):
+        raise UsageError("expected --model and --data, or --shape without --validation")
+    only = args.only or METHODS[args.method]
+    args.only = [name for name in CONTENDERS if name in only] + [name for name in only if name not in CONTENDERS]
     args.variant = dict(text.partition("=")[::2] for text in args.variant)
     for name in [*args.only, *args.variant]:
         if name not in CONTENDERS:
@@ -532,12 +423,16 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         LitLoraError: A contender failed in the final rounds.
     """
     pythons = choose_pythons(args, args.only)
-    model = args.model.resolve()
-    job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads)
     rows, few = folder / "rows.json", folder / "few-rows.json"
-    sizes = write_rows(args.data, model, batch=args.batch, steps=args.warmup + args.steps, seed=0, target=rows)
-    steps = json.loads(rows.read_text(encoding="utf-8"))
-    write_text(few, json.dumps(steps[: 1 + args.survey_steps]))
+    model = folder / Path(args.shape).name if args.shape else args.model.resolve()
+    portions: dict[str, Any] = {"batch": args.batch, "steps": args.warmup + args.steps, "target": rows}
+    if args.shape:
+        sizes = write_random(args.shape, model, length=args.length, **portions)
+    else:
+        sizes = write_rows(args.data, model, seed=0, validation=args.validation, **portions)
+    job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads)
+    steps = json.loads(rows.read_text(encoding="utf-8"))["steps"]
+    write_text(few, json.dumps({"steps": steps[: 1 + args.survey_steps], "validation": []}))
     surveyed = survey(job, [name for name in args.only if name not in args.variant and name != "limit"], few, warmup=1)
     chosen = {}
     for name in args.only:
@@ -547,7 +442,9 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         first = next(iter(CONTENDERS[name].variants))
         chosen[name] = args.variant.get(name) or (best.variant if best else first)
     final = alternate(job, chosen, rows, warmup=args.warmup, rounds=args.rounds)
-    reference = [run_once(job, *REFERENCE, rows=rows, warmup=args.warmup)] if REFERENCE[0] in args.only else []
+    reference = []
+    if REFERENCES[args.method][0] in args.only and not args.no_reference:
+        reference = [run_once(job, *REFERENCES[args.method], rows=rows, warmup=args.warmup)]
     versions = {name: version for run in final for name, version in run.versions.items()}
     about = {
         **machine(),
@@ -556,17 +453,20 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         "commit": commit(),
         "command": f"`{shlex.join(['python', 'scripts/benchmark.py', *sys.argv[1:]])}`",
         "model": model.name,
-        "training": f"LoRA r={job.rank} alpha={job.alpha} on all linear layers, AdamW lr {job.learning_rate}, "
-        f"{args.batch} rows a step, {args.warmup} steps of warm-up and {args.steps} timed",
+        "training": f"{TITLES[args.method]} r={job.rank} alpha={job.alpha} on all linear layers, "
+        f"AdamW lr {job.learning_rate}, {args.batch} rows a step, {args.warmup} steps of warm-up, {args.steps} timed",
         "rows": ", ".join(f"{name} {value:.0f}" for name, value in sizes.items()),
     }
-    stem = args.out / f"cpu_lora_{date.today():%Y%m}"
+    if args.validation:
+        about["validation"] = f"{args.validation} further rows, after the last step"
+    size = f"_{model.name}" if args.shape else ""
+    stem = args.out / f"cpu_{args.method}{size}_{date.today():%Y%m}"
     text = report(args, surveyed, final, reference, about)
     write_text(stem.with_suffix(".md"), text)
     groups = {"survey": surveyed, "final": final, "reference": reference}
     runs = {"about": about, **{name: [asdict(run) for run in group] for name, group in groups.items()}}
     write_text(stem.with_suffix(".json"), json.dumps(runs, indent=1) + "\n")
-    table("LoRA on the CPU", COLUMNS, summarise(final), right=range(2, len(COLUMNS)))
+    table(f"{TITLES[args.method]} on the CPU", COLUMNS, summarise(final), right=range(2, len(COLUMNS)))
     say(f"record: {stem.with_suffix('.md')}")
     return text
 

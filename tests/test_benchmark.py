@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lit_lora.scripts import benchmark
+from lit_lora.scripts import benchmark, benchmark_rows
 from safetensors.torch import save_file
 
 from lit_lora.model import CausalLM, ModelConfig
@@ -30,12 +30,12 @@ def model(tmp_path: Path) -> Path:
     folder = tiny_tokenizer(tmp_path / "tiny")
     config = ModelConfig(
         vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16,
         tie_word_embeddings=True,
         eos_token_id=2,
     )
@@ -55,9 +55,12 @@ def run(contender: str, tokens: list[int], seconds: list[float], variant: str = 
 
 
 def test_rows_learn_the_answer_and_the_end_token(data: Path, model: Path, tmp_path: Path) -> None:
-    benchmark.write_rows(data, model, batch=4, steps=3, seed=0, target=tmp_path / "rows.json")
-    steps = json.loads((tmp_path / "rows.json").read_text())
-    tokenizer = benchmark.Tokenizer.from_file(str(model / "tokenizer.json"))
+    benchmark_rows.write_rows(data, model, batch=4, steps=3, seed=0, target=tmp_path / "rows.json", validation=5)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    steps = rows["steps"]
+    assert len(rows["validation"]) == 5
+    assert not any(row in step for row in rows["validation"] for step in steps)
+    tokenizer = benchmark_rows.Tokenizer.from_file(str(model / "tokenizer.json"))
     assert [len(step) for step in steps] == [4, 4, 4]
     for row in steps[0]:
         learned = row["ids"][row["prompt"] :]
@@ -103,3 +106,35 @@ def test_our_runner_and_the_limit_measure_a_tiny_model(data: Path, model: Path, 
     assert all(5 < loss < 7 for loss in ours["losses"]), "a random model is near log(384)"
     assert ours["peak_anonymous_bytes"] > 0 or sys.platform != "linux"
     assert record["final"][1]["extra"]["gflops"]["head"] > 0
+
+
+@pytest.mark.slow
+def test_our_qlora_runner_reports_the_loss_of_the_ordered_steps(data: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ["--method", "qlora", "--model", str(model), "--data", str(data), "--only", "ours-qlora"]
+    arguments += ["--variant", "ours-qlora=bf16/512 tokens", "--threads", "1", "--batch", "4", "--warmup", "1"]
+    losses = []
+    for steps in ("1", "2"):
+        folder = tmp_path / steps
+        out = ["--out", str(folder), "--steps", steps, "--rounds", "1", "--validation", "4"]
+        assert benchmark.main([*arguments, *out]) == 0
+        record = json.loads(next(folder.glob("cpu_qlora_*.json")).read_text())
+        losses.append(record["final"][0]["extra"]["validation_loss"])
+        assert "| validation |" in next(folder.glob("cpu_qlora_*.md")).read_text()
+    assert all(5 < loss < 7 for loss in losses)
+
+
+@pytest.mark.slow
+def test_a_shape_is_measured_on_random_weights_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = ModelConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(tiny.to_hf()))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--method", "qlora", "--shape", "tiny", "--length", "48", "--batch", "2", "--only", "ours-qlora"]
+    arguments += ["--variant", "ours-qlora=bf16/256 tokens/checkpointing", "--threads", "1", "--warmup", "1"]
+    assert benchmark.main([*arguments, "--steps", "2", "--rounds", "1", "--out", "out"]) == 0
+    record = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert record["final"][0]["tokens"] == [96, 96, 96]
+    assert all(5 < loss < 7 for loss in record["final"][0]["losses"])

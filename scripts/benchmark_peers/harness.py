@@ -48,6 +48,7 @@ class Orders:
     variant: dict[str, Any]
     model: Path
     steps: list[list[Row]]
+    validation: list[Row]
     warmup: int
     rank: int
     alpha: int
@@ -110,13 +111,14 @@ def read_orders() -> Orders:
     torch.set_num_threads(orders["threads"])
     torch.manual_seed(0)
     rows = json.loads(Path(orders["rows"]).read_text(encoding="utf-8"))
-    steps = [[Row(**row) for row in step] for step in rows]
+    steps = [[Row(**row) for row in step] for step in rows["steps"]]
     if orders["variant"].get("group") == "length":
         steps = grouped(steps, orders["warmup"])
     return Orders(
         variant=orders["variant"],
         model=Path(orders["model"]),
         steps=steps,
+        validation=[Row(**row) for row in rows["validation"]],
         warmup=orders["warmup"],
         rank=orders["rank"],
         alpha=orders["alpha"],

@@ -1,24 +1,27 @@
 """lit-lora: its model, its LoRA and its training loop, as the recipe joins them.
 
-Variants: ``dtype`` of the base weights; ``micro_batch_tokens``; ``activation_checkpointing``.
+Variants: ``dtype`` of the base weights; ``micro_batch_tokens``; ``activation_checkpointing``; ``quantize``, such as
+nf4-dq.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Clock, Orders, Recorder, lora_a_start, read_orders
+from harness import Clock, Orders, Recorder, Row, lora_a_start, read_orders
 
 from lit_lora.checkpoint.load import load_model
-from lit_lora.data.batches import Batches, MicroBatch
+from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.rows import EncodedRow, Status, TokenTable, record_batch
 from lit_lora.peft import freeze
 from lit_lora.peft.lora import LoRAConfig
-from lit_lora.train.loop import TrainConfig, fit
+from lit_lora.quantize.config import parse
+from lit_lora.train.loop import TrainConfig, fit, validation_loss
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 
@@ -26,23 +29,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class OrderedBatches(Batches):
-    """The rows of the orders, step by step; notes the time at which the loop asks for each step."""
+    """The rows of the orders, step by step; notes the time at which the loop asks for each step.
 
-    def __init__(self, orders: Orders) -> None:
-        self.sizes = [len(step) for step in orders.steps]
-        rows = [
-            EncodedRow(
-                ids=row.ids,
-                learn=[position >= row.prompt for position in range(len(row.ids))],
-                status=Status.KEPT,
-                length=len(row.ids),
-                file="benchmark",
-                line=number,
-            )
-            for number, row in enumerate((row for step in orders.steps for row in step), start=1)
-        ]
+    Args:
+        orders: The orders.
+        after: Called when all steps of the orders are done.
+    """
+
+    def __init__(self, orders: Orders, after: Callable[[], None]) -> None:
+        self.sizes, self.after = [len(step) for step in orders.steps], after
         super().__init__(
-            TokenTable([record_batch(rows)]).kept(),
+            kept_rows([row for step in orders.steps for row in step]),
             batch_size=max(self.sizes),
             micro_batch_tokens=orders.variant["micro_batch_tokens"],
             seed=0,
@@ -58,20 +55,47 @@ class OrderedBatches(Batches):
     def step(self, step: int) -> list[MicroBatch]:
         """Note the time, then portion the rows of ``step``."""
         self.clocks.append(Clock())
+        if step == len(self.sizes):
+            self.after()
         return super().step(step)
+
+
+def kept_rows(rows: list[Row]) -> TokenTable:
+    """Rows as prepared data."""
+    encoded = [
+        EncodedRow(
+            ids=row.ids,
+            learn=[position >= row.prompt for position in range(len(row.ids))],
+            status=Status.KEPT,
+            length=len(row.ids),
+            file="benchmark",
+            line=number,
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+    return TokenTable([record_batch(encoded)]).kept()
 
 
 def main() -> None:
     """Train as ordered and write the record."""
     orders = read_orders()
-    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]])
+    name = orders.variant.get("quantize")
+    quantize = parse(name, option="quantize") if name else None
+    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]], quantize=quantize)
     freeze(model)
     LoRAConfig(rank=orders.rank, alpha=orders.alpha, target_modules="all-linear").apply(model)
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
             parameter.data.copy_(lora_a_start(name.removesuffix(".lora_A"), *parameter.shape))
     model.checkpoint_activations(orders.variant["activation_checkpointing"])
-    batches = OrderedBatches(orders)
+    recorder = Recorder(orders, packages=("lit-lora",))
+
+    def validate() -> None:
+        if orders.validation:
+            held_out = list(validation_batches(kept_rows(orders.validation), batches.micro_batch_tokens))
+            recorder.extra["validation_loss"] = validation_loss(model, held_out)
+
+    batches = OrderedBatches(orders, validate)
     # One step more than ordered: a step ends where the loop asks for the next one, all bookkeeping included.
     steps = len(orders.steps) + 1
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +114,6 @@ def main() -> None:
         )
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
-    recorder = Recorder(orders, packages=("lit-lora",))
     recorder.extra["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for rows, start, end, loss in zip(orders.steps, batches.clocks, batches.clocks[1:], losses, strict=False):
         recorder.add(

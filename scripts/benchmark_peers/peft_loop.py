@@ -1,17 +1,18 @@
-"""PEFT + transformers: a plain training loop over padded (or packed) batches with the model's own loss.
+"""PEFT + transformers (+ bitsandbytes): a plain training loop over padded or packed batches, the model's own loss.
 
 Variants: ``precision`` fp32, tf32 (fp32 whose products may run in bf16), bf16, autocast; ``micro_batch`` rows;
-``attention`` sdpa or eager; ``packed`` rows joined to one with restarting positions; ``checkpointing``.
+``attention`` sdpa or eager; ``packed`` rows joined to one with restarting positions; ``checkpointing``; ``quantize``
+nf4 for a base in 4 bits with double quantisation, ``prepared`` by PEFT for training on it.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from harness import IGNORE_INDEX, Recorder, Row, lora_a_start, micro_batches, pad, read_orders
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from harness import IGNORE_INDEX, Orders, Recorder, Row, lora_a_start, micro_batches, pad, read_orders
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 
@@ -23,11 +24,7 @@ def main() -> None:
     precision = variant["precision"]
     if precision == "tf32":
         torch.set_float32_matmul_precision("medium")
-    model = AutoModelForCausalLM.from_pretrained(
-        orders.model,
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        attn_implementation=variant.get("attention", "sdpa"),
-    )
+    model = load(orders)
     model = get_peft_model(
         model,
         LoraConfig(
@@ -39,7 +36,7 @@ def main() -> None:
         ),
     )
     start_lora(model)
-    if variant.get("checkpointing"):
+    if variant.get("checkpointing") and not variant.get("prepared"):
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     model.train()
@@ -47,11 +44,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trainable, lr=orders.learning_rate, weight_decay=0.0)
     collate = join if variant.get("packed") else pad
 
+    def run_in_precision() -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+
     def train_step(rows: list[Row]) -> float:
         targets = sum(row.targets for row in rows)
         total = 0.0
         for micro_batch in micro_batches(rows, variant["micro_batch"]):
-            with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext():
+            with run_in_precision():
                 loss = model(**collate(micro_batch), num_items_in_batch=targets, use_cache=False).loss
             loss.backward()
             total += loss.item()
@@ -62,7 +62,37 @@ def main() -> None:
     recorder = Recorder(orders, packages=("transformers", "peft"))
     recorder.extra["trainable_parameters"] = sum(parameter.numel() for parameter in trainable)
     recorder.run(train_step)
+    if orders.validation:
+        model.eval()
+        targets, total = sum(row.targets for row in orders.validation), 0.0
+        for micro_batch in micro_batches(orders.validation, variant["micro_batch"]):
+            with torch.no_grad(), run_in_precision():
+                total += model(**collate(micro_batch), num_items_in_batch=targets, use_cache=False).loss.item()
+        recorder.extra["validation_loss"] = total
     recorder.finish()
+
+
+def load(orders: Orders) -> torch.nn.Module:
+    """The base model as the variant holds it."""
+    variant = orders.variant
+    compute = torch.float32 if variant["precision"] in ("fp32", "tf32") else torch.bfloat16
+    settings = {}
+    if variant.get("quantize"):
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=variant["quantize"],
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        orders.model,
+        dtype=torch.bfloat16 if variant["precision"] == "bf16" else torch.float32,
+        attn_implementation=variant.get("attention", "sdpa"),
+        **settings,
+    )
+    if variant.get("prepared"):
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=variant.get("checkpointing", False))
+    return model
 
 
 def start_lora(model: torch.nn.Module) -> None:

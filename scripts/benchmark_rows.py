@@ -1,0 +1,75 @@
+"""The rows that all contenders of the benchmark train on: real ones, or random ones for a model of random weights."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import statistics
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from lit_lora.checkpoint import CheckpointWriter
+from lit_lora.checkpoint.load import empty_model
+from lit_lora.errors import InputError
+from lit_lora.estimate import model_shape
+from lit_lora.files import write_text
+
+__all__ = ["write_random", "write_rows"]
+
+
+def write_rows(
+    data: Path, model: Path, *, batch: int, steps: int, seed: int, target: Path, validation: int = 0
+) -> dict[str, float]:
+    """Tokenise GSM8K rows once and write the rows of every step, so that all contenders train the very same ids.
+
+    A row is the question, a line break, the answer and the end-of-sequence token; the answer and that token are
+    learned. ``validation`` rows follow those of the steps.
+
+    Raises:
+        InputError: The data or the tokenizer is missing, or there are too few rows.
+    """
+    for path in (data, model / "tokenizer.json", model / "config.json"):
+        if not path.is_file():
+            raise InputError(f"{path}: not found")
+    with gzip.open(data, "rt", encoding="utf-8") as file:
+        samples = [json.loads(line) for line in file]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    count = steps * batch + validation
+    if len(samples) < count:
+        raise InputError(f"{data}: {len(samples)} rows, expected at least {count}")
+    random.Random(seed).shuffle(samples)
+    rows = []
+    tokens, targets = [], []
+    for sample in samples[:count]:
+        prompt = tokenizer.encode(sample["question"] + "\n", add_special_tokens=False).ids
+        answer = tokenizer.encode(sample["answer"], add_special_tokens=False).ids
+        rows.append({"ids": [*prompt, *answer, eos], "prompt": len(prompt)})
+        tokens.append(len(prompt) + len(answer) + 1)
+        targets.append(len(answer) + 1)
+    trained = [rows[start : start + batch] for start in range(0, steps * batch, batch)]
+    write_text(target, json.dumps({"steps": trained, "validation": rows[steps * batch :]}))
+    return {"tokens a row": statistics.mean(tokens), "targets a row": statistics.mean(targets), "longest": max(tokens)}
+
+
+def write_random(shape: str, folder: Path, *, length: int, batch: int, steps: int, target: Path) -> dict[str, float]:
+    """A model of random weights in ``folder``, and rows of random tokens, all learned: for sizes that no data is for.
+
+    Raises:
+        UsageError: The shape is not known.
+    """
+    config = model_shape(shape).model_copy(update={"dtype": "bfloat16"})
+    folder.mkdir()
+    torch.manual_seed(0)
+    with CheckpointWriter(folder) as writer:
+        for name, parameter in empty_model(config).named_parameters():
+            weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
+            writer.add(name, weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1))
+    write_text(folder / "config.json", json.dumps(config.to_hf()))
+    ids = torch.randint(config.vocab_size, (steps, batch, length)).tolist()
+    rows = [[{"ids": row, "prompt": 1} for row in step] for step in ids]
+    write_text(target, json.dumps({"steps": rows, "validation": []}))
+    return {"tokens a row": length, "targets a row": length - 1}
