@@ -16,7 +16,7 @@ import torch
 
 from lit_lora import recipe
 from lit_lora.cli import main
-from lit_lora.train import loop
+from lit_lora.train import objective
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, metrics
 
@@ -412,7 +412,7 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch)
 
 
 def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, monkeypatch):
-    monkeypatch.setattr(loop, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr(objective, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
     code, _, err = call()
     assert code != 0
     assert "out of memory; the last checkpoint is kept" in err
