@@ -73,6 +73,30 @@ def test_every_shipped_config_loads_and_survives(tmp_path, name):
     assert load_recipe(path, []) == (recipe, config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "lr"),
+    [
+        ("{name: lora}", 2e-4),
+        ("{name: dora}", 2e-4),
+        ("{name: lora, loraplus_lr_ratio: 16}", 1e-4),
+        ("{name: lora, init: pissa}", 1e-4),
+        ("{name: lora, freeze_A: true}", 6e-4),
+        ("{name: multilora}", 6e-4),
+        ("{name: tied-lora}", 6e-4),
+        ("{name: vera}", 6e-3),
+        ("{name: ia3}", 3e-3),
+        ("{name: bitfit}", 1e-3),
+    ],
+)
+def test_a_low_rank_method_brings_its_learning_rate_which_a_given_one_overrides(tmp_path, settings, lr):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: {{path: b}}\ndata: {{path: d}}\npeft: {settings}\n")
+    assert load_recipe(path, [])[1].optimizer.lr == lr
+    assert load_recipe(path, ["optimizer.weight_decay=0.1"])[1].optimizer.lr == lr
+    assert load_recipe(path, ["recipe=qlora"])[1].optimizer.lr == lr
+    assert load_recipe(path, ["optimizer.lr=0.5"])[1].optimizer.lr == 0.5
+
+
 def test_every_recipe_is_found_by_its_name(tmp_path):
     for name in RECIPES:
         recipe, config = load_recipe(write_config(tmp_path), [f"recipe={name}"])

@@ -154,15 +154,22 @@ class LoRAConfig(TargetedMethod):
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), which stays stable for large ranks.")
     loraplus_lr_ratio: float = Field(
-        1.0, gt=0, description="LoRA+: B learns at this many times optimizer.lr; try 16, with half the lr."
+        1.0,
+        gt=0,
+        description="LoRA+: B learns at this many times optimizer.lr; try 16. Then optimizer.lr is 1e-4 "
+        "where it is not given.",
     )
-    freeze_A: bool = Field(False, description="LoRA-FA: A keeps its random start, only B trains: less memory.")
+    freeze_A: bool = Field(
+        False,
+        description="LoRA-FA: A keeps its random start, only B trains: less memory. It learns at 6e-4 where "
+        "optimizer.lr is not given.",
+    )
     init: Init | WeightInit | DataInit = Field(
         "kaiming",
         description="How A starts, while B starts at zero: kaiming, gaussian, or eva (the principal components of what "
         "the layer reads on your rows, which also share out the ranks). Or both from the weight, pissa (its largest "
         "singular values) and olora (its QR factors), or from the loss's gradient on your rows, lora-ga; of these the "
-        "adapter is written with twice the rank.",
+        "adapter is written with twice the rank. pissa and olora learn at 1e-4 where optimizer.lr is not given.",
     )
     start_rows: int | None = Field(
         None, ge=1, description="eva and lora-ga: training rows looked at before the start; 64 when omitted."
@@ -222,6 +229,16 @@ class LoRAConfig(TargetedMethod):
             return {}
         own = own_modules(model).items()
         return {f"{name}.lora_B": self.loraplus_lr_ratio for name, module in own if isinstance(module, LoRALinear)}
+
+    @property
+    def lr(self) -> float | None:
+        """Lower where more moves at each step, higher where less does; ``benchmarks/comparison_202611.md``.
+
+        Source: half of LoRA's for LoRA+, Hayou et al. 2024, section 5.
+        """
+        if self.loraplus_lr_ratio > 1 or self.init in ("pissa", "olora"):
+            return 1e-4
+        return 6e-4 if self.freeze_A else self.default_lr
 
     @property
     def title(self) -> str:

@@ -76,6 +76,7 @@ class MultiLoRALinear(LoRALinear):
 class MultiLoRAConfig(LoRAConfig):
     """MultiLoRA: several low-rank updates beside each linear layer, for mixed tasks."""
 
+    default_lr: ClassVar[float | None] = 6e-4
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     name: Literal["multilora"] = Field("multilora", description="The method.")  # type: ignore[assignment]

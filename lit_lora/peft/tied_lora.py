@@ -70,6 +70,7 @@ class TiedLoRALinear(OwnModule):
 class TiedLoRAConfig(TargetedMethod):
     """Tied-LoRA: low-rank factors shared by all layers of a kind, and two vectors per layer."""
 
+    default_lr: ClassVar[float | None] = 6e-4
     peft_type: ClassVar[str] = "LIT_LORA_TIED"
     peft_keys: ClassVar[frozenset[str]] = frozenset(["r"])
 

@@ -75,7 +75,7 @@ class VeRALinear(OwnModule):
 class VeRAConfig(TargetedMethod):
     """VeRA: two trained vectors per layer around shared random matrices."""
 
-    default_lr: ClassVar[float | None] = 2e-3
+    default_lr: ClassVar[float | None] = 6e-3
     peft_type: ClassVar[str] = "VERA"
     peft_keys: ClassVar[frozenset[str]] = frozenset(
         ["r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection", "init_weights", "bias"]
