@@ -19,10 +19,12 @@ from lit_lora.peft.base import (
 )
 from lit_lora.peft.card import model_card
 from lit_lora.peft.files import Adapter, quantization_of, read_adapter, save_adapter
+from lit_lora.peft.several import Adapters
 
 __all__ = [
     "METHODS",
     "Adapter",
+    "Adapters",
     "AppliedAdapter",
     "Kind",
     "MatchedRow",
