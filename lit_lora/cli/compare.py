@@ -52,7 +52,7 @@ def command(
     settings, variants = load_comparison(config, overrides or [])
     check_folders(settings, variants)
     seconds = seconds_per_run(settings, variants)
-    total = _show_plan(settings, variants, seconds)
+    _show_plan(settings, variants, seconds)
     if dry_run:
         log.say(f"dry run: nothing trained; next: lit-lora compare --config {config}")
         return
@@ -61,7 +61,7 @@ def command(
         runner = Runner(lock)
         try:
             with runner.signals():
-                _train(runner, settings, variants, outcomes, total)
+                _train(runner, settings, variants, outcomes)
         finally:
             written = write_report(settings.out, outcomes, _about(settings)) if outcomes else []
     rows = rows_of(outcomes)
@@ -71,8 +71,8 @@ def command(
         log.say(f"next: lit-lora chat {rows[0].kept[0].job.folder}")
 
 
-def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Sequence[float]) -> float:
-    """The table of what will run; returns about how many seconds all of it takes."""
+def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Sequence[float]) -> None:
+    """The table of what will run, and how long all of it takes."""
     from lit_lora.compare import count_runs
     from lit_lora.recipe import duration
 
@@ -88,12 +88,9 @@ def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Se
     seeds = " ".join(map(str, settings.seeds))
     measured = "" if settings.evaluate is None else f", without measuring on {settings.evaluate.data}"
     log.say(f"{sum(counts)} runs, seeds {seeds}, about {duration(sum(times))}{measured}; folder {settings.out}")
-    return sum(times)
 
 
-def _train(
-    runner: Runner, settings: CompareConfig, variants: Sequence[Variant], outcomes: list[Outcome], expected: float
-) -> None:
+def _train(runner: Runner, settings: CompareConfig, variants: Sequence[Variant], outcomes: list[Outcome]) -> None:
     """Do all runs, with a line for each."""
     from lit_lora.compare import count_runs, run_all
     from lit_lora.recipe import duration
@@ -103,11 +100,14 @@ def _train(
     for outcome in run_all(runner, settings, variants):
         outcomes.append(outcome)
         found += outcome.found
-        done, spent = len(outcomes) - found, time.perf_counter() - started
-        each = spent / done if done else expected / total
         what = f"failed: {outcome.error}" if outcome.error else f"validation loss {outcome.loss:.4f}"
-        left = f"; about {duration(each * (total - len(outcomes)))} left" if len(outcomes) < total else ""
-        log.note(f"[{len(outcomes)}/{total}] {outcome.job}: {what}{' (found)' if outcome.found else ''}{left}")
+        rest = ""
+        if outcome.found:
+            rest = " (found)"
+        elif len(outcomes) < total:
+            each = (time.perf_counter() - started) / (len(outcomes) - found)
+            rest = f"; about {duration(each * (total - len(outcomes)))} left"
+        log.note(f"[{len(outcomes)}/{total}] {outcome.job}: {what}{rest}")
 
 
 def _show(rows: Sequence[Row]) -> None:
