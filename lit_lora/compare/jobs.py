@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.compare.settings import EvaluateSection, Variant, slug
-from lit_lora.config import dump_yaml
+from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import Interrupted, UsageError
 from lit_lora.files import disk_errors, write_text
 from lit_lora.recipe import FinetuneConfig
@@ -63,10 +63,12 @@ class Job:
 
     def check(self) -> str | None:
         """How a run that is in its folder already differs from this one, in words."""
-        there = self.folder / "config.yaml"
-        if not there.is_file() or there.read_text(encoding="utf-8") == dump_yaml(self.config):
-            return None
-        return f"{self.folder}: holds a run with other settings"
+        there, config = self.folder / "config.yaml", self.config
+        try:  # read, not compared as text: another version may write more defaults
+            same = not there.is_file() or load_config(there, type(config)) == config
+        except UsageError:
+            same = False
+        return None if same else f"{self.folder}: holds a run with other settings"
 
 
 @dataclass

@@ -59,14 +59,11 @@ def _draw_rates(panel: Any, rows: Sequence[Row]) -> None:
         panel.plot(*zip(*points, strict=True), color=colour, marker=marker, mfc="white", label=row.variant.name)
         chosen = [point for point in points if point[0] == row.rate]
         panel.plot(*zip(*chosen, strict=True), color=colour, marker=marker, linestyle="")
-    losses = [run.loss for row in rows for run in row.tried if math.isfinite(run.loss)]
-    # One run that went wrong shall not flatten all others.
-    middle = statistics.median(losses)
-    panel.set_ylim(top=min(max(losses), middle + 3 * (middle - min(losses))) * 1.02 + 1e-9)
+    panel.set_yscale("log")  # a run that went wrong shall not flatten all others
     panel.set_xscale("log")
     panel.set_xlabel("learning rate; filled: chosen")
     panel.set_ylabel("validation loss")
-    panel.grid(alpha=0.3)
+    panel.grid(alpha=0.3, which="both")
     panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", ncols=1 + len(rows) // 16)
 
 

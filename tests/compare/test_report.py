@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_lora.compare import Job, Outcome, Variant, rows_of, summary_table, write_report
+from lit_lora.config import dump_yaml
 from lit_lora.recipe import load_settings
 
 
@@ -30,6 +31,20 @@ def outcome(of: Variant, rate: float, loss: float | None, seed: int = 0, **more:
         "written_bytes": 4000,
     }
     return Outcome(Job.of(of, rate, seed, Path("out")), {} if loss is None else result, **more)
+
+
+def test_a_run_of_an_older_version_is_still_this_one_and_another_config_is_not(tmp_path: Path) -> None:
+    """A version that knows more settings writes more defaults; only values count."""
+    job = Job.of(variant("a", 1e-3), 1e-3, 0, tmp_path)
+    assert job.check() is None
+    job.folder.mkdir(parents=True)
+    text = dump_yaml(job.config)
+    (job.folder / "config.yaml").write_text(text.replace("  dropout: 0.0\n", ""))
+    assert job.check() is None
+    for other in (text.replace("rank: 8", "rank: 9"), text.replace("rank: 8", "rnk: 8"), ":"):
+        assert other != text
+        (job.folder / "config.yaml").write_text(other)
+        assert "holds a run with other settings" in (job.check() or "")
 
 
 def test_the_lowest_validation_loss_of_the_first_seed_chooses_the_rate() -> None:
