@@ -74,7 +74,9 @@ class LongLoRAConfig(LoRAConfig):
     name: Literal["longlora"] = Field("longlora", description="The method.")  # type: ignore[assignment]
     factor: float = Field(2.0, ge=1, description="How many times longer the context becomes.")
     rope_type: Literal["linear", "yarn"] = Field(
-        "linear", description="How positions are stretched: linear (all alike) or yarn (slow rotations only)."
+        "yarn",
+        description="How positions are stretched: yarn (slow rotations only; hardly needs training) or linear (all "
+        "alike, as in the article; needs much).",
     )
     group: int | None = Field(
         None,

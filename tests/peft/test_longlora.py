@@ -81,7 +81,7 @@ def test_embedding_norms_and_attention_train():
 def test_the_context_is_stretched_and_comes_back():
     model = make_model()
     before = model.config
-    method(factor=4).apply(model)
+    method(factor=4, rope_type="linear").apply(model)
     assert model.context == 4 * 2048
     assert inverse_frequencies(model.config)[0][1] == inverse_frequencies(before)[0][1] / 4
     peft.remove(model)
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     model = make_model()
     model.config = model.config.extended(2, "yarn")
     with pytest.raises(UsageError, match="scaled by 'yarn' already"):
-        method(factor=2).apply(model)
+        method(factor=2, rope_type="linear").apply(model)
     assert not peft.base.own_modules(model)
     with pytest.raises(UsageError, match="no positions to stretch"):
         method(target_modules=["0"], modules_to_save=[]).apply(nn.Sequential(nn.Linear(16, 16)))

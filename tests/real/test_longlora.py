@@ -21,7 +21,7 @@ from tests.real.test_learning import finetuned
 
 pytestmark = pytest.mark.slow
 
-LENGTH, HELD_OUT = 16_384, 3
+LENGTH, HELD_OUT, STEPS = 16_384, 3, 8
 EDGES = [0, 1024, 2048, 4096, 8192, 12_288, LENGTH]
 
 
@@ -67,8 +67,7 @@ def test_perplexity_before_training(smollm2, documents):
     assert linear[0] > plain[0]  # interpolation alone costs something everywhere
 
 
-@pytest.mark.parametrize(("rope_type", "steps"), [("linear", 8), ("yarn", 5)])
-def test_longlora_makes_the_longer_context_usable(tmp_path, smollm2, documents, rope_type, steps):
+def test_longlora_makes_the_longer_context_usable(tmp_path, smollm2, documents):
     rows = tmp_path / "wiki.jsonl"
     tokenizer = Tokenizer.load(smollm2)
     texts = [tokenizer.decode(ids[:-16]) for ids in documents[:-HELD_OUT]]  # the end of a row takes a token
@@ -78,14 +77,14 @@ def test_longlora_makes_the_longer_context_usable(tmp_path, smollm2, documents, 
         smollm2,
         rows,
         data={"max_seq_length": LENGTH, "validation": None},
-        peft={"name": "longlora", "rank": 8, "rope_type": rope_type},
+        peft={"name": "longlora", "rank": 8, "rope_type": "linear"},
         optimizer={"lr": 5e-4},
         schedule={"warmup": 2},
-        train={"max_steps": steps, "batch_size": 1, "micro_batch_tokens": LENGTH, "activation_checkpointing": "full"},
+        train={"max_steps": STEPS, "batch_size": 1, "micro_batch_tokens": LENGTH, "activation_checkpointing": "full"},
     )
     held_out, model = documents[-HELD_OUT:], load_model(smollm2, dtype=torch.bfloat16)
     peft.load_adapter(model, run / "adapter")
     assert model.context == LENGTH
-    after = by_position(model, held_out, f"{rope_type}, {steps} steps of LongLoRA")
+    after = by_position(model, held_out, f"linear, {STEPS} steps of LongLoRA")
     plain = by_position(load_model(smollm2, dtype=torch.bfloat16), held_out, "as it is")
     assert after[-1] < plain[-1]
