@@ -42,11 +42,11 @@ def rehearsed() -> Iterator[None]:
         _DEVICES.reset(token)
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps."""
+def usable(*tensors: Tensor, gaps: bool = False) -> bool:
+    """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps unless these are allowed."""
     devices = _DEVICES.get()
     return (
-        all(t.dtype == torch.bfloat16 and t.device.type in devices and t.is_contiguous() for t in tensors)
+        all(t.dtype == torch.bfloat16 and t.device.type in devices and (gaps or t.is_contiguous()) for t in tensors)
         and library() is not None
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from lit_lora.kernels.build import library
 __all__ = ["call", "has"]
 
 
-_CAN_FAIL = {"packed_attention", "packed_attention_backward"}
+_CAN_FAIL = {"packed_attention", "packed_attention_backward", "sum_of_products"}
 """These return whether they failed; what the others return means nothing."""
 
 
@@ -20,8 +21,13 @@ def has(kernel: str) -> bool:
     return hasattr(library(), kernel)
 
 
-def call(kernel: str, *arguments: Tensor | int | float | None) -> None:
+Argument = Tensor | int | float | Sequence[Tensor | int] | None
+
+
+def call(kernel: str, *arguments: Argument) -> None:
     """Run a kernel: tensors as pointers to their data, ``None`` as a null pointer, ints as long.
+
+    A sequence of tensors and ints goes as a pointer to an array of addresses and longs.
 
     On the meta device nothing is computed: kernels write into tensors that their callers made.
 
@@ -37,9 +43,12 @@ def call(kernel: str, *arguments: Tensor | int | float | None) -> None:
         raise MemoryError(f"no memory for {kernel}")
 
 
-def _argument(value: Tensor | int | float | None) -> object:
+def _argument(value: Argument) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
         return ctypes.c_void_p(0)
+    if isinstance(value, Sequence):
+        numbers = [item.data_ptr() if isinstance(item, Tensor) else item for item in value]
+        return (ctypes.c_long * len(numbers))(*numbers)
     return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)

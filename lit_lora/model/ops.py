@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lit_lora import kernels
+from lit_lora.model.products import sum_of_products
 
 __all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu"]
 
@@ -87,7 +88,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             y = torch.mv(weight, x.reshape(-1))
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    if kernels.usable(x, weight) and kernels.has("sum_of_products") and x.numel():
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
     return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        if len(weight) > _LINES_APART:
+            return F.linear(x, weight, bias)
+        return sum_of_products((x.flatten(0, -2), weight.T), start=bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (tokens, out)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x = sum_of_products((flat, weight)).view(*grad.shape[:-1], -1) if needs_x else None
+        grad_weight = flat.T @ x.flatten(0, -2) if needs_weight else None
+        return grad_x, grad_weight, flat.sum(0) if needs_bias else None
+
+
+_LINES_APART = 16384
+"""Of a result with more columns every row is in other pages, and writing it panel by panel takes too long."""
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:

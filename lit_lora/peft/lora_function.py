@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_lora.model.ops import linear
+from lit_lora.model.products import sum_of_products
 from lit_lora.quantize import Quantized, QuantizedLinear
 
 __all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears", "stored_weight"]
@@ -107,13 +108,13 @@ class _LoRALinears(torch.autograd.Function):
         parts = _parts(tensors, fixed)
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         flat_mask = None if mask is None else mask.reshape(flat.shape)
-        low = _masked(flat, flat_mask) @ _stacked(parts, x.dtype).T  # (tokens, all ranks)
+        A, scaled_Bs = _factors(parts, x.dtype)
+        low = sum_of_products((_masked(flat, flat_mask), A.T))  # (tokens, all ranks)
         outputs = []
-        for part, part_low in zip(parts, torch.split(low, [p.A.shape[0] for p in parts], dim=1), strict=True):
-            y = part_low @ (part.B * part.scaling).to(x.dtype).T  # (tokens, out)
-            if part.bias is not None:
-                y += part.bias.to(x.dtype)
-            outputs.append(_accumulate(y, flat, _dense(part.weight, x.dtype).T).view(*x.shape[:-1], -1))
+        for part, part_low, scaled_B in zip(parts, _split(low, scaled_Bs), scaled_Bs, strict=True):
+            update, base = (part_low, scaled_B.T), (flat, _dense(part.weight, x.dtype).T)
+            y = sum_of_products(update, base, start=None if part.bias is None else part.bias.to(x.dtype))
+            outputs.append(y.view(*x.shape[:-1], -1))
         ctx.fixed, ctx.shape = fixed, x.shape
         trains_A = any(ctx.needs_input_grad[5::4]) or any(ctx.needs_input_grad[3::4])
         ctx.save_for_backward(flat if trains_A else None, flat_mask, low, *tensors)
@@ -124,54 +125,52 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mask, low, *tensors = ctx.saved_tensors
+        needs, results = ctx.needs_input_grad[3:], list[Tensor | None]([None] * len(tensors))
+        flats = {i: grad.reshape(-1, grad.shape[-1]) for i, grad in enumerate(grads) if grad is not None}
+        if not flats:
+            return None, None, None, *results
         parts = _parts(tensors, ctx.fixed)
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        lows = torch.split(low, [part.A.shape[0] for part in parts], dim=1)
-        grad_low = torch.zeros_like(low)
-        grad_lows = torch.split(grad_low, [part.A.shape[0] for part in parts], dim=1)
-        results: list[Tensor | None] = []
-        flats: list[Tensor | None] = []
-        for index, (part, grad) in enumerate(zip(parts, grads, strict=True)):
-            need_weight, need_bias, _, need_B = needs[4 * index : 4 * index + 4]
-            grad_weight = grad_bias = grad_B = None
-            flat = None if grad is None else grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-            flats.append(flat)
-            if flat is not None:
-                grad_lows[index].copy_(flat @ (part.B * part.scaling).to(flat.dtype))
-                if need_B:  # the wide operand goes last: faster
-                    grad_B = (lows[index].T @ flat).T.to(part.B.dtype).mul_(part.scaling)  # (out, R)
-                if need_weight:
-                    grad_weight = flat.T @ x
-                if need_bias:
-                    grad_bias = flat.sum(0, dtype=None if part.bias is None else part.bias.dtype)
-            results += [grad_weight, grad_bias, None, grad_B]
+        A, scaled_Bs = _factors(parts, low.dtype)
+        lows = _split(low, scaled_Bs)  # (tokens, R) each
+        grad_lows = [torch.zeros_like(part_low) for part_low in lows]
+        for i, flat in flats.items():  # (tokens, out)
+            grad_lows[i] = sum_of_products((flat, scaled_Bs[i]))
+            need_weight, need_bias, _, need_B = needs[4 * i : 4 * i + 4]
+            if need_weight:
+                results[4 * i] = flat.T @ x
+            if need_bias:
+                results[4 * i + 1] = flat.sum(0, dtype=tensors[4 * i + 1].dtype)
+            if need_B:  # (out, R)
+                results[4 * i + 3] = _over_tokens(lows[i], flat, parts[i].B.dtype).mul_(parts[i].scaling).T
+        grad_low = torch.cat(grad_lows, dim=1)
         if any(needs[2::4]):
-            grad_A = grad_low.T @ _masked(x, mask)  # (all ranks, in)
-            for index, piece in enumerate(torch.split(grad_A, [part.A.shape[0] for part in parts])):
-                results[4 * index + 2] = piece.to(parts[index].A.dtype) if needs[4 * index + 2] else None
+            grad_A = _over_tokens(grad_low, _masked(x, mask), parts[0].A.dtype)  # (all ranks, in)
+            pieces = torch.split(grad_A, [part.A.shape[0] for part in parts])
+            results[2::4] = [piece if need else None for piece, need in zip(pieces, needs[2::4], strict=True)]
         grad_x = None
-        if need_x:
-            grad_x = _masked(grad_low @ _stacked(parts, low.dtype), mask)  # (tokens, in)
-            for part, flat in zip(parts, flats, strict=True):
-                if flat is not None:
-                    _accumulate(grad_x, flat, _dense(part.weight, flat.dtype))
+        if ctx.needs_input_grad[0]:
+            bases = [(flat, _dense(parts[i].weight, flat.dtype)) for i, flat in flats.items()]
+            if mask is None:
+                grad_x = sum_of_products((grad_low, A), *bases)  # (tokens, in)
+            else:
+                grad_x = sum_of_products(*bases, start=_masked(grad_low @ A, mask))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, *results
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``total += left @ right``, in place.
+def _factors(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """All ``A`` below one another, (all ranks, in), and each ``s B``, (out, R)."""
+    return torch.cat([part.A for part in parts]).to(dtype), [(part.B * part.scaling).to(dtype) for part in parts]
 
-    oneDNN gives a bfloat16 product of 513 to 1,400 rows and few columns to one of two threads (1.1 instead of 1.7 to
-    2.3 TFLOP/s), so that one goes in parts of at most 512 rows: 8 % of a step of 860 tokens.
-    """
-    rows, columns = total.shape
-    if total.device.type != "cpu" or not 512 < rows < 1408 or columns >= 1024:
-        return total.addmm_(left, right)
-    size = -(-rows // -(-rows // 512))
-    for part, part_left in zip(torch.split(total, size), torch.split(left, size), strict=True):
-        part.addmm_(part_left, right)
-    return total
+
+def _split(low: Tensor, scaled_Bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(tokens, all ranks) to (tokens, R) of each layer."""
+    return torch.split(low, [scaled_B.shape[1] for scaled_B in scaled_Bs], dim=1)
+
+
+def _over_tokens(narrow: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """``narrow.T @ wide``, (R, width): the gradient of a factor. The wide operand goes last: faster."""
+    return sum_of_products((narrow.T.contiguous(), wide), dtype=dtype)
 
 
 def _parts(tensors: Sequence[Any], fixed: Sequence[tuple[float, Quantized | None]]) -> list[Part]:
@@ -185,11 +184,6 @@ def _parts(tensors: Sequence[Any], fixed: Sequence[tuple[float, Quantized | None
 def _dense(weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
     """The weight as a tensor, (out, in)."""
     return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight
-
-
-def _stacked(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
-    """All ``A`` below one another, (all ranks, in)."""
-    return torch.cat([part.A for part in parts]).to(dtype)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

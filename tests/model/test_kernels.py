@@ -12,6 +12,7 @@ from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.model.attention import PackedAttention
 from lit_lora.model.ops import add_rms_norm, linear, swiglu
+from lit_lora.model.products import sum_of_products
 from lit_lora.train.loss import cross_entropy_sum
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler for the CPU kernels")
@@ -63,6 +64,41 @@ def test_cross_entropy_equals_pytorch() -> None:
         results.append((total, leaf.grad.float()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0.25 * TOLERANCE)
+
+
+needs_products = pytest.mark.skipif(not kernels.has("sum_of_products"), reason="no AVX-512 BF16, or AMX")
+
+
+@needs_products
+@pytest.mark.parametrize("start", [None, "row", "rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 31), (8, 32), (29, 64), (200, 97), (64, 576)])
+def test_a_sum_of_products_is_rounded_once(rows: int, columns: int, dtype: torch.dtype, start: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    narrow = random(rows, 24)[:, 8:14]  # with gaps between its rows
+    columns_of = random(columns * 2, 6)[:columns].T  # along the summed dimension
+    terms = [(narrow, columns_of), (random(rows, 2098), random(2098, 2 * columns)[:, :columns])]
+    terms.append((random(rows, 50), random(columns, 50).T))
+    first = {None: None, "row": random(columns), "rows": random(rows, columns)}[start]
+    total = sum_of_products(*terms, start=first, dtype=dtype)
+    exact = sum((a.double() @ b.double() for a, b in terms), 0.0 if first is None else first.double())
+    assert total.dtype == dtype
+    error = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(total.double(), exact, rtol=error, atol=1e-4 * float(exact.abs().max()))
+
+
+@needs_products
+@pytest.mark.parametrize("shape", [(5, 48, 64), (40, 64, 33), (33, 63, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_equals_pytorch(shape: tuple[int, int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    tokens, inputs, outputs = shape
+    x, weight, offset = torch.randn(1, tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    _compare(lambda *given: (linear(*given),), x, weight, *([offset] if bias else []))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 300])
