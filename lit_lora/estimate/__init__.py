@@ -21,7 +21,7 @@ from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, freeze
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.loop import TrainConfig
-from lit_lora.train.loss import STEP
+from lit_lora.train.loss import token_step
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, state_bytes
 
 __all__ = ["SHAPES", "Estimate", "Memory", "RowLengths", "Setup", "estimate", "model_shape", "on_paper", "outline"]
@@ -160,7 +160,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     portion, several, step_tokens = _largest(setup)
     peak = rehearse(model, portion, fused=setup.device.type == "cpu", masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    padded = -(-sum(portion.lengths) // STEP) * STEP
+    padded = -(-sum(portion.lengths) // token_step()) * token_step()
     memory = Memory(
         weights=stored - own,
         trained=own + copies,

@@ -25,10 +25,10 @@ static void pair_rows(const bf16 *rows, pair *out, long count, long width) {
             out[r / 2 * width + i] = (pair)rows[r * width + i] | (pair)rows[(r + 1) * width + i] << 16;
 }
 
-// (count, width) pairs to (width, count).
+// (count, width) pairs to (width, count), both multiples of 16.
 static void transpose(const pair *in, pair *out, long count, long width) {
-    for (long i = 0; i < width; i++)
-        for (long r = 0; r < count; r++) out[i * count + r] = in[r * width + i];
+    for (long i = 0; i < width; i += 16)
+        for (long r = 0; r < count; r += 16) transpose_block(in + r * width + i, width, out + i * count + r, count);
 }
 
 typedef struct {
@@ -116,21 +116,42 @@ static inline panel panel_at(const problem *p, long first, long length) {
     return (panel){first, rows, begin, padded(first + rows) - begin};
 }
 
+// exponential() of bf16.h, 16 at once.
+static inline __m512 exponentials(__m512 x) {
+    __m512 t = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
+    __m512 n = _mm512_roundscale_ps(t, 0), r = _mm512_sub_ps(t, n), p = _mm512_set1_ps(1.53533e-4f);
+    const float more[] = {1.339887e-3f, 9.618437e-3f, 5.550332e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.0f};
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(more[i]));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ), p, n);
+}
+
+// Which of the 16 keys from `i` on are between lo and hi.
+static inline __mmask16 seen(long i, long lo, long hi) {
+    long below = hi - i < 0 ? 0 : hi - i > 16 ? 16 : hi - i, above = lo - i < 0 ? 0 : lo - i > 16 ? 16 : lo - i;
+    return (__mmask16)((1u << below) - 1u) & (__mmask16)~((1u << above) - 1u);
+}
+
+static inline void put_halves(bf16 *out, __m512 x) {
+    _mm256_storeu_si256((void *)out, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
 // Scores of row r to exp(score - maximum) in bfloat16; masked ones to 0. Returns the log-sum-exp, sets the sum.
 static float softmax(const problem *p, const panel *at, long r, const float *scores, bf16 *weights, float *total) {
     long hi = at->first + r + 1 - at->begin, lo = hi - p->window > 0 ? hi - p->window : 0;
-    float most = -3.0e38f, sum = 0.0f, scale = p->scale;
-#pragma omp simd reduction(max : most)
-    for (long i = lo; i < hi; i++) most = scores[i] > most ? scores[i] : most;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < at->keys; i++) {
-        float weight = exponential((scores[i] - most) * scale);
-        weight = (i >= lo) & (i < hi) ? weight : 0.0f;
-        sum += weight;
-        weights[i] = down(weight);
+    __m512 most = _mm512_set1_ps(-3.0e38f), sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(p->scale);
+    for (long i = 0; i < at->keys; i += 16)
+        most = _mm512_mask_max_ps(most, seen(i, lo, hi), most, _mm512_loadu_ps(scores + i));
+    float maximum = _mm512_reduce_max_ps(most);
+    most = _mm512_set1_ps(maximum);
+    for (long i = 0; i < at->keys; i += 16) {
+        __m512 weight = exponentials(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most), scale));
+        weight = _mm512_maskz_mov_ps(seen(i, lo, hi), weight);
+        sum = _mm512_add_ps(sum, weight);
+        put_halves(weights + i, weight);
     }
-    *total = sum;
-    return most * scale + __builtin_logf(sum);
+    *total = _mm512_reduce_add_ps(sum);
+    return maximum * p->scale + __builtin_logf(*total);
 }
 
 static void forward_task(const problem *p, const space *s, long document, long group, bf16 *out, float *lse) {
@@ -161,25 +182,34 @@ static void forward_task(const problem *p, const space *s, long document, long g
         }
 }
 
-// Row r of scores -> probabilities, of the gradient of probabilities -> of scores; in place, masked ones to 0.
-static void softmax_backward(const problem *p, const panel *at, long r, float *scores, float *grads, float lse) {
+// Row r of scores -> probabilities, of the gradient of probabilities -> of scores, which goes to `halves` too; masked
+// ones to 0.
+static void softmax_backward(const problem *p, const panel *at, long r, float *scores, float *grads, bf16 *halves,
+                             float lse) {
     long hi = r < at->rows ? at->first + r + 1 - at->begin : 0, lo = hi - p->window > 0 ? hi - p->window : 0;
-    float dot = 0.0f, scale = p->scale;
-#pragma omp simd reduction(+ : dot)
-    for (long i = 0; i < at->keys; i++) {
-        float probability = exponential(scores[i] * scale - lse);
-        probability = (i >= lo) & (i < hi) ? probability : 0.0f;
-        scores[i] = probability;
-        dot += probability * grads[i];
+    __m512 dots = _mm512_setzero_ps(), scale = _mm512_set1_ps(p->scale), sum = _mm512_set1_ps(lse);
+    for (long i = 0; i < at->keys; i += 16) {
+        __m512 probability = exponentials(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), scale, sum));
+        probability = _mm512_maskz_mov_ps(seen(i, lo, hi), probability);
+        dots = _mm512_fmadd_ps(probability, _mm512_loadu_ps(grads + i), dots);
+        _mm512_storeu_ps(scores + i, probability);
     }
-#pragma omp simd
-    for (long i = 0; i < at->keys; i++) grads[i] = scores[i] * (grads[i] - dot) * scale;
+    __m512 dot = _mm512_set1_ps(_mm512_reduce_add_ps(dots));
+    for (long i = 0; i < at->keys; i += 16) {
+        __m512 grad = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(grads + i), dot), scale);
+        grad = _mm512_mul_ps(grad, _mm512_loadu_ps(scores + i));
+        _mm512_storeu_ps(grads + i, grad);
+        put_halves(halves + i, grad);
+    }
 }
 
 // Two rows of floats to pairs along the rows.
 static void pair_up(const float *even, const float *odd, pair *out, long count) {
-#pragma omp simd
-    for (long i = 0; i < count; i++) out[i] = (pair)down(even[i]) | (pair)down(odd[i]) << 16;
+    for (long i = 0; i < count; i += 16) {
+        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(even + i)));
+        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(odd + i)));
+        _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
 }
 
 static void backward_panel(const problem *p, const space *s, long start, long head, long length, panel at,
@@ -193,10 +223,8 @@ static void backward_panel(const problem *p, const space *s, long start, long he
             width / 2, 0);
     for (long r = 0; r < PANEL; r++) {
         float sum = r < at.rows ? lse[(token + r) * p->heads + head] : 0.0f;
-        float *grads = s->grads + r * at.keys;
-        softmax_backward(p, &at, r, s->scores + r * at.keys, grads, sum);
-#pragma omp simd
-        for (long i = 0; i < at.keys; i++) s->weights[r * at.keys + i] = down(grads[i]);
+        long row = r * at.keys;
+        softmax_backward(p, &at, r, s->scores + row, s->grads + row, s->weights + row, sum);
     }
     for (long r = 0; r < PANEL; r += 2) {
         long even = r * at.keys, odd = even + at.keys;
@@ -230,12 +258,15 @@ static void backward_task(const problem *p, const space *s, long document, long 
     for (long head = group * share; head < (group + 1) * share; head++)
         for (long first = 0; first < count; first += PANEL)
             backward_panel(p, s, start, head, length, panel_at(p, first, count), dout, lse, dquery);
-    float wide[width];
+    float key[16 * width], value[16 * width];
     for (long r = 0; r < count; r++) {
-        long row = ((start + r) * p->groups + group) * size;
-        for (long i = 0; i < size; i++) wide[i] = s->dkeys[i * length + r];
-        rotate(&p->by, start + r, wide, dkey + row, -1.0f);
-        for (long i = 0; i < size; i++) dvalue[row + i] = down(s->dvalues[i * length + r]);
+        long row = ((start + r) * p->groups + group) * size, place = r % 16 * width;
+        for (long i = 0; i < width && !place; i += 16) {  // the next 16 tokens
+            transpose_block((pair *)s->dkeys + i * length + r, length, (pair *)key + i, width);
+            transpose_block((pair *)s->dvalues + i * length + r, length, (pair *)value + i, width);
+        }
+        rotate(&p->by, start + r, key + place, dkey + row, -1.0f);
+        for (long i = 0; i < size; i++) dvalue[row + i] = down(value[place + i]);
     }
 }
 

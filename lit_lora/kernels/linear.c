@@ -22,30 +22,6 @@ typedef struct {
     long b_step, depth, transposed;
 } term;
 
-// A block of 16 x 16 pairs, transposed in registers: rows of `in` become columns of `out`.
-static void transpose_block(const pair *in, long step, pair *out, long out_step) {
-    __m512i row[16], half[16];
-    for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(in + i * step);
-    for (int i = 0; i < 16; i += 2) {
-        half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-        half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            row[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + 2 + j]);
-            row[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + 2 + j]);
-        }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 16; j += 8) {
-            half[i + j] = _mm512_shuffle_i32x4(row[i + j], row[i + j + 4], 0x88);
-            half[i + j + 4] = _mm512_shuffle_i32x4(row[i + j], row[i + j + 4], 0xdd);
-        }
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(out + i * out_step, _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88));
-        _mm512_storeu_si512(out + (i + 8) * out_step, _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd));
-    }
-}
-
 // `depth` pairs of `width` columns from pair `first` and column `column` on, to (depth, COLUMNS) with zeros to the right.
 static void lay_out(const term *t, long column, long width, long first, long depth, pair *out) {
     if (width < COLUMNS) memset(out, 0, sizeof(pair) * (size_t)(depth * COLUMNS));
@@ -92,11 +68,6 @@ static void put_row(const float *from, void *out, long place, long width, int wi
         return;
     }
     bf16 *to = (bf16 *)out + place;
-    if (width == COLUMNS && (uintptr_t)to % 64 == 0) {  // a whole line of the cache: it need not be read first
-        __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-        _mm512_stream_si512((void *)to, (__m512i)both);
-        return;
-    }
 #pragma omp simd
     for (long i = 0; i < width; i++) to[i] = down(from[i]);
 }
@@ -146,7 +117,6 @@ long sum_of_products(const term *terms, long count, const bf16 *start, long star
         }
         free(result);
     }
-    _mm_sfence();
     return failed;
 }
 #endif

@@ -38,4 +38,27 @@ static void product(const pair *a, long a_step, const pair *b, long b_step, floa
             }
         }
 }
+// A block of 16 x 16 pairs, transposed in registers: rows of `in` become columns of `out`.
+static void transpose_block(const pair *in, long step, pair *out, long out_step) {
+    __m512i row[16], half[16];
+    for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(in + i * step);
+    for (int i = 0; i < 16; i += 2) {
+        half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            row[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + 2 + j]);
+            row[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 16; j += 8) {
+            half[i + j] = _mm512_shuffle_i32x4(row[i + j], row[i + j + 4], 0x88);
+            half[i + j + 4] = _mm512_shuffle_i32x4(row[i + j], row[i + j + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(out + i * out_step, _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88));
+        _mm512_storeu_si512(out + (i + 8) * out_step, _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd));
+    }
+}
 #endif

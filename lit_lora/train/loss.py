@@ -15,14 +15,19 @@ from torch.autograd.function import once_differentiable
 
 from lit_lora import IGNORE_INDEX, kernels
 
-__all__ = ["CHUNK", "STEP", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate"]
+__all__ = ["CHUNK", "STEP", "Batch", "LanguageModel", "backward", "cross_entropy_sum", "evaluate", "token_step"]
 
 CHUNK = 256
 """Rows of logits that exist at a time: 25 MB in bfloat16 for a vocabulary of 49k."""
 
 STEP = 64
-"""Tokens and targets of a micro-batch are rounded up to a multiple of this. Each new size costs compiled matrix
-products, and memory that later sizes cannot fill: without it the process grew by 13 MB a step."""
+"""Targets of a micro-batch are rounded up to a multiple of this. Each new size costs the library compiled products, and
+memory that later sizes cannot fill: without it the process grew by 13 MB a step."""
+
+
+def token_step() -> int:
+    """What the tokens of a micro-batch are rounded up to a multiple of: our own products need less."""
+    return 16 if kernels.has("sum_of_products") else STEP
 
 
 class Batch(Protocol):
@@ -101,7 +106,7 @@ def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
 
 def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     """(T, D) with T rounded up by a document of padding that nobody looks at."""
-    filler = -batch.input_ids.shape[1] % STEP
+    filler = -batch.input_ids.shape[1] % token_step()
     ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(_device(model))
     return model.hidden_states(ids, lengths=[*batch.lengths, filler] if filler else batch.lengths)[0]
 
