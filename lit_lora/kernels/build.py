@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -23,28 +23,40 @@ from torch import Tensor
 from lit_lora import log
 from lit_lora.files import cache_folder
 
-__all__ = ["library", "rehearsed", "usable"]
+__all__ = ["library", "rehearsal", "rehearsed", "usable"]
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 _WIDE = ["-mprefer-vector-width=512"]  # where the compiler knows it; GCC's default for these CPUs is half
 
 
-_DEVICES: ContextVar[tuple[str, ...]] = ContextVar("_DEVICES", default=("cpu",))
+Note = Callable[..., None]
+
+_REHEARSAL: ContextVar[Note | None] = ContextVar("_REHEARSAL", default=None)
 
 
 @contextmanager
-def rehearsed() -> Iterator[None]:
-    """Inside the block, tensors of the meta device take the way that the CPU's take; calls do nothing with them."""
-    token = _DEVICES.set(("cpu", "meta"))
+def rehearsed(note: Note) -> Iterator[None]:
+    """Inside the block, tensors of the meta device take the way that the CPU's take.
+
+    Args:
+        note: Told of each kernel that is called, its name and arguments. With tensors of the meta device nothing else
+            happens.
+    """
+    token = _REHEARSAL.set(note)
     try:
         yield
     finally:
-        _DEVICES.reset(token)
+        _REHEARSAL.reset(token)
+
+
+def rehearsal() -> Note | None:
+    """What is to be told of kernels that are called, inside :func:`rehearsed`."""
+    return _REHEARSAL.get()
 
 
 def usable(*tensors: Tensor, gaps: bool = False) -> bool:
     """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps unless these are allowed."""
-    devices = _DEVICES.get()
+    devices = ("cpu",) if rehearsal() is None else ("cpu", "meta")
     return (
         all(t.dtype == torch.bfloat16 and t.device.type in devices and (gaps or t.is_contiguous()) for t in tensors)
         and library() is not None

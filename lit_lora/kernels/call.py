@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lit_lora.kernels.build import library
+from lit_lora.kernels.build import library, rehearsal
 
 __all__ = ["call", "has"]
 
@@ -34,6 +34,8 @@ def call(kernel: str, *arguments: Argument) -> None:
     Raises:
         MemoryError: It found no memory to work in.
     """
+    if (note := rehearsal()) is not None:
+        note(kernel, *arguments)
     if any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
         return
     loaded = library()
