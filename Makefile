@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed  ## Download, finetune, merge and try a small mod
 	$(VENV)/bin/lit-lora quickstart
 
 test: $(VENV)/.dev  ## Run the default tests: no GPU, no network, nothing slow.
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.dev  ## Run the slow tests too, on real weights where they are given.
 	$(RUN) -m pytest -m "slow and not gpu and not network"
