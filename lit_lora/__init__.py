@@ -5,7 +5,7 @@ names between which no ``>`` stands do not know each other. ``tests/test_floors.
 
     5  __main__ scripts > cli                            entry points of a checkout; the commands
     4  finetune                                          the recipes, where model, method, data and loop meet
-    3  compare  qbase > begin > recipe  merge  evaluate  open_model > estimate    what recipes and commands share
+    3  compare  qbase  encoder > begin > recipe  merge  evaluate  open_model > estimate   shared by recipes and commands
     2  checkpoint  peft  data  train  generate           five neighbours that do not know each other
     1  model  tokenizer  hub  quantize > kernels         the parts they are made of
     0  config  files > log  errors                       no torch

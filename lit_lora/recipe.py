@@ -19,11 +19,13 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import torch
 from pydantic import Discriminator, Field, Tag, ValidationError, create_model, model_validator
 from pydantic.json_schema import models_json_schema
+from torch import nn
 
 from lit_lora import log
 from lit_lora.config import Settings, did_you_mean, dump_yaml, find_config, load_config, read_yaml
 from lit_lora.data import DataConfig, Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
+from lit_lora.data.config import RowsConfig
 from lit_lora.data.rows import Row
 from lit_lora.errors import LitLoraError, OutOfMemoryError, UsageError
 from lit_lora.estimate import Estimate, RowLengths, Setup, estimate, on_paper
@@ -36,7 +38,8 @@ from lit_lora.peft.frozen import keep_frozen, keep_method
 from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype, free_memory_bytes
-from lit_lora.train.loop import FitResult, TrainConfig
+from lit_lora.train.loop import FitResult, TrainConfig, check_figures
+from lit_lora.train.objective import NextToken
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 
@@ -47,6 +50,7 @@ __all__ = [
     "Options",
     "QuantizedConfig",
     "Run",
+    "RunConfig",
     "RunData",
     "answer_samples",
     "claim_folder",
@@ -61,10 +65,14 @@ __all__ = [
     "load_settings",
     "main",
     "plan",
+    "planned_rows",
+    "planned_steps",
     "recipe_for",
     "row_lengths",
+    "show_what_trains",
     "start",
     "summary",
+    "warn_of",
 ]
 
 # `recipe:` in a config -> the file in finetune/ that runs it
@@ -73,6 +81,7 @@ RECIPES: dict[str, str] = {
     "qlora": "lit_lora.finetune.qlora",
     "adapter": "lit_lora.finetune.adapter",
     "full": "lit_lora.finetune.full",
+    "classify": "lit_lora.finetune.classify",
 }
 
 
@@ -86,12 +95,12 @@ class ModelSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
-class FinetuneConfig(Settings):
+class RunConfig(Settings):
     """One finetuning run; the YAML file's sections."""
 
-    recipe: str = Field("lora", description="Which recipe runs: lora, qlora, adapter or full.")
+    recipe: str = Field("lora", description="Which recipe runs: lora, qlora, adapter, full or classify.")
     model: ModelSettings = Field(description="The base model.")
-    data: DataConfig = Field(description="The rows to learn from.")
+    data: RowsConfig = Field(description="The rows to learn from.")
     peft: Method = Field(description="The method and its settings; name picks it.")
     train: TrainConfig = Field(TrainConfig(), description="How long and in what portions.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
@@ -123,15 +132,21 @@ class FinetuneConfig(Settings):
         return data if lr is None else {**data, "optimizer": {**optimizer, "lr": lr}}
 
 
+class FinetuneConfig(RunConfig):
+    """A run of a decoder, which learns to answer."""
+
+    data: DataConfig = Field(description="The rows to learn from.")
+
+
 class QuantizedConfig(FinetuneConfig):
     """A run over a quantised base."""
 
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")
 
 
-def load_settings(recipe: str) -> type[FinetuneConfig]:
+def load_settings(recipe: str) -> type[RunConfig]:
     """The settings class of a recipe."""
-    config: type[FinetuneConfig] = importlib.import_module(RECIPES[recipe]).Config
+    config: type[RunConfig] = importlib.import_module(RECIPES[recipe]).Config
     return config
 
 
@@ -142,8 +157,8 @@ def recipe_for(method: str) -> str:
 
 
 def finetune_config(
-    recipe: str, *kinds: Kind, base: type[FinetuneConfig] = FinetuneConfig, **defaults: Any
-) -> type[FinetuneConfig]:
+    recipe: str, *kinds: Kind, base: type[RunConfig] = FinetuneConfig, **defaults: Any
+) -> type[RunConfig]:
     """The config of a recipe: ``peft`` takes the methods of its kinds, and sections may get other defaults.
 
     Args:
@@ -163,7 +178,7 @@ def finetune_config(
     union = table[first] if one else Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007
     fields: dict[str, Any] = {
         "recipe": (Literal[recipe], Field(recipe, description="Which recipe runs.")),
-        "peft": (union, Field(table[first](), description=FinetuneConfig.model_fields["peft"].description)),
+        "peft": (union, Field(table[first](), description=base.model_fields["peft"].description)),
     }
     for name, default in defaults.items():
         known = base.model_fields[name]
@@ -189,7 +204,7 @@ class Options:
 class Run:
     """A started run."""
 
-    config: FinetuneConfig
+    config: RunConfig
     options: Options
     device: torch.device
     dtype: torch.dtype
@@ -216,7 +231,7 @@ class RunData:
         return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
 
 
-def start(config: FinetuneConfig, options: Options) -> Run:
+def start(config: RunConfig, options: Options) -> Run:
     """Seed, choose device and dtype, and look whether the run folder can be used.
 
     Raises:
@@ -238,7 +253,7 @@ def start(config: FinetuneConfig, options: Options) -> Run:
     return run
 
 
-def claim_folder(run: Run, model: CausalLM, method: Method | None = None) -> None:
+def claim_folder(run: Run, model: nn.Module, method: Method | None = None) -> None:
     """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
 
     What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
@@ -266,7 +281,7 @@ _MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens", "train.activat
 }
 
 
-def _check_same_run(saved: Path, config: FinetuneConfig) -> None:
+def _check_same_run(saved: Path, config: RunConfig) -> None:
     """Refuse to resume under another config.
 
     Raises:
@@ -281,7 +296,7 @@ def _check_same_run(saved: Path, config: FinetuneConfig) -> None:
         )
 
 
-def _flat(config: FinetuneConfig) -> dict[str, Any]:
+def _flat(config: RunConfig) -> dict[str, Any]:
     """``section.key`` to value."""
     flat: dict[str, Any] = {}
     for section, value in config.model_dump(mode="json").items():
@@ -307,6 +322,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
         InputError: The data cannot be read, or no row can be learned from.
     """
     config = run.config
+    assert isinstance(config, FinetuneConfig)
     prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
     for line in prepared.report.lines():
         log.note(line)
@@ -365,27 +381,24 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
 
     Raises:
         DiskError: The disk has too little room for it.
+        UsageError: The best weights are to be picked by what is not measured.
     """
-    config, counts, rows = run.config, count_parameters(model), data.prepared.train
-    matched = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
-    log.table("What trains", ["modules", "count", "weight", "parameters"], matched, right=(1, 3))
+    config, rows = run.config, data.prepared.train
+    check_figures(config.train, NextToken())
+    show_what_trains(model)
     total = config.train.total_steps(data.batches.steps_per_epoch)
-    _warn_of(config, model, data, total)
+    warn_of(config, total, validated=bool(data.validation))
+    _warn_of_length(model, data)
     lengths = RowLengths(rows.token_counts, rows.target_counts)
     setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     figures = estimate(setup, on_paper(model))
     _warn_of_memory(setup, figures)
-    passes, interval = total / data.batches.steps_per_epoch, config.train.eval_interval(total)
-    warmup, held_out = config.schedule.warmup_steps(total), len(data.prepared.validation or ())
     tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
     table = [
-        ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
-        ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+        *planned_rows(run, model),
         *_base_row(model),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
-        ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
-        ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
-        ["learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {warmup} steps of warm-up"],
+        *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
         ["memory, about", human_bytes(figures.memory.total)],
         ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],
         ["disk, about", human_bytes(figures.disk_bytes)],
@@ -393,6 +406,35 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     ]
     log.table("Plan", ["what", "figure"], table)
     require_free_space(run.folder, figures.disk_bytes, "this run")
+
+
+def show_what_trains(model: nn.Module) -> None:
+    """Print the modules that train."""
+    matched = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
+    log.table("What trains", ["modules", "count", "weight", "parameters"], matched, right=(1, 3))
+
+
+def planned_rows(run: Run, model: nn.Module) -> list[list[str]]:
+    """Lines of the plan on the model."""
+    counts = count_parameters(model)
+    return [
+        ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
+        ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+    ]
+
+
+def planned_steps(config: RunConfig, steps_per_epoch: int, held_out: int) -> list[list[str]]:
+    """Lines of the plan on validation, steps and learning rate."""
+    total = config.train.total_steps(steps_per_epoch)
+    passes, interval = total / steps_per_epoch, config.train.eval_interval(total)
+    return [
+        ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
+        ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
+        [
+            "learning rate",
+            f"{config.optimizer.lr:g}, {config.schedule.name}, {config.schedule.warmup_steps(total)} steps of warm-up",
+        ],
+    ]
 
 
 def _base_row(model: CausalLM) -> list[list[str]]:
@@ -436,7 +478,7 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
     return RowLengths(prepared.train.token_counts, prepared.train.target_counts)
 
 
-def execute(recipe: Callable[[Any, Options], Path], config: FinetuneConfig, options: Options) -> Path:
+def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: Options) -> Path:
     """Run a recipe.
 
     Raises:
@@ -445,6 +487,8 @@ def execute(recipe: Callable[[Any, Options], Path], config: FinetuneConfig, opti
     try:
         return recipe(config, options)
     except OutOfMemoryError as error:
+        if not isinstance(config, FinetuneConfig):
+            raise
         device = choose_device(config.model.device)
         shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
         setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
@@ -453,18 +497,23 @@ def execute(recipe: Callable[[Any, Options], Path], config: FinetuneConfig, opti
         raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error
 
 
-def _warn_of(config: FinetuneConfig, model: CausalLM, data: RunData, total: int) -> None:
+def warn_of(config: RunConfig, total: int, *, validated: bool) -> None:
     """Say what a user would want to change before ``total`` steps begin."""
     warmup, asked = config.schedule.warmup_steps(total), config.schedule.asked_steps(total)
     if warmup < asked:
         log.warn(f"schedule.warmup: {asked} steps are more than half of all {total}: the warm-up takes {warmup}")
-    if not data.validation:
-        log.warn(
-            "no validation rows: overfitting will not show, and the last weights are kept, not the best "
-            "(data.validation=0.1 holds a tenth of the rows out)"
-        )
-        if config.train.patience is not None:
-            log.warn("train.patience has no effect without validation rows")
+    if validated:
+        return
+    log.warn(
+        "no validation rows: overfitting will not show, and the last weights are kept, not the best "
+        "(data.validation=0.1 holds a tenth of the rows out)"
+    )
+    if config.train.patience is not None:
+        log.warn("train.patience has no effect without validation rows")
+
+
+def _warn_of_length(model: CausalLM, data: RunData) -> None:
+    """Say it when rows are longer than what the model was made for."""
     longest, context = int(data.prepared.train.token_counts.max()), model.context
     if longest > context:
         log.warn(
@@ -498,14 +547,15 @@ def summary(result: FitResult) -> dict[str, object]:
         "Training loss": result.loss,
         "Validation loss before training": result.untrained_validation_loss,
         "Validation loss": result.validation_loss,
+        **{f"Validation {name.replace('_', ' ')}": value for name, value in result.figures.items()},
         "Tokens per second": round(result.tokens_per_second),
         "Peak memory": human_bytes(result.peak_memory_bytes),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], FinetuneConfig]:
-    """The recipe that a config file names, and its config.
+def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], Any]:
+    """The recipe that a config file names, and its config, a :class:`RunConfig` of the recipe's own.
 
     Args:
         source: Path of a YAML file or name of a shipped one.
@@ -535,7 +585,7 @@ def config_schema() -> dict[str, Any]:
     cases = []
     for name, config in configs.items():
         case: dict[str, Any] = {"properties": {"recipe": {"const": name}}}
-        if name != FinetuneConfig.model_fields["recipe"].default:
+        if name != RunConfig.model_fields["recipe"].default:
             case["required"] = ["recipe"]
         cases.append({"if": case, "then": parts[config, "validation"]})
     return {
@@ -548,7 +598,7 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def main(recipe: Callable[[Any, Options], Path], config: type[FinetuneConfig]) -> None:
+def main(recipe: Callable[[Any, Options], Path], config: type[RunConfig]) -> None:
     """The ``__main__`` of a recipe file: ``python finetune/lora.py --config FILE [key=value …]``.
 
     Raises:

@@ -93,13 +93,24 @@ def config_page() -> str:
         model = _resolve(schema, reference)
         defaults = {name: recipe["properties"][section].get("default", {}) for name, recipe in recipes.items()}
         lines += [f"## {section}", model["description"], _table(model["properties"], defaults, model.get("required"))]
+    for name, recipe in recipes.items():  # a section of one recipe that is another's under the same name
+        for section, reference in recipe["properties"].items():
+            other = first.get(section, reference)
+            if section != "peft" and "$ref" in reference and "$ref" in other and reference["$ref"] != other["$ref"]:
+                model = _resolve(schema, reference)
+                lines += [f"## {section}, recipe: {name}", model["description"]]
+                lines.append(_table(model["properties"], required=model.get("required")))
+    of: dict[str, list[str]] = {}
     for name, recipe in recipes.items():
         for method in _methods(schema, recipe["properties"]["peft"]):
-            chosen = method["properties"]["name"]["const"]
-            about = f"For `recipe: {name}`. " + method["description"].replace("``", "`")
-            lr = methods()[chosen].default_lr
-            own = "" if lr is None else f" Learns at {lr:g} where `optimizer.lr` is not given."
-            lines += [f"## peft, name: {chosen}", about + own, _table(_with_inner(schema, method["properties"]))]
+            of.setdefault(json.dumps(method), []).append(f"`{name}`")
+    for text, names in of.items():
+        method = json.loads(text)
+        chosen = method["properties"]["name"]["const"]
+        about = f"For `recipe:` {' or '.join(names)}. " + method["description"].replace("``", "`")
+        lr = methods()[chosen].default_lr
+        own = "" if lr is None else f" Learns at {lr:g} where `optimizer.lr` is not given."
+        lines += [f"## peft, name: {chosen}", about + own, _table(_with_inner(schema, method["properties"]))]
     return "\n\n".join([*lines, *_comparison()]) + "\n"
 
 

@@ -106,7 +106,7 @@ def test_every_recipe_is_found_by_its_name(tmp_path):
 
 def test_an_unknown_recipe_is_named_with_those_that_there_are(tmp_path):
     path = write_config(tmp_path, recipe="qlorra")
-    with pytest.raises(UsageError, match=r"recipe 'qlorra' is not known.*known: lora, qlora, adapter, full"):
+    with pytest.raises(UsageError, match=r"recipe 'qlorra' is not known.*known: lora, qlora, adapter, full, classify"):
         load_recipe(path, [])
 
 

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "combine": ("lit_lora.cli.combine", "Several LoRA adapters as one: sums, differences, task arithmetic."),
     "inspect-update": ("lit_lora.cli.inspect_update", "How low-rank the change was: singular values of each layer's."),
     "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
+    "classify": ("lit_lora.cli.classify", "Labels of texts, by an encoder that recipe classify has finetuned."),
     "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),
     "chat": ("lit_lora.cli.chat", "Talk to a model."),
     "configs": ("lit_lora.cli.configs", "List, show or copy the shipped configs."),

@@ -53,10 +53,12 @@ def command(
         lit-lora estimate --config lora --shape llama-65b --device cuda --memory 48GB train.micro_batch_tokens=512
     """
     from lit_lora.estimate import estimate
-    from lit_lora.recipe import load_recipe
+    from lit_lora.recipe import FinetuneConfig, load_recipe
     from lit_lora.train.device import free_memory_bytes
 
     settings = load_recipe(config, overrides or [])[1]
+    if not isinstance(settings, FinetuneConfig):
+        raise UsageError(f"{config}: recipe {settings.recipe} cannot be rehearsed: estimate is for decoders")
     setup = _setup(settings, shape, device)
     budget = free_memory_bytes(setup.device) if memory is None else _bytes(memory)
     figures = estimate(setup)

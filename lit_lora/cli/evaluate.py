@@ -140,7 +140,10 @@ def _run_data(models: list[Path]) -> dict[str, Any]:
 
     for path in models:
         if (path / "config.yaml").is_file():
-            section = dict(read_yaml(path / "config.yaml")).get("data")
+            config = dict(read_yaml(path / "config.yaml"))
+            if config.get("recipe") == "classify":
+                raise UsageError(f"{path}: a run of recipe classify", hint=f"lit-lora classify {path} --file DATA")
+            section = config.get("data")
             return section if isinstance(section, dict) else {}
     return {}
 

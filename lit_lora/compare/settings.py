@@ -147,6 +147,8 @@ def _variant(
     if recipe not in RECIPES:
         raise UsageError(f"{where}: recipe {recipe!r} is not known{did_you_mean(str(recipe), RECIPES)}")
     config = validate(merged, load_settings(recipe), places, name=where)
+    if not isinstance(config, FinetuneConfig):
+        raise UsageError(f"{where}: recipe {recipe} is not compared: expected runs of a decoder")
     if taken:
         raise UsageError(f"{where}: {taken[0]}: the comparison itself has {'seeds' if 'seed' in taken else 'out'}")
     if config.data.validation is None:

@@ -17,7 +17,7 @@ import torch
 from lit_lora import IGNORE_INDEX
 from lit_lora.data.rows import Integers, Rows
 
-__all__ = ["Batches", "MicroBatch", "collate", "validation_batches"]
+__all__ = ["Batches", "MicroBatch", "Shuffled", "collate", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,31 @@ class MicroBatch:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-class Batches:
-    """The training steps over some rows.
+class Shuffled:
+    """Which rows each step takes: a permutation for every epoch.
+
+    Args:
+        count: Rows that there are, at least one.
+        batch_size: Rows per step; the last step of an epoch takes what is left.
+        seed: Decides the order of the rows.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-count // batch_size)
+        self._order = lru_cache(maxsize=1)(
+            lambda epoch: np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+        )
+
+    def row_indices(self, step: int) -> Integers:
+        """Positions of the rows that step ``step`` (from 0) learns from."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order: Integers = self._order(epoch)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class Batches(Shuffled):
+    """The training steps over some rows, laid out without padding.
 
     Args:
         rows: At least one row.
@@ -53,19 +76,9 @@ class Batches:
     def __init__(self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int) -> None:
         if len(rows) < 1 or batch_size < 1 or micro_batch_tokens < 1:
             raise ValueError(f"{len(rows)} rows, batch_size {batch_size}, micro_batch_tokens {micro_batch_tokens}")
+        super().__init__(len(rows), batch_size, seed)
         self.rows = rows
-        self.batch_size = batch_size
         self.micro_batch_tokens = micro_batch_tokens
-        self.steps_per_epoch = -(-len(rows) // batch_size)
-        self._order = lru_cache(maxsize=1)(
-            lambda epoch: np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(rows))
-        )
-
-    def row_indices(self, step: int) -> Integers:
-        """Positions of the rows that step ``step`` (from 0) learns from."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order: Integers = self._order(epoch)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def places(self, step: int) -> list[list[int]]:
         """Positions of the rows in each micro-batch of step ``step`` (from 0)."""

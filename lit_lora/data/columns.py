@@ -13,7 +13,7 @@ from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.sample import Conversation, Format, Sample, as_text
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["RowReader", "choose_format", "guess_columns"]
+__all__ = ["RowReader", "cell", "choose_format", "columns_in", "guess_columns"]
 
 _PLACE = re.compile(r"\{([^{}\"':,\n]+)\}")
 """A column in a text: ``{name}``. Braces around anything else, such as JSON, stay as they are."""
@@ -73,7 +73,7 @@ class RowReader:
         """
         try:
             row = {name: self._word(name, value) if name in self.values else value for name, value in row.items()}
-            sample = self.format.read({name: _cell(row, source) for name, source in self._sources(row)})
+            sample = self.format.read({name: cell(row, source) for name, source in self._sources(row)})
         except (ValueError, KeyError) as error:
             message = str(error.args[0]) if error.args else str(error)
             raise InputError(f"{where}: {message}") from error
@@ -116,7 +116,7 @@ def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> Row
         format_ = load_format(name)
         columns = _resolve(format_, config.columns, row)
         if columns is not None and (config.format != "auto" or _plausible(format_, columns, config, row)):
-            read = {part for source in columns.values() for part in _read_columns(source)}
+            read = {part for source in columns.values() for part in columns_in(source)}
             unused = tuple(sorted(row.keys() - read - set(format_.optional)))
             return RowReader(name, format_, columns, config.values, config.system, unused)
     raise _no_format(config, row, where)
@@ -131,7 +131,7 @@ def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> No
                 f"columns: {column!r} is a column of no format{did_you_mean(column, known)}",
                 hint="the format's column comes first, yours second: columns: {prompt: question, completion: answer}",
             )
-        for name in _read_columns(source):
+        for name in columns_in(source):
             if name not in row:
                 raise InputError(
                     f"{where}: no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
@@ -216,17 +216,18 @@ def _nearest(row: Mapping[str, Any]) -> str:
     return max(shares, key=lambda name: shares[name])
 
 
-def _read_columns(source: str) -> list[str]:
+def columns_in(source: str) -> list[str]:
+    """The file's columns that a source names: itself, or those in its braces."""
     return _PLACE.findall(source) or [source]
 
 
-def _cell(row: Mapping[str, Any], source: str) -> Any:
+def cell(row: Mapping[str, Any], source: str) -> Any:
     """A column's value, or a text with the columns' values in it.
 
     Raises:
         ValueError: The row lacks the column.
     """
-    for name in _read_columns(source):
+    for name in columns_in(source):
         if name not in row:
             raise ValueError(f"no column {name!r}, found: {', '.join(row) or 'none'}")
     if source in row:

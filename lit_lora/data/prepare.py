@@ -17,13 +17,13 @@ from lit_lora.data.config import DataConfig
 from lit_lora.data.encode import Place, encode_samples
 from lit_lora.data.read import read_rows
 from lit_lora.data.report import FileReport, Report, report_files, report_share
-from lit_lora.data.rows import EncodedRow, Rows, TokenTable
+from lit_lora.data.rows import EncodedRow, Integers, Rows, TokenTable
 from lit_lora.data.sample import Sample
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["PlacedSample", "Prepared", "prepare", "read_samples"]
+__all__ = ["PlacedSample", "Prepared", "prepare", "read_samples", "split_places"]
 
 PlacedSample = tuple[Sample, Place]
 
@@ -65,7 +65,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
     validation: Rows | None = None
     held_out = locate(config.validation, cache).train if isinstance(config.validation, str) else source.validation
     if isinstance(config.validation, int | float):
-        rows, validation = _split(rows, config.validation, seed)
+        places, held = split_places(len(rows), config.validation, seed)
+        rows, validation = rows.subset(places), rows.subset(held) if len(held) else None
         held_out = source.train
     elif held_out:
         other, other_report = _load(config, held_out, tokenizer, cache, None)
@@ -155,20 +156,24 @@ def _require_rows(table: TokenTable, report: FileReport, config: DataConfig) -> 
     raise InputError(f"{report.name}: nothing to learn from: {why}", hint=hint)
 
 
-def _split(rows: Rows, validation: float, seed: int) -> tuple[Rows, Rows | None]:
-    """Hold out a fraction or a number of the rows, drawn by ``seed``; both parts keep the file's order.
+def split_places(count: int, validation: float, seed: int) -> tuple[Integers, Integers]:
+    """Positions of the rows to train on and of those held out, drawn by ``seed``; both keep the file's order.
+
+    Args:
+        count: Rows that there are.
+        validation: A fraction of them, or a number of rows as an int.
+        seed: Decides which.
 
     Raises:
         InputError: That many rows leave none to train on.
     """
-    count = round(validation * len(rows)) if isinstance(validation, float) else int(validation)
-    if count >= len(rows):
+    held = round(validation * count) if isinstance(validation, float) else int(validation)
+    if held >= count:
         raise InputError(
-            f"validation: {validation} holds out {count:,} rows, but there are only {len(rows):,}",
+            f"validation: {validation} holds out {held:,} rows, but there are only {count:,}",
             hint="ask for fewer, or leave validation out",
         )
-    if count == 0:
-        log.warn(f"validation: {validation} of {len(rows):,} rows is no row: there will be no validation loss")
-        return rows, None
-    order = np.random.Generator(np.random.PCG64([seed, 0x5B117])).permutation(len(rows))
-    return rows.subset(np.sort(order[count:])), rows.subset(np.sort(order[:count]))
+    if held == 0:
+        log.warn(f"validation: {validation} of {count:,} rows is no row: there will be no validation loss")
+    order = np.random.Generator(np.random.PCG64([seed, 0x5B117])).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])

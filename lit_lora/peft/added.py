@@ -166,16 +166,24 @@ def own_state(model: nn.Module, *owners: str) -> dict[str, Tensor]:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model by name: the entries of its longest list of modules.
+    """The repeated blocks of a model by name: the entries of its longest list of modules, or lists (encoder, decoder).
+
+    Lists within the blocks of another are parts of these blocks.
 
     Raises:
         UsageError: It has none.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: entries for name, entries in lists.items() if not name.startswith(tuple(f"{n}." for n in lists))}
     if not lists:
         raise UsageError("peft: the model has no list of layers")
-    name = max(lists, key=lambda name: len(lists[name]))
-    return {f"{name}.{index}": block for index, block in enumerate(lists[name])}
+    longest = max(map(len, lists.values()))
+    return {
+        f"{name}.{index}": block
+        for name, entries in lists.items()
+        if len(entries) == longest
+        for index, block in enumerate(entries)
+    }
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:

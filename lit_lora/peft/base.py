@@ -160,6 +160,24 @@ class Method(Settings):
         """These settings with texts turned into token ids; a method without texts stays as it is."""
         return self
 
+    def on(self, model: nn.Module) -> Method:
+        """These settings with the places that are named by default as ``model`` calls them."""
+        return self
+
+    def with_whole(self, names: Sequence[str]) -> Method:
+        """These settings with modules that train in full beside the method, such as a new head.
+
+        Raises:
+            UsageError: The method has no place for them.
+        """
+        if not names:
+            return self
+        raise UsageError(
+            f"peft.name: {self.model_dump()['name']} trains nothing beside its own modules, and {', '.join(names)} "
+            "must train too",
+            hint="take lora, another low-rank method, houlsby or full",
+        )
+
     @property
     def about(self) -> str:
         """The method and its main settings in a few words."""
@@ -195,6 +213,13 @@ class OwnModule(nn.Module):
     base_layer: nn.Module
     owner: str = ""
     """Which method put it in, where several can be in one model."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, for models that look at it for its dtype."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @abstractmethod
     def updates(self) -> dict[str, Update]:

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added import AddedMethod, AddedModule, blocks, width_of
-from lit_lora.peft.base import OwnModule, matches, own_modules, replace_module, select
+from lit_lora.peft.added import AddedModule, blocks, width_of
+from lit_lora.peft.added_whole import WholeModules
+from lit_lora.peft.base import Method, OwnModule, matches, own_modules, replace_module, select
+from lit_lora.peft.targets import translated
 from lit_lora.peft.trained import TrainedCopy, find_embedding
 
 __all__ = [
@@ -164,7 +166,7 @@ class TaskEmbedding(AddedModule):
         return output + self.vector.to(output.dtype)
 
 
-class BottleneckConfig(AddedMethod):
+class BottleneckConfig(WholeModules):
     """What the bottleneck adapters share."""
 
     default_lr: ClassVar[float | None] = 1e-3
@@ -218,6 +220,10 @@ class HoulsbyConfig(BottleneckConfig):
             raise ValueError("drop_layers: random leaves out adapters and not norms, expected train_norms: false")
         return self
 
+    def on(self, model: nn.Module) -> Method:
+        """These settings with the default targets as ``model`` calls these places."""
+        return translated(self, model, "target_modules")
+
     def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the norms train.
 
@@ -230,6 +236,7 @@ class HoulsbyConfig(BottleneckConfig):
         if self.train_norms:
             for name in norms(model, self._first_layer(len(blocks(model)))):
                 replace_module(model, name, TrainedCopy(model.get_submodule(name)))
+        self.train_whole(model)
 
 
 class ParallelConfig(BottleneckConfig):
@@ -241,6 +248,10 @@ class ParallelConfig(BottleneckConfig):
     init_std: float = Field(0.02, gt=0, description="Standard deviation of down at first.")
     init_zero: bool = Field(True, description="Start with up at zero, which changes nothing at first.")
     scale: float = Field(4.0, gt=0, description="Factor of the adapter's output.")
+
+    def on(self, model: nn.Module) -> Method:
+        """These settings with the default targets as ``model`` calls these places."""
+        return translated(self, model, "target_modules")
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters.
@@ -254,6 +265,7 @@ class ParallelConfig(BottleneckConfig):
         for module in own_modules(model).values():
             if isinstance(module, ParallelAdapter):
                 module.scale = self.scale
+        self.train_whole(model)
 
 
 class LinConfig(BottleneckConfig):
@@ -279,6 +291,7 @@ class LinConfig(BottleneckConfig):
             embedding = model.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             TaskEmbedding(embedding.embedding_dim).join(embedding)
+        self.train_whole(model)
 
 
 def drop_layers(model: nn.Module, first: int) -> None:

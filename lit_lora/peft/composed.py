@@ -6,7 +6,7 @@ They train together and are saved as one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, field_validator
@@ -48,6 +48,21 @@ class ComposedConfig(AddedMethod):
     def with_text(self, encode: Callable[[str], list[int]]) -> ComposedConfig:
         """These settings with all texts as token ids."""
         return self.model_copy(update={"methods": [method.with_text(encode) for method in self.methods]})
+
+    def on(self, model: nn.Module) -> ComposedConfig:
+        """These settings with the default names of each as ``model`` calls these places."""
+        return self.model_copy(update={"methods": [method.on(model) for method in self.methods]})
+
+    def with_whole(self, names: Sequence[str]) -> ComposedConfig:
+        """These settings with ``names`` among the modules that train in full, by the first method that can.
+
+        Raises:
+            UsageError: None can.
+        """
+        able = [number for number, method in enumerate(self.methods) if "modules_to_save" in type(method).model_fields]
+        chosen = able[0] if able else 0
+        methods = [m.with_whole(names) if number == chosen else m for number, m in enumerate(self.methods)]
+        return self.model_copy(update={"methods": methods})
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
         """Every parameter's factor: its method's own learning rate as a multiple of 1e-3, times the method's factor."""

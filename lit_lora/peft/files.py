@@ -23,12 +23,12 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.peft.added import AddedMethod
 from lit_lora.peft.added_files import OWN, added_types, read_added
-from lit_lora.peft.base import Method, base_tensors, own_modules
+from lit_lora.peft.base import Method, base_tensors, model_updates, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
 from lit_lora.peft.lora_files import listed, read_lora
 from lit_lora.peft.targets import TargetedMethod, layer_number
-from lit_lora.peft.updates import Update
+from lit_lora.peft.updates import Replace, Update
 from lit_lora.peft.virtual import EMBEDDINGS
 from lit_lora.quantize import QuantizeConfig, found_config
 
@@ -67,6 +67,8 @@ class Adapter:
     """How the base was quantised that it was trained on."""
     own_base: bool
     """It was trained on codes that its method chose."""
+    task: dict[str, Any] | None
+    """What its head predicts, as the recipe noted it."""
 
     @property
     def tensors(self) -> int:
@@ -122,6 +124,8 @@ def save_adapter(
     base: str | Path,
     data: str = "",
     figures: Mapping[str, object] | None = None,
+    task: Mapping[str, Any] | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> Path:
     """Write the adapter in ``model`` to ``folder``, which appears complete or not at all and replaces an older one.
 
@@ -132,6 +136,8 @@ def save_adapter(
         base: Folder or Hub id of the base model.
         data: What it was trained on, for the model card.
         figures: Numbers for the model card.
+        task: What a head in it predicts, as plain data.
+        task_type: PEFT's name of what the model is for.
 
     Returns:
         The folder.
@@ -145,7 +151,13 @@ def save_adapter(
     settings, own = _to_file(model, config)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     settings = {**settings, "base_model_name_or_path": str(base)}
-    extras = {"format": 1, "base": fingerprint(base_tensors(model)), "method": config.model_dump(mode="json")}
+    if "task_type" in settings:
+        settings["task_type"] = task_type
+    # What is replaced as a whole may have started at random: it says nothing about the base.
+    replaced = [name for name, update in model_updates(model).items() if isinstance(update, Replace)]
+    extras = {"format": 1, "base": fingerprint(base_tensors(model), replaced), "method": config.model_dump(mode="json")}
+    if task is not None:
+        extras["task"] = dict(task)
     if config.own_base:
         extras["own_base"] = True
     quantize = found_config(model)
@@ -192,7 +204,10 @@ def read_adapter(folder: Path) -> Adapter:
         config = _settings(folder, method, raw, extras, tensors)
     base = raw.get("base_model_name_or_path")
     held, own_base = quantization_of(folder), bool(extras.get("own_base"))
-    return Adapter(folder, base or None, config, updates, tensors, copies, extras.get("base"), raw, held, own_base)
+    task = extras.get("task")
+    return Adapter(
+        folder, base or None, config, updates, tensors, copies, extras.get("base"), raw, held, own_base, task
+    )
 
 
 def quantization_of(folder: Path) -> QuantizeConfig | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from lit_lora.peft.base import Base
 __all__ = ["differing", "fingerprint"]
 
 
-def fingerprint(base: Base) -> dict[str, Any]:
+def fingerprint(base: Base, left_out: Collection[str] = ()) -> dict[str, Any]:
     """Values at eight places of up to eight matrices: told apart from another base, whatever its dtype."""
-    matrices = sorted(name for name in base if len(base.shape(name)) == 2)
+    matrices = sorted(name for name in base if len(base.shape(name)) == 2 and name not in left_out)
     chosen = [matrices[index * (len(matrices) - 1) // 7] for index in range(8)] if matrices else []
     return {name: _sample(base, name) for name in dict.fromkeys(chosen)}
 

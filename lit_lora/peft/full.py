@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -22,6 +23,12 @@ class FullConfig(Method):
     train: Literal["all"] | list[str] = Field(
         "all", description="all, or names of the modules that train, such as mlp, lm_head or model.layers.29.*."
     )
+
+    def with_whole(self, names: Sequence[str]) -> FullConfig:
+        """These settings with ``names`` among the modules that train."""
+        if self.train == "all":
+            return self
+        return self.model_copy(update={"train": list(dict.fromkeys([*self.train, *names]))})
 
     def apply(self, model: nn.Module) -> None:
         """Let the parameters of the named modules require a gradient (call ``freeze`` first for a part).

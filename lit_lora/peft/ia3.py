@@ -15,8 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.base import OwnModule, device_of, own_modules, select, short_names
-from lit_lora.peft.targets import TargetedMethod
-from lit_lora.peft.trained import TrainedCopy
+from lit_lora.peft.targets import TargetedMethod, whole_modules
 from lit_lora.peft.updates import LowRank, Scaled, Update
 
 __all__ = ["IA3Config", "IA3Linear"]
@@ -103,7 +102,7 @@ class IA3Config(TargetedMethod):
             "inference_mode": True,
             "target_modules": names if set(short) <= set(names) else list(vectors),
             "feedforward_modules": short if set(short) <= set(names) else inputs,
-            "modules_to_save": [name for name, module in own.items() if isinstance(module, TrainedCopy)] or None,
+            "modules_to_save": whole_modules(model) or None,
             "fan_in_fan_out": False,
             "init_ia3_weights": True,
         }

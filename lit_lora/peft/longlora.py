@@ -104,9 +104,11 @@ class LongLoRAConfig(LoRAConfig):
 
     def configure(self, config: AnyConfig) -> AnyConfig:
         """The config of the model with the longer context."""
+        if not hasattr(config, "extended"):
+            raise UsageError("peft.name: longlora needs a decoder of this package, whose positions can be stretched")
         if self.factor == 1:
             return config
-        extended: AnyConfig = config.extended(self.factor, self.rope_type)  # type: ignore[attr-defined]
+        extended: AnyConfig = config.extended(self.factor, self.rope_type)
         return extended
 
     def apply(self, model: nn.Module) -> None:

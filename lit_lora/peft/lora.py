@@ -29,7 +29,7 @@ from lit_lora.peft.lora_conv import Conv, LoRAConv
 from lit_lora.peft.lora_embedding import LoRAEmbedding
 from lit_lora.peft.lora_function import Part, lora_linears, stored_weight
 from lit_lora.peft.lora_inits import WeightInit, start_factors
-from lit_lora.peft.targets import TargetedMethod, check_rank
+from lit_lora.peft.targets import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
 
@@ -256,11 +256,6 @@ class LoRAConfig(TargetedMethod):
         low = {n: m for n, m in own.items() if isinstance(m, LoRALinear | LoRAEmbedding | LoRAConv)}
         ranks, alphas = self._written(low)
         rank, alpha = _usual(ranks, self.rank), _usual(alphas, self.base_alpha)
-        whole = [
-            name
-            for name, module in own.items()
-            if isinstance(module, TrainedCopy) and (self.bias != "all" or set(module.trained) != {"bias"})
-        ]
         rows: dict[int, tuple[str, list[int]]] = {}  # a tied head shares the embedding's rows: PEFT ties it again
         for name, module in own.items():
             if isinstance(module, TokenEmbedding | TokenHead):
@@ -278,7 +273,7 @@ class LoRAConfig(TargetedMethod):
             "use_rslora": self.use_rslora,
             "use_dora": False,
             "bias": self.bias,
-            "modules_to_save": whole or None,
+            "modules_to_save": whole_modules(model) or None,
             "trainable_token_indices": dict(rows.values()) or None,
             "fan_in_fan_out": False,
             "init_lora_weights": True,

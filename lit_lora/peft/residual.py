@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added import AddedMethod, AddedModule
+from lit_lora.peft.added import AddedModule
+from lit_lora.peft.added_whole import WholeModules
 from lit_lora.peft.base import replace_module, select
 from lit_lora.peft.trained import TrainedCopy
 
@@ -55,7 +56,7 @@ class TrainedBatchNorm(TrainedCopy):
         return self
 
 
-class ResidualConfig(AddedMethod):
+class ResidualConfig(WholeModules):
     """Residual adapters: 1×1 convolutions beside the filters of a convolutional net."""
 
     default_lr: ClassVar[float | None] = 1e-3
@@ -78,3 +79,4 @@ class ResidualConfig(AddedMethod):
         for name in batch_norms:
             if self.train_norms:
                 replace_module(model, name, TrainedBatchNorm(model.get_submodule(name)))
+        self.train_whole(model)

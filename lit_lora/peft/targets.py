@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.names import QUERY_VALUE, same_places
 from lit_lora.peft.trained import TrainedCopy
 from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["TargetedMethod", "check_rank", "layer_number"]
+__all__ = ["TargetedMethod", "check_rank", "layer_number", "translated", "whole_modules", "with_parameters"]
 
 # Output heads by the last part of their name: "all-linear" leaves them alone.
 _HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
-_PRESETS = {"q,v": ["q_proj", "v_proj"]}
+_PRESETS = {"q,v": QUERY_VALUE}
 
 
 class TargetedMethod(Method):
@@ -48,6 +49,14 @@ class TargetedMethod(Method):
     layers: list[int] | None = Field(None, description="Adapt these layers only, counted from 0; all when omitted.")
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
 
+    def on(self, model: nn.Module) -> Method:
+        """These settings with the names that are the method's defaults as ``model`` calls these places."""
+        return translated(self, model, "target_modules", "feedforward_modules")
+
+    def with_whole(self, names: Sequence[str]) -> Method:
+        """These settings with ``names`` among the modules that train in full."""
+        return self.model_copy(update={"modules_to_save": list(dict.fromkeys([*self.modules_to_save, *names]))})
+
     @property
     def about(self) -> str:
         """The method and its size in a few words."""
@@ -67,7 +76,13 @@ class TargetedMethod(Method):
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         """``adapter_config.json`` but for the base model's name, in PEFT's words."""
-        return {"peft_type": self.peft_type, "target_modules": short_names(model, list(own_modules(model)))}
+        own = own_modules(model).items()
+        targets = [name for name, module in own if not (isinstance(module, TrainedCopy) and _is_whole(module))]
+        return {
+            "peft_type": self.peft_type,
+            "target_modules": short_names(model, targets),
+            "modules_to_save": whole_modules(model) or None,
+        }
 
     @classmethod
     def filler(cls, name: str) -> bool:
@@ -113,7 +128,7 @@ class TargetedMethod(Method):
         """
         if own_modules(model):
             raise UsageError("peft: the model has an adapter already", hint="load the base model again")
-        copies = _with_parameters(model, self.modules_to_save)
+        copies = with_parameters(model, self.modules_to_save)
         targets = {name: model.get_submodule(name) for name in self.targets(model, copies)}
         for name, module in self.wrapped(targets).items():
             replace_module(model, name, module)
@@ -134,12 +149,13 @@ class TargetedMethod(Method):
         Raises:
             UsageError: A name matches nothing that can be adapted, or nothing is left.
         """
-        copies = _with_parameters(model, self.modules_to_save) if copies is None else copies
+        copies = with_parameters(model, self.modules_to_save) if copies is None else copies
         known = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
         if isinstance(self.target_modules, list):
             self._check_kinds(model, known)
             targets = select(self.target_modules, known, key="peft.target_modules")
-            both = [name for name in targets if name in copies]
+            named = [pattern for pattern in self.target_modules if "*" not in pattern]
+            both = [name for name in targets if name in copies and any(matches(pattern, name) for pattern in named)]
             if both:
                 raise UsageError(f"peft: {both[0]} is in target_modules and in modules_to_save, expected it in one")
         else:
@@ -148,8 +164,8 @@ class TargetedMethod(Method):
             if patterns is None:
                 targets = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
             else:
-                targets = select(patterns, linears, key="peft.target_modules")
-            targets = [name for name in targets if name not in copies]
+                targets = select(same_places(patterns, model), linears, key="peft.target_modules")
+        targets = [name for name in targets if name not in copies]
         excluded = select(self.exclude_modules, targets, key="peft.exclude_modules")
         targets = self._in_layers([name for name in targets if name not in excluded])
         if not targets:
@@ -186,7 +202,7 @@ class TargetedMethod(Method):
         return [name for name in targets if layer[name] is None or layer[name] in self.layers]
 
 
-def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
+def with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
     """Names of the modules with parameters of their own that are, or lie in, a module that a pattern names.
 
     Raises:
@@ -206,6 +222,38 @@ def _with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
         for name, module in known.items()
         if f"{name}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
+
+
+def translated(settings: Method, model: nn.Module, *keys: str) -> Method:
+    """Settings whose lists of names, where they are the defaults, are those of the same places in ``model``."""
+    changed: dict[str, list[str]] = {}
+    for key in keys:
+        known, value = type(settings).model_fields.get(key), getattr(settings, key, None)
+        if known is not None and isinstance(value, list) and value == known.default:
+            changed[key] = same_places(value, model)
+    return settings.model_copy(update=changed) if changed else settings
+
+
+def whole_modules(model: nn.Module) -> list[str]:
+    """The modules that train in full, each by the highest name under which nothing else is."""
+    own = own_modules(model)
+    copies = [n for n, m in own.items() if isinstance(m, TrainedCopy) and _is_whole(m)]
+    found: dict[str, None] = {}
+    for name in copies:
+        parts = name.split(".")
+        roots = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        found[next(root for root in roots if _only(model, root, copies))] = None
+    return list(found)
+
+
+def _is_whole(copy: TrainedCopy) -> bool:
+    return set(copy.trained) == {name for name, _ in copy.base_layer.named_parameters(recurse=False)}
+
+
+def _only(model: nn.Module, root: str, copies: Sequence[str]) -> bool:
+    """Whether all parameters below ``root`` belong to some of the copies."""
+    inside = tuple(f"{name}." for name in copies)
+    return all(f"{root}.{name}".startswith(inside) for name, _ in model.get_submodule(root).named_parameters())
 
 
 def layer_number(name: str) -> int | None:

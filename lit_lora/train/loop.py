@@ -30,7 +30,7 @@ from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimize
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.state import CheckpointStore
 
-__all__ = ["Figure", "FitResult", "TrainConfig", "fit", "validate", "validation_loss"]
+__all__ = ["Figure", "FitResult", "TrainConfig", "check_figures", "fit", "validate", "validation_loss"]
 
 
 Figure = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
@@ -144,9 +144,7 @@ class _Run:
         lr_factors: Mapping[str, float] | None,
         objective: Objective,
     ) -> None:
-        if config.best_by not in ("loss", *objective.figures):
-            known = ", ".join(("loss", *objective.figures))
-            raise UsageError(f"train.best_by: {config.best_by!r} is not measured in this run, expected: {known}")
+        check_figures(config, objective)
         self.model, self.batches, self.config, self.objective = model, batches, config, objective
         self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
         self.trainables = Trainables(model)
@@ -402,6 +400,17 @@ def _steps(run: _Run, metrics: Metrics, sample: Callable[[int], None], stop: lis
                 sample(step)
     if run.out_of_patience:
         log.note(f"no better validation loss in {run.progress.waited} validations: stopped at step {run.progress.step}")
+
+
+def check_figures(config: TrainConfig, objective: Objective) -> None:
+    """Make sure that the figure which picks the best weights is measured.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if config.best_by not in ("loss", *objective.figures):
+        known = ", ".join(("loss", *objective.figures))
+        raise UsageError(f"train.best_by: {config.best_by!r} is not measured in this run, expected: {known}")
 
 
 def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:

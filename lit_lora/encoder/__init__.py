@@ -1,0 +1,40 @@
+"""Encoders and encoder-decoders of transformers: rows with labels, loading with a head, predictions.
+
+The model and its tokenizer are transformers', imported only when one is opened; the methods, the loop and the files are
+those of all recipes.
+"""
+
+from lit_lora.encoder.opened import OpenedClassifier, open_classifier
+from lit_lora.encoder.predict import Prediction, predict
+from lit_lora.encoder.pretrained import Pretrained, head_of, load_with_head, read_pretrained
+from lit_lora.encoder.run import (
+    ClassifyConfig,
+    LabelledData,
+    apply_with_head,
+    checkpoint_activations,
+    load_labelled,
+    plan_labelled,
+    prediction_samples,
+    save_result,
+)
+from lit_lora.encoder.task import Task
+
+__all__ = [
+    "ClassifyConfig",
+    "LabelledData",
+    "OpenedClassifier",
+    "Prediction",
+    "Pretrained",
+    "Task",
+    "apply_with_head",
+    "checkpoint_activations",
+    "head_of",
+    "load_labelled",
+    "load_with_head",
+    "open_classifier",
+    "plan_labelled",
+    "predict",
+    "prediction_samples",
+    "read_pretrained",
+    "save_result",
+]

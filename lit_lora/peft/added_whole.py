@@ -1,0 +1,42 @@
+"""Modules that train in full beside added ones, such as a new head, saved with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import nn
+
+from lit_lora.errors import UsageError
+from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.base import OwnModule, own_modules, replace_module
+from lit_lora.peft.targets import with_parameters
+from lit_lora.peft.trained import TrainedCopy
+
+__all__ = ["WholeModules"]
+
+
+class WholeModules(AddedMethod):
+    """An added method beside which other modules can train; its ``add`` ends with :meth:`train_whole`."""
+
+    modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
+
+    def with_whole(self, names: Sequence[str]) -> WholeModules:
+        """These settings with ``names`` among the modules that train in full."""
+        return self.model_copy(update={"modules_to_save": list(dict.fromkeys([*self.modules_to_save, *names]))})
+
+    def train_whole(self, model: nn.Module) -> None:
+        """Let the named modules train, in place; those that train already, such as norms, stay so.
+
+        Raises:
+            UsageError: A name matches nothing.
+        """
+        own = own_modules(model)
+        inside = tuple(f"{name}." for name in own)
+        for name in with_parameters(model, self.modules_to_save) if self.modules_to_save else []:
+            module = model.get_submodule(name)
+            if isinstance(module, OwnModule) or name.startswith(inside):
+                continue
+            if any(child in own.values() for child in module.children()):
+                raise UsageError(f"peft.modules_to_save: {name} has an adapter in it already, name it in one place")
+            replace_module(model, name, TrainedCopy(module))
