@@ -182,6 +182,19 @@ static inline float dot_4bit(const uint8_t *codes, const float *values, const fl
 }
 #endif
 
+static inline void write_block(const uint8_t *codes, const float *values, void *out, long b, long block, long wide) {
+    const uint8_t *in = codes + b * block / 2;
+    if (wide) {
+        float *to = (float *)out + b * block;
+        for (long i = 0; i < block; i += 2) {
+            to[i] = values[in[i / 2] >> 4];
+            to[i + 1] = values[in[i / 2] & 15];
+        }
+    } else {
+        unpack_bf16(in, values, (bf16 *)out + b * block, block);
+    }
+}
+
 // out = values[code] * absmax, rounded once; float where wide, else bfloat16.
 void dequantize_4bit(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
                      const float *map, const float *offset, void *out, long blocks, long block, long wide) {
@@ -189,17 +202,22 @@ void dequantize_4bit(const uint8_t *codes, const float *values, const void *absm
 #pragma omp parallel for schedule(static) if (blocks > 64)
     for (long b = 0; b < blocks; b++) {
         float scaled[16], scale = scale_of(s, b);
-        const uint8_t *in = codes + b * block / 2;
         for (long i = 0; i < 16; i++) scaled[i] = values[i] * scale;
-        if (wide) {
-            float *to = (float *)out + b * block;
-            for (long i = 0; i < block; i += 2) {
-                to[i] = scaled[in[i / 2] >> 4];
-                to[i + 1] = scaled[in[i / 2] & 15];
-            }
-        } else {
-            unpack_bf16(in, scaled, (bf16 *)out + b * block, block);
+        write_block(codes, scaled, out, b, block, wide);
+    }
+}
+
+// The same of groups: out = code * scale + zero.
+void dequantize_groups(const uint8_t *codes, const float *scale, const float *zero, void *out, long blocks, long block,
+                       long wide) {
+#pragma omp parallel for schedule(static) if (blocks > 64)
+    for (long b = 0; b < blocks; b++) {
+        float values[16];
+        for (long i = 0; i < 16; i++) {
+            volatile float product = (float)i * scale[b];  // not fused: rounded
+            values[i] = product + zero[b];
         }
+        write_block(codes, values, out, b, block, wide);
     }
 }
 
@@ -214,6 +232,27 @@ void matrix_vector_4bit(const uint8_t *codes, const float *values, const void *a
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++)
         y[r] = down(dot_4bit(codes + r * columns / 2, values, even, odd, s, r * blocks, blocks, block));
+}
+
+void matrix_vector_groups(const uint8_t *codes, const float *scale, const float *zero, const bf16 *x, bf16 *y, long rows,
+                          long columns, long block) {
+    scales s = {scale, 0, 0, 0};
+    long blocks = columns / block;
+    float even[columns / 2], odd[columns / 2], sums[blocks], values[16];
+    for (long i = 0; i < 16; i++) values[i] = (float)i;
+    for (long b = 0; b < blocks; b++) {
+        sums[b] = 0.0f;
+        for (long i = b * block / 2; i < (b + 1) * block / 2; i++) {
+            even[i] = up(x[2 * i]), odd[i] = up(x[2 * i + 1]);
+            sums[b] += even[i] + odd[i];
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        float total = dot_4bit(codes + r * columns / 2, values, even, odd, s, r * blocks, blocks, block);
+        for (long b = 0; b < blocks; b++) total += zero[r * blocks + b] * sums[b];
+        y[r] = down(total);
+    }
 }
 
 // Codes and absmax of x, in blocks. A value between two of the 16 sorted values goes to the nearer one, at the midpoint

@@ -316,12 +316,29 @@ class Groups(Quantized):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        if self._fused() and dtype in (torch.bfloat16, torch.float32):
+            sizes = self.scale.numel(), self.config.block_size, int(dtype == torch.float32)
+            kernels.call("dequantize_groups", self.codes, self.scale.float(), self.zero, out, *sizes)
+            return out
         known, step = table(self.config.name, out.device), max(1, _CHUNK // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
             groups = known.unpack(self.codes[rows].reshape(-1)).view(-1, self.scale.shape[1], self.config.block_size)
             out[rows] = groups.mul_(self.scale[rows, :, None].float()).add_(self.zero[rows, :, None]).flatten(1)
         return out
+
+    def matrix_vector(self, x: Tensor) -> Tensor:
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from codes of 4 bits."""
+        if not (self._fused() and kernels.usable(x)):
+            return super().matrix_vector(x)
+        y = torch.empty(self.shape[0], dtype=x.dtype)
+        sizes = *self.shape, self.config.block_size
+        kernels.call("matrix_vector_groups", self.codes, self.scale.float(), self.zero, x, y, *sizes)
+        return y
+
+    def _fused(self) -> bool:
+        placed = all(t.device.type == "cpu" and t.is_contiguous() for t in (self.codes, self.scale, self.zero))
+        return placed and self.config.code_bits == 4 and kernels.library() is not None
 
 
 Quantizer = Callable[[str, Tensor], Quantized]

@@ -11,7 +11,7 @@ import torch
 from lit_lora import kernels
 from lit_lora.errors import UsageError
 from lit_lora.kernels import build
-from lit_lora.quantize import Blocks, Int8, QuantizeConfig, Quantized, quantize
+from lit_lora.quantize import Blocks, Groups, Int8, QuantizeConfig, Quantized, quantize
 from lit_lora.quantize.codes import DYNAMIC, NF4, table
 
 TYPES = ["nf4", "fp4"]
@@ -126,7 +126,17 @@ def test_double_quantised_scales_are_off_by_less_than_a_hundredth() -> None:
     assert 0 < relative < 0.01
 
 
-@pytest.mark.parametrize("settings", [*FOUR_BIT[:4], ("int8",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_groups_are_scale_times_code_plus_zero_bit_for_bit(block_size: int, dtype: torch.dtype) -> None:
+    made = quantize(weight(), config("int4", block_size))
+    assert isinstance(made, Groups)
+    codes = torch.stack([made.codes >> 4, made.codes & 15], dim=2).float().view(len(made.codes), -1, block_size)
+    expected = codes * made.scale.float()[..., None] + made.zero[..., None]
+    assert torch.equal(made.dequantize(dtype), expected.flatten(1).to(dtype))
+
+
+@pytest.mark.parametrize("settings", [*FOUR_BIT[:4], ("int8",), ("int4", 32)], ids=str)
 def test_a_vector_multiplied_by_codes_is_the_product_of_the_dequantised_matrix(settings: Any) -> None:
     made = quantize(weight(), QuantizeConfig(name="int8") if settings == ("int8",) else config(*settings))
     torch.manual_seed(2)
