@@ -51,6 +51,27 @@ def test_the_fake_would_notice(tmp_path: Path) -> None:
     assert (tmp_path / "asked").is_file()
 
 
+@pytest.mark.parametrize("content", [None, "raise RuntimeError('broken')"], ids=["missing", "broken"])
+def test_without_it_there_is_none_and_paging_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "bitsandbytes.py").write_text(content or "raise ModuleNotFoundError('bitsandbytes')")
+    code = """
+import torch
+from lit_lora.errors import UsageError
+from lit_lora.quantize.bitsandbytes import load
+from lit_lora.train.adamw8bit import SmallStateAdamW
+print(load())
+torch.cuda.is_available = lambda: True
+settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+try:
+    SmallStateAdamW([{"params": [torch.zeros(4)], "weight_decay": 0.0}], paged=True, **settings)
+except UsageError as error:
+    print(error, "|", error.hint)
+SmallStateAdamW([{"params": [torch.zeros(4)], "weight_decay": 0.0}], **settings)
+"""
+    refusal = "optimizer.name: paged optimizers need bitsandbytes | pip install bitsandbytes, or take adamw8bit"
+    assert run(code, tmp_path) == f"None\n{refusal}\n"
+
+
 def test_quantising_and_multiplying_on_a_cpu_imports_no_bitsandbytes(tmp_path: Path) -> None:
     code = """
 import torch
