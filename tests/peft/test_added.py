@@ -340,9 +340,10 @@ def test_composed_methods_learn_each_at_its_own_rate():
     model = adapted(make_model(), config)
     factors = config.lr_factors(model)
     assert factors["model.prefix.embedding"] == 10
-    assert factors["model.layers.0.mlp.up_proj.lora_B"] == 4
-    assert "model.layers.0.mlp.up_proj.lora_A" not in factors
-    assert len(factors) == 1 + 7 * LAYERS
+    # LoRA+'s own rate is a tenth of LoRA's, for A; B learns at loraplus_lr_ratio times that.
+    assert factors["model.layers.0.mlp.up_proj.lora_A"] == pytest.approx(0.1)
+    assert factors["model.layers.0.mlp.up_proj.lora_B"] == pytest.approx(0.4)
+    assert len(factors) == 1 + 2 * 7 * LAYERS
 
 
 @pytest.mark.parametrize(
