@@ -119,6 +119,8 @@ class _Progress:
     waited: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
+    bad_steps: int = 0
+    """In a row, left out because a loss or gradient was not finite."""
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "step"}
@@ -126,6 +128,7 @@ class _Progress:
 
 _FIRST_LOSS_SCALE = 2.0**14
 _GROW_AFTER = 200
+_MOST_BAD_STEPS = 3
 
 
 class _Run:
@@ -188,7 +191,7 @@ class _Run:
         """One optimizer step; returns its loss and speed in words.
 
         Raises:
-            NumericalError: The loss or a gradient is not finite; it is recorded before.
+            NumericalError: The loss or a gradient is not finite for the third time in a row; it is recorded before.
         """
         started, step = time.perf_counter(), self.progress.step
         # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
@@ -205,10 +208,12 @@ class _Run:
             self.optimizer.step()
             self.trainables.publish()
             self._grow_scale()
+            self.progress.bad_steps = 0
         elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
             # float16 gradients beyond their range: leave this step out and scale less from now on.
             self.progress.loss_scale /= 2
             self.progress.good_steps = 0
+            self.progress.bad_steps += 1
         else:
             problem = self._not_finite(micro_batches, losses, norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +224,7 @@ class _Run:
         values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
         metrics.record(step + 1, **values, tokens_per_second=speed)
         if problem is not None:
-            raise problem
+            self._leave_out(problem)
         return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
 
     def _clip(self) -> float:
@@ -238,7 +243,23 @@ class _Run:
         if self.half and self.progress.good_steps % _GROW_AFTER == 0:
             self.progress.loss_scale *= 2
 
-    def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> NumericalError:
+    def _leave_out(self, problem: str) -> None:
+        """Go on with the weights as they were: one bad row is no reason to lose a night.
+
+        Raises:
+            NumericalError: It was the third time in a row, or there are no more steps than that.
+        """
+        self.progress.bad_steps += 1
+        if self.progress.bad_steps < min(_MOST_BAD_STEPS, self.total):
+            log.warn(f"left out {problem}")
+            return
+        raise NumericalError(
+            problem,
+            hint=f"left out in a row: {self.progress.bad_steps}; look at their rows, lower optimizer.lr, or use "
+            "model.dtype bf16 or fp32; the last checkpoint is kept",
+        )
+
+    def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> str:
         """Which rows and which parameter went wrong."""
         bad = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
         rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
@@ -248,10 +269,9 @@ class _Run:
             if master.grad is not None and not bool(master.grad.isfinite().all())
         ]
         where = f", first in the gradient of {names[0]}" if names else ""
-        return NumericalError(
+        return (
             f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
-            f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}",
-            hint="look at these rows, lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
+            f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}"
         )
 
     def validate(self, metrics: Metrics) -> None:

@@ -236,27 +236,35 @@ def checkpoints_of_a_killed_run(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_pain_12_nan_stops_with_the_rows_and_exit_code_5(task, call):
+def test_pain_12_nan_is_left_out_with_its_rows_and_stops_with_exit_code_5(task, call):
     make_base(task / "poisoned", poison=True)
-    rows = [{"prompt": f"question {n}?", "completion": "zoo" if n == 7 else "yes"} for n in range(12)]
-    write_rows(task / "rows.jsonl", rows)
-    write_config(
-        task,
-        model={"path": str(task / "poisoned")},
-        data={"validation": None},
-        train={"batch_size": 2, "micro_batch_tokens": 1, "save_every": 1, "epochs": 2, "max_steps": None},
-    )
-    code, _, err = call()
+
+    def train(*completions: str) -> tuple[int, str]:
+        rows = [{"prompt": f"question {n}?", "completion": text} for n, text in enumerate(completions)]
+        write_rows(task / "rows.jsonl", rows)
+        settings = {"batch_size": 2, "micro_batch_tokens": 1, "save_every": 1, "epochs": 1, "max_steps": None}
+        write_config(task, model={"path": str(task / "poisoned")}, data={"validation": None}, train=settings)
+        code, _, err = call("--overwrite")
+        assert "Traceback" not in err
+        return code, err
+
+    code, err = train(*["yes"] * 7, "zoo", *["yes"] * 4)
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: left out step ")]
+    assert line.endswith("the step's rows: rows.jsonl:8")
+    assert "gradient of model.layers." in line
+    records = metrics(task / "run")
+    (step,) = [record["step"] for record in records if record["loss"] is None]
+    assert line.startswith(f"warning: left out step {step}: ")
+    assert all(record["loss"] > 0 for record in records if record["step"] != step)
+
+    code, err = train(*["zoo"] * 12)
     assert code == 5
     line = next(line for line in err.splitlines() if line.startswith("error: "))
-    assert line.endswith("the step's rows: rows.jsonl:8")
-    step = int(line.removeprefix("error: step ").partition(":")[0])
-    assert "gradient of model.layers." in line
-    assert "Traceback" not in err
-    records = metrics(task / "run")
-    assert (records[-1]["step"], records[-1]["loss"], records[-1]["grad_norm"]) == (step, None, None)
-    assert all(record["loss"] > 0 for record in records[:-1])
-    assert checkpoints(task / "run") == ([step - 1] if step > 1 else [])
+    assert line.startswith("error: step 3: ")
+    assert err.count("warning: left out step ") == 2
+    assert [(record["loss"], record["grad_norm"]) for record in metrics(task / "run")] == [(None, None)] * 3
+    assert checkpoints(task / "run") == [2]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,18 @@ import torch
 from lit_lora import peft
 from lit_lora.data.batches import Batches
 from lit_lora.errors import NumericalError, OutOfMemoryError
-from tests.train.tiny_run import adapted, checkpoints, losses, make_rows, metrics, stored, tiny_model, train, unfrozen
+from tests.train.tiny_run import (
+    adapted,
+    checkpoints,
+    losses,
+    make_rows,
+    metrics,
+    same,
+    stored,
+    tiny_model,
+    train,
+    unfrozen,
+)
 
 
 class Poisoned(Batches):
@@ -24,48 +35,65 @@ class Poisoned(Batches):
         return super().step(step)
 
 
-def poisoned(model, value: float, *, step: int = 4, token: int = 9) -> Poisoned:
+def poisoned(model, value: float, *, step: int = 4, token: int = 44) -> Poisoned:
     batches = Poisoned(make_rows(8), batch_size=4, micro_batch_tokens=1, seed=0)
     batches.model, batches.value, batches.poison_at, batches.token = model, value, step, token
     return batches
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_pain_12_a_run_whose_loss_is_not_finite_stops_and_names_the_rows(tmp_path, value):
+def test_pain_12_the_third_step_in_a_row_that_is_not_finite_stops_the_run(tmp_path, value, capsys):
     model = adapted(shaken=True)
     batches = poisoned(model, value)
-    guilty = [int(r) for r in batches.row_indices(4) if 9 in batches.rows[int(r)].input_ids.tolist()]
-    assert 0 < len(guilty) < 4
     # a tied head spreads the poison over every row: take it apart
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    # every batch has a row with the poisoned token, and others
+    guilty = [[int(r) for r in batches.row_indices(s) if 44 in batches.rows[int(r)].input_ids] for s in (4, 5, 6)]
+    assert all(0 < len(rows) < 4 for rows in guilty)
     with pytest.raises(NumericalError) as caught:
         train(model, tmp_path, batches=batches, max_steps=10, save_every=2)
-    message = str(caught.value)
     assert caught.value.exit_code == 5
-    assert message.startswith("step 5: loss nan and gradient norm nan are not finite, first in the gradient of model.l")
-    named = message.rpartition("rows: ")[2].split(", ")
-    assert sorted(named) == sorted(f"memory:{row + 1}" for row in guilty)
-    assert checkpoints(tmp_path) == [4]
-    last = metrics(tmp_path)[-1]
-    assert (last["step"], last["loss"], last["grad_norm"]) == (5, None, None)
-    assert all(math.isfinite(loss) for loss in losses(tmp_path)[:-1])
-    assert all(tensor.isfinite().all() for tensor in stored(tmp_path, 4).values())
+    assert "the last checkpoint is kept" in caught.value.hint
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: left out ")]
+    messages = [*(line.removeprefix("warning: left out ") for line in lines), str(caught.value)]
+    assert len(messages) == 3
+    for step, (message, rows) in enumerate(zip(messages, guilty, strict=True), 5):
+        start = f"step {step}: loss nan and gradient norm nan are not finite, first in the gradient of model.l"
+        assert message.startswith(start)
+        assert sorted(message.rpartition("rows: ")[2].split(", ")) == sorted(f"memory:{row + 1}" for row in rows)
+    assert checkpoints(tmp_path) == [6]
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in metrics(tmp_path)[4:]] == [
+        (step, None, None) for step in (5, 6, 7)
+    ]
+    assert all(math.isfinite(loss) for loss in losses(tmp_path)[:4])
+    assert all(tensor.isfinite().all() for tensor in stored(tmp_path, 6).values())
 
 
-def test_pain_12_an_infinite_gradient_under_a_finite_loss_stops_too(tmp_path):
+def test_pain_12_a_step_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, capsys):
     model = adapted(shaken=True)
     parameter = dict(model.named_parameters())["model.layers.1.mlp.up_proj.lora_B"]
     calls = []
 
     def explode(gradient):
         calls.append(1)
-        return gradient * math.inf if len(calls) == 3 else gradient
+        return gradient * math.inf if len(calls) in (3, 4, 6) else gradient  # never three in a row
 
     parameter.register_hook(explode)
-    with pytest.raises(NumericalError, match=r"gradient of model\.layers\.1\.mlp\.up_proj\.lora_B; .*memory:"):
-        train(model, tmp_path, max_steps=10, batch_size=2)
-    assert math.isfinite(metrics(tmp_path)[-1]["loss"])
-    assert metrics(tmp_path)[-1]["grad_norm"] is None
+    train(model, tmp_path, max_steps=8, batch_size=2, micro_batch_tokens=10_000, save_every=1, keep_last=9)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: left out step ")]
+    assert len(warned) == 3
+    assert all("gradient of model.layers.1.mlp.up_proj.lora_B; the step's rows: memory:" in line for line in warned)
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records if record["grad_norm"] is None] == [3, 4, 6]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    for step in range(2, 9):
+        assert same(stored(tmp_path, step), stored(tmp_path, step - 1)) == (step in (3, 4, 6))
+
+
+def test_pain_12_a_run_too_short_for_three_such_steps_stops_as_well(tmp_path):
+    model = adapted(shaken=True)
+    with pytest.raises(NumericalError, match="step 1: loss nan"):
+        train(model, tmp_path, batches=poisoned(model, math.nan, step=0), max_steps=1)
 
 
 def test_pain_12_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(tmp_path):
