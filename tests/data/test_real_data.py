@@ -86,9 +86,9 @@ def test_pain_30_alpaca_is_tokenised_in_a_minute_and_at_once_the_second_time(
     real_data: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = DataConfig(path=str(real_data / "train/alpaca_union_subset.jsonl.gz"), validation=0.02)
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: what else runs on the machine does not count
     assert not prepare(config, tokenizer, cache=tmp_path, seed=0).report.files[0].from_cache
-    assert time.perf_counter() - start < 60 * 15130 / 52002
-    start = time.perf_counter()
+    assert time.process_time() - start < 60 * 15130 / 52002
+    start = time.process_time()
     assert prepare(config, tokenizer, cache=tmp_path, seed=0).report.files[0].from_cache
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
