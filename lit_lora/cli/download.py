@@ -40,6 +40,7 @@ def command(
     """
     from lit_lora.checkpoint.convert import open_source, plan_conversion, quantisation_stripped
     from lit_lora.cli.convert import command as convert_command
+    from lit_lora.encoder import is_encoder
 
     if convert and out is not None and out.exists():
         raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
@@ -51,6 +52,11 @@ def command(
         log.say(f"fetched {path}, an adapter; next: lit-lora generate BASE PROMPT --adapter {path}")
         return
     opened = open_source(path)
+    if is_encoder(path):
+        size = human_bytes(sum(file.stat().st_size for file in opened.files))
+        log.say(f"{path}: {size} of weights, for recipe classify")
+        log.say(f"next: lit-lora finetune --config classify model.path={path} data.path=my_labels.jsonl")
+        return
     if opened.format == "safetensors":
         plan = plan_conversion(opened)
         log.say(f"{path}: {plan.parameters:,} weights in {plan.config['torch_dtype']}, {human_bytes(plan.bytes)}")
@@ -101,9 +107,11 @@ def _was_made_from(file: Path, folder: Path) -> bool:
 
 def _check_config(folder: Path) -> None:
     """Refuse a model that lit-lora cannot use, before its weights are fetched."""
+    from lit_lora.encoder import is_encoder
     from lit_lora.model import ModelConfig
 
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if (folder / "config.json").is_file() and not adapter and not is_encoder(folder):
         ModelConfig.from_folder(folder)
 
 

@@ -6,7 +6,7 @@ those of all recipes.
 
 from lit_lora.encoder.opened import OpenedClassifier, open_classifier
 from lit_lora.encoder.predict import Prediction, predict
-from lit_lora.encoder.pretrained import Pretrained, head_of, load_with_head, read_pretrained
+from lit_lora.encoder.pretrained import Pretrained, head_of, is_encoder, load_with_head, read_pretrained
 from lit_lora.encoder.run import (
     ClassifyConfig,
     LabelledData,
@@ -29,6 +29,7 @@ __all__ = [
     "apply_with_head",
     "checkpoint_activations",
     "head_of",
+    "is_encoder",
     "load_labelled",
     "load_with_head",
     "open_classifier",

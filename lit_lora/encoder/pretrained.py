@@ -19,7 +19,7 @@ from lit_lora.encoder.task import Kind, Task
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model.config import FAMILIES
 
-__all__ = ["Pretrained", "head_of", "load_with_head", "read_pretrained"]
+__all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
 
 # Whose positions are counted from behind the padding token's id: so many fewer tokens fit than there are positions.
 _COUNTED_FROM_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm"}
@@ -119,29 +119,8 @@ def read_pretrained(folder: Path) -> Pretrained:
         InputError: The folder is not one of an encoder or encoder-decoder that transformers knows.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        what = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise InputError(f"{folder}: {what}, expected a checkpoint folder", hint="lit-lora download fetches a model")
-    kind = _model_type(folder)
-    if kind in FAMILIES:
-        raise InputError(
-            f"{folder}: a decoder ({kind}); recipe classify is for encoders and encoder-decoders",
-            hint="recipe: lora learns the label as an answer: columns: {prompt: …, completion: label}",
-        )
+    config = _read_config(folder)
     transformers = _transformers()
-    try:
-        with _quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: model_type {kind!r} is not known to transformers {transformers.__version__}"
-        ) from error
-    if _class(config) is None:
-        raise InputError(
-            f"{folder}: transformers has no classification head for model_type {kind!r}, nor is it an encoder-decoder "
-            "of texts",
-            hint="BERT, RoBERTa, DeBERTa, ELECTRA, DistilBERT, T5 and many others have one",
-        )
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -149,6 +128,16 @@ def read_pretrained(folder: Path) -> Pretrained:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason[:160]}") from error
     return Pretrained(folder, config, tokenizer)
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a checkpoint's config.json is of an encoder or encoder-decoder: one for recipe classify."""
+    try:
+        config = _read_config(folder)
+    except InputError:
+        return False
+    masked = _transformers().models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    return bool(config.is_encoder_decoder) or type(config) in masked
 
 
 def load_with_head(
@@ -220,6 +209,38 @@ def _class(config: Any) -> Any:
         else auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     )
     return table.get(type(config), None)
+
+
+def _read_config(folder: Path) -> Any:
+    """Transformers' configuration of a checkpoint folder.
+
+    Raises:
+        InputError: The folder is not one of an encoder or encoder-decoder that transformers knows.
+    """
+    if not (folder / "config.json").is_file():
+        what = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {what}, expected a checkpoint folder", hint="lit-lora download fetches a model")
+    kind = _model_type(folder)
+    if kind in FAMILIES:
+        raise InputError(
+            f"{folder}: a decoder ({kind}); recipe classify is for encoders and encoder-decoders",
+            hint="recipe: lora learns the label as an answer: columns: {prompt: …, completion: label}",
+        )
+    transformers = _transformers()
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: model_type {kind!r} is not known to transformers {transformers.__version__}"
+        ) from error
+    if _class(config) is None:
+        raise InputError(
+            f"{folder}: transformers has no classification head for model_type {kind!r}, nor is it an encoder-decoder "
+            "of texts",
+            hint="BERT, RoBERTa, DeBERTa, ELECTRA, DistilBERT, T5 and many others have one",
+        )
+    return config
 
 
 def _model_type(folder: Path) -> str:

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from lit_lora.checkpoint import open_tensors
+from lit_lora.encoder import read_pretrained
 from tests.checkpoint.makers import litgpt_state, state_dict, write_hf_folder, write_litgpt, write_tiny_gguf
 from tests.cli.test_convert import run
+from tests.encoder.tiny import save_base
 from tests.test_hub import FakeHub, index, server, wheel  # noqa: F401 - fixtures
 from tests.tiny import tiny_tokenizer
 
@@ -114,6 +116,20 @@ def test_an_unsupported_model_is_refused_before_its_weights_come(
     assert run("download", "some/neox") == 3
     assert "model_type 'gpt_neox' is not supported" in capsys.readouterr().err
     assert not server.asked("model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_an_encoder_of_the_hub_is_fetched_for_recipe_classify(
+    family: str,
+    server: FakeHub,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    serve(server, save_base(family, Path("encoder")), monkeypatch)
+    assert run("download", "some/encoder-x") == 0
+    told = "next: lit-lora finetune --config classify model.path=checkpoints/encoder-x data.path=my_labels.jsonl"
+    assert told in capsys.readouterr().out
+    assert read_pretrained(Path("checkpoints/encoder-x")).writes_text == (family == "t5")
 
 
 @pytest.mark.parametrize(
