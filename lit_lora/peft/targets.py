@@ -152,7 +152,7 @@ class TargetedMethod(Method):
         copies = with_parameters(model, self.modules_to_save) if copies is None else copies
         known = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
         if isinstance(self.target_modules, list):
-            self._check_kinds(model, known)
+            self._check_names(model, known)
             targets = select(self.target_modules, known, key="peft.target_modules")
             named = [pattern for pattern in self.target_modules if "*" not in pattern]
             both = [name for name in targets if name in copies and any(matches(pattern, name) for pattern in named)]
@@ -172,22 +172,28 @@ class TargetedMethod(Method):
             raise UsageError("peft.target_modules: no linear layer is left to adapt")
         return targets
 
-    def _check_kinds(self, model: nn.Module, known: dict[str, nn.Module]) -> None:
-        """Name the kind of a module that is there but cannot be adapted.
+    def _check_names(self, model: nn.Module, known: dict[str, nn.Module]) -> None:
+        """Every name of ``target_modules`` must match something in ``known``, what can be adapted.
 
         Raises:
-            UsageError: A pattern matches only such modules.
+            UsageError: With a line for each that does not; one that matches other modules tells their kind.
         """
         kinds = ", ".join(kind.__name__ for kind in self.adapts)
+        problems = []
         for pattern in self.target_modules:
-            found = [(name, module) for name, module in model.named_modules() if name and matches(pattern, name)]
-            leaves = [(name, module) for name, module in found if not any(True for _ in module.children())]
-            if leaves and not any(name in known for name, _ in found):
-                name, module = leaves[0]
-                raise UsageError(
-                    f"peft.target_modules: {pattern!r} is of the wrong kind: {name} is {type(module).__name__}, "
+            try:
+                select([pattern], known, key="peft.target_modules")
+            except UsageError as error:
+                found = [(name, m) for name, m in model.named_modules() if name and matches(pattern, name)]
+                leaves = [(name, type(m).__name__) for name, m in found if not any(True for _ in m.children())]
+                problems.append(
+                    f"peft.target_modules: {pattern!r} is of the wrong kind: {leaves[0][0]} is {leaves[0][1]}, "
                     f"{self.name} adapts {kinds}"
+                    if leaves
+                    else str(error)
                 )
+        if problems:
+            raise UsageError("\n".join(problems))
 
     def _in_layers(self, targets: list[str]) -> list[str]:
         """The targets within the chosen layers, and those that are in no numbered layer."""
