@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,10 +144,19 @@ def _variant(
     where = document.places.get(("runs", number), document.name)
     peft = merged.get("peft")
     method = peft.get("name", "lora") if isinstance(peft, dict) else "lora"
-    recipe = merged.setdefault("recipe", recipe_for(method) if method in METHODS else "lora")
+    nearest = difflib.get_close_matches(str(method), METHODS, n=1)  # a misspelt one is told by its own recipe
+    recipe = merged.setdefault("recipe", recipe_for(nearest[0]) if nearest else "lora")
     if recipe not in RECIPES:
         raise UsageError(f"{where}: recipe {recipe!r} is not known{did_you_mean(str(recipe), RECIPES)}")
-    config = validate(merged, load_settings(recipe), places, name=where)
+    settings = load_settings(recipe)
+    known = [*RunSection.model_fields, *(key for key in settings.model_fields if key not in ("seed", "out"))]
+    strays = [key for key in sections if key not in settings.model_fields]
+    problems = [
+        f"{places.get((key,), where)}: unknown key {key!r}{did_you_mean(key, known)}, known: {', '.join(known)}"
+        for key in strays
+    ]
+    kept = {key: value for key, value in merged.items() if key not in strays}
+    config = validate(kept, settings, places, name=where, problems=problems)
     if not isinstance(config, FinetuneConfig):
         raise UsageError(f"{where}: recipe {recipe} is not compared: expected runs of a decoder")
     if taken:

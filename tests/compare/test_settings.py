@@ -89,6 +89,7 @@ def test_all_problems_are_told_at_once_by_file_and_line(load) -> None:
             "- {name: f, seed: 1}\n"
             "- {name: g, data: {validation: null}}\n"
             "- {name: h, recipe: loara}\n"
+            "- {name: i, lrs: [1], peft: {name: houlsy}}\n"
             "grid: [-1]\n"
             "speed: 3\n"
         )
@@ -102,9 +103,12 @@ def test_all_problems_are_told_at_once_by_file_and_line(load) -> None:
     assert found["13"] == "seed: the comparison itself has seeds"
     assert found["14"].startswith("data.validation: is missing")
     assert found["15"] == "recipe 'loara' is not known (did you mean 'lora'?)"
-    assert found["16"].startswith("grid.0: input should be greater than 0")
-    assert found["17"].startswith("unknown key 'speed'")
-    assert len(lines) == 10
+    of_one_run = [line for line in lines if line.startswith("16:")]
+    assert of_one_run[0].startswith("16: unknown key 'lrs' (did you mean 'lr'?), known: name, lr, sweep, recipe")
+    assert "unknown name 'houlsy' (did you mean 'houlsby'?)" in of_one_run[1]
+    assert found["17"].startswith("grid.0: input should be greater than 0")
+    assert found["18"].startswith("unknown key 'speed'")
+    assert len(lines) == 12
 
 
 @pytest.mark.parametrize(
