@@ -119,6 +119,7 @@ void matrix_vector(const bf16 *weight, const bf16 *x, bf16 *y, long rows, long c
 
 // Weights of 4 bits: two codes a byte, the first in the high half, one absmax a block of values. The absmax may be
 // codes themselves (8 bits into map, one nested value for 256 of them, around offset): then nested is not null.
+// Codes of 2 or 3 bits, the first in the highest bits, are spread to 4 bits a row or a block at a time.
 typedef struct { const void *absmax; const float *nested, *map, *offset; } scales;
 
 static inline float scale_of(scales s, long block) {
@@ -127,9 +128,27 @@ static inline float scale_of(scales s, long block) {
     return product + *s.offset;
 }
 
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) || defined(__BMI2__)
 #include <immintrin.h>
+#endif
 
+// Codes of 2 or 3 bits as codes of 4, sixteen at a time.
+static inline const uint8_t *spread(const uint8_t *codes, uint8_t *out, long count, long bits) {
+    if (bits == 4) return codes;
+    for (long i = 0; i < count; i += 16, codes += 2 * bits) {
+        uint64_t word = (uint64_t)codes[0] << 24 | codes[1] << 16 | codes[2] << 8 | codes[3], wide = 0;
+        if (bits == 3) word = word << 16 | codes[4] << 8 | codes[5];
+#ifdef __BMI2__
+        wide = _pdep_u64(word, bits == 3 ? 0x7777777777777777u : 0x3333333333333333u);
+#else
+        for (int c = 0; c < 16; c++) wide |= (word >> (c * bits) & ((1u << bits) - 1)) << (4 * c);
+#endif
+        for (int byte = 0; byte < 8; byte++) out[i / 2 + byte] = (uint8_t)(wide >> (56 - 8 * byte));
+    }
+    return out;
+}
+
+#ifdef __AVX512BW__
 static inline void unpack_bf16(const uint8_t *codes, const float *values, bf16 *out, long count) {
     bf16 rounded[32] = {0};
     for (long i = 0; i < 16; i++) rounded[i] = down(values[i]);
@@ -182,8 +201,10 @@ static inline float dot_4bit(const uint8_t *codes, const float *values, const fl
 }
 #endif
 
-static inline void write_block(const uint8_t *codes, const float *values, void *out, long b, long block, long wide) {
-    const uint8_t *in = codes + b * block / 2;
+static inline void write_block(const uint8_t *codes, const float *values, void *out, long b, long block, long bits,
+                               long wide) {
+    uint8_t four[block / 2];
+    const uint8_t *in = spread(codes + b * block * bits / 8, four, block, bits);
     if (wide) {
         float *to = (float *)out + b * block;
         for (long i = 0; i < block; i += 2) {
@@ -196,20 +217,21 @@ static inline void write_block(const uint8_t *codes, const float *values, void *
 }
 
 // out = values[code] * absmax, rounded once; float where wide, else bfloat16.
-void dequantize_4bit(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
-                     const float *map, const float *offset, void *out, long blocks, long block, long wide) {
+void dequantize_blocks(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
+                       const float *map, const float *offset, void *out, long blocks, long block, long bits,
+                       long wide) {
     scales s = {absmax, nested, map, offset};
 #pragma omp parallel for schedule(static) if (blocks > 64)
     for (long b = 0; b < blocks; b++) {
-        float scaled[16], scale = scale_of(s, b);
-        for (long i = 0; i < 16; i++) scaled[i] = values[i] * scale;
-        write_block(codes, scaled, out, b, block, wide);
+        float scaled[16] = {0}, scale = scale_of(s, b);
+        for (long i = 0; i < 1 << bits; i++) scaled[i] = values[i] * scale;
+        write_block(codes, scaled, out, b, block, bits, wide);
     }
 }
 
 // The same of groups: out = code * scale + zero.
 void dequantize_groups(const uint8_t *codes, const float *scale, const float *zero, void *out, long blocks, long block,
-                       long wide) {
+                       long bits, long wide) {
 #pragma omp parallel for schedule(static) if (blocks > 64)
     for (long b = 0; b < blocks; b++) {
         float values[16];
@@ -217,25 +239,29 @@ void dequantize_groups(const uint8_t *codes, const float *scale, const float *ze
             volatile float product = (float)i * scale[b];  // not fused: rounded
             values[i] = product + zero[b];
         }
-        write_block(codes, values, out, b, block, wide);
+        write_block(codes, values, out, b, block, bits, wide);
     }
 }
 
 // y = W x for one token, straight from the codes; no block lies in two rows.
-void matrix_vector_4bit(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
-                        const float *map, const float *offset, const bf16 *x, bf16 *y, long rows, long columns,
-                        long block) {
+void matrix_vector_blocks(const uint8_t *codes, const float *values, const void *absmax, const float *nested,
+                          const float *map, const float *offset, const bf16 *x, bf16 *y, long rows, long columns,
+                          long block, long bits) {
     scales s = {absmax, nested, map, offset};
     long blocks = columns / block;
-    float even[columns / 2], odd[columns / 2];
+    float even[columns / 2], odd[columns / 2], known[16] = {0};
+    for (long i = 0; i < 1 << bits; i++) known[i] = values[i];
     for (long i = 0; i < columns / 2; i++) even[i] = up(x[2 * i]), odd[i] = up(x[2 * i + 1]);
 #pragma omp parallel for schedule(static)
-    for (long r = 0; r < rows; r++)
-        y[r] = down(dot_4bit(codes + r * columns / 2, values, even, odd, s, r * blocks, blocks, block));
+    for (long r = 0; r < rows; r++) {
+        uint8_t four[columns / 2];
+        const uint8_t *row = spread(codes + r * columns * bits / 8, four, columns, bits);
+        y[r] = down(dot_4bit(row, known, even, odd, s, r * blocks, blocks, block));
+    }
 }
 
 void matrix_vector_groups(const uint8_t *codes, const float *scale, const float *zero, const bf16 *x, bf16 *y, long rows,
-                          long columns, long block) {
+                          long columns, long block, long bits) {
     scales s = {scale, 0, 0, 0};
     long blocks = columns / block;
     float even[columns / 2], odd[columns / 2], sums[blocks], values[16];
@@ -249,7 +275,9 @@ void matrix_vector_groups(const uint8_t *codes, const float *scale, const float 
     }
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        float total = dot_4bit(codes + r * columns / 2, values, even, odd, s, r * blocks, blocks, block);
+        uint8_t four[columns / 2];
+        const uint8_t *row = spread(codes + r * columns * bits / 8, four, columns, bits);
+        float total = dot_4bit(row, values, even, odd, s, r * blocks, blocks, block);
         for (long b = 0; b < blocks; b++) total += zero[r * blocks + b] * sums[b];
         y[r] = down(total);
     }

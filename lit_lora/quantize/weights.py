@@ -147,7 +147,7 @@ class Blocks(Quantized):
             return out
         if self._fused() and dtype in (torch.bfloat16, torch.float32):
             blocks, wide = out.numel() // block, int(dtype == torch.float32)
-            kernels.call("dequantize_4bit", *self._pointers(), out, blocks, block, wide)
+            kernels.call("dequantize_blocks", *self._pointers(), out, blocks, block, self.config.code_bits, wide)
             return out
         known, codes, scales = table(self.config.name, out.device), self.codes.view(-1), self.scales()
         flat, bits = out.view(-1), known.bits
@@ -158,7 +158,7 @@ class Blocks(Quantized):
         return out
 
     def matrix_vector(self, x: Tensor) -> Tensor:
-        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from codes of 4 bits."""
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
         rows, columns = self.shape
         if self._on_cuda():
             values, block = table(self.config.name, self.codes.device).values, self.config.block_size
@@ -166,13 +166,14 @@ class Blocks(Quantized):
         if not (self._fused() and kernels.usable(x)) or columns % self.config.block_size:
             return super().matrix_vector(x)
         y = torch.empty(rows, dtype=x.dtype)
-        kernels.call("matrix_vector_4bit", *self._pointers(), x, y, rows, columns, self.config.block_size)
+        sizes = rows, columns, self.config.block_size, self.config.code_bits
+        kernels.call("matrix_vector_blocks", *self._pointers(), x, y, *sizes)
         return y
 
     def _fused(self) -> bool:
         tensors = [self.codes, self.absmax, self.nested_absmax]
         placed = all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
-        return placed and self.config.code_bits == 4 and kernels.library() is not None
+        return placed and kernels.library() is not None
 
     def _on_cuda(self) -> bool:
         on_cuda = self.codes.device.type == "cuda" and self.config.code_bits == 4
@@ -317,7 +318,7 @@ class Groups(Quantized):
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         if self._fused() and dtype in (torch.bfloat16, torch.float32):
-            sizes = self.scale.numel(), self.config.block_size, int(dtype == torch.float32)
+            sizes = self.scale.numel(), self.config.block_size, self.config.code_bits, int(dtype == torch.float32)
             kernels.call("dequantize_groups", self.codes, self.scale.float(), self.zero, out, *sizes)
             return out
         known, step = table(self.config.name, out.device), max(1, _CHUNK // self.shape[1])
@@ -328,17 +329,17 @@ class Groups(Quantized):
         return out
 
     def matrix_vector(self, x: Tensor) -> Tensor:
-        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from codes of 4 bits."""
+        """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
         if not (self._fused() and kernels.usable(x)):
             return super().matrix_vector(x)
         y = torch.empty(self.shape[0], dtype=x.dtype)
-        sizes = *self.shape, self.config.block_size
+        sizes = *self.shape, self.config.block_size, self.config.code_bits
         kernels.call("matrix_vector_groups", self.codes, self.scale.float(), self.zero, x, y, *sizes)
         return y
 
     def _fused(self) -> bool:
         placed = all(t.device.type == "cpu" and t.is_contiguous() for t in (self.codes, self.scale, self.zero))
-        return placed and self.config.code_bits == 4 and kernels.library() is not None
+        return placed and kernels.library() is not None
 
 
 Quantizer = Callable[[str, Tensor], Quantized]
