@@ -61,7 +61,9 @@ def trained(base: Path, adapter: Path, held: QuantizeConfig | None = HELD) -> to
     return logits(model)
 
 
-def test_by_default_the_trained_function_is_written(base: Path, adapter: Path, tmp_path: Path, call: Call) -> None:
+def test_pain_16_by_default_the_trained_function_is_written(
+    base: Path, adapter: Path, tmp_path: Path, call: Call
+) -> None:
     code, out, _ = call("merge", adapter, "--out", tmp_path / "merged")
     assert code == 0
     assert "merged into the dequantised base (nf4-dq, blocks of 32): the function that was trained" in out
@@ -71,7 +73,7 @@ def test_by_default_the_trained_function_is_written(base: Path, adapter: Path, t
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-def test_into_the_original_gives_original_and_adapter_and_says_what_differs(
+def test_pain_16_into_the_original_gives_original_and_adapter_and_says_what_differs(
     base: Path, adapter: Path, tmp_path: Path, call: Call
 ) -> None:
     code, out, _ = call("merge", adapter, "--into", "original", "--out", tmp_path / "merged")
@@ -86,7 +88,7 @@ def test_into_the_original_gives_original_and_adapter_and_says_what_differs(
     assert float(figures[1]) > 0
 
 
-def test_into_quantized_writes_codes_and_says_what_they_keep(
+def test_pain_16_into_quantized_writes_codes_and_says_what_they_keep(
     base: Path, adapter: Path, tmp_path: Path, call: Call
 ) -> None:
     code, out, _ = call("merge", adapter, "--into", "quantized", "--out", tmp_path / "merged")

@@ -74,6 +74,14 @@ def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     assert result["written_bytes"] == (task / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
+def test_pain_28_a_run_writes_no_copy_of_the_model(task, call):
+    make_base(task / "base", intermediate_size=4096)
+    write_config(task, peft={"rank": 1, "target_modules": "q,v"})
+    assert call()[0] == 0
+    written = sum(path.stat().st_size for path in (task / "run").rglob("*.safetensors"))
+    assert 0 < written < 0.1 * (task / "base" / "model.safetensors").stat().st_size
+
+
 def test_a_dry_run_writes_nothing_and_prints_the_plan(task, call):
     call("--dry-run")  # fills the cache of rows
     before = contents(task)
@@ -310,7 +318,7 @@ def test_pain_41_every_mistake_in_the_yaml_is_said_at_once_with_its_line(tmp_pat
         assert any(error.startswith(problem) for error in errors), (problem, errors)
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".1e-3"])
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".1e-3", '"1e-4"'])
 def test_pain_40_learning_rates_are_numbers_however_written(task, call, text):
     config = task / "config.yaml"
     config.write_text(config.read_text().replace("lr: 0.01", f"lr: {text}"))
@@ -319,12 +327,13 @@ def test_pain_40_learning_rates_are_numbers_however_written(task, call, text):
     assert table(out, "Plan")["learning rate"].startswith("0.0001,")
 
 
-def test_pain_40_a_number_in_quotes_is_said_to_be_a_text_or_taken_as_a_number(task, call):
+def test_pain_40_a_text_in_the_place_of_a_number_is_told_with_its_line(task, call):
     config = task / "config.yaml"
     config.write_text(config.read_text().replace("lr: 0.01", 'lr: "fast"'))
     code, _, err = call("--dry-run")
     assert code == 2
-    assert "optimizer.lr: input should be a valid number" in err
+    line = config.read_text().splitlines().index('  lr: "fast"') + 1
+    assert f"config.yaml:{line}: optimizer.lr: input should be a valid number" in err
     assert 'got "fast"' in err
 
 

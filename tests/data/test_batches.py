@@ -39,7 +39,7 @@ def _expected(rows: list[TokenRow]) -> list[tuple[int, int]]:
 
 
 @given(token_rows(), st.integers(1, 7), st.integers(1, 40), st.integers(0, 3))
-def test_pain_7_every_learned_token_is_a_target_once_and_never_across_documents(
+def test_pain_07_every_learned_token_is_a_target_once_and_never_across_documents(
     rows: list[TokenRow], batch_size: int, budget: int, seed: int
 ) -> None:
     batches = Batches(Rows.from_tokens(rows), batch_size=batch_size, micro_batch_tokens=budget, seed=seed)
@@ -116,7 +116,7 @@ def test_pain_43_very_few_rows_give_steps(row_count: int) -> None:
     assert sum(micro.target_count for micro in batches.step(0)) == 2 * row_count
 
 
-def test_pain_1_the_last_window_of_an_epoch_has_the_rows_that_are_left() -> None:
+def test_pain_01_the_last_window_of_an_epoch_has_the_rows_that_are_left() -> None:
     rows = Rows.from_tokens([([n, n + 1], [True, True]) for n in range(10)])
     batches = Batches(rows, batch_size=4, micro_batch_tokens=100, seed=0)
     assert [len(batches.row_indices(step)) for step in range(3)] == [4, 4, 2]

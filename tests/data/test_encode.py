@@ -88,25 +88,25 @@ def test_many_samples_at_once_are_encoded_as_one_by_one(tokenizer: Tokenizer) ->
         "",
     ],
 )
-def test_pain_2_a_row_with_nothing_to_learn_is_marked_so(tokenizer: Tokenizer, sample: Sample) -> None:
+def test_pain_02_a_row_with_nothing_to_learn_is_marked_so(tokenizer: Tokenizer, sample: Sample) -> None:
     (row,) = _encode(tokenizer, sample)
     assert row.status is Status.NOTHING_TO_LEARN
     assert not row.ids
 
 
-def test_pain_2_a_long_row_is_dropped_whole_by_default(tokenizer: Tokenizer) -> None:
+def test_pain_02_a_long_row_is_dropped_whole_by_default(tokenizer: Tokenizer) -> None:
     (row,) = _encode(tokenizer, _qa("word " * 100, "yes"), max_seq_length=50)
     assert (row.status, list(row.ids)) == (Status.TOO_LONG, [])
     assert row.length > 100
 
 
-def test_pain_2_a_long_row_is_an_error_with_row_and_lengths_when_asked_for(tokenizer: Tokenizer) -> None:
+def test_pain_02_a_long_row_is_an_error_with_row_and_lengths_when_asked_for(tokenizer: Tokenizer) -> None:
     length = _encode(tokenizer, _qa("word " * 100, "yes"))[0].length
     with pytest.raises(InputError, match=rf"rows\.jsonl:5: {length} tokens, max_seq_length is 50"):
         _encode(tokenizer, _qa("word " * 100, "yes"), max_seq_length=50, too_long="error")
 
 
-def test_pain_2_truncating_cuts_the_middle_of_the_prompt_and_keeps_the_answer_and_the_template(
+def test_pain_02_truncating_cuts_the_middle_of_the_prompt_and_keeps_the_answer_and_the_template(
     tokenizer: Tokenizer,
 ) -> None:
     question = "first " + "word " * 200 + "last"
@@ -118,7 +118,7 @@ def test_pain_2_truncating_cuts_the_middle_of_the_prompt_and_keeps_the_answer_an
     assert "word last<|im_end|>\n<|im_start|>assistant\na whole answer<|im_end|>" in text
 
 
-def test_pain_2_an_answer_that_does_not_fit_alone_is_dropped_rather_than_cut(tokenizer: Tokenizer) -> None:
+def test_pain_02_an_answer_that_does_not_fit_alone_is_dropped_rather_than_cut(tokenizer: Tokenizer) -> None:
     (row,) = _encode(tokenizer, _qa("x", "word " * 100), max_seq_length=60, too_long="truncate_prompt")
     assert row.status is Status.TOO_LONG
 
@@ -128,7 +128,7 @@ def test_pain_2_an_answer_that_does_not_fit_alone_is_dropped_rather_than_cut(tok
     answers=st.lists(st.integers(1, 40), min_size=4, max_size=4),
     most=st.integers(20, 300),
 )
-def test_pain_2_truncating_keeps_every_answer_or_drops_the_row(
+def test_pain_02_truncating_keeps_every_answer_or_drops_the_row(
     tokenizer: Tokenizer, prompts: list[int], answers: list[int], most: int
 ) -> None:
     chat = Conversation([])

@@ -152,7 +152,7 @@ def test_counts_of_tokens_and_targets_are_those_of_the_rows(run: Prepare, write_
         (MANY, {"validation": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
     ],
 )
-def test_pain_2_data_to_learn_nothing_from_is_an_error_before_a_model_is_loaded(
+def test_pain_02_data_to_learn_nothing_from_is_an_error_before_a_model_is_loaded(
     run: Prepare, write_rows: WriteRows, rows: Any, settings: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:

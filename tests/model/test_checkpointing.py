@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_the_same_bits(what: str, dtype: torch.dtype, set
     assert all(torch.equal(same[name], grads[name]) for name in grads)
 
 
-def test_gradients_flow_with_a_frozen_embedding_pain_08() -> None:
+def test_pain_08_gradients_flow_with_a_frozen_embedding() -> None:
     model = make_model(torch.float32, {"name": "lora", "layers": [0]})
     _, grads, _ = run(model, "full")
     assert len(grads) == 14
