@@ -77,7 +77,10 @@ def command(
         if out is not None and not dry_run:
             for file in export(config, prepared, out):
                 log.say(f"wrote {file}")
-    log.say(f"next: lit-lora init {shlex.quote(str(out or path))} --model {shlex.quote(str(model))}")
+    # What --out wrote is in a form that needs no telling.
+    told = [("--format", format_), ("--system", system), *(("--columns", pair) for pair in columns or [])]
+    same = [word for option in told if option[1] and out is None for word in option]
+    log.say(f"next: {shlex.join(['lit-lora', 'init', str(out or path), '--model', str(model), *map(str, same)])}")
 
 
 def parse_columns(pairs: list[str]) -> dict[str, str]:

@@ -135,7 +135,7 @@ def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> No
             if name not in row:
                 raise InputError(
                     f"{where}: no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
-                    hint=f"columns: {column}: names it",
+                    hint=f"--columns {column}=YOUR_COLUMN, or columns: {{{column}: YOUR_COLUMN}} in the config",
                 )
     for column in config.values:
         if column not in row:

@@ -97,7 +97,7 @@ def _choose(config: LabelledConfig, row: Mapping[str, Any], place: str, *, label
             if name not in row and not (column == "label" and labelled is None):
                 raise InputError(
                     f"{place}: no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
-                    hint=f"data.columns: {{{column}: YOUR_COLUMN}} names it",
+                    hint=f"say which it is: data.columns: {{{column}: YOUR_COLUMN}} in the config",
                 )
     for column in config.values:
         if column not in row and labelled is not None:

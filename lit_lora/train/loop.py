@@ -67,7 +67,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both")
+            raise ValueError("give epochs or max_steps, not both; train.epochs=null takes the epochs of a config out")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

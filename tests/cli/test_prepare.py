@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,12 @@ def test_a_dry_run_keeps_nothing(run: Run) -> None:
     code, out, _ = run("rows.jsonl", "--model", "model", "--out", "plain", "--dry-run")
     assert (code, Path("plain").exists(), Path("cache").exists()) == (0, False, False)
     assert "training: 20 rows" in out
+
+
+def test_the_next_command_repeats_what_was_told_of_the_data(run: Run) -> None:
+    told = ["--format", "prompt_completion", "--system", "Be brief.", "--columns", "prompt=Q: {prompt}"]
+    _, out, _ = run("rows.jsonl", "--model", "model", *told)
+    assert out.splitlines()[-1] == f"next: lit-lora init rows.jsonl --model model {shlex.join(told)}"
 
 
 @pytest.mark.parametrize(
