@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora import recipe
 from lit_lora.cli import main
+from lit_lora.recipe import planning
 from lit_lora.train import objective
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, metrics
@@ -417,7 +417,7 @@ def test_the_metrics_file_can_be_read_line_by_line(task, call):
 
 
 def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch):
-    monkeypatch.setattr(recipe, "free_memory_bytes", lambda _: 1_000)
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda _: 1_000)
     code, _, err = call("--dry-run")
     assert code == 0  # a warning: the estimate may be wrong
     assert "this run needs about" in err

@@ -1,0 +1,54 @@
+"""What the recipes share: the config, a run from start to result, its rows, the plan printed before it.
+
+A recipe in ``finetune/`` is the one place where a model, a method, data and the loop meet; this package holds the steps
+that would otherwise be written in each.
+"""
+
+from lit_lora.recipe.config import (
+    RECIPES,
+    FinetuneConfig,
+    ModelSettings,
+    QuantizedConfig,
+    RunConfig,
+    config_schema,
+    finetune_config,
+    load_recipe,
+    load_settings,
+    recipe_for,
+)
+from lit_lora.recipe.entry import execute, main
+from lit_lora.recipe.planning import duration, in_words, plan, planned_rows, planned_steps, show_what_trains, warn_of
+from lit_lora.recipe.rows import RunData, answer_samples, load_data, row_lengths
+from lit_lora.recipe.run import Options, Run, claim_folder, finish, start, summary
+
+__all__ = [
+    "FinetuneConfig",
+    "ModelSettings",
+    "Options",
+    "QuantizedConfig",
+    "RECIPES",
+    "Run",
+    "RunConfig",
+    "RunData",
+    "answer_samples",
+    "claim_folder",
+    "config_schema",
+    "duration",
+    "execute",
+    "finetune_config",
+    "finish",
+    "in_words",
+    "load_data",
+    "load_recipe",
+    "load_settings",
+    "main",
+    "plan",
+    "planned_rows",
+    "planned_steps",
+    "recipe_for",
+    "row_lengths",
+    "show_what_trains",
+    "start",
+    "summary",
+    "warn_of",
+]

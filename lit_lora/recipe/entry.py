@@ -1,0 +1,63 @@
+"""Run a recipe from the command line, or as a plain file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lit_lora.config import load_config
+from lit_lora.errors import LitLoraError, OutOfMemoryError
+from lit_lora.estimate import Setup, estimate
+from lit_lora.estimate.advice import advise
+from lit_lora.model import ModelConfig
+from lit_lora.recipe.config import FinetuneConfig, RunConfig
+from lit_lora.recipe.planning import in_words
+from lit_lora.recipe.rows import row_lengths
+from lit_lora.recipe.run import Options
+from lit_lora.train.device import choose_device, choose_dtype
+
+__all__ = ["execute", "main"]
+
+
+def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: Options) -> Path:
+    """Run a recipe.
+
+    Raises:
+        OutOfMemoryError: With the settings that would fit.
+    """
+    try:
+        return recipe(config, options)
+    except OutOfMemoryError as error:
+        if not isinstance(config, FinetuneConfig):
+            raise
+        device = choose_device(config.model.device)
+        shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
+        setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
+        # What was free is not known any more; what was planned was too much.
+        tried = advise(setup, 0.8 * estimate(setup).memory.total)
+        raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error
+
+
+def main(recipe: Callable[[Any, Options], Path], config: type[RunConfig]) -> None:
+    """The ``__main__`` of a recipe file: ``python finetune/lora.py --config FILE [key=value …]``.
+
+    Raises:
+        SystemExit: With the error's exit code.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules[recipe.__module__].__doc__)
+    parser.add_argument("--config", required=True, help="path of a YAML file, or name of a shipped config")
+    parser.add_argument("--dry-run", action="store_true", help="everything up to the first step")
+    parser.add_argument("--resume", action="store_true", help="continue after the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder already")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=20")
+    arguments = parser.parse_args()
+    options = Options(arguments.dry_run, arguments.resume, arguments.overwrite)
+    try:
+        execute(recipe, load_config(arguments.config, config, arguments.overrides), options)
+    except LitLoraError as error:
+        raise SystemExit(error.report()) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

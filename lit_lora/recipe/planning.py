@@ -1,0 +1,151 @@
+"""What is printed before the first step: what trains, on how much, what it needs, what a user may want to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lit_lora import log
+from lit_lora.estimate import Estimate, RowLengths, Setup, estimate, on_paper
+from lit_lora.estimate.advice import Advice, advise
+from lit_lora.files import human_bytes, require_free_space
+from lit_lora.model import CausalLM
+from lit_lora.peft import count_parameters, matched_table
+from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
+from lit_lora.recipe.config import RunConfig
+from lit_lora.recipe.rows import RunData
+from lit_lora.recipe.run import Run
+from lit_lora.train.device import free_memory_bytes
+from lit_lora.train.loop import check_figures
+from lit_lora.train.objective import NextToken
+
+__all__ = ["duration", "in_words", "plan", "planned_rows", "planned_steps", "show_what_trains", "warn_of"]
+
+
+def plan(run: Run, model: CausalLM, data: RunData) -> None:
+    """Print what will train, on how much, and what it needs, before the first step.
+
+    Raises:
+        DiskError: The disk has too little room for it.
+        UsageError: The best weights are to be picked by what is not measured.
+    """
+    config, rows = run.config, data.prepared.train
+    check_figures(config.train, NextToken())
+    show_what_trains(model)
+    total = config.train.total_steps(data.batches.steps_per_epoch)
+    warn_of(config, total, validated=bool(data.validation))
+    _warn_of_length(model, data)
+    lengths = RowLengths(rows.token_counts, rows.target_counts)
+    setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
+    figures = estimate(setup, on_paper(model))
+    _warn_of_memory(setup, figures)
+    tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
+    table = [
+        *planned_rows(run, model),
+        *_base_row(model),
+        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
+        *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
+        ["memory, about", human_bytes(figures.memory.total)],
+        ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],
+        ["disk, about", human_bytes(figures.disk_bytes)],
+        ["run folder", str(run.folder)],
+    ]
+    log.table("Plan", ["what", "figure"], table)
+    require_free_space(run.folder, figures.disk_bytes, "this run")
+
+
+def show_what_trains(model: nn.Module) -> None:
+    """Print the modules that train."""
+    matched = [[row.pattern, row.count, row.shape, f"{row.trainable:,}"] for row in matched_table(model)]
+    log.table("What trains", ["modules", "count", "weight", "parameters"], matched, right=(1, 3))
+
+
+def planned_rows(run: Run, model: nn.Module) -> list[list[str]]:
+    """Lines of the plan on the model."""
+    counts = count_parameters(model)
+    return [
+        ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
+        ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
+    ]
+
+
+def planned_steps(config: RunConfig, steps_per_epoch: int, held_out: int) -> list[list[str]]:
+    """Lines of the plan on validation, steps and learning rate."""
+    total = config.train.total_steps(steps_per_epoch)
+    passes, interval = total / steps_per_epoch, config.train.eval_interval(total)
+    return [
+        ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
+        ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
+        [
+            "learning rate",
+            f"{config.optimizer.lr:g}, {config.schedule.name}, {config.schedule.warmup_steps(total)} steps of warm-up",
+        ],
+    ]
+
+
+def _base_row(model: CausalLM) -> list[list[str]]:
+    """Bits and bytes of a quantised base."""
+    quantize, layers = found_config(model), [module for module in model.modules() if isinstance(module, Quantized)]
+    if quantize is None:
+        return []
+    held = sum(stored_bytes(layer) for layer in layers)
+    bits = f"{8 * held / count_quantized(model):.2f} bits a weight"
+    return [["base", f"{quantize}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
+
+
+def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
+    """Say it when a loaded model will not fit while it trains, and what would."""
+    free, memory = free_memory_bytes(setup.device), figures.memory
+    there = memory.process + (memory.weights if setup.device.type == "cuda" else 0)  # a CPU's are mapped, not yet read
+    if free is None or memory.total - there <= free:
+        return
+    log.warn(
+        f"this run needs about {human_bytes(memory.total - there)} more, {human_bytes(free)} are free: "
+        f"{in_words(advise(setup, free + there))}"
+    )
+
+
+def in_words(tried: Sequence[Advice]) -> str:
+    """What makes a run fit, or how near its settings can get."""
+    best = min(tried, key=lambda advice: (not advice.fits, advice.memory_bytes), default=None)
+    if best is None:
+        return "take a smaller model"
+    settings, needed = " ".join(best.overrides), human_bytes(best.memory_bytes)
+    return f"{settings} needs {needed}" if best.fits else f"even {settings} needs {needed}: take a smaller model"
+
+
+def warn_of(config: RunConfig, total: int, *, validated: bool) -> None:
+    """Say what a user would want to change before ``total`` steps begin."""
+    warmup, asked = config.schedule.warmup_steps(total), config.schedule.asked_steps(total)
+    if warmup < asked:
+        log.warn(f"schedule.warmup: {asked} steps are more than half of all {total}: the warm-up takes {warmup}")
+    if validated:
+        return
+    log.warn(
+        "no validation rows: overfitting will not show, and the last weights are kept, not the best "
+        "(data.validation=0.1 holds a tenth of the rows out)"
+    )
+    if config.train.patience is not None:
+        log.warn("train.patience has no effect without validation rows")
+
+
+def _warn_of_length(model: CausalLM, data: RunData) -> None:
+    """Say it when rows are longer than what the model was made for."""
+    longest, context = int(data.prepared.train.token_counts.max()), model.context
+    if longest > context:
+        log.warn(
+            f"the longest row has {longest:,} tokens, the model was made for {context:,}: "
+            f"data.max_seq_length={context} keeps to that"
+        )
+
+
+def duration(seconds: float) -> str:
+    """``125.0`` as ``2 min 5 s``."""
+    if seconds < 1:
+        return "less than a second"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

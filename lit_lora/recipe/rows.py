@@ -1,0 +1,106 @@
+"""The rows of a run, portioned, and the few that are answered while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lit_lora import log
+from lit_lora.data import Prepared, cache_folder, prepare
+from lit_lora.data.batches import Batches, MicroBatch, validation_batches
+from lit_lora.data.rows import Row
+from lit_lora.estimate import RowLengths
+from lit_lora.generate import Sampling, answer_all
+from lit_lora.model import CausalLM
+from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe.run import Run
+from lit_lora.tokenizer import Tokenizer
+
+__all__ = ["RunData", "answer_samples", "load_data", "row_lengths"]
+
+
+@dataclass
+class RunData:
+    """The rows, portioned."""
+
+    batches: Batches
+    validation: list[MicroBatch]
+    prepared: Prepared
+    samples: list[tuple[list[int], list[int]]]
+    """Validation rows that are answered while training: token ids of the prompt, and of the answer in the data."""
+
+    @property
+    def about(self) -> str:
+        """One line on what it is, for a model card."""
+        return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
+
+
+def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
+    """Tokenise (or take from the cache), report, and portion the rows.
+
+    Raises:
+        InputError: The data cannot be read, or no row can be learned from.
+    """
+    config = run.config
+    assert isinstance(config, FinetuneConfig)
+    prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
+    for line in prepared.report.lines():
+        log.note(line)
+    batches = Batches(
+        prepared.train,
+        batch_size=config.train.batch_size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        seed=config.seed,
+    )
+    validation = prepared.validation
+    if validation is None:
+        return RunData(batches, [], prepared, [])
+    held_out = list(validation_batches(validation, config.train.micro_batch_tokens))
+    samples = [_sample(validation[number]) for number in range(min(config.train.samples, len(validation)))]
+    return RunData(batches, held_out, prepared, samples)
+
+
+def _sample(row: Row) -> tuple[list[int], list[int]]:
+    """The first answer of a row and what stands before it; plain text is to be continued after a few words."""
+    ids, learned = row.input_ids.tolist(), row.learn.tolist()
+    start = learned.index(True, 1)
+    if start == 1:
+        start = min(len(ids) // 2, 32)
+    end = learned.index(False, start) if False in learned[start:] else len(ids)
+    return ids[:start], ids[start:end]
+
+
+def row_lengths(config: FinetuneConfig) -> RowLengths:
+    """Of the training rows, tokenised or from the cache.
+
+    Raises:
+        InputError: Tokenizer or data are not there, or not readable.
+    """
+    prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
+    return RowLengths(prepared.train.token_counts, prepared.train.target_counts)
+
+
+def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
+    """A function of the step that answers the sample rows and prints the answers beside those of the data.
+
+    It draws no random numbers and leaves the model as it was, so a run with samples trains like one without.
+    """
+    context = model.context
+    samples = [(prompt, expected) for prompt, expected in data.samples if len(prompt) < context]
+    sampling = Sampling(max_new_tokens=60)
+
+    def answer(step: int) -> None:
+        training = model.training
+        model.eval()
+        answers = answer_all(model, tokenizer, [prompt for prompt, _ in samples], sampling)
+        model.train(training)
+        for given, (_, expected) in zip(answers, samples, strict=True):
+            log.note(f"step {step}: answers {_short(given.text)}, expected {_short(tokenizer.decode(expected))}")
+
+    return answer
+
+
+def _short(text: str) -> str:
+    """One line of at most 100 characters, in quotes."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 100 else text[:99] + "…")

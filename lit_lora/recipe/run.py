@@ -1,0 +1,167 @@
+"""A run from its start to its result: the folder, what is kept there, what the command line asks of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_lora import log
+from lit_lora.config import dump_yaml, load_config
+from lit_lora.errors import UsageError
+from lit_lora.files import human_bytes, write_text
+from lit_lora.peft import Method
+from lit_lora.peft.frozen import keep_frozen, keep_method
+from lit_lora.recipe.config import RunConfig
+from lit_lora.train.device import choose_device, choose_dtype
+from lit_lora.train.loop import FitResult
+
+__all__ = ["Options", "Run", "claim_folder", "finish", "start", "summary"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a run beside its config."""
+
+    dry_run: bool = False
+    """Stop before the first step, write nothing."""
+    resume: bool = False
+    """Continue after the newest checkpoint of the run folder."""
+    overwrite: bool = False
+    """Replace a run that is in the folder already."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A started run."""
+
+    config: RunConfig
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.config.out
+
+
+def start(config: RunConfig, options: Options) -> Run:
+    """Seed, choose device and dtype, and look whether the run folder can be used.
+
+    Raises:
+        UsageError: The folder holds another run, or none to resume, or the device is not there.
+    """
+    torch.manual_seed(config.seed)
+    device = choose_device(config.model.device)
+    run = Run(config, options, device, choose_dtype(config.model.dtype, device))
+    saved = run.folder / "config.yaml"
+    if options.resume and not saved.is_file():
+        raise UsageError(f"{run.folder}: holds no run to resume", hint="leave --resume out to start one")
+    if options.resume:
+        _check_same_run(saved, config)
+    elif saved.is_file() and not (options.overwrite or options.dry_run):
+        raise UsageError(
+            f"{run.folder}: holds a run already",
+            hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another beside it",
+        )
+    return run
+
+
+def claim_folder(run: Run, model: nn.Module, method: Method | None = None) -> None:
+    """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
+
+    What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
+
+    Args:
+        run: The run.
+        model: With its method applied.
+        method: As it was applied, where a start from rows may have changed its settings.
+
+    Raises:
+        DiskError: The folder cannot be written.
+        InputError: What a run to resume has kept does not fit.
+    """
+    if run.options.overwrite and not run.options.resume:
+        _remove_run(run.folder)
+    keep_frozen(model, run.folder / "start", resume=run.options.resume)
+    if method is not None and method.rows_to_start and not run.options.resume:
+        keep_method(run.folder / "start", method)
+    write_text(run.folder / "config.yaml", dump_yaml(run.config))
+
+
+# What a resumed run may do differently; anything else makes it another run.
+_MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens", "train.activation_checkpointing"} | {
+    f"train.{key}" for key in ("eval_every", "save_every", "keep_last", "patience", "samples")
+}
+
+
+def _check_same_run(saved: Path, config: RunConfig) -> None:
+    """Refuse to resume under another config.
+
+    Raises:
+        UsageError: Naming the keys that differ.
+    """
+    old, new = _flat(load_config(saved, type(config))), _flat(config)
+    differing = [key for key in new.keys() | old.keys() if key not in _MAY_CHANGE and old.get(key) != new.get(key)]
+    if differing:
+        raise UsageError(
+            f"{saved}: the run to resume has other settings: {', '.join(sorted(differing))}",
+            hint="resume with the same config, or start a new run with out=ANOTHER_FOLDER",
+        )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """``section.key`` to value."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        flat.update(
+            {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return flat
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a former run wrote into ``folder``, and nothing else."""
+    for name in ("checkpoints", "start", "adapter", "base", "model", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    files = [folder / name for name in ("metrics.jsonl", "loss.png", "result.json")]
+    for path in [*files, *folder.glob("events.out.tfevents.*")]:
+        path.unlink(missing_ok=True)
+
+
+def finish(run: Run, result: FitResult, written: Path, next_command: str) -> None:
+    """Print what came out and what to type next, and write ``result.json``: with it the run is complete."""
+    rows = [[name, f"{value:.4f}" if isinstance(value, float) else value] for name, value in summary(result).items()]
+    log.table("Result", ["what", "figure"], rows)
+    before, after = result.untrained_validation_loss, result.validation_loss
+    if before is not None and after is not None and after >= before:
+        log.warn(
+            "the validation loss did not fall: try a lower optimizer.lr, and look at the rows with "
+            "lit-lora prepare FILE --show 3"
+        )
+    figures = {**asdict(result), "tokens_per_second": result.tokens_per_second}
+    weights = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+    write_text(run.folder / "result.json", json.dumps({**figures, "written_bytes": weights}, indent=1) + "\n")
+    log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
+    log.say(f"next: {next_command}")
+
+
+def summary(result: FitResult) -> dict[str, object]:
+    """The figures of a run for its model card and its closing lines."""
+    figures = {
+        "Steps": result.steps,
+        "Best step": result.best_step,
+        "Training loss": result.loss,
+        "Validation loss before training": result.untrained_validation_loss,
+        "Validation loss": result.validation_loss,
+        **{f"Validation {name.replace('_', ' ')}": value for name, value in result.figures.items()},
+        "Tokens per second": round(result.tokens_per_second),
+        "Peak memory": human_bytes(result.peak_memory_bytes),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
