@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lit_lora import peft
@@ -35,6 +36,7 @@ LLAMA_3_2_3B = (128256, 3072, 8192, 28, 24, 8)
     [
         (LLAMA_2_7B, {"name": "lora", "target_modules": "q,v"}, 4_194_304),
         (LLAMA_2_7B, {"name": "lora"}, 19_988_480),
+        (LLAMA_2_7B, {"name": "lora", "rank": 16}, 39_976_960),
         (LLAMA_2_7B, {"name": "lora", "rank": 64}, 159_907_840),
         (LLAMA_2_7B, {"name": "lora", "freeze_A": True, "target_modules": "q,v"}, 2_097_152),
         (LLAMA_2_7B, {"name": "tied-lora", "target_modules": "q,v"}, 2 * 8 * 8192 + 64 * (8 + 4096)),
@@ -48,4 +50,36 @@ def test_counts_are_the_published_ones(model: tuple[int, ...], settings: dict[st
     peft.freeze(built)
     with torch.device("meta"):
         peft.methods()[settings["name"]].model_validate(settings).apply(built)
+    assert peft.count_parameters(built).trainable == expected
+
+
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+XXL = {"vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24}
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "settings", "expected"),
+    [
+        ("roberta", ROBERTA, {"name": "lora"}, 294_912),
+        ("roberta", ROBERTA, {"name": "lora", "modules_to_save": ["classifier"]}, 294_912 + 592_130),
+        ("roberta", ROBERTA | LARGE, {"name": "lora"}, 786_432),
+        ("roberta", ROBERTA, {"name": "vera", "rank": 1024}, 43_008),
+        ("roberta", ROBERTA | LARGE, {"name": "vera", "rank": 256}, 61_440),
+        ("deberta-v2", XXL | {"intermediate_size": 6144}, {"name": "lora", "rank": 16}, 4_718_592),
+        ("vit", {"num_labels": 101}, {"name": "lora", "rank": 16, "modules_to_save": ["classifier"]}, 667_493),
+    ],
+)
+def test_counts_on_models_of_transformers_are_the_published_ones(
+    family: str, shape: dict[str, Any], settings: dict[str, Any], expected: int
+) -> None:
+    auto = (
+        transformers.AutoModelForImageClassification
+        if family == "vit"
+        else transformers.AutoModelForSequenceClassification
+    )
+    with torch.device("meta"):
+        built = auto.from_config(transformers.AutoConfig.for_model(family, **shape))
+        peft.freeze(built)
+        peft.methods()[settings["name"]].model_validate({"target_modules": "q,v", **settings}).apply(built)
     assert peft.count_parameters(built).trainable == expected
