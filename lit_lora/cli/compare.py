@@ -81,8 +81,8 @@ def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Se
     rows = []
     for variant, count, its_time in zip(variants, counts, times, strict=True):
         rates = " ".join(f"{rate:g}" for rate in variant.rates)
-        own = variant.config
-        rows.append([variant.name, own.recipe, own.peft.about, rates, str(count), duration(its_time)])
+        own, takes = variant.config, duration(its_time) if its_time else "done"
+        rows.append([variant.name, own.recipe, own.peft.about, rates, str(count), takes])
     columns = ["run", "recipe", "method", "learning rates", "runs", "time, about"]
     log.table("What will run", columns, rows, right=(4, 5))
     seeds = " ".join(map(str, settings.seeds))

@@ -44,7 +44,7 @@ def check_folders(config: CompareConfig, variants: Sequence[Variant]) -> None:
 def seconds_per_run(config: CompareConfig, variants: Sequence[Variant]) -> list[float]:
     """About how long a run of each variant takes; each is rehearsed on paper, which finds settings that cannot be.
 
-    The rows are tokenised for it, so that no run has to.
+    The rows are tokenised for it, so that no run has to. A variant whose runs are all there takes no time.
 
     Raises:
         UsageError: Naming every variant whose method does not fit the model.
@@ -53,12 +53,18 @@ def seconds_per_run(config: CompareConfig, variants: Sequence[Variant]) -> list[
     seconds, problems = [], []
     for variant in variants:
         try:
-            seconds.append(_seconds(variant, config.seeds[0]))
+            seconds.append(0.0 if _all_there(config, variant) else _seconds(variant, config.seeds[0]))
         except UsageError as error:
             problems += [f"{variant.name}: {line}" for line in str(error).splitlines()]
     if problems:
         raise UsageError("\n".join(problems))
     return seconds
+
+
+def _all_there(config: CompareConfig, variant: Variant) -> bool:
+    """Whether every rate has run, and with every further seed one of them."""
+    first, *others = ([Job.of(variant, rate, seed, config.out).done for rate in variant.rates] for seed in config.seeds)
+    return all(first) and all(any(done) for done in others)
 
 
 def _seconds(variant: Variant, seed: int) -> float:

@@ -73,6 +73,16 @@ def test_a_dry_run_lists_the_runs_and_trains_nothing(task: Path, call: Call) -> 
     assert not (task / "out").exists()
 
 
+def test_what_is_there_already_is_not_rehearsed_again(task: Path, call: Call) -> None:
+    for run in ("lr0.001-seed0", "lr0.01-seed0", "lr0.01-seed1"):
+        (task / "out" / "runs" / f"lora-{run}").mkdir(parents=True)
+        (task / "out" / "runs" / f"lora-{run}" / "result.json").write_text("{}")
+    _, out, _ = call("--dry-run", "seeds=[0, 1]")
+    assert table(out, "What will run")["lora"]["time, about"] == "done"
+    _, out, _ = call("--dry-run", "seeds=[0, 1, 2]")
+    assert table(out, "What will run")["lora"]["time, about"].endswith(" s")
+
+
 def test_a_method_that_does_not_fit_the_model_is_told_before_anything_runs(task: Path, call: Call) -> None:
     more = "- {name: wide, peft: {name: lora, rank: 99}}\n- {name: lost, peft: {name: lora, target_modules: [qproj]}}\n"
     (task / "compare.yaml").write_text(COMPARISON.replace("out: out\n", "") + more)
@@ -119,6 +129,8 @@ def test_a_comparison_runs_measures_and_reports_and_a_second_start_finds_it_done
     assert again.partition("# Comparison")[2] == out.partition("# Comparison")[2]
     assert {path: path.stat().st_mtime_ns for path in logs} == logs, "nothing of it ran again"
     assert err.count("(found)") == 5
+    times = {name: plan["time, about"] for name, plan in table(again, "What will run").items()}
+    assert (times["lora"], times["houlsby"]) == ("done", "done")
 
     code, _, err = call("base.train.max_steps=7")
     assert code == 2
