@@ -20,6 +20,7 @@ from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.merge.plan import find_adapter, find_places
 from lit_lora.peft import base_tensors, freeze, methods, save_adapter
+from lit_lora.peft.added import AddedMethod
 from lit_lora.peft.attach import attach, check_base
 from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.updates import LowRank
@@ -73,6 +74,11 @@ def combine(
         raise UsageError("a rank goes with svd, and svd needs one")
     folder = find_places(Path(sources[0]), base=base).base
     adapters = [read_adapter(find_adapter(source)) for source in sources]
+    for adapter in adapters:
+        if isinstance(adapter.config, AddedMethod):
+            raise InputError(
+                f"{adapter.folder}: {adapter.config.about} computes beside the base's weights, it has no update to sum"
+            )
     if any(adapter.quantize != adapters[0].quantize for adapter in adapters):
         raise InputError("the adapters were trained over bases that are held differently, such as in 4 and in 16 bits")
     model = load_model(folder, quantize=adapters[0].quantize)

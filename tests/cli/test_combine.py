@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.cli import main
 from lit_lora.merge import find_places, merge, plan_merge
 from lit_lora.peft import load_adapter
-from tests.peft.tiny import make_adapter, make_model, save_base, token_ids
+from tests.peft.tiny import adapted, make_adapter, make_model, save_base, token_ids
 
 
 @pytest.fixture
@@ -82,6 +83,8 @@ def test_svd_of_the_full_rank_loses_nothing_and_less_rank_loses_more(
         (["a", "b", "--how", "linear"], 2, "the adapters have ranks [2, 3]"),
         (["a", "whole"], 3, "lm_head.weight is not a low-rank update"),
         (["a", "dora"], 3, "is not a low-rank update"),
+        (["a", "ia3"], 3, "is not a low-rank update"),
+        (["a", "houlsby"], 3, "computes beside the base's weights, it has no update to sum"),
         (["a", "other"], 3, "trained on another base model"),
         (["a", "nowhere"], 3, "nowhere: no adapter_config.json in it"),
         (["a", "--out", "base"], 4, "base: already exists"),
@@ -101,12 +104,10 @@ def test_what_cannot_be_combined_is_told(
     make_adapter(base, Path("b"), rank=3)
     if "whole" in arguments:
         make_adapter(base, Path("whole"), modules_to_save=["lm_head"], target_modules="q,v")
-    if "dora" in arguments:
-        from lit_lora import peft
-        from tests.peft.tiny import adapted
-
-        config = peft.methods()["dora"].model_validate({"rank": 2})
-        peft.save_adapter(adapted(load_model(base), config), config, Path("dora"), base=base)
+    for name, settings in {"dora": {"rank": 2}, "ia3": {}, "houlsby": {"bottleneck": 2}}.items():
+        if name in arguments:
+            config = peft.methods()[name].model_validate(settings)
+            peft.save_adapter(adapted(load_model(base), config), config, Path(name), base=base)
     if "other" in arguments:
         make_adapter(save_base(make_model(seed=9), tmp_path / "base2"), Path("other"), rank=2)
     given = arguments if "--out" in arguments else [*arguments, "--out", "new"]
