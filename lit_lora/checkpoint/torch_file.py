@@ -79,7 +79,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes torch raise almost anything: RuntimeError, EOFError, KeyError, …
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise InputError(f"{file}: truncated or not a PyTorch file ({reason})", hint="download it again") from error
     return _state_dict(file, loaded)
 
