@@ -305,11 +305,14 @@ def test_the_adapters_tokenizer_goes_with_the_merged_model(tmp_path):
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     (base / "chat_template.jinja").write_text("base")
     adapter = make_adapter(base, tmp_path / "adapter")
+    written = peft.model_card("a", base="b", method="LoRA", data="a|b.jsonl, 9 rows", adapter=True)
+    (adapter / "README.md").write_text(written)
     merge(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "generation_config.json").read_text() == '{"eos_token_id": 2}'
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "base"
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "LoRA, rank 8" in card
+    assert "| Data | a\\|b.jsonl, 9 rows |" in card
     assert str(tmp_path) not in card
 
 

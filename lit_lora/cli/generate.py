@@ -27,6 +27,7 @@ def command(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Many prompts: rows with 'prompt' or 'messages', or text lines.")
     ] = None,
+    column: Annotated[str, typer.Option(metavar="NAME", help="The file's column with the prompt.")] = "prompt",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the answers go (JSONL), instead of stdout.")
     ] = None,
@@ -59,6 +60,8 @@ def command(
         lit-lora generate MODEL "Name a colour." --temperature 0.7 --seed 1
 
         lit-lora generate out/quickstart --file prompts.jsonl --out answers.jsonl
+
+        lit-lora generate out/quickstart --file mails.csv --column body --out answers.jsonl
     """
     if file is not None and prompt is not None:
         raise UsageError("give a PROMPT or --file, not both")
@@ -66,6 +69,8 @@ def command(
         raise UsageError(
             f"{out}: already exists" if file else "--out needs --file", hint="choose another name" if file else None
         )
+    if column != "prompt" and file is None:
+        raise UsageError("--column needs --file")
     sampling = options.sampling_from(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -75,7 +80,7 @@ def command(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    rows = _rows(file, system, raw) if file is not None else _one(prompt, system)
+    rows = _rows(file, column, system, raw) if file is not None else _one(prompt, system)
     from lit_lora.open_model import open_model
 
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, drop_layers=drop_layers)
@@ -104,7 +109,7 @@ def _one(prompt: str | None, system: str | None) -> list[Row]:
     return [("prompt", {}, _conversation(prompt, system))]
 
 
-def _rows(file: Path, system: str | None, raw: bool) -> list[Row]:
+def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
     """The rows of a file of prompts.
 
     Raises:
@@ -116,21 +121,21 @@ def _rows(file: Path, system: str | None, raw: bool) -> list[Row]:
         raise InputError(f"{file}: no such file")
     rows: list[Row] = []
     for number, row in read_rows(file):
-        if set(row) == {"text"}:
+        if set(row) == {"text"} and column == "prompt":
             lines = enumerate(row["text"].split("\n"), number)
             rows += [
                 (f"{file}:{n}", {"prompt": line}, _conversation(line, system)) for n, line in lines if line.strip()
             ]
         else:
-            rows.append((f"{file}:{number}", row, _messages(row, system, raw, f"{file}:{number}")))
+            rows.append((f"{file}:{number}", row, _messages(row, column, system, raw, f"{file}:{number}")))
     if not rows:
         raise InputError(f"{file}: holds no prompts")
     return rows
 
 
-def _messages(row: dict[str, Any], system: str | None, raw: bool, place: str) -> list[Message]:
+def _messages(row: dict[str, Any], column: str, system: str | None, raw: bool, place: str) -> list[Message]:
     """The conversation of one row."""
-    prompt, messages = row.get("prompt"), row.get("messages")
+    prompt, messages = row.get(column), row.get("messages")
     if isinstance(prompt, str) and prompt.strip():
         own = row.get("system")
         return _conversation(prompt, own if isinstance(own, str) and own else system)
@@ -139,8 +144,11 @@ def _messages(row: dict[str, Any], system: str | None, raw: bool, place: str) ->
             raise InputError(f"{place}: the conversation ends with the assistant, so there is nothing to answer")
         has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
         return messages if has_system or not system else [{"role": "system", "content": system}, *messages]
-    wanted = "'prompt' with text" if raw else "'prompt' with text, or 'messages'"
-    raise InputError(f"{place}: expected {wanted}, found columns {', '.join(map(str, row)) or 'none'}")
+    wanted = f"{column!r} with text" if raw else f"{column!r} with text, or 'messages'"
+    raise InputError(
+        f"{place}: expected {wanted}, found columns {', '.join(map(str, row)) or 'none'}",
+        hint="--column NAME says which column holds the prompt",
+    )
 
 
 def _conversation(prompt: str, system: str | None) -> list[Message]:

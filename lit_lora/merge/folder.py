@@ -18,7 +18,7 @@ from lit_lora.merge.plan import BaseTensors, MergePlan
 from lit_lora.merge.prove import Proof, prove
 from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
 from lit_lora.model import DTYPES
-from lit_lora.peft.card import model_card
+from lit_lora.peft.card import card_row, model_card
 from lit_lora.quantize import Quantized
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
@@ -198,4 +198,5 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     }
     method = f"{adapter.config.about}, merged ({plan.config.dtype})"
     title = f"{plan.folder.name} with {adapter.folder.parent.name}/{adapter.folder.name} merged"
-    return model_card(title, base=adapter.base or str(plan.folder), method=method, figures=figures, adapter=False)
+    base, data = adapter.base or str(plan.folder), card_row(adapter.folder, "Data")
+    return model_card(title, base=base, method=method, data=data, figures=figures, adapter=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_lora import __version__
 
-__all__ = ["model_card"]
+__all__ = ["card_row", "model_card"]
 
 
 def model_card(
@@ -33,6 +33,15 @@ def model_card(
     table = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in ("", None)]
     lines = ["---", *front, "---", "", f"# {title}", "", "| | |", "|---|---|", *table, ""]
     return "\n".join([*lines, f"Written by lit-lora {__version__}.", ""])
+
+
+def card_row(folder: Path, key: str) -> str:
+    """What the card in ``folder`` says in one row of its table; empty where there is none, or no card of ours."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    start = f"| {key} | "
+    rows = [line.removeprefix(start).removesuffix(" |") for line in text.splitlines() if line.startswith(start)]
+    return rows[0].replace("\\|", "|") if rows else ""
 
 
 def _cell(value: object) -> str:

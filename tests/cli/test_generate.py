@@ -93,6 +93,19 @@ def test_a_file_of_prompts_comes_back_in_order_and_as_if_alone(type_in: Terminal
     assert {row["ended"] for row in answers} <= {"stop", "length"}
 
 
+def test_the_prompt_of_a_file_may_stand_in_a_column_of_another_name(type_in: Terminal, base: Path) -> None:
+    Path("mails.csv").write_text("id,body\n1,hello\n2,and?\n")
+    code, out, _ = type_in("generate", base, "--file", "mails.csv", "--column", "body")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["id"], row["body"]) for row in rows] == [("1", "hello"), ("2", "and?")]
+    assert rows[0]["answer"] + "\n" == type_in("generate", base, "hello")[1]
+    code, _, err = type_in("generate", base, "--file", "mails.csv")
+    assert code == 3
+    assert "found columns id, body\nhint: --column NAME" in err
+    assert type_in("generate", base, "hello", "--column", "body")[0] == 2
+
+
 def test_lines_of_a_text_file_are_prompts_and_answers_go_to_stdout(type_in: Terminal, base: Path) -> None:
     Path("prompts.txt").write_text("hello\n\nand you?\n")
     out = type_in("generate", base, "--file", "prompts.txt")[1]
