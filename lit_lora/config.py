@@ -271,6 +271,8 @@ def _apply_override(document: Document, override: str) -> None:
     path = tuple(key.split("."))
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
+    for depth in range(1, len(path)):  # a section that the file does not have
+        document.places.setdefault(path[:depth], f"{override!r}")
     document.places[path] = f"{override!r}"
 
 

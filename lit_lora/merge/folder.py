@@ -59,11 +59,14 @@ class MergeReport:
         worst = max(self.tensors, key=lambda proof: proof.relative_error)
         block = max([*self.proof.blocks, *self.proof.ends], key=lambda proof: proof.error)
         logits, how = self.proof.logits, "compared" if self.lossy else "agree"
+        lost = f"{self.proof.lost:.2%} of what the adapter does is lost"
+        if self.proof.lost > 1:
+            lost = f"that is {self.proof.lost:.3g} times what the adapter does"
         lines = [
             f"{len(self.tensors)} tensors updated: rounding is {self.totals.relative_error:.2%} of the update "
             f"(worst {worst.relative_error:.2%}, {worst.name}), {self.totals.kept:.1%} of its values are in",
             f"{len(self.proof.blocks)} blocks {how} with base + adapter: outputs differ by {block.error:.1e} at most "
-            f"({block.place}); {self.proof.lost:.2%} of what the adapter does is lost",
+            f"({block.place}); {lost}",
             f"predictions: logits differ by {logits.worst:.2g} at most, KL {logits.kl:.1e} "
             f"(the adapter changed them by {logits.base_kl:.1e}), "
             f"{logits.agreement:.0%} same most likely token",
@@ -103,7 +106,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
         proofs = _write_tensors(plan, temporary)
         _write_side_files(plan, temporary)
         dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
-        written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings)
+        written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings, exact=plan.into == "quantized")
         proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
         report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
         kept = plan.into == "quantized" and plan.keeps_codes  # in 32 bits, whatever it is then computed in
@@ -140,7 +143,10 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
 def _onto(plan: MergePlan) -> str:
     """What the update was added to, where there is a choice."""
     if plan.into == "quantized" and plan.keeps_codes:
-        return f"merged into the zeros of {plan.quantize}: the codes stay, the function is the one that was trained"
+        return (
+            f"merged into the zeros of {plan.quantize}: the codes stay, the function is the one that was trained "
+            "(a model that computes in 16 bits rounds the sum of weight and update)"
+        )
     return {
         None: "",
         "dequantized": f"merged into the dequantised base ({plan.quantize}): the function that was trained",

@@ -47,10 +47,13 @@ class BaseTensors(Base):
         folder: The checkpoint.
         tied: Its head is its embedding.
         quantize: Tensors that are given as if they had been quantised, and how.
+        exact: Give quantised tensors in float32, whatever the model computes in: what the codes say.
     """
 
-    def __init__(self, folder: Path, *, tied: bool, quantize: Mapping[str, QuantizeConfig] | None = None) -> None:
-        self.reader = StoredTensors(folder)
+    def __init__(
+        self, folder: Path, *, tied: bool, quantize: Mapping[str, QuantizeConfig] | None = None, exact: bool = False
+    ) -> None:
+        self.reader, self.exact = StoredTensors(folder), exact
         self.quantize = quantize or {}
         self.tied = tied
         names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
@@ -62,8 +65,8 @@ class BaseTensors(Base):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
             raise KeyError(name)
-        if name in self.quantize:
-            return self.packed(name).dequantize(self.dtype(name))
+        if self.quantized(name):
+            return self.packed(name).dequantize(torch.float32 if self.exact else self.dtype(name))
         return self.reader.read(self._place(name))
 
     def packed(self, name: str) -> Quantized:
@@ -240,6 +243,9 @@ def plan_merge(
     tied = config.tie_word_embeddings
     adapter = read_adapter(places.adapter)
     trained, base, held = _bases(places.base, config, adapter, into)
+    if held is not None:
+        into = into or ("quantized" if adapter.config.keeps_codes(held) else "dequantized")
+        trained.exact = into == "quantized"
     adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
     updates = check_base(adapter, trained, tied=tied, force=force or subtract is not None)
@@ -255,8 +261,6 @@ def plan_merge(
     config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([HEAD] if untied else [])
-    if held is not None:
-        into = into or ("quantized" if adapter.config.keeps_codes(held) else "dequantized")
     return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
 
 

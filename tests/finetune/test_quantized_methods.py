@@ -96,6 +96,17 @@ def test_qa_lora_merges_into_the_zeros_and_the_model_in_int4_computes_the_same(t
     assert call("generate", run / "merged", "colour 3?", "--max-new-tokens", 4)[0] == 0
 
 
+def test_a_merge_into_zeros_of_a_base_in_16_bits_reports_no_loss(task: Path, call: Call) -> None:  # noqa: F811
+    """The zeros hold all of the update; what a model in bfloat16 rounds while it computes is not the merge's."""
+    assert call("convert", task / "base", "--dtype", "bf16", "--out", task / "half")[0] == 0
+    settings = ["train.max_steps=2", "optimizer.lr=1e-4", f"model.path={task / 'half'}", "model.dtype=bf16"]
+    code, out, err = call("merge", finetuned(configured(task, "qa-lora"), *settings))
+    assert code == 0, err
+    assert re.search(r"rounding is 0\.\d+% of the update", out)
+    assert "100.0% of its values are in" in out
+    assert re.search(r" 0\.\d+% of what the adapter does is lost", out)
+
+
 @every_case
 def test_a_dry_run_writes_nothing(task: Path, case: str) -> None:  # noqa: F811
     finetuned(configured(task, case), dry_run=True)
