@@ -57,11 +57,7 @@ def load_model(
         elif last == "weight" and parent in to_quantize:
             tensor = stored.read_once(name).to(device)
             assert quantize is not None
-            if isinstance(quantize, QuantizeConfig):
-                weight = quantize_matrix(tensor, quantize, name=name)
-            else:
-                weight = quantize(parent, tensor)
-            _put_quantized(model, parent, weight, dtype or tensor.dtype)
+            _put_quantized(model, parent, _quantized(parent, tensor, quantize), dtype or tensor.dtype)
         else:
             tensor = stored.read(name, dtype).to(device)
             setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
@@ -72,12 +68,12 @@ def load_model(
     return model.eval()
 
 
-def empty_model(config: ModelConfig, quantize: QuantizeConfig | None = None) -> CausalLM:
+def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None = None) -> CausalLM:
     """A model on the meta device: shapes and dtypes without memory.
 
     Args:
         config: Its sizes; ``config.dtype`` is that of its parameters if it is quantised.
-        quantize: How the linear layers of the decoder are held.
+        quantize: How the linear layers of the decoder are held, or what makes each from its tensor.
 
     Raises:
         UsageError: The block size does not divide the rows of a layer.
@@ -88,13 +84,19 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | None = None) -> 
         model.to(getattr(torch, config.dtype))
         for name in decoder_linears(model):
             linear = model.get_parameter(f"{name}.weight")
-            _put_quantized(model, name, quantize_matrix(linear, quantize, name=f"{name}.weight"), linear.dtype)
+            _put_quantized(model, name, _quantized(name, linear, quantize), linear.dtype)
     return model
 
 
 def decoder_linears(model: nn.Module) -> list[str]:
     """Names of the layers that are quantised: every linear layer but the head."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+
+
+def _quantized(layer: str, weight: torch.Tensor, quantize: QuantizeConfig | Quantizer) -> Quantized:
+    if isinstance(quantize, QuantizeConfig):
+        return quantize_matrix(weight, quantize, name=f"{layer}.weight")
+    return quantize(layer, weight)
 
 
 def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.dtype) -> None:

@@ -37,7 +37,9 @@ def command(
     ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="Linear layers of the decoder in nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."),
+        typer.Option(
+            metavar="TYPE", help="Linear layers of the decoder in nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."
+        ),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(metavar="N", help="Weights that share a scale when quantising. Default: 64.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lit_lora.estimate import Estimate, Setup
+    from lit_lora.peft import Method
+    from lit_lora.quantize import QuantizeConfig
     from lit_lora.recipe import FinetuneConfig
 
 __all__ = ["command"]
@@ -66,13 +69,14 @@ def command(
     rows = [[name, *map(human_bytes, _shares(found))] for name, found in _by_method(setup)]
     columns = ["method", "weights", "trained, moments", "rest of a step", "together"]
     log.table("The same settings by method", columns, rows, right=(1, 2, 3, 4))
+    again = shlex.join([config, *(overrides or [])])
     if budget is None:
-        log.say(f"next: lit-lora estimate --config {config} --memory SIZE, to see what would fit")
+        log.say(f"next: lit-lora estimate --config {again} --memory SIZE, to see what would fit")
     elif figures.memory.total <= budget:
         log.say(f"fits: {human_bytes(figures.memory.total)} of {human_bytes(budget)}", style="bold green")
-        log.say(f"next: lit-lora finetune --config {config} --dry-run")
+        log.say(f"next: lit-lora finetune --config {again} --dry-run")
     else:
-        _show_advice(setup, figures, budget, config)
+        _show_advice(setup, figures, budget, again)
 
 
 def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Setup:
@@ -106,7 +110,7 @@ def _show_parts(setup: Setup, figures: Estimate) -> None:
 
     memory, trained = figures.memory, f"{figures.trainable:,} numbers in float32"
     names = {
-        "weights": f"the model in {str(setup.dtype).removeprefix('torch.')}",
+        "weights": f"the model in {_held(setup)}",
         "trained": f"what trains beside them: {trained}",
         "optimizer": f"{setup.optimizer.name}: its moments",
         "gradients": "those that exist at the peak",
@@ -130,6 +134,17 @@ def _show_parts(setup: Setup, figures: Estimate) -> None:
     log.say(f"time per step of {setup.train.batch_size} rows, about: {time}")
 
 
+def _held(setup: Setup) -> str:
+    """The types of the weights, in words."""
+    dtype = str(setup.dtype).removeprefix("torch.")
+    return dtype if setup.quantize is None else f"{_base(setup.peft, setup.quantize)} and {dtype}"
+
+
+def _base(method: Method, quantize: QuantizeConfig) -> str:
+    """How the linear layers are held, in words."""
+    return "types by layer" if method.chooses_types else str(quantize)
+
+
 def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
     """The setup by every kind of finetuning."""
     from dataclasses import replace
@@ -140,11 +155,15 @@ def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
 
     table = methods()
     low_rank = setup.peft if setup.peft.kind != "full" else table["lora"]()
-    name = str(getattr(low_rank, "name", "lora"))
+    name, rank = str(getattr(low_rank, "name", "lora")), getattr(low_rank, "rank", None)
+    plain = low_rank
+    if low_rank.kind == "quantized":  # has no form over 16 bits: LoRA of its rank stands for it
+        plain = table["lora"].model_validate({} if rank is None else {"rank": rank})
+    held = setup.quantize or QuantizeConfig()
     setups = {
         "full": replace(setup, peft=table["full"](), quantize=None),
-        name: replace(setup, peft=low_rank, quantize=None),
-        f"{name}, base in 4 bits": replace(setup, peft=low_rank, quantize=setup.quantize or QuantizeConfig()),
+        str(getattr(plain, "name", "lora")): replace(setup, peft=plain, quantize=None),
+        f"{name}, base in {_base(low_rank, held)}": replace(setup, peft=low_rank, quantize=held),
     }
     for kind, changed in setups.items():
         with suppress(UsageError):  # the model's rows are no multiple of a block, or the method cannot
@@ -157,8 +176,8 @@ def _shares(figures: Estimate) -> tuple[int, int, int, int]:
     return memory.weights, trained, memory.total - memory.weights - trained, memory.total
 
 
-def _show_advice(setup: Setup, figures: Estimate, budget: float, config: str) -> None:
-    """What was tried to make it fit."""
+def _show_advice(setup: Setup, figures: Estimate, budget: float, again: str) -> None:
+    """What was tried to make it fit, beside the config and the changes of ``again``."""
     from lit_lora.estimate.advice import advise
 
     log.warn(f"does not fit: {human_bytes(figures.memory.total)} of {human_bytes(budget)}")
@@ -166,7 +185,7 @@ def _show_advice(setup: Setup, figures: Estimate, budget: float, config: str) ->
     rows = [[" ".join(t.overrides), human_bytes(t.memory_bytes), "yes" if t.fits else "no"] for t in tried]
     log.table("What would make it fit", ["settings", "memory", "fits"], rows, right=(1,))
     if tried and tried[-1].fits:
-        log.say(f"next: lit-lora finetune --config {config} {' '.join(tried[-1].overrides)} --dry-run")
+        log.say(f"next: lit-lora finetune --config {again} {' '.join(tried[-1].overrides)} --dry-run")
     else:
         log.say("nothing of it fits: take a smaller model")
 

@@ -134,7 +134,8 @@ class Estimate:
 def outline(setup: Setup) -> CausalLM:
     """The model of a setup as its recipe makes it, on the meta device."""
     shape = setup.shape.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
-    model = empty_model(shape, setup.quantize).to(setup.dtype)
+    quantize = setup.quantize and setup.peft.planned(empty_model(shape), setup.quantize)
+    model = empty_model(shape, quantize).to(setup.dtype)
     freeze(model)
     setup.peft.apply(model)
     model.checkpoint_activations(setup.train.activation_checkpointing)

@@ -23,7 +23,7 @@ from lit_lora.errors import UsageError
 from lit_lora.peft.data_starts import Pass
 from lit_lora.peft.decompose import Weights
 from lit_lora.peft.updates import Update
-from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, count_quantized
+from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer, count_quantized
 
 __all__ = [
     "AnyConfig",
@@ -62,6 +62,8 @@ class Method(Settings):
     """The learning rate where the config gives none; ``None`` for that of the optimizer's settings."""
     own_base: ClassVar[bool] = False
     """The base has codes that the method chose: the run keeps it, the original cannot stand in for it."""
+    chooses_types: ClassVar[bool] = False
+    """Each layer of the base is quantised in a type that the method chose."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
@@ -151,6 +153,14 @@ class Method(Settings):
             UsageError: The settings do not fit this model.
         """
         return None
+
+    def planned(self, model: nn.Module, quantize: QuantizeConfig) -> QuantizeConfig | Quantizer:
+        """How large the base will be: what quantises weights without values, of a model without an adapter.
+
+        Raises:
+            UsageError: The settings do not fit this model.
+        """
+        return quantize
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> Method:
         """These settings with tokens named by text turned into ids; a method without such tokens stays as it is."""

@@ -12,7 +12,7 @@ Source: Guo et al. 2023, "LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.decompose import Decomposed, Weights, decompose
 from lit_lora.peft.loftq import LoftQConfig, LowRankStart
-from lit_lora.quantize import QuantizeConfig, quantize, stored_bytes
+from lit_lora.quantize import QuantizeConfig, Quantizer, stored_bytes
+from lit_lora.quantize import quantize as quantize_matrix
 from lit_lora.quantize.budget import choose
 
 __all__ = ["CHOICES", "LQLoRAConfig"]
@@ -39,6 +40,7 @@ class LQLoRAConfig(LoftQConfig):
     The types are chosen here, so ``quantize`` is left out. The run keeps its base.
     """
 
+    chooses_types: ClassVar[bool] = True
     name: Literal["lq-lora"] = Field("lq-lora", description="The method.")  # type: ignore[assignment]
     iterations: int = Field(
         20, ge=1, description="How many times at most codes and update are fitted in turns; ends when it gains nothing."
@@ -87,23 +89,38 @@ class LQLoRAConfig(LoftQConfig):
         Raises:
             UsageError: The settings do not fit this model, or the budget cannot be met.
         """
-        shapes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        shapes.pop("lm_head", None)
-        ranks, weights = self.start_ranks(model), weights or {}
-        options = {name: _options(name, shape) for name, shape in shapes.items()}
-        budget = self._budget(options, sum(shape.numel() for shape in shapes.values()))
-        losses = [
-            [_loss(read(name), config, weights.get(name)) for config, _ in choices] for name, choices in options.items()
-        ]
-        chosen = choose(losses, [[size for _, size in choices] for choices in options.values()], budget)
-        configs = {name: options[name][place][0] for name, place in zip(options, chosen, strict=True)}
+        matters = weights or {}
+        configs = self._chosen(model, lambda name, config: _loss(read(name), config, matters.get(name)))
+        ranks = self.start_ranks(model)
 
         def split(name: str, weight: Tensor, rank: int) -> Decomposed:
-            matter = weights.get(name)
-            settings: dict[str, Any] = {"weights": matter, "least_gain": _LEAST_GAIN}
+            settings: dict[str, Any] = {"weights": matters.get(name), "least_gain": _LEAST_GAIN}
             return decompose(weight, lambda rest: _codes(rest, configs[name]), rank, self.iterations, **settings)
 
         return LowRankStart(ranks, split, lambda name, weight: _codes(weight, configs[name]))
+
+    def planned(self, model: nn.Module, quantize: QuantizeConfig) -> Quantizer:
+        """Types under the budget, as they would be if all layers lost alike by fewer bits.
+
+        Raises:
+            UsageError: The budget cannot be met.
+        """
+        sizes = {name: layer.weight.numel() for name, layer in _linears(model).items()}
+        configs = self._chosen(model, lambda name, config: sizes[name] * 4.0**-config.bits)
+        return lambda name, weight: quantize_matrix(weight, configs[name])
+
+    def _chosen(self, model: nn.Module, loss: Callable[[str, QuantizeConfig], float]) -> dict[str, QuantizeConfig]:
+        """The type of every linear layer of the decoder that loses least under the budget.
+
+        Raises:
+            UsageError: The budget cannot be met.
+        """
+        shapes = {name: layer.weight.shape for name, layer in _linears(model).items()}
+        options = {name: _options(name, shape) for name, shape in shapes.items()}
+        budget = self._budget(options, sum(shape.numel() for shape in shapes.values()))
+        losses = [[loss(name, config) for config, _ in choices] for name, choices in options.items()]
+        chosen = choose(losses, [[size for _, size in choices] for choices in options.values()], budget)
+        return {name: options[name][place][0] for name, place in zip(options, chosen, strict=True)}
 
     def _budget(self, options: Mapping[str, list[tuple[QuantizeConfig, int]]], count: int) -> int:
         """Bytes.
@@ -123,18 +140,25 @@ class LQLoRAConfig(LoftQConfig):
         return budget
 
 
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder, without the head."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found.pop("lm_head", None)
+    return found
+
+
 def _options(name: str, shape: torch.Size) -> list[tuple[QuantizeConfig, int]]:
     """The types that fit a matrix, with their bytes."""
     empty = torch.empty(shape, device="meta")
     fitting = [config for config in CHOICES if config.name == "int8" or shape[1] % config.block_size == 0]
-    return [(config, stored_bytes(quantize(empty, config, name=name))) for config in fitting]
+    return [(config, stored_bytes(quantize_matrix(empty, config, name=name))) for config in fitting]
 
 
 def _loss(weight: Tensor, config: QuantizeConfig, weights: Weights | None) -> float:
     """Squared norm of what the codes lose, weighted."""
-    lost = weight.float() - quantize(weight, config).dequantize(torch.float32)
+    lost = weight.float() - quantize_matrix(weight, config).dequantize(torch.float32)
     return float((lost if weights is None else weights.apply(lost)).square().sum(dtype=torch.float64))
 
 
 def _codes(weight: Tensor, config: QuantizeConfig) -> Any:
-    return quantize(weight, config)
+    return quantize_matrix(weight, config)

@@ -91,7 +91,9 @@ def _base_row(model: CausalLM) -> list[list[str]]:
         return []
     held = sum(stored_bytes(layer) for layer in layers)
     bits = f"{8 * held / count_quantized(model):.2f} bits a weight"
-    return [["base", f"{quantize}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
+    types = sorted({layer.config for layer in layers}, key=lambda config: config.bits)
+    name = str(quantize) if len(types) == 1 else f"{types[0]} to {types[-1]} by layer"
+    return [["base", f"{name}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
 
 
 def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
