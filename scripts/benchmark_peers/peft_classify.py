@@ -69,9 +69,7 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             parts = [held_out[start : start + 64] for start in range(0, len(held_out), 64)]
-            right = [
-                (model(**inputs(p)).logits.argmax(1) == torch.tensor([r["label"] for r in p])).sum() for p in parts
-            ]
+            right = [model(**inputs(p)).logits.argmax(1) == torch.tensor([r["label"] for r in p]) for p in parts]
         model.train()
         return float(torch.cat(right).float().mean())
 

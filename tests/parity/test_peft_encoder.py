@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import runpy
+from pathlib import Path
 
 import peft as their
 import pytest
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 
 from lit_lora import peft
 from lit_lora.encoder import Task, head_of, open_classifier
-from tests.encoder.tiny import ENCODERS, inputs, make_model, save_base
+from tests.encoder.tiny import ENCODERS, inputs, make_model, save_base, write_rows
 from tests.peft.tiny import shake
 
 TASK = Task("classification", ("no", "yes"))
@@ -88,3 +91,15 @@ def test_ten_steps_of_training_are_those_of_peft(tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=2e-4, rtol=2e-3, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_of_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_peers" / "peft_classify.py"
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    files = ["--model", str(save_base("bert", tmp_path / "base")), "--train", rows, "--validation", rows]
+    monkeypatch.setattr("sys.argv", [str(script), *files, "--limit", "32", "--batch-size", "16", "--eval-every", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    figures = json.loads(capsys.readouterr().out)
+    assert [step for step, _ in figures["curve"]] == [1, 2]
+    assert 0 <= figures["best_accuracy"] <= 1
