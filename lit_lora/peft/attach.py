@@ -50,7 +50,8 @@ class AppliedAdapter:
     """Frobenius norm of the whole update, or of the tensors of added modules."""
 
     def __str__(self) -> str:
-        checked = "base checked" if self.adapter.fingerprint else "base checked by shapes only"
+        made_on = f", it was trained on {self.adapter.base}" if self.adapter.base else ""
+        checked = "base checked" if self.adapter.fingerprint else f"base checked by shapes only{made_on}"
         return f"{self.adapter.folder}: {self.adapter.tensors} tensors applied, update norm {self.norm:.4g}, {checked}"
 
 

@@ -101,6 +101,13 @@ def test_pain_10_loading_reports_what_was_applied_and_changes_the_output(folder)
     assert report.norm == pytest.approx(exact.sqrt().item(), rel=1e-5)
 
 
+def test_pain_10_without_a_fingerprint_the_report_names_the_base_that_was_trained_on(folder):
+    (folder / "lit_lora.json").unlink()  # as PEFT writes it
+    edit_config(folder, base_model_name_or_path="some/model")
+    report = peft.load_adapter(make_model(), folder)
+    assert str(report).endswith("base checked by shapes only, it was trained on some/model")
+
+
 def test_pain_10_an_adapter_without_effect_is_told(tmp_path, capsys):
     model = adapted(make_model(), lora())
     peft.save_adapter(model, lora(), tmp_path / "adapter", base="b")
