@@ -287,7 +287,8 @@ def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[
     key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
         known = _fields(model, raw[:-1])
-        return f"{where}: unknown key {key!r}{did_you_mean(str(raw[-1]), known) or ', known: ' + ', '.join(known)}"
+        meant = did_you_mean(str(raw[-1]), known) or ", known: " + ", ".join(known)
+        return f"{where}: unknown key {key!r}{meant}{_other_section(path, places, where)}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -302,6 +303,13 @@ def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[
     return (
         f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
     )
+
+
+def _other_section(path: Path_, places: Mapping[Path_, str], where: str) -> str:
+    """What to type where an override picks another method and the file's options are those of its former one."""
+    override = places.get((*path[:-1], "name"), "").strip("'")
+    section, sign, name = override.partition(".name=")
+    return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and not where.startswith("'") else ""
 
 
 def _fields(model: type[BaseModel], path: Path_) -> list[str]:

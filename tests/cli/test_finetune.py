@@ -360,6 +360,16 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(task, call, override, cod
     assert not (task / "run").exists()
 
 
+def test_another_method_over_options_of_the_file_says_how_to_replace_the_section(task, call):
+    write_config(task, peft={"rank": 1})
+    code, _, err = call("peft.name=ia3")
+    assert code == 2
+    assert "config.yaml" in err
+    assert "unknown key 'peft.rank'" in err
+    assert err.endswith("; 'peft={name: ia3}' replaces the whole section\n")
+    assert call("peft={name: ia3}", "--dry-run")[0] == 0
+
+
 def test_pain_44_a_broken_row_is_named_by_its_line(task, call):
     lines = (task / "rows.jsonl").read_text().splitlines()
     (task / "rows.jsonl").write_text("\n".join([*lines[:5], '{"prompt": "half', *lines[5:]]))
