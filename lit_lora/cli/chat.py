@@ -14,7 +14,7 @@ import typer
 from lit_lora import log
 from lit_lora.cli import answering as options
 from lit_lora.config import did_you_mean
-from lit_lora.errors import LitLoraError, UsageError
+from lit_lora.errors import DiskError, LitLoraError, UsageError
 
 if TYPE_CHECKING:
     from lit_lora.generate import ChatSession
@@ -197,7 +197,7 @@ class _Chat:
             raise UsageError("/save needs a FILE")
         path = Path(name)
         if path.exists() and path not in self._saved:
-            raise UsageError(f"{path}: already exists", hint="choose another name")
+            raise DiskError(f"{path}: already exists", hint="choose another name, or remove it first")
         write_text(path, json.dumps({"messages": self._session.messages}, ensure_ascii=False) + "\n")
         self._saved.add(path)
         self._note(f"wrote {path}")

@@ -10,7 +10,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.config import find_config, read_yaml, shipped_configs
-from lit_lora.errors import UsageError
+from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import write_text
 
 __all__ = ["command"]
@@ -51,7 +51,7 @@ def command(
         log.say(text.rstrip("\n"))
         return
     if copy.exists():
-        raise UsageError(f"{copy}: already exists", hint="choose another name")
+        raise DiskError(f"{copy}: already exists", hint="choose another name, or remove it first")
     write_text(copy, text)
     reader = "compare" if "runs" in read_yaml(copy) else "finetune"
     log.say(f"wrote {copy}; next: lit-lora {reader} --config {copy}")

@@ -11,7 +11,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import answering as options
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import DiskError, InputError, UsageError
 
 if TYPE_CHECKING:
     from lit_lora.generate import Sampling
@@ -65,10 +65,10 @@ def command(
     """
     if file is not None and prompt is not None:
         raise UsageError("give a PROMPT or --file, not both")
-    if out is not None and (file is None or out.exists()):
-        raise UsageError(
-            f"{out}: already exists" if file else "--out needs --file", hint="choose another name" if file else None
-        )
+    if out is not None and file is None:
+        raise UsageError("--out needs --file")
+    if out is not None and out.exists():
+        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
     if column != "prompt" and file is None:
         raise UsageError("--column needs --file")
     sampling = options.sampling_from(
