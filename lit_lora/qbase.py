@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lit_lora import log
 from lit_lora.begin import apply_method, passes
 from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
@@ -19,7 +17,7 @@ from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
-from lit_lora.peft.data_starts import each_gradient
+from lit_lora.peft.data_starts import mean_squares
 from lit_lora.peft.decompose import Weights
 from lit_lora.quantize import stored_bytes
 from lit_lora.recipe import QuantizedConfig, Run, RunData
@@ -70,18 +68,11 @@ def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
     """
     model = load_model(run.config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def add(name: str, gradient: torch.Tensor) -> None:
-        squares = gradient.float().square()
-        rows, columns = sums.get(name, (0, 0))
-        sums[name] = rows + squares.mean(1), columns + squares.mean(0)
-
     rows, count = data.prepared.train, min(method.weighing_rows, len(data.prepared.train))
     one_by_one = (collate(rows, [number]) for number in range(count))
     looks = log.progress(passes(model, one_by_one), total=count, what="weighing", unit=" rows")
-    each_gradient(model, decoder_linears(model), looks, add)
-    return {name: Weights.of_squares(*means) for name, means in sums.items()}
+    means = mean_squares(model, decoder_linears(model), looks)
+    return {name: Weights.of_squares(*both) for name, both in means.items()}
 
 
 def keep_base(run: Run, method: Method, model: CausalLM) -> Path:

@@ -72,8 +72,8 @@ def command(
     again = shlex.join([config, *(overrides or [])])
     if budget is None:
         log.say(f"next: lit-lora estimate --config {again} --memory SIZE, to see what would fit")
-    elif figures.memory.total <= budget:
-        log.say(f"fits: {human_bytes(figures.memory.total)} of {human_bytes(budget)}", style="bold green")
+    elif figures.peak_bytes <= budget:
+        log.say(f"fits: {human_bytes(figures.peak_bytes)} of {human_bytes(budget)}", style="bold green")
         log.say(f"next: lit-lora finetune --config {again} --dry-run")
     else:
         _show_advice(setup, figures, budget, again)
@@ -120,9 +120,11 @@ def _show_parts(setup: Setup, figures: Estimate) -> None:
         "process": "Python and its libraries" if setup.device.type == "cpu" else "the driver",
     }
     rows = [[name, human_bytes(getattr(memory, name)), what] for name, what in names.items()]
-    log.table(
-        "Memory, about", ["part", "bytes", "what"], [*rows, ["together", human_bytes(memory.total), ""]], right=(1,)
-    )
+    rows.append(["together", human_bytes(memory.total), ""])
+    if figures.weighing_bytes:
+        what = f"once, before the first step: {setup.peft.weighing_rows} rows through the model in full"
+        rows.append(["weighing", human_bytes(figures.weighing_bytes), what])
+    log.table("Memory, about", ["part", "bytes", "what"], rows, right=(1,))
     seconds = figures.seconds_per_step
     time = (
         "not known: the device is not here"
@@ -173,14 +175,14 @@ def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
 def _shares(figures: Estimate) -> tuple[int, int, int, int]:
     memory = figures.memory
     trained = memory.trained + memory.optimizer
-    return memory.weights, trained, memory.total - memory.weights - trained, memory.total
+    return memory.weights, trained, memory.total - memory.weights - trained, figures.peak_bytes
 
 
 def _show_advice(setup: Setup, figures: Estimate, budget: float, again: str) -> None:
     """What was tried to make it fit, beside the config and the changes of ``again``."""
     from lit_lora.estimate.advice import advise
 
-    log.warn(f"does not fit: {human_bytes(figures.memory.total)} of {human_bytes(budget)}")
+    log.warn(f"does not fit: {human_bytes(figures.peak_bytes)} of {human_bytes(budget)}")
     tried = advise(setup, budget)
     rows = [[" ".join(t.overrides), human_bytes(t.memory_bytes), "yes" if t.fits else "no"] for t in tried]
     log.table("What would make it fit", ["settings", "memory", "fits"], rows, right=(1,))

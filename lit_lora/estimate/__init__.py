@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lit_lora.checkpoint.load import empty_model
+from lit_lora.checkpoint.load import decoder_linears, empty_model
 from lit_lora.data import Rows
 from lit_lora.data.batches import Batches
 from lit_lora.data.rows import Integers
@@ -19,6 +19,7 @@ from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
 from lit_lora.estimate.shapes import SHAPES, model_shape
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, freeze
+from lit_lora.peft.data_starts import Pass, mean_squares
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.loop import TrainConfig
 from lit_lora.train.loss import token_step
@@ -124,11 +125,19 @@ class Estimate:
     """What a run will need."""
 
     memory: Memory
+    """Of a step."""
+    weighing_bytes: int
+    """Before the first step, while rows say how much errors of a quantised base matter; 0 where they do not."""
     disk_bytes: int
     seconds_per_step: float | None
     """``None`` where the device is not in this machine."""
     trainable: int
     """Numbers that train."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the whole run at its peak."""
+        return max(self.memory.total, self.weighing_bytes)
 
 
 def outline(setup: Setup) -> CausalLM:
@@ -161,7 +170,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     portion, several, step_tokens = _largest(setup)
     peak = rehearse(model, portion, fused=setup.device.type == "cpu", masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    padded = -(-sum(portion.lengths) // token_step()) * token_step()
+    padded = _padded(portion)
     memory = Memory(
         weights=stored - own,
         trained=own + copies,
@@ -175,7 +184,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     numbers = sum(master.numel() for master in masters)
     written = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     disk = (trained + state_bytes(setup.optimizer, masters)) * (setup.train.keep_last + 2) + written
-    return Estimate(memory, disk, _seconds(setup, peak.operations / padded * step_tokens), numbers)
+    return Estimate(memory, _weighing(setup), disk, _seconds(setup, peak.operations / padded * step_tokens), numbers)
 
 
 def _largest(setup: Setup) -> tuple[Portion, bool, float]:
@@ -190,6 +199,31 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
     portion = Portion(rows.token_counts[largest].tolist(), max(1, int(rows.target_counts[largest].sum())))
     mean = float(rows.token_counts.mean()) * min(train.batch_size, len(rows))
     return portion, any(len(step) > 1 for step in portions), mean
+
+
+def _padded(portion: Portion) -> int:
+    return -(-sum(portion.lengths) // token_step()) * token_step()
+
+
+def _weighing(setup: Setup) -> int:
+    """Bytes while a method looks at rows one by one with the model in full, and has one layer's gradient at a time."""
+    rows, count = setup.rows, setup.peft.weighing_rows
+    if not count:
+        return 0
+    longest = int(rows.token_counts[:count].argmax())
+    portion = Portion([int(rows.token_counts[longest])], max(1, int(rows.target_counts[longest])))
+    model = empty_model(setup.shape).to(setup.dtype)
+    freeze(model)
+    peaks: list[Peak] = []
+
+    def step() -> None:
+        peaks.append(rehearse(model, portion, fused=setup.device.type == "cpu"))
+
+    mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
+    (peak,) = peaks
+    weights = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    used = weights + peak.activations + peak.logits + peak.backward
+    return used + _unused(setup, _padded(portion), peak) + _PROCESS_BYTES.get(setup.device.type, 0)
 
 
 def _unused(setup: Setup, tokens: int, peak: Peak) -> int:

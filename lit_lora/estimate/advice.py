@@ -44,7 +44,7 @@ def advise(setup: Setup, budget_bytes: float) -> list[Advice]:
 
     def fits(change: Change) -> bool:
         try:
-            total = estimate(change.setup).memory.total
+            total = estimate(change.setup).peak_bytes
         except UsageError:  # the change does not go with this model or method
             return False
         tried.append(Advice(change.overrides, total, total <= budget_bytes))
@@ -90,6 +90,13 @@ def _eight_bit_moments(change: Change) -> Iterator[Change]:
         yield _with(change, f"optimizer.name={settings.name}", optimizer=settings)
 
 
+def _without_weighing(change: Change) -> Iterator[Change]:
+    """A start a little further from the original weights."""
+    peft = change.setup.peft
+    if peft.weighing_rows:
+        yield _with(change, "peft.fisher_rows=0", peft=peft.model_copy(update={"fisher_rows": 0}))
+
+
 def _fewer_bits(change: Change) -> Iterator[Change]:
     """A base that is near the 16-bit one, and little of it that trains."""
     setup, lora = change.setup, methods("low-rank")["lora"]
@@ -124,6 +131,7 @@ _KINDS: tuple[Callable[[Change], Iterator[Change]], ...] = (
     _smaller_micro_batches,
     _checkpointing,
     _eight_bit_moments,
+    _without_weighing,
     _fewer_bits,
     _lower_rank,
     _shorter_rows,

@@ -21,6 +21,7 @@ __all__ = [
     "Pass",
     "each_gradient",
     "gradient_factors",
+    "mean_squares",
     "principal_inputs",
     "share_ranks",
     "sum_gradients",
@@ -191,6 +192,28 @@ def each_gradient(
         for hook, weight in zip(hooks, weights.values(), strict=True):
             hook.remove()
             weight.requires_grad_(False)
+
+
+def mean_squares(model: nn.Module, names: Iterable[str], passes: Iterable[Pass]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The squared gradients of some layers' weights, summed over all passes: their means over rows and over columns.
+
+    Args:
+        model: Frozen; frozen again after.
+        names: Of the layers.
+        passes: The rows, one in each for squares of single rows' gradients.
+
+    Returns:
+        By layer the means of each row (out,) and of each column (in,), float32.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = gradient.float().square()
+        rows, columns = sums.get(name, (0, 0))
+        sums[name] = rows + squares.mean(1), columns + squares.mean(0)
+
+    each_gradient(model, names, passes, add)
+    return sums
 
 
 def sum_gradients(model: nn.Module, names: Iterable[str], passes: Iterable[Pass]) -> dict[str, Tensor]:

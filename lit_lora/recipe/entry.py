@@ -37,7 +37,7 @@ def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: 
         shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
         setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
         # What was free is not known any more; what was planned was too much.
-        tried = advise(setup, 0.8 * estimate(setup).memory.total)
+        tried = advise(setup, 0.8 * estimate(setup).peak_bytes)
         raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error
 
 

@@ -46,7 +46,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
         *_base_row(model),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
-        ["memory, about", human_bytes(figures.memory.total)],
+        ["memory, about", human_bytes(figures.peak_bytes)],
         ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],
         ["disk, about", human_bytes(figures.disk_bytes)],
         ["run folder", str(run.folder)],

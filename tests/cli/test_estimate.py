@@ -61,6 +61,24 @@ def test_lq_lora_counts_its_budget(task: Path, call: Call, bits: float, total: f
     assert "lq-lora, base in types by layer" in table
 
 
+def test_rows_that_weigh_errors_take_the_model_in_full_once(task: Path, call: Call) -> None:  # noqa: F811
+    path = write_config(task, recipe="qlora", peft={"name": "lq-lora", "rank": 2, "fisher_rows": 3})
+    given = ("estimate", "--config", path, "--shape", "smollm2-135m", "model.dtype=bf16")
+    code, out, err = call(*given, "--memory", "9GB")
+    assert code == 0, err
+    table = rows(out)
+    weighing, step = size(table["weighing"][0]), size(table["together"][0])
+    assert weighing > step
+    assert table["weighing"][1] == "once, before the first step: 3 rows through the model in full"
+    assert f"fits: {table['weighing'][0]} of 9.0 GB" in out
+    _, without, _ = call(*given, "peft.fisher_rows=0", "--memory", "9GB")
+    assert "weighing" not in rows(without)
+    assert size(rows(without)["together"][0]) == step
+    _, out, err = call(*given, "--memory", f"{(weighing + step) / 2:.0f}")
+    assert "does not fit" in err
+    assert out.splitlines()[-1].endswith("peft.fisher_rows=0 --dry-run")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
