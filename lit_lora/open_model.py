@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM, ModelConfig
@@ -48,7 +50,8 @@ def open_model(
         model: A checkpoint folder (base, merged or fully finetuned), a run folder, or an adapter folder; the last two
             bring their base.
         adapter: An adapter folder, or a run folder with one, in the place of the run's own.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; what the device computes fastest when omitted.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; when omitted, what the device computes fastest, or, for a merged
+            model, what its update was kept in.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         quantize: How the base is held: settings, ``none``, or a name such as ``nf4-dq``; when omitted, as the adapter
             was trained, or as the folder has it.
@@ -61,7 +64,7 @@ def open_model(
     """
     base, folder = find_folders(model, adapter=adapter)
     place = choose_device(device)
-    precision = choose_dtype(dtype or "auto", place)
+    precision = choose_dtype(dtype, place) if dtype else _precision(base, place)
     reuse_memory()
     loaded = load_model(base, dtype=precision, device=place, quantize=_how(quantize, base, folder))
     about = [str(base)]
@@ -81,6 +84,15 @@ def open_model(
     held = found_config(loaded)
     about.append(f"{f'{held}, ' if held else ''}{str(precision).removeprefix('torch.')} on {place}")
     return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
+
+
+def _precision(base: Path, device: torch.device) -> torch.dtype:
+    """What the device computes fastest, if that keeps the update of a merged model."""
+    fastest, config = choose_dtype("auto", device), ModelConfig.from_folder(base)
+    stored = getattr(torch, config.dtype)
+    if not config.keeps_dtype or torch.finfo(stored).eps >= torch.finfo(fastest).eps:
+        return fastest
+    return torch.float32 if device.type == "cpu" else stored  # float16 is slow on a CPU
 
 
 def _how(asked: str | QuantizeConfig | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:

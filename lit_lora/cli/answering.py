@@ -48,7 +48,10 @@ Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Also end a
 Template = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Another chat template than the model's own (Jinja).")
 ]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; what the device computes fastest if omitted.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="fp32, bf16 or fp16; if omitted, the fastest here, or what a merge kept its update in."),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(

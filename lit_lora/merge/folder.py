@@ -18,6 +18,7 @@ from lit_lora.merge.plan import BaseTensors, MergePlan
 from lit_lora.merge.prove import Proof, prove
 from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
 from lit_lora.model import DTYPES
+from lit_lora.model.config import KEEP_DTYPE
 from lit_lora.peft.card import card_row, model_card
 from lit_lora.quantize import Quantized
 from lit_lora.tokenizer.tokenizer import Tokenizer
@@ -174,7 +175,7 @@ def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
 
 def _write_side_files(plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer, templates: the adapter's tokenizer where it has one, else the base's."""
-    config = plan.config.to_hf()
+    config = {**plan.config.to_hf(), KEEP_DTYPE: True}
     if plan.into == "quantized" and plan.quantize is not None:
         config["quantization_config"] = quantization_config(
             plan.base.reader.configs() or [plan.quantize], getattr(torch, plan.config.dtype)

@@ -12,10 +12,13 @@ from pydantic import ConfigDict, Field, model_validator
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["DTYPES", "FAMILIES", "ModelConfig", "Rope"]
+__all__ = ["DTYPES", "FAMILIES", "KEEP_DTYPE", "ModelConfig", "Rope"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What weights may be in, by the names that settings and commands use."""
+
+KEEP_DTYPE = "keep_dtype"
+"""A key of our own in ``config.json``, see :attr:`ModelConfig.keeps_dtype`."""
 
 # config.json's "model_type" -> what its config.json leaves unsaid. One line a family: the decoder is shared.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -164,6 +167,11 @@ class ModelConfig(Settings):
             source[key].pop("type", None)  # what rope_type was called before
         rope = self.rope.model_copy(update=changed)
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether the weights are to be read as they are stored: a merge wrote them in what keeps its update."""
+        return bool(self.source.get(KEEP_DTYPE))
 
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as it was read, with the fields that finetuning may have changed, of weights in full."""

@@ -64,6 +64,25 @@ def test_an_opened_model_is_ready_to_use_whatever_dropout_it_was_trained_with(ba
         assert torch.equal(model(ids), model(ids))
 
 
+@pytest.mark.parametrize(
+    ("into", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float32), ("fp32", torch.float32)]
+)
+def test_pain_16_a_merged_model_is_opened_in_what_its_merge_kept_the_update_in(
+    into: str, computed: torch.dtype, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_lora.cli import main
+    from lit_lora.open_model import open_model
+
+    merged = tmp_path / "merged"
+    with pytest.raises(SystemExit) as done:
+        main(["merge", str(run), "--out", str(merged), "--dtype", into, "--allow-lossy"])
+    assert not done.value.code
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert open_model(run).model.lm_head.weight.dtype == torch.bfloat16  # stored in float32, fastest in bfloat16
+    assert open_model(merged).model.lm_head.weight.dtype == computed
+    assert open_model(merged, dtype="bf16").model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_an_adapter_with_added_tokens_brings_its_tokenizer(type_in: Terminal, base: Path) -> None:
     from lit_lora.open_model import open_model
 
