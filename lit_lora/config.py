@@ -258,6 +258,9 @@ def _apply_override(document: Document, override: str) -> None:
     if not sign or not all(key.split(".")):
         document.problems.append(f"{override!r}: expected key=value, such as train.max_steps=20")
         return
+    if not text.strip():
+        document.problems.append(f"{override!r}: expected a value, such as {key}=null for none")
+        return
     value = Document(text, f"{override!r}")
     document.problems += value.problems
     place: Any = document.data
@@ -276,6 +279,13 @@ def _apply_override(document: Document, override: str) -> None:
     document.places[path] = f"{override!r}"
 
 
+_PLAIN = {
+    "model_type": "expected a section, such as {key: value}",
+    "path_type": "expected a path",
+}
+"""What pydantic says of a type in words that name classes of ours."""
+
+
 def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[BaseModel]) -> str:
     """One pydantic problem as ``file:line: key: what is wrong, expected what``."""
     raw = tuple(problem["loc"])
@@ -291,7 +301,9 @@ def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[
         return f"{where}: unknown key {key!r}{meant}{_other_section(path, places, where)}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = (
+        _PLAIN.get(problem["type"], problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    )
     if problem["type"] in ("value_error", "union_tag_invalid"):
         tags = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected_tags", "")))
         if tags:

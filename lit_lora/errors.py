@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["DiskError", "InputError", "Interrupted", "LitLoraError", "NumericalError", "OutOfMemoryError", "UsageError"]
+__all__ = [
+    "DiskError",
+    "InputError",
+    "Interrupted",
+    "LitLoraError",
+    "NumericalError",
+    "OutOfMemoryError",
+    "UsageError",
+    "disk_error",
+]
 
 
 class LitLoraError(Exception):
@@ -61,6 +70,17 @@ class OutOfMemoryError(LitLoraError):
     """The machine's memory is not enough for what was asked."""
 
     exit_code = 6
+
+
+def disk_error(error: OSError) -> DiskError:
+    """What the operating system refused and nothing nearer the cause told: an unreadable file, a name too long.
+
+    Raises:
+        OSError: ``error``, if it is about no file: a fault of ours.
+    """
+    if error.filename is None or error.strerror is None:
+        raise error
+    return DiskError(f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}")
 
 
 class Interrupted(LitLoraError):

@@ -22,6 +22,7 @@ __all__ = [
     "free_bytes",
     "human_bytes",
     "require_free_space",
+    "require_new",
     "sha256_file",
     "write_text",
 ]
@@ -42,8 +43,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         DiskError: ``target`` exists and ``replace`` is false, or the disk is full or read-only.
     """
     target = Path(target)
-    if target.exists() and not replace:
-        raise DiskError(f"{target}: already exists", hint="choose another --out, or remove it first")
+    if not replace:
+        require_new(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
@@ -71,10 +72,12 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` (UTF-8) under a temporary name, fsync it, then rename.
 
     Raises:
-        DiskError: The disk is full or read-only; an existing ``path`` keeps its old content.
+        DiskError: The disk is full or read-only, or ``path`` is a folder; an existing file keeps its old content.
     """
     path = Path(path)
     with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
         try:
@@ -94,7 +97,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's disk errors inside the block into a :class:`DiskError` about ``path``.
 
     Raises:
-        DiskError: No space, quota, read-only, permission or input/output error.
+        DiskError: No space, quota, read-only, permission or input/output error, or no name for a file.
     """
     reasons = {
         errno.ENOSPC: "no space left on the disk",
@@ -104,6 +107,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EPERM: "permission denied",
         errno.EIO: "input/output error of the disk",
         errno.ENOTDIR: "a part of this path is a file, expected a folder",
+        errno.EEXIST: "a part of this path is a file, expected a folder",
+        errno.EISDIR: "is a folder, expected the name of a file",
+        errno.ENAMETOOLONG: "the name is too long",
         errno.EFBIG: "file too large for the disk or its limits",
     }
     try:
@@ -130,6 +136,24 @@ def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
             f"{path}: {what} needs {human_bytes(needed_bytes)}, the disk has {human_bytes(free)} free",
             hint="free some space, or choose an output folder on another disk",
         )
+
+
+def require_new(path: Path, hint: str = "choose another --out, or remove it first") -> None:
+    """Check that ``path`` can be created, before work starts.
+
+    Raises:
+        DiskError: It exists, or what is to hold it is a file or cannot be written to.
+    """
+    with disk_errors(path):
+        if os.path.lexists(path):
+            raise DiskError(f"{path}: already exists", hint=hint)
+        parent = Path(path).absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def free_bytes(path: Path) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from lit_lora import __version__
-from lit_lora.errors import LitLoraError
+from lit_lora.errors import LitLoraError, disk_error
 
 __all__ = ["COMMANDS", "build_app", "help_texts", "main"]
 
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `lit-lora … | head` closed the pipe: not an error, and stdout must not be flushed again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        raise SystemExit(disk_error(error).report()) from None
     except MemoryError:
         print("error: out of memory", file=sys.stderr)
         raise SystemExit(6) from None

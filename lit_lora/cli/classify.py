@@ -13,8 +13,8 @@ from lit_lora import log
 from lit_lora.cli import answering as options
 from lit_lora.cli.prepare import parse_columns
 from lit_lora.config import read_yaml, validate
-from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import write_text
+from lit_lora.errors import UsageError
+from lit_lora.files import require_new, write_text
 
 if TYPE_CHECKING:
     from lit_lora.data.config import LabelledConfig
@@ -59,8 +59,10 @@ def command(
 
     if (text is None) == (file is None):
         raise UsageError("give a TEXT or --file DATA, one of the two")
-    if out is not None and (file is None or out.exists()):
-        raise DiskError(f"{out}: already exists", hint="remove it first") if file else UsageError("--out: needs --file")
+    if out is not None and file is None:
+        raise UsageError("--out: needs --file")
+    if out is not None:
+        require_new(out)
     section, trained = _trained(model, file or "", parse_columns(columns or []))
     if file is None:
         examples = [Example(str(text), pair, None, "command line")]

@@ -10,6 +10,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.errors import UsageError
+from lit_lora.files import require_new
 
 __all__ = ["command"]
 
@@ -48,11 +49,9 @@ def command(
 
         lit-lora combine out/a out/b out/c --weights 0.5,0.3,0.2 --how svd --rank 16 --out out/mix
     """
-    from lit_lora.errors import DiskError
     from lit_lora.merge import combine
 
-    if out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    require_new(out)
     try:
         factors = [1.0] * len(sources) if weights is None else [float(word) for word in weights.split(",")]
     except ValueError:

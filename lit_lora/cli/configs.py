@@ -10,8 +10,8 @@ import typer
 
 from lit_lora import log
 from lit_lora.config import find_config, read_yaml, shipped_configs
-from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import write_text
+from lit_lora.errors import UsageError
+from lit_lora.files import require_new, write_text
 
 __all__ = ["command"]
 
@@ -50,8 +50,7 @@ def command(
     if copy is None:
         log.say(text.rstrip("\n"))
         return
-    if copy.exists():
-        raise DiskError(f"{copy}: already exists", hint="choose another name, or remove it first")
+    require_new(copy, hint="choose another name, or remove it first")
     write_text(copy, text)
     reader = "compare" if "runs" in read_yaml(copy) else "finetune"
     log.say(f"wrote {copy}; next: lit-lora {reader} --config {copy}")

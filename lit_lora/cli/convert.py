@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lit_lora import log
-from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import free_bytes, human_bytes
+from lit_lora.errors import UsageError
+from lit_lora.files import free_bytes, human_bytes, require_new
 
 if TYPE_CHECKING:
     from lit_lora.checkpoint.convert import Plan
@@ -80,8 +80,7 @@ def command(
             write_side_files(plan, Path(folder))
         _report(plan, out)
         return
-    if out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    require_new(out)
     convert(plan, out)
     log.say(f"wrote {out}: {plan.weights()}, {time.perf_counter() - started:.1f} s")
     log.say(f'next: lit-lora generate {out} "What is the capital of France?"')

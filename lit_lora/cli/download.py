@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from lit_lora import log
-from lit_lora.errors import DiskError, InputError, UsageError
-from lit_lora.files import atomic_folder, human_bytes, require_free_space, sha256_file
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import atomic_folder, human_bytes, require_free_space, require_new, sha256_file
 
 __all__ = ["command"]
 
@@ -42,8 +42,8 @@ def command(
     from lit_lora.cli.convert import command as convert_command
     from lit_lora.encoder import is_encoder
 
-    if convert and out is not None and out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    if convert and out is not None:
+        require_new(out)
     if revision is not None and (Path(source).exists() or source.startswith("pypi:")):
         raise UsageError(f"--revision: {source} is not a repository of the Hub")
     beside = out.parent if convert and out is not None else (out or _CHECKPOINTS)

@@ -13,8 +13,8 @@ from lit_lora import log
 from lit_lora.cli import answering as options
 from lit_lora.cli.prepare import parse_columns
 from lit_lora.config import did_you_mean, validate
-from lit_lora.errors import DiskError, InputError, UsageError
-from lit_lora.files import write_text
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import require_new, write_text
 
 if TYPE_CHECKING:
     from lit_lora.data import DataConfig
@@ -82,8 +82,8 @@ def command(
     from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
     from lit_lora.open_model import open_model
 
-    if out is not None and out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    if out is not None:
+        require_new(out)
     tasks = _tasks(task)
     given = {"format": format_, "columns": parse_columns(columns or []) or None, "system": system}
     trained_on = _run_data(models)

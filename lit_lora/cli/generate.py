@@ -11,7 +11,8 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import answering as options
-from lit_lora.errors import DiskError, InputError, UsageError
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import require_new
 
 if TYPE_CHECKING:
     from lit_lora.generate import Sampling
@@ -67,8 +68,8 @@ def command(
         raise UsageError("give a PROMPT or --file, not both")
     if out is not None and file is None:
         raise UsageError("--out needs --file")
-    if out is not None and out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    if out is not None:
+        require_new(out)
     if column != "prompt" and file is None:
         raise UsageError("--column needs --file")
     sampling = options.sampling_from(
@@ -118,7 +119,7 @@ def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
     from lit_lora.data.read import read_rows
 
     if not file.is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"{file}: {'is a folder, expected a file' if file.is_dir() else 'no such file'}")
     rows: list[Row] = []
     for number, row in read_rows(file):
         if set(row) == {"text"} and column == "prompt":

@@ -14,8 +14,8 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli.prepare import parse_columns
-from lit_lora.errors import DiskError, InputError
-from lit_lora.files import human_bytes, write_text
+from lit_lora.errors import InputError
+from lit_lora.files import human_bytes, require_new, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,8 +51,7 @@ def command(
     from lit_lora.config import validate
     from lit_lora.data import DataConfig
 
-    if out.exists():
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    require_new(out)
     given = {"path": data, "format": format_, "columns": parse_columns(columns or []) or None, "system": system}
     config = validate({key: value for key, value in given.items() if value is not None}, DataConfig, name="init")
     found = _look_at(config, model)

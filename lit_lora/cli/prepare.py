@@ -11,7 +11,8 @@ import typer
 
 from lit_lora import log
 from lit_lora.config import validate
-from lit_lora.errors import DiskError, UsageError
+from lit_lora.errors import UsageError
+from lit_lora.files import require_new
 
 __all__ = ["command", "parse_columns", "parse_validation"]
 
@@ -52,8 +53,8 @@ def command(
     from lit_lora.data.export import export
     from lit_lora.tokenizer import Tokenizer
 
-    if out is not None and out.exists() and not dry_run:
-        raise DiskError(f"{out}: already exists", hint="choose another --out, or remove it first")
+    if out is not None and not dry_run:
+        require_new(out)
     given: dict[str, Any] = {
         "path": path,
         "format": format_,

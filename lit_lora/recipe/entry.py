@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.config import load_config
-from lit_lora.errors import LitLoraError, OutOfMemoryError
+from lit_lora.errors import LitLoraError, OutOfMemoryError, disk_error
 from lit_lora.estimate import Setup, estimate
 from lit_lora.estimate.advice import advise
 from lit_lora.model import ModelConfig
@@ -59,5 +59,7 @@ def main(recipe: Callable[[Any, Options], Path], config: type[RunConfig]) -> Non
         execute(recipe, load_config(arguments.config, config, arguments.overrides), options)
     except LitLoraError as error:
         raise SystemExit(error.report()) from None
+    except OSError as error:
+        raise SystemExit(disk_error(error).report()) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

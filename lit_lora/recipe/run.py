@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
-from lit_lora.errors import UsageError
+from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import human_bytes, write_text
 from lit_lora.peft import Method
 from lit_lora.peft.frozen import keep_frozen, keep_method
@@ -55,12 +55,15 @@ def start(config: RunConfig, options: Options) -> Run:
     """Seed, choose device and dtype, and look whether the run folder can be used.
 
     Raises:
-        UsageError: The folder holds another run, or none to resume, or the device is not there.
+        DiskError: The folder is a file.
+        UsageError: It holds another run, or none to resume, or the device is not there.
     """
     torch.manual_seed(config.seed)
     device = choose_device(config.model.device)
     run = Run(config, options, device, choose_dtype(config.model.dtype, device))
     saved = run.folder / "config.yaml"
+    if run.folder.exists() and not run.folder.is_dir():
+        raise DiskError(f"{run.folder}: is a file, expected a folder for the run", hint="choose another out=FOLDER")
     if options.resume and not saved.is_file():
         raise UsageError(f"{run.folder}: holds no run to resume", hint="leave --resume out to start one")
     if options.resume:

@@ -342,8 +342,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_tokenizer_hint(folder: Path) -> str:
+    if folder.is_file():
+        return "that is a file, expected a checkpoint folder; lit-lora convert makes one of a GGUF or .pth file"
     if not folder.is_dir():
         return "there is no such folder; lit-lora download fetches a checkpoint"
+    if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
+        return "that is a run or an adapter; lit-lora merge makes a checkpoint of it"
     if (folder / "tokenizer.model").is_file():
         return "tokenizer.model alone is not read; take tokenizer.json from the model's repository"
     return "a checkpoint folder holds config.json, tokenizer.json and *.safetensors; lit-lora convert makes one"

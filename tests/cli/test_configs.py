@@ -62,6 +62,26 @@ def test_a_file_that_is_there_is_kept(capsys: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
+    [
+        (["lora", "--copy", "there.yaml/mine.yaml"], "a part of this path is a file, expected a folder"),
+        (["lora", "--copy", "there.yaml/deep/mine.yaml"], "a part of this path is a file, expected a folder"),
+        (["lora", "--copy", "x" * 300], "the name is too long"),
+        (["--schema", "folder"], "folder: is a folder, expected the name of a file"),
+        (["--schema", "there.yaml/schema.json"], "a part of this path is a file, expected a folder"),
+    ],
+    ids=str,
+)
+def test_pain_44_what_cannot_be_written_is_one_clear_line(arguments: list[str], message: str, capsys: Any) -> None:
+    Path("there.yaml").write_text("mine")
+    Path("folder").mkdir()
+    assert configs(*arguments) == 4
+    err = capsys.readouterr().err
+    assert (err.count("error: "), message in err) == (1, True), err
+    assert [path.name for path in sorted(Path().rglob("*"))] == ["folder", "there.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
     [(["lorra"], "(did you mean 'lora'?)"), (["--copy", "x.yaml"], "--copy needs the name of a config")],
 )
 def test_what_makes_no_sense_is_told(arguments: list[str], message: str, capsys: Any) -> None:

@@ -370,6 +370,38 @@ def test_another_method_over_options_of_the_file_says_how_to_replace_the_section
     assert call("peft={name: ia3}", "--dry-run")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("out=", 2, "'out=': expected a value, such as out=null for none"),
+        ("train=5", 2, "'train=5': train: expected a section, such as {key: value}, got 5"),
+        ("out=[a]", 2, "'out=[a]': out: expected a path, got [\"a\"]"),
+        ("out=rows.jsonl", 4, "rows.jsonl: is a file, expected a folder for the run"),
+        ("out=rows.jsonl/run", 4, "a part of this path is a file, expected a folder"),
+        (f"out={'x' * 300}", 4, "xxx: file name too long"),
+        ("model.path=rows.jsonl", 3, "hint: that is a file, expected a checkpoint folder; lit-lora convert makes one"),
+        ("model.path=other", 3, "hint: that is a run or an adapter; lit-lora merge makes a checkpoint of it"),
+    ],
+)
+def test_pain_44_a_wrong_path_or_section_is_one_clear_line(task, call, monkeypatch, override, code, message):
+    monkeypatch.chdir(task)
+    (task / "other" / "adapter").mkdir(parents=True)
+    before = {path.name for path in task.iterdir()}
+    found, _, err = call(override)
+    assert (found, err.count("error: ")) == (code, 1), err
+    assert message in err
+    assert {path.name for path in task.iterdir()} - before <= {"cache"}
+    assert (task / "rows.jsonl").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is unreadable for root")
+def test_pain_44_an_unreadable_file_is_one_clear_line(task, call):
+    (task / "rows.jsonl").chmod(0)
+    code, _, err = call()
+    assert (code, err.count("error: ")) == (4, 1), err
+    assert "rows.jsonl: permission denied" in err
+
+
 def test_pain_44_a_broken_row_is_named_by_its_line(task, call):
     lines = (task / "rows.jsonl").read_text().splitlines()
     (task / "rows.jsonl").write_text("\n".join([*lines[:5], '{"prompt": "half', *lines[5:]]))
