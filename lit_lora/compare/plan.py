@@ -10,6 +10,7 @@ from lit_lora.data import cache_folder, prepare
 from lit_lora.errors import UsageError
 from lit_lora.estimate import RowLengths, Setup, estimate
 from lit_lora.model import ModelConfig
+from lit_lora.recipe import common_tokens
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 
@@ -70,7 +71,8 @@ def _all_there(config: CompareConfig, variant: Variant) -> bool:
 def _seconds(variant: Variant, seed: int) -> float:
     config = variant.config
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=seed)
-    lengths = RowLengths(prepared.train.token_counts, prepared.train.target_counts)
+    rows = prepared.train
+    lengths = RowLengths(rows.token_counts, rows.target_counts, common_tokens(config, rows))
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
     shape = ModelConfig.from_folder(config.model.path)

@@ -1,5 +1,7 @@
 """Rows to training steps: which rows a step takes, and how they are laid into micro-batches without padding.
 
+Tokens that all rows begin with, such as a system prompt, stand in a micro-batch once.
+
 A step is a pure function of its number: epoch ``step // steps_per_epoch`` has its own permutation, drawn from the seed
 and the epoch, and the step takes the next ``batch_size`` rows of it. So every row is visited exactly once an epoch, and
 resuming at any step costs nothing.
@@ -24,12 +26,14 @@ __all__ = ["Batches", "MicroBatch", "Shuffled", "collate", "validation_batches"]
 class MicroBatch:
     """Documents packed one after the other; they must not see each other (``lengths`` tells them apart)."""
 
-    input_ids: torch.Tensor  # (1, T) int64
+    input_ids: torch.Tensor  # (1, T) int64: the common tokens, and the rest of each document
     labels: torch.Tensor  # (1, T) int64: the token that each position must predict, or IGNORE_INDEX
     lengths: list[int]
-    """Tokens of each document; their sum is T."""
+    """Tokens of each document, the common ones included."""
     rows: list[int]
     """Position in the rows of each document."""
+    common: int = 0
+    """Tokens that every document begins with; none of them has a label."""
 
     @property
     def target_count(self) -> int:
@@ -68,55 +72,65 @@ class Batches(Shuffled):
         batch_size: Rows per step; the last step of an epoch takes what is left.
         micro_batch_tokens: The most tokens of a micro-batch. A longer row makes a micro-batch of its own.
         seed: Decides the order of the rows.
+        common: Tokens that all rows begin with, which a micro-batch is to hold once: at most ``rows.common``.
 
     Raises:
         ValueError: There are no rows, or a size is below 1.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int) -> None:
+    def __init__(self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int, common: int = 0) -> None:
         if len(rows) < 1 or batch_size < 1 or micro_batch_tokens < 1:
             raise ValueError(f"{len(rows)} rows, batch_size {batch_size}, micro_batch_tokens {micro_batch_tokens}")
         super().__init__(len(rows), batch_size, seed)
         self.rows = rows
         self.micro_batch_tokens = micro_batch_tokens
+        self.common = common
 
     def places(self, step: int) -> list[list[int]]:
         """Positions of the rows in each micro-batch of step ``step`` (from 0)."""
         chosen = self.row_indices(step)
-        bins = _pack(self.rows.token_counts[chosen], self.micro_batch_tokens)
+        bins = _pack(self.rows.token_counts[chosen] - self.common, self.micro_batch_tokens - self.common)
         return [[int(chosen[i]) for i in places] for places in bins]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of step ``step`` (from 0)."""
-        return [collate(self.rows, places) for places in self.places(step)]
+        return [collate(self.rows, places, self.common) for places in self.places(step)]
 
 
 def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBatch]:
     """Every row once, the longest first so that a lack of memory shows at once."""
-    order = np.argsort(-rows.token_counts, kind="stable")
+    order, common = np.argsort(-rows.token_counts, kind="stable"), rows.common
     places: list[int] = []
-    tokens = 0
+    tokens = common
     for place in order:
-        count = int(rows.token_counts[place])
+        count = int(rows.token_counts[place]) - common
         if places and tokens + count > micro_batch_tokens:
-            yield collate(rows, places)
-            places, tokens = [], 0
+            yield collate(rows, places, common)
+            places, tokens = [], common
         places.append(int(place))
         tokens += count
     if places:
-        yield collate(rows, places)
+        yield collate(rows, places, common)
 
 
-def collate(rows: Rows, places: Sequence[int]) -> MicroBatch:
-    """The rows at ``places`` as one packed micro-batch."""
+def collate(rows: Rows, places: Sequence[int], common: int = 0) -> MicroBatch:
+    """The rows at ``places`` as one packed micro-batch, with the ``common`` tokens that they begin with once.
+
+    One row alone is one document, whatever it begins with.
+    """
     documents = [rows[place] for place in places]
     lengths = [len(document.input_ids) for document in documents]
-    ids = np.concatenate([document.input_ids for document in documents]).astype(np.int64)
-    learn = np.concatenate([document.learn for document in documents])
-    learn[np.cumsum([0, *lengths[:-1]])] = False  # nothing stands before the first token of a document
+    common = common if len(documents) > 1 else 0
+    ids = np.concatenate([documents[0].input_ids[:common], *(document.input_ids[common:] for document in documents)])
+    ids = ids.astype(np.int64)
     labels = np.full_like(ids, IGNORE_INDEX)
-    labels[:-1] = np.where(learn[1:], ids[1:], IGNORE_INDEX)
-    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places))
+    start = common
+    for document, length in zip(documents, lengths, strict=True):
+        end = start + length - common
+        following, learn = document.input_ids[common + 1 :], document.learn[common + 1 :]
+        labels[start : end - 1] = np.where(learn, following, IGNORE_INDEX)
+        start = end
+    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places), common)
 
 
 def _pack(counts: Integers, budget: int) -> list[list[int]]:

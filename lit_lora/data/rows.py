@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ class TokenTable:
         """The rows to train on."""
         return Rows(self, np.flatnonzero(self.status <= Status.TRUNCATED))
 
+    def common(self, index: Integers) -> int:
+        """See :attr:`Rows.common`, of the rows at these places."""
+        if not len(index):
+            return 0
+        first, common = self.row(int(index[0])).input_ids, int(self.tokens[index].min()) - 1
+        for part, ((offsets, ids), (_, learn)) in enumerate(zip(self._ids, self._learn, strict=True)):
+            here = index[(self._starts[part] <= index) & (index < self._starts[part + 1])] - self._starts[part]
+            starts = offsets[here]
+            for place in range(common):
+                if learn[starts + place + 1].any() or (ids[starts + place] != first[place]).any():
+                    common = place
+                    break
+        return common
+
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return part, index - int(self._starts[part])
@@ -150,6 +165,14 @@ class Rows:
         """Tokens of each row."""
         self.target_counts: Integers = table.targets[index]
         """Tokens of each row that some position must predict."""
+
+    @cached_property
+    def common(self) -> int:
+        """Tokens that all rows begin with, and that predict nothing which is learned; less than any row has.
+
+        A system prompt, mostly: what comes out of a decoder for them is the same in all rows.
+        """
+        return self.table.common(self.index)
 
     @classmethod
     def from_tokens(cls, rows: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Rows:

@@ -54,6 +54,8 @@ class RowLengths:
     token_counts: Integers
     target_counts: Integers
     """Learned tokens."""
+    common: int = 0
+    """Tokens that all rows begin with, where a micro-batch computes them once."""
 
     def __len__(self) -> int:
         return len(self.token_counts)
@@ -66,7 +68,8 @@ class RowLengths:
 
     def cut(self, longest: int) -> RowLengths:
         """The rows when none is longer than that."""
-        return RowLengths(self.token_counts.clip(max=longest), self.target_counts.clip(max=longest))
+        counts, targets = self.token_counts.clip(max=longest), self.target_counts.clip(max=longest)
+        return RowLengths(counts, targets, min(self.common, longest - 1))
 
 
 @dataclass(frozen=True)
@@ -191,18 +194,27 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
     """The micro-batch with the most tokens, whether some step has several, and the mean tokens of a step."""
     rows, train = setup.rows, setup.train
     batches = Batches(
-        cast(Rows, rows), batch_size=train.batch_size, micro_batch_tokens=train.micro_batch_tokens, seed=setup.seed
+        cast(Rows, rows),
+        batch_size=train.batch_size,
+        micro_batch_tokens=train.micro_batch_tokens,
+        seed=setup.seed,
+        common=rows.common,
     )
-    steps = min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _LOOKED_AT)
-    portions = [batches.places(step) for step in range(steps)]
-    largest = max((places for step in portions for places in step), key=lambda places: rows.token_counts[places].sum())
-    portion = Portion(rows.token_counts[largest].tolist(), max(1, int(rows.target_counts[largest].sum())))
-    mean = float(rows.token_counts.mean()) * min(train.batch_size, len(rows))
-    return portion, any(len(step) > 1 for step in portions), mean
+    looked_at = range(min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _LOOKED_AT))
+    steps = [[_portion(rows, places) for places in batches.places(step)] for step in looked_at]
+    largest = max((portion for step in steps for portion in step), key=lambda portion: portion.tokens)
+    mean = sum(portion.tokens for step in steps for portion in step) / len(steps)
+    return largest, any(len(step) > 1 for step in steps), mean
+
+
+def _portion(rows: RowLengths, places: list[int]) -> Portion:
+    """A micro-batch of these rows."""
+    common = rows.common if len(places) > 1 else 0
+    return Portion(rows.token_counts[places].tolist(), max(1, int(rows.target_counts[places].sum())), common)
 
 
 def _padded(portion: Portion) -> int:
-    return -(-sum(portion.lengths) // token_step()) * token_step()
+    return -(-portion.tokens // token_step()) * token_step()
 
 
 def _weighing(setup: Setup) -> int:

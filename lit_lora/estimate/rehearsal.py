@@ -35,6 +35,13 @@ class Portion:
     """Tokens of each document."""
     targets: int
     """Learned tokens of all of them."""
+    common: int = 0
+    """Tokens that every document begins with; computed once."""
+
+    @property
+    def tokens(self) -> int:
+        """That are computed."""
+        return sum(self.lengths) - self.common * (len(self.lengths) - 1)
 
     @property
     def rows(self) -> list[int]:
@@ -44,12 +51,12 @@ class Portion:
     @property
     def input_ids(self) -> Tensor:
         """(1, T) int64."""
-        return torch.zeros(1, sum(self.lengths), dtype=torch.int64)
+        return torch.zeros(1, self.tokens, dtype=torch.int64)
 
     @property
     def labels(self) -> Tensor:
         """(1, T) int64."""
-        places = torch.arange(sum(self.lengths))[None]
+        places = torch.arange(self.tokens)[None]
         return torch.where(places < self.targets, 0, IGNORE_INDEX)
 
 

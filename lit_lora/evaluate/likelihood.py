@@ -61,14 +61,15 @@ def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64
     device = next(model.parameters()).device
     labels = batch.labels[0]  # (T,)
     positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    hidden = model.hidden_states(batch.input_ids.to(device), lengths=batch.lengths)[0]  # (T, D)
+    hidden = model.hidden_states(batch.input_ids.to(device), lengths=batch.lengths, common=batch.common)[0]  # (T, D)
     targets, states = labels[positions].to(device), hidden[positions.to(device)]
     losses: list[Tensor] = [
         functional.cross_entropy(model.lm_head(some).float(), label, reduction="none")
         for some, label in zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     nats = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)
-    document = np.repeat(np.arange(len(batch.lengths)), batch.lengths)[positions.numpy()]
+    owners = np.repeat(np.arange(len(batch.lengths)), np.array(batch.lengths) - batch.common)
+    document = owners[positions.numpy() - batch.common]
     sums: npt.NDArray[np.float64] = np.zeros(len(batch.lengths))
     np.subtract.at(sums, document, nats)
     return sums

@@ -4,7 +4,8 @@ Both are objects that a layer calls with its queries, keys and values, so the la
 documents, nor of caches. Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
 
 ``behind(P)`` of either gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
-they are the first rows of queries, keys and values, before those of the documents, and get the first positions.
+they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
+is with tokens that all documents begin with, such as a system prompt: a model computes them once.
 
 ``in_groups(G)`` of either is for training on long documents: tokens attend within groups of ``G``, and in half of the
 heads the groups are shifted by half of that, so that neighbours meet.
@@ -58,20 +59,26 @@ class Attend(Protocol):
 class PackedAttention:
     """Documents laid end to end in one row; none sees another, so no token is padding.
 
+    Tokens that all documents begin with may be given once: they see nothing but one another, so they are the same in
+    each, whatever comes after them. They are put before each for attention, and only there.
+
     Args:
         config: The model's.
         lengths: Tokens per document; positions restart in each.
         device: Of the tokens.
+        common: The first rows of what is given are this many tokens, which every document begins with. The other rows
+            are the rest of each document.
     """
 
     front = 0
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device, *, common: int = 0) -> None:
         self.config = config
         self.lengths = list(lengths)
+        self.common = common
         self.window = config.sliding_window
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
-        self.rope = rope_table(config, positions, max(self.lengths))
+        self.rope = rope_table(config, positions, max(self.lengths))  # of the tokens with the common ones before each
         self.layout = Layout(self.lengths, self.window)
         self._grouped: dict[int, Attend] = {}
 
@@ -87,7 +94,9 @@ class PackedAttention:
         Returns:
             (T, N, H) in the dtype of ``query``.
         """
-        return self.within(self.layout, query, key, value)
+        if not self.common:
+            return self.within(self.layout, query, key, value)
+        return self._gather(self.within(self.layout, *map(self._spread, (query, key, value))))
 
     def within(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate by the positions in the documents, and attend within each piece of ``layout``."""
@@ -104,17 +113,35 @@ class PackedAttention:
 
     def rotate(self, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *self.rope)
+        return rotate(x, *map(self._gather, self.rope))
 
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """The same, with ``front`` tokens before every document; see :class:`Attend`."""
         return _PackedBehind(self, front, rotated)
 
     def in_groups(self, size: int) -> Attend:
-        """The same within groups of ``size`` tokens; all layers of a pass share the result."""
+        """The same within groups of ``size`` tokens; all layers of a pass share the result.
+
+        Raises:
+            ValueError: Documents share their first tokens, which would be in groups of different sizes.
+        """
+        if self.common:
+            raise ValueError(f"{self.common} tokens that all documents begin with do not go with groups")
         if size not in self._grouped:
             self._grouped[size] = _InGroups(self, size)
         return self._grouped[size]
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """The common rows before the rest of every document."""
+        first, *rests = torch.split(x, [self.common, *(length - self.common for length in self.lengths)])
+        return torch.cat([part for rest in rests for part in (first, rest)])
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """The other way: what the common rows became in the first document, which is the same in all."""
+        if not self.common:
+            return x
+        parts = torch.split(x, [part for length in self.lengths for part in (self.common, length - self.common)])
+        return torch.cat([parts[0], *parts[1::2]])
 
 
 class _InGroups:
@@ -161,43 +188,21 @@ class _InGroups:
         raise ValueError("these are groups already")
 
 
-class _PackedBehind:
-    """Documents behind common tokens: they are put before each for attention, and only there."""
+class _PackedBehind(PackedAttention):
+    """Documents behind given tokens, which are common to all of them as well."""
 
     def __init__(self, tokens: PackedAttention, front: int, rotated: bool) -> None:
-        device = tokens.rope[0].device
-        self.front, self.lengths = front, tokens.lengths
-        self.inner = PackedAttention(tokens.config, [front + length for length in self.lengths], device)
+        lengths, device = [front + length for length in tokens.lengths], tokens.rope[0].device
+        super().__init__(tokens.config, lengths, device, common=front + tokens.common)
+        self.front = front
         if rotated:
-            cosine, sine = (self._gather(table)[front:] for table in self.inner.rope)
-            still = cosine.new_ones(front, cosine.shape[1])
-            self.inner.rope = self._spread(torch.cat([still, cosine])), self._spread(torch.cat([0 * still, sine]))
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(P + T, …) to (P + T, N, H)."""
-        return self._gather(self.inner(layer, self._spread(query), self._spread(key), self._spread(value)))
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(P + T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *(self._gather(table) for table in self.inner.rope))
+            still = torch.cat([torch.arange(length, device=device) for length in lengths])[:, None] < front
+            cosine, sine = self.rope
+            self.rope = cosine.masked_fill(still, 1.0), sine.masked_fill(still, 0.0)
 
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every document already."""
         raise ValueError(f"{self.front} tokens stand before every document already")
-
-    def in_groups(self, size: int) -> Attend:
-        """Refused: what stands before every document would be in its first group only."""
-        raise ValueError("tokens before every document do not go with groups")
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """The first rows before every document."""
-        first, *documents = torch.split(x, [self.front, *self.lengths])
-        return torch.cat([part for document in documents for part in (first, document)])
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """The other way: what the first rows became before the first document, which is the same before all."""
-        parts = torch.split(x, [part for length in self.lengths for part in (self.front, length)])
-        return torch.cat([parts[0], *parts[1::2]])
 
 
 class CachedAttention:

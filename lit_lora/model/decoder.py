@@ -141,7 +141,12 @@ class CausalLM(nn.Module):
         return logits
 
     def hidden_states(
-        self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        common: int = 0,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Run the decoder up to its final norm.
 
@@ -149,6 +154,8 @@ class CausalLM(nn.Module):
             input_ids: (B, T) int64.
             lengths: With B = 1: tokens of each document packed into the row, which do not see each other and whose
                 positions restart; they sum to T. ``None``: every row is one document.
+            common: With ``lengths``: the row begins with so many tokens that every document begins with, and goes on
+                with the rest of each document. ``lengths`` count them in every document.
             cache: Continue after the tokens in the cache; it grows by T in place.
 
         Returns:
@@ -165,9 +172,10 @@ class CausalLM(nn.Module):
             attend = CachedAttention(self.config, cache, batch_size, tokens)
         else:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
-            if sum(lengths) != batch_size * tokens:
-                raise ValueError(f"lengths sum to {sum(lengths)}, the row has {batch_size * tokens} tokens")
-            attend = PackedAttention(self.config, lengths, input_ids.device)
+            given = sum(lengths) - common * (len(lengths) - 1)
+            if given != batch_size * tokens or min(lengths) < common:
+                raise ValueError(f"lengths sum to {given}, the row has {batch_size * tokens} tokens")
+            attend = PackedAttention(self.config, lengths, input_ids.device, common=common)
         hidden: Tensor = self.model(self.model.embed_tokens(input_ids.reshape(-1)), attend)
         if cache is not None:
             cache.advance(tokens)

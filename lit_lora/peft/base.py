@@ -64,6 +64,8 @@ class Method(Settings):
     """The base has codes that the method chose: the run keeps it, the original cannot stand in for it."""
     chooses_types: ClassVar[bool] = False
     """Each layer of the base is quantised in a type that the method chose."""
+    groups_tokens: ClassVar[bool] = False
+    """Tokens attend within groups in training, so what all documents begin with does not come out the same in each."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:

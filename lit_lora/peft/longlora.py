@@ -71,6 +71,7 @@ class LongLoRAConfig(LoRAConfig):
     """LongLoRA: a longer context by interpolated positions, trained with attention in shifted groups."""
 
     peft_type: ClassVar[str] = "LIT_LORA_LONGLORA"
+    groups_tokens: ClassVar[bool] = True
     name: Literal["longlora"] = Field("longlora", description="The method.")  # type: ignore[assignment]
     factor: float = Field(2.0, ge=1, description="How many times longer the context becomes.")
     rope_type: Literal["linear", "yarn"] = Field(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lit_lora import log
 from lit_lora.data import Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
-from lit_lora.data.rows import Row
+from lit_lora.data.rows import Row, Rows
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
@@ -16,7 +16,7 @@ from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.recipe.run import Run
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["RunData", "answer_samples", "load_data", "row_lengths"]
+__all__ = ["RunData", "answer_samples", "common_tokens", "load_data", "row_lengths"]
 
 
 @dataclass
@@ -51,6 +51,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
         batch_size=config.train.batch_size,
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.seed,
+        common=common_tokens(config, prepared.train),
     )
     validation = prepared.validation
     if validation is None:
@@ -77,7 +78,13 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
         InputError: Tokenizer or data are not there, or not readable.
     """
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
-    return RowLengths(prepared.train.token_counts, prepared.train.target_counts)
+    rows = prepared.train
+    return RowLengths(rows.token_counts, rows.target_counts, common_tokens(config, rows))
+
+
+def common_tokens(config: FinetuneConfig, rows: Rows) -> int:
+    """Tokens at the beginning of all rows that a micro-batch computes once."""
+    return 0 if config.peft.groups_tokens else rows.common
 
 
 def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:

@@ -46,6 +46,10 @@ class Batch(Protocol):
         """Tokens per document."""
 
     @property
+    def common(self) -> int:
+        """The row begins with so many tokens that every document begins with; it holds them once."""
+
+    @property
     def rows(self) -> list[int]:
         """Dataset row of each document."""
 
@@ -58,7 +62,7 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[Tensor]:
         """All parameters; they are on one device."""
 
-    def hidden_states(self, input_ids: Tensor, *, lengths: list[int]) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, *, lengths: list[int], common: int) -> Tensor:
         """(1, T) token ids to (1, T, D)."""
 
 
@@ -108,7 +112,8 @@ def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     """(T, D) with T rounded up by a document of padding that nobody looks at."""
     filler = -batch.input_ids.shape[1] % token_step()
     ids = torch.nn.functional.pad(batch.input_ids, (0, filler)).to(_device(model))
-    return model.hidden_states(ids, lengths=[*batch.lengths, filler] if filler else batch.lengths)[0]
+    lengths = [*batch.lengths, batch.common + filler] if filler else batch.lengths
+    return model.hidden_states(ids, lengths=lengths, common=batch.common)[0]
 
 
 def _device(model: LanguageModel) -> torch.device:

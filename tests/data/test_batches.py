@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_lora import IGNORE_INDEX
 from lit_lora.data.batches import Batches, MicroBatch, collate, validation_batches
-from lit_lora.data.rows import Rows
+from lit_lora.data.rows import EncodedRow, Rows, Status, TokenTable, record_batch
 
 TokenRow = tuple[list[int], list[bool]]
 
@@ -134,3 +134,60 @@ def test_no_rows_make_no_batches() -> None:
     with pytest.raises(ValueError, match="0 rows"):
         Batches(Rows.from_tokens([]), batch_size=1, micro_batch_tokens=1, seed=0)
     assert list(validation_batches(Rows.from_tokens([]), 10)) == []
+
+
+SYSTEM = [7, 8, 9]
+TALKS = [
+    ([*SYSTEM, 1, 2, 3], [False] * 5 + [True]),
+    ([*SYSTEM, 4, 5], [False] * 4 + [True]),
+    ([*SYSTEM, 1, 2, 6, 6], [False] * 4 + [True] * 3),
+]
+
+
+def test_tokens_that_all_rows_begin_with_stand_in_a_micro_batch_once() -> None:
+    rows = Rows.from_tokens(TALKS)
+    assert rows.common == 3
+    batch = collate(rows, [0, 2], rows.common)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 1, 2, 6, 6]]
+    none = IGNORE_INDEX
+    assert batch.labels.tolist() == [[none, none, none, none, 3, none, 2, 6, 6, none]]
+    assert (batch.lengths, batch.common) == ([6, 7], 3)
+    alone = collate(rows, [1], rows.common)
+    assert (alone.input_ids.tolist(), alone.common) == ([[7, 8, 9, 4, 5]], 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "common"),
+    [
+        (TALKS[:1] * 2, 4),  # the fifth predicts a learned token
+        ([([7, 8], [False, True]), ([7, 8, 9], [False, False, True])], 0),
+        ([([7, 8, 9], [True] * 3)] * 3, 0),  # plain text: all is learned
+        ([([7, 8, 9, 1], [False] * 4), ([7, 8], [False] * 2)], 1),  # every row keeps a token of its own
+        ([*TALKS, ([5, 8, 9, 1], [False] * 3 + [True])], 0),
+        (TALKS[:1], 4),
+        ([], 0),
+    ],
+)
+def test_what_all_rows_begin_with_ends_before_anything_learned(rows: list[TokenRow], common: int) -> None:
+    assert Rows.from_tokens(rows).common == common
+
+
+def test_the_beginning_is_that_of_the_rows_in_use_over_all_files() -> None:
+    odd = ([1] * 5, [False] * 4 + [True])
+    tables = [record_batch([EncodedRow(i, n, Status.KEPT, len(i), "f", 1) for i, n in part]) for part in (TALKS, [odd])]
+    rows = TokenTable(tables).kept()
+    assert rows.common == 0
+    assert rows.subset(np.array([2, 0])).common == 3
+
+
+@given(token_rows(), st.integers(1, 40))
+def test_with_a_common_beginning_the_same_is_predicted_within_the_budget(rows: list[TokenRow], budget: int) -> None:
+    rows = [([901, 902, 903, *ids], [False] * 3 + learn) for ids, learn in rows]
+    packed = Rows.from_tokens(rows)
+    training = Batches(packed, batch_size=len(rows), micro_batch_tokens=budget, seed=0, common=packed.common).step(0)
+    for micros in (training, list(validation_batches(packed, budget))):
+        assert sorted(pair for micro in micros for pair in _pairs(micro)) == sorted(_expected(rows))
+        for micro in micros:
+            assert micro.input_ids.shape[1] == sum(micro.lengths) - micro.common * (len(micro.rows) - 1)
+            assert micro.input_ids.shape[1] <= budget or len(micro.rows) == 1
+            assert micro.lengths == [len(rows[row][0]) for row in micro.rows]
