@@ -9,13 +9,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from lit_lora.checkpoint import CheckpointWriter
 from lit_lora.checkpoint.load import empty_model
 from lit_lora.errors import InputError
 from lit_lora.estimate import model_shape
 from lit_lora.files import write_text
+from lit_lora.tokenizer import Message, Tokenizer, encode_chat
 
 __all__ = ["write_random", "write_rows"]
 
@@ -25,8 +25,8 @@ def write_rows(
 ) -> dict[str, float]:
     """Tokenise GSM8K rows once and write the rows of every step, so that all contenders train the very same ids.
 
-    A row is the question, a line break, the answer and the end-of-sequence token; the answer and that token are
-    learned. ``validation`` rows follow those of the steps.
+    A row is a conversation in the model's chat template; the answer and the token that ends it are learned.
+    ``validation`` rows follow those of the steps.
 
     Raises:
         InputError: The data or the tokenizer is missing, or there are too few rows.
@@ -36,8 +36,7 @@ def write_rows(
             raise InputError(f"{path}: not found")
     with gzip.open(data, "rt", encoding="utf-8") as file:
         samples = [json.loads(line) for line in file]
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    eos = json.loads((model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    tokenizer = Tokenizer.load(model)
     count = steps * batch + validation
     if len(samples) < count:
         raise InputError(f"{data}: {len(samples)} rows, expected at least {count}")
@@ -45,11 +44,13 @@ def write_rows(
     rows = []
     tokens, targets = [], []
     for sample in samples[:count]:
-        prompt = tokenizer.encode(sample["question"] + "\n", add_special_tokens=False).ids
-        answer = tokenizer.encode(sample["answer"], add_special_tokens=False).ids
-        rows.append({"ids": [*prompt, *answer, eos], "prompt": len(prompt)})
-        tokens.append(len(prompt) + len(answer) + 1)
-        targets.append(len(answer) + 1)
+        messages = [("user", sample["question"]), ("assistant", sample["answer"])]
+        encoded = encode_chat(tokenizer, [Message(role=role, content=content) for role, content in messages])
+        prompt = encoded.learn.index(True)
+        length = prompt + sum(encoded.learn)  # what the template puts after the last answer is left out
+        rows.append({"ids": encoded.ids[:length], "prompt": prompt})
+        tokens.append(length)
+        targets.append(length - prompt)
     trained = [rows[start : start + batch] for start in range(0, steps * batch, batch)]
     write_text(target, json.dumps({"steps": trained, "validation": rows[steps * batch :]}))
     return {"tokens a row": statistics.mean(tokens), "targets a row": statistics.mean(targets), "longest": max(tokens)}

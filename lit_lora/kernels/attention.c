@@ -3,7 +3,8 @@
 // A task is one document and one key/value head with the query heads that share it. Its keys and values are rotated and
 // laid out once; then panels of 32 queries go over the keys that they see, so scores exist for one panel only and the
 // causal half that is masked is not computed. The backward computes the scores again from the saved log-sum-exp (as
-// FlashAttention does, arXiv:2205.14135 section 3). Products read pairs of neighbours along the summed dimension, "pair"
+// FlashAttention does, arXiv:2205.14135 section 3). Tokens that all documents begin with are given once: their queries
+// are those of the first document, and the gradients of their keys and values are summed over all. Products read pairs of neighbours along the summed dimension, "pair"
 // below: that is what the instruction multiplies.
 
 #include <stdlib.h>
@@ -48,21 +49,6 @@ static void rotate(const turn *by, long t, const float *in, bf16 *out, float sig
     }
 }
 
-// Rows of one head, tokens first .. first + count, to (padded, width) with zeros around; turned if asked.
-static void gather(const turn *by, const bf16 *x, long heads, long head, long first, long count, bf16 *out, int turned) {
-    memset(out, 0, sizeof(bf16) * (size_t)(padded(count) * by->width));
-    float wide[by->width];
-    for (long r = 0; r < count; r++) {
-        const bf16 *row = x + ((first + r) * heads + head) * by->size;
-        if (turned) {
-            for (long i = 0; i < by->size; i++) wide[i] = up(row[i]);
-            rotate(by, first + r, wide, out + r * by->width, 1.0f);
-        } else {
-            memcpy(out + r * by->width, row, sizeof(bf16) * (size_t)by->size);
-        }
-    }
-}
-
 typedef struct {
     bf16 *rows, *q, *outer, *weights;       // (length, width); (PANEL, width) twice; (PANEL, length)
     pair *keys_by_size, *values_by_size;    // (width / 2, length): pairs along the head
@@ -100,12 +86,34 @@ static char *lay_out(space *s, char *place, long length, long width) {
 }
 
 typedef struct {
-    const bf16 *query, *key, *value;  // (tokens, heads or groups, size)
-    const long *starts;               // documents + 1
-    long documents, heads, groups, window;
+    const bf16 *query, *key, *value;  // (rows, heads or groups, size): the common tokens, the rest of each document
+    const long *starts;               // documents + 1, as if each held the common tokens; so are the rows of `by`
+    long documents, common, heads, groups, window;
     float scale;
     turn by;
 } problem;
+
+// Where token t of a document is given.
+static inline long row_of(const problem *p, long document, long t) {
+    return t < p->common ? t : p->starts[document] + t - document * p->common;
+}
+
+// One head of a document's tokens first .. first + count, to (padded, width) with zeros around; turned if asked.
+static void gather(const problem *p, const bf16 *x, long heads, long head, long document, long first, long count,
+                   bf16 *out, int turned) {
+    const turn *by = &p->by;
+    memset(out, 0, sizeof(bf16) * (size_t)(padded(count) * by->width));
+    float wide[by->width];
+    for (long r = 0; r < count; r++) {
+        const bf16 *row = x + (row_of(p, document, first + r) * heads + head) * by->size;
+        if (turned) {
+            for (long i = 0; i < by->size; i++) wide[i] = up(row[i]);
+            rotate(by, p->starts[document] + first + r, wide, out + r * by->width, 1.0f);
+        } else {
+            memcpy(out + r * by->width, row, sizeof(bf16) * (size_t)by->size);
+        }
+    }
+}
 
 // The queries of a panel: how many, which keys they see, in whole groups of PANEL.
 typedef struct { long first, rows, begin, keys; } panel;
@@ -155,26 +163,26 @@ static float softmax(const problem *p, const panel *at, long r, const float *sco
 }
 
 static void forward_task(const problem *p, const space *s, long document, long group, bf16 *out, float *lse) {
-    long start = p->starts[document], count = p->starts[document + 1] - start, length = padded(count);
+    long count = p->starts[document + 1] - p->starts[document], length = padded(count);
     long width = p->by.width, size = p->by.size, share = p->heads / p->groups;
-    gather(&p->by, p->key, p->groups, group, start, count, s->rows, 1);
+    gather(p, p->key, p->groups, group, document, 0, count, s->rows, 1);
     transpose((pair *)s->rows, s->keys_by_size, length, width / 2);
-    gather(&p->by, p->value, p->groups, group, start, count, s->rows, 0);
+    gather(p, p->value, p->groups, group, document, 0, count, s->rows, 0);
     pair_rows(s->rows, s->values_by_key, length, width);
     for (long head = group * share; head < (group + 1) * share; head++)
-        for (long first = 0; first < count; first += PANEL) {
+        for (long first = document ? p->common : 0; first < count; first += PANEL) {
             panel at = panel_at(p, first, count);
-            gather(&p->by, p->query, p->heads, head, start + first, at.rows, s->q, 1);
+            gather(p, p->query, p->heads, head, document, first, at.rows, s->q, 1);
             product((pair *)s->q, width / 2, s->keys_by_size + at.begin, length, s->scores, at.keys, PANEL, at.keys,
                     width / 2, 0);
             float sums[PANEL];
             for (long r = 0; r < at.rows; r++)
-                lse[(start + first + r) * p->heads + head] =
+                lse[row_of(p, document, first + r) * p->heads + head] =
                     softmax(p, &at, r, s->scores + r * at.keys, s->weights + r * at.keys, sums + r);
             product((pair *)s->weights, at.keys / 2, s->values_by_key + at.begin / 2 * width, width, s->result, width,
                     PANEL, width, at.keys / 2, 0);
             for (long r = 0; r < at.rows; r++) {
-                bf16 *row = out + ((start + first + r) * p->heads + head) * size;
+                bf16 *row = out + (row_of(p, document, first + r) * p->heads + head) * size;
                 const float *result = s->result + r * width;
                 float inverse = 1.0f / sums[r];
                 for (long i = 0; i < size; i++) row[i] = down(result[i] * inverse);
@@ -212,17 +220,17 @@ static void pair_up(const float *even, const float *odd, pair *out, long count) 
     }
 }
 
-static void backward_panel(const problem *p, const space *s, long start, long head, long length, panel at,
+static void backward_panel(const problem *p, const space *s, long document, long head, long length, panel at,
                            const bf16 *dout, const float *lse, bf16 *dquery) {
-    long width = p->by.width, token = start + at.first;
-    gather(&p->by, p->query, p->heads, head, token, at.rows, s->q, 1);
-    gather(&p->by, dout, p->heads, head, token, at.rows, s->outer, 0);
+    long width = p->by.width;
+    gather(p, p->query, p->heads, head, document, at.first, at.rows, s->q, 1);
+    gather(p, dout, p->heads, head, document, at.first, at.rows, s->outer, 0);
     product((pair *)s->q, width / 2, s->keys_by_size + at.begin, length, s->scores, at.keys, PANEL, at.keys, width / 2,
             0);
     product((pair *)s->outer, width / 2, s->values_by_size + at.begin, length, s->grads, at.keys, PANEL, at.keys,
             width / 2, 0);
     for (long r = 0; r < PANEL; r++) {
-        float sum = r < at.rows ? lse[(token + r) * p->heads + head] : 0.0f;
+        float sum = r < at.rows ? lse[row_of(p, document, at.first + r) * p->heads + head] : 0.0f;
         long row = r * at.keys;
         softmax_backward(p, &at, r, s->scores + row, s->grads + row, s->weights + row, sum);
     }
@@ -233,8 +241,10 @@ static void backward_panel(const problem *p, const space *s, long start, long he
     }
     product((pair *)s->weights, at.keys / 2, s->keys_by_key + at.begin / 2 * width, width, s->result, width, PANEL,
             width, at.keys / 2, 0);
-    for (long r = 0; r < at.rows; r++)
-        rotate(&p->by, token + r, s->result + r * width, dquery + ((token + r) * p->heads + head) * p->by.size, -1.0f);
+    for (long r = 0; r < at.rows; r++) {
+        bf16 *row = dquery + (row_of(p, document, at.first + r) * p->heads + head) * p->by.size;
+        rotate(&p->by, p->starts[document] + at.first + r, s->result + r * width, row, -1.0f);
+    }
     pair_rows(s->q, s->short_pairs, PANEL, width);
     transpose(s->short_pairs, s->q_pairs, PANEL / 2, width);
     pair_rows(s->outer, s->short_pairs, PANEL, width);
@@ -245,28 +255,49 @@ static void backward_panel(const problem *p, const space *s, long start, long he
 }
 
 static void backward_task(const problem *p, const space *s, long document, long group, const bf16 *dout,
-                          const float *lse, bf16 *dquery, bf16 *dkey, bf16 *dvalue) {
+                          const float *lse, bf16 *dquery, bf16 *dkey, bf16 *dvalue, float *shares) {
     long start = p->starts[document], count = p->starts[document + 1] - start, length = padded(count);
     long width = p->by.width, size = p->by.size, share = p->heads / p->groups;
-    gather(&p->by, p->value, p->groups, group, start, count, s->rows, 0);
+    gather(p, p->value, p->groups, group, document, 0, count, s->rows, 0);
     transpose((pair *)s->rows, s->values_by_size, length, width / 2);
-    gather(&p->by, p->key, p->groups, group, start, count, s->rows, 1);
+    gather(p, p->key, p->groups, group, document, 0, count, s->rows, 1);
     transpose((pair *)s->rows, s->keys_by_size, length, width / 2);
     pair_rows(s->rows, s->keys_by_key, length, width);
     memset(s->dkeys, 0, sizeof(float) * (size_t)(width * length));
     memset(s->dvalues, 0, sizeof(float) * (size_t)(width * length));
     for (long head = group * share; head < (group + 1) * share; head++)
-        for (long first = 0; first < count; first += PANEL)
-            backward_panel(p, s, start, head, length, panel_at(p, first, count), dout, lse, dquery);
+        for (long first = document ? p->common : 0; first < count; first += PANEL)
+            backward_panel(p, s, document, head, length, panel_at(p, first, count), dout, lse, dquery);
     float key[16 * width], value[16 * width];
     for (long r = 0; r < count; r++) {
-        long row = ((start + r) * p->groups + group) * size, place = r % 16 * width;
+        long row = (row_of(p, document, r) * p->groups + group) * size, place = r % 16 * width;
         for (long i = 0; i < width && !place; i += 16) {  // the next 16 tokens
             transpose_block((pair *)s->dkeys + i * length + r, length, (pair *)key + i, width);
             transpose_block((pair *)s->dvalues + i * length + r, length, (pair *)value + i, width);
         }
+        if (r < p->common) {  // not rounded before they are summed
+            float *both = shares + ((document * p->common + r) * p->groups + group) * 2 * size;
+            memcpy(both, key + place, sizeof(float) * (size_t)size);
+            memcpy(both + size, value + place, sizeof(float) * (size_t)size);
+            continue;
+        }
         rotate(&p->by, start + r, key + place, dkey + row, -1.0f);
         for (long i = 0; i < size; i++) dvalue[row + i] = down(value[place + i]);
+    }
+}
+
+// The gradients of a common token's key and value, from all documents.
+static void sum_shares(const problem *p, const float *shares, long t, bf16 *dkey, bf16 *dvalue) {
+    long size = p->by.size, row = t * p->groups;
+    float both[2 * size];
+    for (long group = 0; group < p->groups; group++) {
+        memset(both, 0, sizeof(both));
+        for (long document = 0; document < p->documents; document++) {
+            const float *more = shares + ((document * p->common + t) * p->groups + group) * 2 * size;
+            for (long i = 0; i < 2 * size; i++) both[i] += more[i];
+        }
+        rotate(&p->by, t, both, dkey + (row + group) * size, -1.0f);
+        for (long i = 0; i < size; i++) dvalue[(row + group) * size + i] = down(both[size + i]);
     }
 }
 
@@ -286,12 +317,13 @@ static char *room(const problem *p, space *s, int backward) {
     return place;
 }
 
-// out (tokens, heads, size) and lse (tokens, heads) of queries (tokens, heads, size), keys and values
-// (tokens, groups, size) that are not rotated yet. Returns 0, or 1 where memory ran out.
+// out (rows, heads, size) and lse (rows, heads) of queries (rows, heads, size), keys and values (rows, groups, size)
+// that are not rotated yet. Returns 0, or 1 where memory ran out.
 long packed_attention(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine, const float *sine,
-                      const long *starts, bf16 *out, float *lse, long documents, long heads, long groups, long size,
-                      long window, float scale) {
-    problem p = {query, key, value, starts, documents, heads, groups, window, scale, {cosine, sine, size, padded(size)}};
+                      const long *starts, bf16 *out, float *lse, long documents, long common, long heads, long groups,
+                      long size, long window, float scale) {
+    turn by = {cosine, sine, size, padded(size)};
+    problem p = {query, key, value, starts, documents, common, heads, groups, window, scale, by};
     long failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -309,20 +341,27 @@ long packed_attention(const bf16 *query, const bf16 *key, const bf16 *value, con
 // The gradients of queries, keys and values from that of the output.
 long packed_attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine,
                                const float *sine, const long *starts, const float *lse, const bf16 *dout, bf16 *dquery,
-                               bf16 *dkey, bf16 *dvalue, long documents, long heads, long groups, long size,
-                               long window, float scale) {
-    problem p = {query, key, value, starts, documents, heads, groups, window, scale, {cosine, sine, size, padded(size)}};
-    long failed = 0;
+                               bf16 *dkey, bf16 *dvalue, long documents, long common, long heads, long groups,
+                               long size, long window, float scale) {
+    turn by = {cosine, sine, size, padded(size)};
+    problem p = {query, key, value, starts, documents, common, heads, groups, window, scale, by};
+    float *shares = common ? malloc(sizeof(float) * (size_t)(documents * common * groups * 2 * size)) : 0;
+    long failed = common && !shares;
 #pragma omp parallel reduction(| : failed)
     {
         space s;
         char *place = room(&p, &s, 1);
         failed |= !place;
+        int able = place && (shares || !common);
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < documents * groups; task++)
-            if (place) backward_task(&p, &s, task / groups, task % groups, dout, lse, dquery, dkey, dvalue);
+            if (able) backward_task(&p, &s, task / groups, task % groups, dout, lse, dquery, dkey, dvalue, shares);
+#pragma omp for
+        for (long t = 0; t < common; t++)
+            if (able) sum_shares(&p, shares, t, dkey, dvalue);
         free(place);
     }
+    free(shares);
     return failed;
 }
 #endif

@@ -75,11 +75,10 @@ class PackedAttention:
     def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device, *, common: int = 0) -> None:
         self.config = config
         self.lengths = list(lengths)
-        self.common = common
         self.window = config.sliding_window
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
         self.rope = rope_table(config, positions, max(self.lengths))  # of the tokens with the common ones before each
-        self.layout = Layout(self.lengths, self.window)
+        self.layout = Layout(self.lengths, self.window, common)
         self._grouped: dict[int, Attend] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -94,14 +93,13 @@ class PackedAttention:
         Returns:
             (T, N, H) in the dtype of ``query``.
         """
-        if not self.common:
-            return self.within(self.layout, query, key, value)
-        return self._gather(self.within(self.layout, *map(self._spread, (query, key, value))))
+        return self.within(self.layout, query, key, value)
 
     def within(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate by the positions in the documents, and attend within each piece of ``layout``."""
         if usable(query, key, value):
             return packed_attention(query, key, value, self.rope, layout)
+        query, key, value = map(layout.spread, (query, key, value))
         outputs = []
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value
         for q, k, v in zip(*(torch.split(tensor, layout.lengths) for tensor in turned), strict=True):
@@ -109,11 +107,11 @@ class PackedAttention:
             mask = _window_mask(q.shape[0], self.window, q.device) if masked else None
             out = causal_attention(q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
             outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs)
+        return layout.gather(torch.cat(outputs))
 
     def rotate(self, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *map(self._gather, self.rope))
+        return rotate(x, *map(self.layout.gather, self.rope))
 
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """The same, with ``front`` tokens before every document; see :class:`Attend`."""
@@ -125,23 +123,11 @@ class PackedAttention:
         Raises:
             ValueError: Documents share their first tokens, which would be in groups of different sizes.
         """
-        if self.common:
-            raise ValueError(f"{self.common} tokens that all documents begin with do not go with groups")
+        if self.layout.common:
+            raise ValueError(f"{self.layout.common} tokens that all documents begin with do not go with groups")
         if size not in self._grouped:
             self._grouped[size] = _InGroups(self, size)
         return self._grouped[size]
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """The common rows before the rest of every document."""
-        first, *rests = torch.split(x, [self.common, *(length - self.common for length in self.lengths)])
-        return torch.cat([part for rest in rests for part in (first, rest)])
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """The other way: what the common rows became in the first document, which is the same in all."""
-        if not self.common:
-            return x
-        parts = torch.split(x, [part for length in self.lengths for part in (self.common, length - self.common)])
-        return torch.cat([parts[0], *parts[1::2]])
 
 
 class _InGroups:
@@ -193,7 +179,7 @@ class _PackedBehind(PackedAttention):
 
     def __init__(self, tokens: PackedAttention, front: int, rotated: bool) -> None:
         lengths, device = [front + length for length in tokens.lengths], tokens.rope[0].device
-        super().__init__(tokens.config, lengths, device, common=front + tokens.common)
+        super().__init__(tokens.config, lengths, device, common=front + tokens.layout.common)
         self.front = front
         if rotated:
             still = torch.cat([torch.arange(length, device=device) for length in lengths])[:, None] < front

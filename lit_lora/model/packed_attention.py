@@ -24,17 +24,33 @@ class Layout:
     Args:
         lengths: Tokens per document.
         window: A token sees this many tokens, itself included; ``None`` means all before it.
+        common: So many tokens that every document begins with come first, once; then the rest of each document.
     """
 
-    def __init__(self, lengths: Sequence[int], window: int | None) -> None:
+    def __init__(self, lengths: Sequence[int], window: int | None, common: int = 0) -> None:
         self.lengths = list(lengths)
+        self.common = common
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         self.window = window or (1 << 40)
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
         """The closing arguments of both kernels."""
         _, heads, size = query.shape
-        return len(self.starts) - 1, heads, key.shape[1], size, self.window, size**-0.5
+        return len(self.starts) - 1, self.common, heads, key.shape[1], size, self.window, size**-0.5
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Rows as they are given to rows with the common ones before the rest of every document."""
+        if not self.common:
+            return x
+        first, *rests = torch.split(x, [self.common, *(length - self.common for length in self.lengths)])
+        return torch.cat([part for rest in rests for part in (first, rest)])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The other way: what the common rows are in the first document is what they are in all."""
+        if not self.common:
+            return x
+        parts = torch.split(x, [part for length in self.lengths for part in (self.common, length - self.common)])
+        return torch.cat([parts[0], *parts[1::2]])
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -49,7 +65,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tens
         query: (T, N, H) bfloat16, contiguous, not rotated.
         key: (T, K, H), likewise.
         value: (T, K, H).
-        rope: Cosine and sine, (T, H/2) float32.
+        rope: Cosine and sine, (tokens of all documents, H/2) float32.
         layout: Of the documents.
 
     Returns:

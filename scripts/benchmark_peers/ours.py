@@ -17,7 +17,7 @@ from harness import Clock, Orders, Recorder, Row, lora_a_start, read_orders
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
-from lit_lora.data.rows import EncodedRow, Status, TokenTable, record_batch
+from lit_lora.data.rows import EncodedRow, Rows, Status, TokenTable, record_batch
 from lit_lora.peft import freeze
 from lit_lora.peft.lora import LoRAConfig
 from lit_lora.quantize.config import parse
@@ -38,12 +38,9 @@ class OrderedBatches(Batches):
 
     def __init__(self, orders: Orders, after: Callable[[], None]) -> None:
         self.sizes, self.after = [len(step) for step in orders.steps], after
-        super().__init__(
-            kept_rows([row for step in orders.steps for row in step]),
-            batch_size=max(self.sizes),
-            micro_batch_tokens=orders.variant["micro_batch_tokens"],
-            seed=0,
-        )
+        rows = kept_rows([row for step in orders.steps for row in step])
+        budget = orders.variant["micro_batch_tokens"]
+        super().__init__(rows, batch_size=max(self.sizes), micro_batch_tokens=budget, seed=0, common=rows.common)
         self.clocks: list[Clock] = []
 
     def row_indices(self, step: int) -> np.ndarray:
@@ -60,7 +57,7 @@ class OrderedBatches(Batches):
         return super().step(step)
 
 
-def kept_rows(rows: list[Row]) -> TokenTable:
+def kept_rows(rows: list[Row]) -> Rows:
     """Rows as prepared data."""
     encoded = [
         EncodedRow(

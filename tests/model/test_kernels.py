@@ -102,9 +102,13 @@ def test_a_linear_layer_equals_pytorch(shape: tuple[int, int, int], bias: bool) 
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 300])
-@pytest.mark.parametrize("lengths", [[1], [33, 7, 1], [300, 31], [530]])
+@pytest.mark.parametrize(
+    ("lengths", "common"), [([1], 0), ([33, 7, 1], 0), ([300, 31], 0), ([530], 0), ([70, 38, 45], 37), ([99, 3], 2)]
+)
 @pytest.mark.parametrize(("groups", "size"), [(1, 16), (2, 80), (6, 16)])
-def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None, groups: int, size: int) -> None:
+def test_packed_attention_equals_pytorch(
+    lengths: list[int], common: int, window: int | None, groups: int, size: int
+) -> None:
     torch.manual_seed(0)
     config = ModelConfig.from_hf(
         {
@@ -118,8 +122,9 @@ def test_packed_attention_equals_pytorch(lengths: list[int], window: int | None,
             "sliding_window": window,
         }
     )
-    attend = PackedAttention(config, lengths, torch.device("cpu"))
-    query, key, value = (torch.randn(sum(lengths), heads, size) for heads in (6, groups, groups))
+    attend = PackedAttention(config, lengths, torch.device("cpu"), common=common)
+    given = sum(lengths) - common * (len(lengths) - 1)
+    query, key, value = (torch.randn(given, heads, size) for heads in (6, groups, groups))
     _compare(lambda *tensors: (attend(0, *tensors),), query, key, value)
 
 
@@ -128,11 +133,11 @@ def test_attention_gives_the_same_bits_each_time() -> None:
     config = ModelConfig(
         **{**SIZES, "head_dim": 16, "tie_word_embeddings": False}, num_attention_heads=4, num_key_value_heads=2
     )
-    attend = PackedAttention(config, [70, 3, 33, 40], torch.device("cpu"))
+    attend = PackedAttention(config, [75, 8, 38, 45], torch.device("cpu"), common=5)
     results = []
     for _ in range(3):
         torch.manual_seed(0)
-        leaves = [torch.randn(146, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+        leaves = [torch.randn(151, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
         out = attend(0, *leaves)
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for again in results[1:]:
@@ -144,7 +149,7 @@ def test_a_kernel_that_finds_no_memory_says_so() -> None:
         pytest.skip("no AVX-512 BF16")
     starts = torch.tensor([0, 1 << 50])  # buffers for such a document cannot be had
     with pytest.raises(MemoryError, match="packed_attention"):
-        kernels.call("packed_attention", *[None] * 5, starts, None, None, 1, 1, 1, 64, 1 << 40, 1.0)
+        kernels.call("packed_attention", *[None] * 5, starts, None, None, 1, 0, 1, 1, 64, 1 << 40, 1.0)
 
 
 def test_pain_07_changing_one_document_leaves_the_others_bit_equal() -> None:
