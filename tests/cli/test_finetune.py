@@ -53,6 +53,11 @@ def table(out: str, title: str) -> dict[str, str]:
     return {line.split("\t")[0]: line.split("\t")[-1] for line in lines if "\t" in line}
 
 
+def test_a_method_whose_tokens_see_less_in_long_rows_computes_each_row_whole(task, call):
+    code, out, _ = call("peft={name: longlora, group: 8}")
+    assert (code, table(out, "Plan").get("all rows begin with")) == (0, None)
+
+
 def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     code, out, err = call()
     assert code == 0
@@ -60,6 +65,7 @@ def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     plan = table(out, "Plan")
     assert plan["trainable parameters"].startswith("7,424 of ")
     assert plan["training rows"].startswith("20: ")
+    assert plan["all rows begin with"] == "the same 10 tokens, computed once a micro-batch"
     assert plan["validation rows"] == "4, every 3 steps"
     assert plan["steps"] == "8 of 4 rows each, 1.6 passes over the rows"
     assert plan["run folder"] == str(task / "run")
