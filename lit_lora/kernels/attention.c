@@ -37,15 +37,30 @@ typedef struct {
     long size, width;            // of a head, and padded
 } turn;
 
-// Turn each (i, i + size / 2) by the angle of token t: sign +1 forward, -1 for the gradient.
-static void rotate(const turn *by, long t, const float *in, bf16 *out, float sign) {
+// Turn the pairs (a, b) = (i, i + size / 2), of 16 i or those of the mask, by the angle of token t: sign +1 forward, -1
+// for the gradient.
+static inline void turn16(const turn *by, long t, long i, __mmask16 which, __m512 a, __m512 b, float sign, bf16 *out) {
     long half = by->size / 2;
-    const float *c = by->cosine + t * half, *s = by->sine + t * half;
-#pragma omp simd
-    for (long i = 0; i < half; i++) {
-        float a = in[i], b = in[i + half], sine = sign * s[i];
-        out[i] = down(a * c[i] - b * sine);
-        out[i + half] = down(b * c[i] + a * sine);
+    __m512 cosine = _mm512_maskz_loadu_ps(which, by->cosine + t * half + i);
+    __m512 sine = _mm512_mul_ps(_mm512_set1_ps(sign), _mm512_maskz_loadu_ps(which, by->sine + t * half + i));
+    store16(out + i, which, _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine)));
+    store16(out + half + i, which, _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine)));
+}
+
+static void rotate(const turn *by, long t, const bf16 *in, bf16 *out) {
+    long half = by->size / 2;
+    for (long i = 0; i < half; i += 16) {
+        __mmask16 which = first16(half - i);
+        turn16(by, t, i, which, load16(in + i, which), load16(in + half + i, which), 1.0f, out);
+    }
+}
+
+static void rotate_back(const turn *by, long t, const float *in, bf16 *out) {
+    long half = by->size / 2;
+    for (long i = 0; i < half; i += 16) {
+        __mmask16 which = first16(half - i);
+        __m512 a = _mm512_maskz_loadu_ps(which, in + i), b = _mm512_maskz_loadu_ps(which, in + half + i);
+        turn16(by, t, i, which, a, b, -1.0f, out);
     }
 }
 
@@ -102,16 +117,14 @@ static inline long row_of(const problem *p, long document, long t) {
 static void gather(const problem *p, const bf16 *x, long heads, long head, long document, long first, long count,
                    bf16 *out, int turned) {
     const turn *by = &p->by;
-    memset(out, 0, sizeof(bf16) * (size_t)(padded(count) * by->width));
-    float wide[by->width];
+    if (by->size < by->width || count < padded(count))
+        memset(out, 0, sizeof(bf16) * (size_t)(padded(count) * by->width));
     for (long r = 0; r < count; r++) {
         const bf16 *row = x + (row_of(p, document, first + r) * heads + head) * by->size;
-        if (turned) {
-            for (long i = 0; i < by->size; i++) wide[i] = up(row[i]);
-            rotate(by, p->starts[document] + first + r, wide, out + r * by->width, 1.0f);
-        } else {
+        if (turned)
+            rotate(by, p->starts[document] + first + r, row, out + r * by->width);
+        else
             memcpy(out + r * by->width, row, sizeof(bf16) * (size_t)by->size);
-        }
     }
 }
 
@@ -136,12 +149,9 @@ static inline __m512 exponentials(__m512 x) {
 
 // Which of the 16 keys from `i` on are between lo and hi.
 static inline __mmask16 seen(long i, long lo, long hi) {
+    if (i >= lo && i + 16 <= hi) return 0xffff;
     long below = hi - i < 0 ? 0 : hi - i > 16 ? 16 : hi - i, above = lo - i < 0 ? 0 : lo - i > 16 ? 16 : lo - i;
     return (__mmask16)((1u << below) - 1u) & (__mmask16)~((1u << above) - 1u);
-}
-
-static inline void put_halves(bf16 *out, __m512 x) {
-    _mm256_storeu_si256((void *)out, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 // Scores of row r to exp(score - maximum) in bfloat16; masked ones to 0. Returns the log-sum-exp, sets the sum.
@@ -156,7 +166,7 @@ static float softmax(const problem *p, const panel *at, long r, const float *sco
         __m512 weight = exponentials(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most), scale));
         weight = _mm512_maskz_mov_ps(seen(i, lo, hi), weight);
         sum = _mm512_add_ps(sum, weight);
-        put_halves(weights + i, weight);
+        store16(weights + i, 0xffff, weight);
     }
     *total = _mm512_reduce_add_ps(sum);
     return maximum * p->scale + __builtin_logf(*total);
@@ -183,9 +193,7 @@ static void forward_task(const problem *p, const space *s, long document, long g
                     PANEL, width, at.keys / 2, 0);
             for (long r = 0; r < at.rows; r++) {
                 bf16 *row = out + (row_of(p, document, first + r) * p->heads + head) * size;
-                const float *result = s->result + r * width;
-                float inverse = 1.0f / sums[r];
-                for (long i = 0; i < size; i++) row[i] = down(result[i] * inverse);
+                store_row(row, s->result + r * width, size, 1.0f / sums[r]);
             }
         }
 }
@@ -207,7 +215,7 @@ static void softmax_backward(const problem *p, const panel *at, long r, float *s
         __m512 grad = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(grads + i), dot), scale);
         grad = _mm512_mul_ps(grad, _mm512_loadu_ps(scores + i));
         _mm512_storeu_ps(grads + i, grad);
-        put_halves(halves + i, grad);
+        store16(halves + i, 0xffff, grad);
     }
 }
 
@@ -243,7 +251,7 @@ static void backward_panel(const problem *p, const space *s, long document, long
             width, at.keys / 2, 0);
     for (long r = 0; r < at.rows; r++) {
         bf16 *row = dquery + (row_of(p, document, at.first + r) * p->heads + head) * p->by.size;
-        rotate(&p->by, p->starts[document] + at.first + r, s->result + r * width, row, -1.0f);
+        rotate_back(&p->by, p->starts[document] + at.first + r, s->result + r * width, row);
     }
     pair_rows(s->q, s->short_pairs, PANEL, width);
     transpose(s->short_pairs, s->q_pairs, PANEL / 2, width);
@@ -281,8 +289,8 @@ static void backward_task(const problem *p, const space *s, long document, long 
             memcpy(both + size, value + place, sizeof(float) * (size_t)size);
             continue;
         }
-        rotate(&p->by, start + r, key + place, dkey + row, -1.0f);
-        for (long i = 0; i < size; i++) dvalue[row + i] = down(value[place + i]);
+        rotate_back(&p->by, start + r, key + place, dkey + row);
+        store_row(dvalue + row, value + place, size, 1.0f);
     }
 }
 
@@ -296,8 +304,8 @@ static void sum_shares(const problem *p, const float *shares, long t, bf16 *dkey
             const float *more = shares + ((document * p->common + t) * p->groups + group) * 2 * size;
             for (long i = 0; i < 2 * size; i++) both[i] += more[i];
         }
-        rotate(&p->by, t, both, dkey + (row + group) * size, -1.0f);
-        for (long i = 0; i < size; i++) dvalue[(row + group) * size + i] = down(both[size + i]);
+        rotate_back(&p->by, t, both, dkey + (row + group) * size);
+        store_row(dvalue + (row + group) * size, both + size, size, 1.0f);
     }
 }
 
