@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +15,17 @@ from torch import nn
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import human_bytes, write_text
+from lit_lora.files import disk_errors, human_bytes, write_text
 from lit_lora.peft import Method
 from lit_lora.peft.frozen import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Options", "Run", "claim_folder", "finish", "start", "summary"]
 
@@ -89,13 +95,45 @@ def claim_folder(run: Run, model: nn.Module, method: Method | None = None) -> No
     Raises:
         DiskError: The folder cannot be written.
         InputError: What a run to resume has kept does not fit.
+        UsageError: Another process is training in it.
     """
+    _hold(run.folder)
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
     keep_frozen(model, run.folder / "start", resume=run.options.resume)
     if method is not None and method.rows_to_start and not run.options.resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
+
+
+_HELD: dict[tuple[int, int], int] = {}
+"""Handles of the folders that this process trains in, by device and inode; the system closes them with the process."""
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a run folder until this one ends, also by SIGKILL; it is made where there is none.
+
+    Raises:
+        DiskError: It cannot be made.
+        UsageError: Another process holds it.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    about = folder.stat()
+    if fcntl is None or (about.st_dev, about.st_ino) in _HELD:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(
+            f"{folder}: another process is training in it", hint="wait for it or stop it, or take another out=FOLDER"
+        ) from None
+    except OSError:  # a file system without such locks
+        os.close(handle)
+    else:
+        _HELD[about.st_dev, about.st_ino] = handle
 
 
 # What a resumed run may do differently; anything else makes it another run.

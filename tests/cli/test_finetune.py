@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +171,27 @@ def test_pain_25_resuming_on_other_rows_is_refused(task, call):
     code, _, err = call("--resume")
     assert code == 3
     assert "the training rows are not those that the run began with" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked")
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_pain_28_a_folder_that_another_process_trains_in_is_left_alone(task, call, option):
+    assert call()[0] == 0
+    before = contents(task / "run")
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    (task / "run").rename(task / "mine")  # this process keeps the folder that it trained in
+    shutil.copytree(task / "mine", task / "run")
+    command = [sys.executable, "-c", hold, str(task / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        code, _, err = call(option)
+        assert (code, err.count("error: ")) == (2, 1), err
+        assert f"{task / 'run'}: another process is training in it" in err
+        assert contents(task / "run") == before
+        other.kill()
+    assert call(option)[0] == 0
 
 
 INTERRUPTED = """
