@@ -121,7 +121,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number not in reasons:
             raise
         free = f", {human_bytes(free_bytes(path))} free" if number == errno.ENOSPC else ""
-        raise DiskError(f"{path}: {reasons[number]}{free}; what was there is kept") from error
+        hint = "free some space, or choose a place on another disk" if number in (errno.ENOSPC, errno.EDQUOT) else None
+        if cache_folder() in Path(path).parents:
+            hint = "LIT_LORA_CACHE=FOLDER puts what is kept between runs elsewhere"
+        raise DiskError(f"{path}: {reasons[number]}{free}; what was there is kept", hint) from error
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
