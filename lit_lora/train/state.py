@@ -93,7 +93,7 @@ class CheckpointStore:
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'state.json'}: cannot be read: {error}") from error
+            raise _damaged(folder / "state.json", error) from error
         return state
 
 
@@ -127,7 +127,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read: {error}", hint="resume from another checkpoint") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    hint = f"remove {path.parent}: --resume then goes on after the checkpoint before it, or else begins anew"
+    return InputError(f"{path}: cannot be read: {error}", hint=hint)
 
 
 def _same_names(folder: Path, stored: set[str], wanted: set[str]) -> None:

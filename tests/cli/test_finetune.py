@@ -165,6 +165,22 @@ def test_pain_25_resuming_without_a_run_is_a_mistake(task, call):
     assert not (task / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["state.json", "trainable.safetensors", "optimizer.safetensors"])
+def test_pain_25_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(task, call, name):
+    whole = table(call("train.save_every=3", "train.keep_last=2")[1], "Result")
+    last = task / "run" / "checkpoints" / "step-00000008"
+    (last / name).write_bytes(b"")
+    code, _, err = call("--resume", "train.save_every=3", "train.keep_last=2")
+    assert (code, err.count("error: ")) == (3, 1), err
+    assert f"{last / name}: cannot be read" in err
+    assert f"hint: remove {last}: " in err
+    for folder in (last, task / "run" / "checkpoints"):  # then the one before it, then none
+        shutil.rmtree(folder)
+        code, out, err = call("--resume", "train.save_every=3", "train.keep_last=2")
+        assert code == 0, err
+        assert table(out, "Result")["Validation loss"] == whole["Validation loss"]
+
+
 def test_pain_25_resuming_on_other_rows_is_refused(task, call):
     assert call()[0] == 0
     write_rows(task / "rows.jsonl", [{"prompt": f"{n}?", "completion": "x"} for n in range(24)])
