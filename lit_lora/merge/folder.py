@@ -166,10 +166,11 @@ def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
             lost = 1.0 if DTYPES[name] in used else forecast(plan, DTYPES[name]).proof.lost
             if lost <= MAX_LOST:
                 remedies.append(f"--dtype {name} (loses {lost:.1%})")
+    use = f"use {' or '.join(remedies)}; or " if remedies else ""
     return NumericalError(
         f"rounding to {'/'.join(names)} loses {report.proof.lost:.0%} of what the adapter does, more than "
         f"{MAX_LOST:.0%} ({1 - report.totals.kept:.0%} of the update's values vanish); nothing was written",
-        hint=f"use {' or '.join(remedies)}; or keep the adapter beside the base; or --allow-lossy",
+        hint=f"{use}keep the adapter beside the base; or --allow-lossy",
     )
 
 

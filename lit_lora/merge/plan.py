@@ -237,8 +237,13 @@ def plan_merge(
 
     Raises:
         InputError: Something is broken or does not fit.
-        UsageError: ``into`` does not apply.
+        UsageError: ``into`` does not apply, or the adapter is to be added and subtracted.
     """
+    if subtract is not None and Path(subtract).resolve() == Path(places.adapter).resolve():
+        raise UsageError(
+            f"{subtract}: is to be added and subtracted, which leaves nothing to merge",
+            hint="--subtract takes the adapter of the task that was merged into --base before",
+        )
     config = ModelConfig.from_folder(places.base)
     tied = config.tie_word_embeddings
     adapter = read_adapter(places.adapter)
