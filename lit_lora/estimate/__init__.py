@@ -256,8 +256,11 @@ def _seconds(setup: Setup, operations: float) -> float | None:
 
 @lru_cache(maxsize=8)
 def _product_rate(dtype: torch.dtype, device: torch.device, width: int, inner: int) -> float:
-    """Floating-point operations per second of an MLP's product here and now; takes a fraction of a second."""
-    tokens = 512
+    """Floating-point operations per second of an MLP's product here and now; takes a fraction of a second.
+
+    The best of many products, short ones on a CPU: what else runs there interrupts few of those.
+    """
+    tokens = 128 if device.type == "cpu" else 512
     a, b = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (tokens, inner))
     best, begun = 0.0, time.perf_counter()
     while best == 0 or time.perf_counter() - begun < _MEASURED_SECONDS:
