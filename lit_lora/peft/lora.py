@@ -313,16 +313,23 @@ class LoRAConfig(TargetedMethod):
             for name, (rank, alpha) in self.ranks_and_alphas(list(targets)).items()
         }
 
+    def misfits(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> list[str]:
+        """The first rank that is too large, if there is one."""
+        for name, base in targets.items():
+            rank = next((rank for pattern, rank in self.rank_pattern.items() if matches(pattern, name)), self.rank)
+            try:
+                check_rank(rank, name, _shape(base))
+            except UsageError as error:
+                return [str(error)]
+        return []
+
     def wrap(self, name: str, base: nn.Linear | nn.Embedding | Conv, rank: int, scaling: float) -> OwnModule:
         """The module with an update of ``rank`` beside ``base``.
 
         Raises:
             UsageError: The rank is larger than that of a matrix of this shape.
         """
-        if isinstance(base, nn.Linear):  # its weight may be quantised: reading that would take time
-            check_rank(rank, name, (base.out_features, base.in_features))
-        else:
-            check_rank(rank, name, base.weight.shape)
+        check_rank(rank, name, _shape(base))
         if self.init not in ("kaiming", "gaussian") and not isinstance(base, nn.Linear):
             raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(base).__name__}")
         if isinstance(base, nn.Embedding):
@@ -441,6 +448,11 @@ class LoRAConfig(TargetedMethod):
 
 
 Number = TypeVar("Number", int, float)
+
+
+def _shape(base: nn.Linear | nn.Embedding | Conv) -> Sequence[int]:
+    """Of the weight, which may be quantised: reading it would take time."""
+    return (base.out_features, base.in_features) if isinstance(base, nn.Linear) else base.weight.shape
 
 
 def _usual(values: Mapping[str, Number], own: Number) -> Number:

@@ -193,7 +193,12 @@ class TargetedMethod(Method):
                     else str(error)
                 )
         if problems:
-            raise UsageError("\n".join(problems))
+            fitting = {name: m for name, m in known.items() if any(matches(p, name) for p in self.target_modules)}
+            raise UsageError("\n".join([*problems, *self.misfits(fitting)]))
+
+    def misfits(self, targets: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the settings for these modules, to be told together with names that match nothing."""
+        return []
 
     def _in_layers(self, targets: list[str]) -> list[str]:
         """The targets within the chosen layers, and those that are in no numbered layer."""

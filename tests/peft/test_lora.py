@@ -75,6 +75,10 @@ def test_layers_leave_a_named_head_in():
         ({"target_modules": ["gate_projx", "up_projx"]}, r"(?s)'gate_projx'.*\n.*'up_projx'"),
         ({"target_modules": ["q_proj", "self_attn"]}, "'self_attn' matches no module"),
         ({"target_modules": ["q_prj", "norm", "act"]}, r"(?s)'q_prj' matches .*\n.*'norm' is of the wrong.*\n.*'act'"),
+        (
+            {"target_modules": ["k_proj", "q_prj"], "rank": 9, "rank_pattern": {"q_proj": 4}},
+            r"^peft.target_modules: 'q_prj' matches .*\npeft.rank: 9 is too large for .*k_proj \(8×16\).* at most 8$",
+        ),
         ({"target_modules": []}, "no linear layer is left"),
         ({"exclude_modules": ["lm_head"]}, r"exclude_modules: 'lm_head' matches no module"),
         ({"exclude_modules": ["*"]}, "no linear layer is left"),
