@@ -189,6 +189,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 def _open_shard(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
+    file.open("rb").close()  # safetensors would tell a file that must not be read as one that is not there
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

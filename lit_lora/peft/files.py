@@ -286,6 +286,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 hint="load and save it again with a recent PEFT, which writes safetensors",
             )
         raise InputError(f"{path}: no such file")
+    path.open("rb").close()  # safetensors would tell a file that must not be read as one that is not there
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

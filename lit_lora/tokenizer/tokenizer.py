@@ -91,8 +91,9 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{folder}: no tokenizer.json", hint=_no_tokenizer_hint(folder))
+        text = _read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
             raise InputError(f"{path}: not a tokenizer that the tokenizers library can read: {error}") from error
         files: dict[str, Any] = {name: _read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}

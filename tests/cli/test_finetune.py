@@ -439,11 +439,12 @@ def test_pain_44_a_wrong_path_or_section_is_one_clear_line(task, call, monkeypat
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is unreadable for root")
-def test_pain_44_an_unreadable_file_is_one_clear_line(task, call):
-    (task / "rows.jsonl").chmod(0)
+@pytest.mark.parametrize("name", ["rows.jsonl", "base/model.safetensors", "base/config.json", "base/tokenizer.json"])
+def test_pain_44_an_unreadable_file_is_one_clear_line(task, call, name):
+    (task / name).chmod(0)
     code, _, err = call()
     assert (code, err.count("error: ")) == (4, 1), err
-    assert "rows.jsonl: permission denied" in err
+    assert f"{task / name}: permission denied" in err
 
 
 def test_pain_44_a_broken_row_is_named_by_its_line(task, call):
