@@ -24,7 +24,7 @@ from lit_lora.files import disk_errors, sha256_file, write_text
 
 __all__ = ["CODE_VERSION", "cache_key", "cached_table"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever the same file and settings give other tokens, or the layout of the cache changes."""
 
 _SAMPLES_PER_FILE = 16_384

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -193,10 +194,14 @@ def _guess(config: DataConfig, row: Mapping[str, Any], name: str) -> dict[str, s
 def _no_format(config: DataConfig, row: Mapping[str, Any], where: str) -> InputError:
     found = ", ".join(row) or "none"
     name = config.format if config.format != "auto" else _nearest(row)
+    format_ = load_format(name)
+    if format_.nested and (column := format_.required[0]) in row:
+        shown = json.dumps(row[column], ensure_ascii=False, default=str)[:60]
+        return InputError(f"{where}: {column}: expected a list of {{role, content}}, got {shown}")
     mapping = {column: source or "YOUR_COLUMN" for column, source in _guess(config, row, name).items()}
     shown = ", ".join(f"{column}: {source}" for column, source in mapping.items())
     flags = " ".join(f"--columns {column}={source}" for column, source in mapping.items())
-    required = ", ".join(load_format(name).required)
+    required = ", ".join(format_.required)
     fits = f"do not fill format {name}" if config.format != "auto" else f"fit no format, the nearest is {name}"
     return InputError(
         f"{where}: the columns found ({found}) {fits}, which needs {required}",

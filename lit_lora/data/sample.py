@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -53,10 +54,12 @@ class Format:
 def as_text(value: Any) -> str:
     """A cell as text: null is empty, a list or an object is JSON, a number is as JSON writes it.
 
+    NaN, which tables write for a missing value, is empty too.
+
     Raises:
         ValueError: The text holds half of a surrogate pair, which no tokenizer accepts.
     """
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:

@@ -119,7 +119,8 @@ class ModelConfig(Settings):
         if family not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise InputError(
-                f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}"
+                f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}",
+                hint="encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify",
             )
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
             raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")

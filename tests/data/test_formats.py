@@ -171,6 +171,12 @@ def test_pain_44_columns_of_no_format_name_file_row_columns_format_and_mapping()
         ({"conversations": [], "chosen": {}, "rejected": {}}, {}, "preference rows"),
         ({"messages": []}, {}, "at least one message"),
         ({"messages": "[not json"}, {}, "text that is not JSON"),
+        ({"messages": "hello"}, {}, 'messages: expected a list of {role, content}, got "hello"'),
+        (
+            {"conversations": {"from": "human"}, "id": 1},
+            {},
+            r'conversations: expected a list of .*, got {"from": "human"}',
+        ),
         ({"messages": ["hi"]}, {}, r"messages\[0\]: expected an object with role and content"),
         ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "unknown role 'asistant' .did you mean 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}, "image_url is not supported"),
@@ -182,6 +188,13 @@ def test_pain_44_wrong_rows_are_errors_that_say_where(row: dict[str, Any], setti
     with pytest.raises(InputError, match=message) as caught:
         _sample(row, **settings)
     assert str(caught.value).startswith("rows.jsonl:1: ")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_pain_44_what_a_table_writes_for_a_missing_value_is_no_text(missing: float | None) -> None:
+    assert _turns(_sample({"instruction": "a", "input": missing, "output": missing})[1]) == _turns(
+        _sample({"instruction": "a", "input": "", "output": ""})[1]
+    )
 
 
 def test_a_mapping_for_an_unknown_format_column_is_a_usage_error() -> None:
