@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lit_lora.errors import DiskError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "atomic_folder",
@@ -21,6 +27,7 @@ __all__ = [
     "folder_bytes",
     "free_bytes",
     "human_bytes",
+    "lock_folder",
     "require_free_space",
     "require_new",
     "sha256_file",
@@ -33,7 +40,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside ``target``; rename it to ``target`` when the block ends without an error.
 
     Every file is fsynced before the rename, and the parent folder after it, so after a power cut the folder
-    is complete or absent. On an error the temporary folder is removed and ``target`` is untouched.
+    is complete or absent. On an error the temporary folder is removed and ``target`` is untouched; one that a killed
+    process left behind goes when ``target`` is written the next time.
 
     Args:
         target: The folder to create. Its parents are created.
@@ -47,7 +55,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         require_new(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        held = lock_folder(temporary)
+    except OSError:  # no such locks here: then nobody takes it for left behind, either
+        held = None
     try:
         with disk_errors(target):
             yield temporary
@@ -66,6 +79,36 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _remove_left(target: Path) -> None:
+    """Remove temporary folders of ``target`` that no process holds."""
+    for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
+        with suppress(OSError):
+            held = lock_folder(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+
+
+def lock_folder(folder: Path) -> int:
+    """Hold a folder until the handle that is returned is closed, or this process ends, also by SIGKILL.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: There are no such locks here.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +14,12 @@ from torch import nn
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import disk_errors, human_bytes, write_text
+from lit_lora.files import disk_errors, human_bytes, lock_folder, write_text
 from lit_lora.peft import Method
 from lit_lora.peft.frozen import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Options", "Run", "claim_folder", "finish", "start", "summary"]
 
@@ -120,20 +114,16 @@ def _hold(folder: Path) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     about = folder.stat()
-    if fcntl is None or (about.st_dev, about.st_ino) in _HELD:
+    if (about.st_dev, about.st_ino) in _HELD:
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _HELD[about.st_dev, about.st_ino] = lock_folder(folder)
     except BlockingIOError:
-        os.close(handle)
         raise UsageError(
             f"{folder}: another process is training in it", hint="wait for it or stop it, or take another out=FOLDER"
         ) from None
-    except OSError:  # a file system without such locks
-        os.close(handle)
-    else:
-        _HELD[about.st_dev, about.st_ino] = handle
+    except OSError:  # there are no such locks here
+        return
 
 
 # What a resumed run may do differently; anything else makes it another run.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lit_lora.cli import main
+from lit_lora.files import lock_folder
 from tests.peft.tiny import make_adapter, make_model, save_base
 
 
@@ -39,6 +42,21 @@ def test_a_run_is_merged_into_its_folder_and_the_next_command_is_shown(run, caps
     assert code == 4
     assert err.count("error:") == 1
     assert "already exists" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked")
+def test_what_a_killed_merge_left_behind_goes_with_the_next_one(run, capsys):
+    dead, alive = (run / f".tmp-merged-{name}" for name in ("dead", "alive"))
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    handle = lock_folder(alive)  # as a process that is writing does
+    assert call(capsys, "merge", run)[0] == 0
+    assert sorted(path.name for path in run.glob(".*")) == [alive.name]
+    os.close(handle)
+    shutil.rmtree(run / "merged")
+    assert call(capsys, "merge", run)[0] == 0
+    assert not list(run.glob(".*"))
 
 
 def test_a_dry_run_writes_nothing_and_shows_what_each_dtype_keeps(run, capsys):
