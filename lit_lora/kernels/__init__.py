@@ -1,9 +1,9 @@
-"""Fused kernels for training in bfloat16 on a CPU, compiled for the machine on first use.
+"""Fused kernels for training: in C for bfloat16 on a CPU, compiled for the machine on first use; by Triton for GPUs.
 
-Where there is no C compiler the callers use their PyTorch arithmetic: the same results, more slowly.
+Where there is no C compiler, or no Triton, the callers use their PyTorch arithmetic: the same results, more slowly.
 """
 
-from lit_lora.kernels.build import library, rehearsed, usable
+from lit_lora.kernels.build import device_type, library, rehearsed, usable
 from lit_lora.kernels.call import call, has
 
-__all__ = ["call", "has", "library", "rehearsed", "usable"]
+__all__ = ["call", "device_type", "has", "library", "rehearsed", "usable"]

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from lit_lora import log
 from lit_lora.files import cache_folder
+from lit_lora.kernels import gpu
 
-__all__ = ["library", "rehearsal", "rehearsed", "usable"]
+__all__ = ["device_type", "library", "rehearsal", "rehearsed", "usable"]
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 _WIDE = ["-mprefer-vector-width=512"]  # where the compiler knows it; GCC's default for these CPUs is half
@@ -31,18 +32,19 @@ _WIDE = ["-mprefer-vector-width=512"]  # where the compiler knows it; GCC's defa
 
 Note = Callable[..., None]
 
-_REHEARSAL: ContextVar[Note | None] = ContextVar("_REHEARSAL", default=None)
+_REHEARSAL: ContextVar[tuple[Note, str] | None] = ContextVar("_REHEARSAL", default=None)
 
 
 @contextmanager
-def rehearsed(note: Note) -> Iterator[None]:
-    """Inside the block, tensors of the meta device take the way that the CPU's take.
+def rehearsed(note: Note, device: str = "cpu") -> Iterator[None]:
+    """Inside the block, tensors of the meta device take the way that those of ``device``, cpu or cuda, take.
 
     Args:
         note: Told of each kernel that is called, its name and arguments. With tensors of the meta device nothing else
             happens.
+        device: A type of device; there need be none here.
     """
-    token = _REHEARSAL.set(note)
+    token = _REHEARSAL.set((note, device))
     try:
         yield
     finally:
@@ -51,16 +53,33 @@ def rehearsed(note: Note) -> Iterator[None]:
 
 def rehearsal() -> Note | None:
     """What is to be told of kernels that are called, inside :func:`rehearsed`."""
-    return _REHEARSAL.get()
+    found = _REHEARSAL.get()
+    return None if found is None else found[0]
 
 
-def usable(*tensors: Tensor, gaps: bool = False) -> bool:
-    """Whether the kernels take these tensors: bfloat16 on the CPU, laid out without gaps unless these are allowed."""
-    devices = ("cpu",) if rehearsal() is None else ("cpu", "meta")
-    return (
-        all(t.dtype == torch.bfloat16 and t.device.type in devices and (gaps or t.is_contiguous()) for t in tensors)
-        and library() is not None
-    )
+def device_type(device: torch.device) -> str:
+    """Of which kind a device is; of the meta device, which one is rehearsed."""
+    found = _REHEARSAL.get()
+    return device.type if found is None or device.type != "meta" else found[1]
+
+
+def usable(*tensors: Tensor, kernel: str, gaps: bool = False) -> bool:
+    """Whether a kernel takes these tensors, laid out without gaps unless these are allowed.
+
+    Those for CPUs take bfloat16, those for GPUs one floating dtype.
+
+    Args:
+        tensors: All of the kernel's that decide it.
+        kernel: Its name.
+        gaps: They may have gaps between rows.
+    """
+    device, dtype = device_type(tensors[0].device), tensors[0].dtype
+    if not all(t.dtype == dtype and device_type(t.device) == device and (gaps or t.is_contiguous()) for t in tensors):
+        return False
+    if device == "cuda":
+        rehearsed_only = tensors[0].is_meta
+        return dtype.is_floating_point and kernel in gpu.KERNELS and (rehearsed_only or gpu.usable())
+    return device == "cpu" and dtype == torch.bfloat16 and hasattr(library(), kernel)
 
 
 @lru_cache(maxsize=1)

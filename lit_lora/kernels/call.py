@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lit_lora.kernels import gpu
 from lit_lora.kernels.build import library, rehearsal
 
 __all__ = ["call", "has"]
@@ -17,7 +18,7 @@ _CAN_FAIL = {"packed_attention", "packed_attention_backward", "sum_of_products"}
 
 
 def has(kernel: str) -> bool:
-    """Whether the library has this kernel: some are for CPUs with certain instructions."""
+    """Whether the library for CPUs has this kernel: some are for certain instructions."""
     return hasattr(library(), kernel)
 
 
@@ -25,9 +26,10 @@ Argument = Tensor | int | float | Sequence[Tensor | int] | None
 
 
 def call(kernel: str, *arguments: Argument) -> None:
-    """Run a kernel: tensors as pointers to their data, ``None`` as a null pointer, ints as long.
+    """Run a kernel, on the GPU if its tensors are there.
 
-    A sequence of tensors and ints goes as a pointer to an array of addresses and longs.
+    One for CPUs gets tensors as pointers to their data, ``None`` as a null pointer, ints as long, and a sequence of
+    tensors and ints as a pointer to an array of addresses and longs.
 
     On the meta device nothing is computed: kernels write into tensors that their callers made.
 
@@ -37,6 +39,9 @@ def call(kernel: str, *arguments: Argument) -> None:
     if (note := rehearsal()) is not None:
         note(kernel, *arguments)
     if any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
+        return
+    if any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments):
+        gpu.launch(kernel, arguments)
         return
     loaded = library()
     assert loaded is not None

@@ -1,7 +1,7 @@
 """The decoder's arithmetic between its matrix products: by fused kernels where they apply, else in PyTorch.
 
-Every operation has one PyTorch form, which autograd differentiates, and on a CPU in bfloat16 a fused one with its
-backward written out. Both compute in float32.
+Every operation has one PyTorch form, which autograd differentiates, and on a CPU in bfloat16 and on a GPU a fused one
+with its backward written out. Both compute in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch.nn import functional as F
 from lit_lora import kernels
 from lit_lora.model.products import sum_of_products
 
-__all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu"]
+__all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu", "to_device"]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; a GPU goes on with its work meanwhile instead of finishing it first."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.device.type == "cpu"
+        else x.to(device)
+    )
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,7 +42,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
     Source: RMSNorm, arXiv:1910.07467 eq. 4.
     """
-    if kernels.usable(x, weight) and (delta is None or kernels.usable(delta)):
+    if kernels.usable(x, weight, *([] if delta is None else [delta]), kernel="add_rms_norm"):
         return _AddRMSNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
     total = x if delta is None else x + delta
     wide = total.float()
@@ -82,13 +91,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (out,).
     """
     if x.numel() == weight.shape[1] and x.device.type == "cpu" and not torch.is_grad_enabled():
-        if kernels.usable(x, weight):
+        if kernels.usable(x, weight, kernel="matrix_vector"):
             y = torch.empty(weight.shape[0], dtype=x.dtype)
             kernels.call("matrix_vector", weight, x, y, *weight.shape)
         else:
             y = torch.mv(weight, x.reshape(-1))
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
-    if kernels.usable(x, weight) and kernels.has("sum_of_products") and x.numel():
+    if kernels.usable(x, weight, kernel="sum_of_products") and x.numel():
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
     return F.linear(x, weight, bias)
 
@@ -118,7 +127,7 @@ _LINES_APART = 16384
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """``silu(gate) * value`` of two tensors of one shape. Source: arXiv:2002.05202."""
-    if kernels.usable(gate, value):
+    if kernels.usable(gate, value, kernel="swiglu"):
         return _SwiGLU.apply(gate, value)  # type: ignore[no-untyped-call, no-any-return]
     return F.silu(gate) * value
 
@@ -151,9 +160,32 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     Returns:
         (T, heads, H) in the dtype of ``x``.
     """
+    if kernels.usable(x, kernel="rotate"):
+        return _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call, no-any-return]
     first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, cosine, sine, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotated(grad.contiguous(), cosine, sine, -1.0), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, turn: float) -> Tensor:
+    """By the kernel: forward, or back with ``turn`` -1."""
+    tokens, heads, size = x.shape
+    out = torch.empty_like(x)
+    kernels.call("rotate", x, cosine.contiguous(), sine.contiguous(), out, tokens, heads, size // 2, turn)
+    return out
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:

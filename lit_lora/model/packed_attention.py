@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_lora import kernels
+from lit_lora.model.ops import to_device
 
 __all__ = ["Layout", "packed_attention", "usable"]
 
@@ -32,6 +33,13 @@ class Layout:
         self.common = common
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         self.window = window or (1 << 40)
+        self._moved: dict[torch.device, Tensor] = {}
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        """Where documents begin, and the end, (documents + 1,) int32; moved once."""
+        if device not in self._moved:
+            self._moved[device] = to_device(self.starts.int(), device)
+        return self._moved[device]
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
         """The closing arguments of both kernels."""
@@ -55,7 +63,7 @@ class Layout:
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this CPU has the kernel and it takes these tensors."""
-    return kernels.usable(query, key, value) and kernels.has("packed_attention")
+    return kernels.usable(query, key, value, kernel="packed_attention")
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:

@@ -35,6 +35,8 @@ def sum_of_products(
     if _kernel_takes(terms, start):
         return _by_kernel(terms, start, dtype)
     (a, b), *rest = terms
+    if dtype == torch.float32 and not rest and start is None and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
     if start is None:
         total = a @ b
     elif start.dim() == 1:
@@ -47,10 +49,12 @@ def sum_of_products(
 
 
 def _kernel_takes(terms: tuple[tuple[Tensor, Tensor], ...], start: Tensor | None) -> bool:
-    tensors = [tensor for term in terms for tensor in term]
-    if not kernels.usable(*tensors, *([] if start is None else [start]), gaps=True):
+    if terms[0][0].is_cuda:
         return False
-    return kernels.has("sum_of_products") and all(
+    tensors = [tensor for term in terms for tensor in term]
+    if not kernels.usable(*tensors, *([] if start is None else [start]), kernel="sum_of_products", gaps=True):
+        return False
+    return all(
         a.shape[1] % 2 == a.stride(0) % 2 == 0 and a.stride(1) == 1 and 1 in b.stride() and max(b.stride()) % 2 == 0
         for a, b in terms
     )

@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-__all__ = ["NF4", "FP4", "DYNAMIC", "TABLES", "Table", "nearest_dynamic", "table"]
+__all__ = ["NF4", "FP4", "DYNAMIC", "TABLES", "Table", "dynamic", "nearest_dynamic", "table"]
 
 # The construction from quantiles gives these to 1e-7; the digits are those that every NF4 checkpoint was written with.
 NF4 = (
@@ -118,6 +118,12 @@ def _dynamic() -> Tensor:
 
 
 DYNAMIC = _dynamic()
+
+
+@lru_cache(maxsize=4)
+def dynamic(device: torch.device) -> Tensor:
+    """``DYNAMIC`` on a device."""
+    return DYNAMIC.to(device)
 
 
 @lru_cache(maxsize=4)

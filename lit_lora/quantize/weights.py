@@ -1,8 +1,8 @@
 """Matrices in few bits: quantise, dequantise, and multiply one vector without dequantising.
 
-Every operation has one PyTorch form, and on a CPU a fused one that gives the same bits; on CUDA bitsandbytes' kernels
-are taken where they can be imported. Source: QLoRA,
-arXiv:2305.14314, section 3; int8 rows: LLM.int8(), arXiv:2208.07339, section 2.
+Every operation has one PyTorch form, and on a CPU, and for 4 bits on CUDA, a fused one that gives the same bits; what
+else there is on CUDA for 4 bits is bitsandbytes', where it can be imported. Source: QLoRA, arXiv:2305.14314, section 3;
+int8 rows: LLM.int8(), arXiv:2208.07339, section 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_lora import kernels
 from lit_lora.errors import UsageError
 from lit_lora.quantize import bitsandbytes
-from lit_lora.quantize.codes import DYNAMIC, TABLES, nearest_dynamic, table
+from lit_lora.quantize.codes import TABLES, dynamic, nearest_dynamic, table
 from lit_lora.quantize.config import QuantizeConfig
 
 __all__ = ["TYPES", "Blocks", "Groups", "Int8", "Quantized", "Quantizer", "quantize"]
@@ -27,6 +27,13 @@ _CHUNK = 1 << 20
 """Values at a time in the PyTorch forms: their temporaries stay small."""
 _QUANTIZE_CHUNK = 1 << 16
 """The same while quantising, which makes tensors that stay: holes of larger temporaries would not be filled again."""
+_GPU_CHUNK = 1 << 24
+"""Both on a GPU, which would wait for each of many small portions to be launched."""
+
+
+def _at_a_time(x: Tensor, values: int = _CHUNK) -> int:
+    """Values at a time on the device of ``x``."""
+    return _GPU_CHUNK if x.is_cuda else values
 
 
 class Quantized(nn.Module):
@@ -117,15 +124,16 @@ class Blocks(Quantized):
         flat, block, bits = weight.detach().reshape(-1), config.block_size, config.code_bits
         made = cls.empty(config, (weight.shape[0], weight.shape[1]), flat.device)  # what stays comes first: no holes
         absmax = torch.empty(flat.numel() // block, device=flat.device) if config.double_quant else made.absmax
-        for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
-            stop = start + _QUANTIZE_CHUNK
+        step = _at_a_time(flat, _QUANTIZE_CHUNK)
+        for start in range(0, flat.numel(), step):
+            stop = start + step
             here = made.codes[start * bits // 8 : stop * bits // 8], absmax[start // block : stop // block]
             _quantize_blocks(flat[start:stop].float(), config, *here)
         if made.nested_absmax is not None and made.offset is not None:
             made.offset.copy_(absmax.mean())
             absmax -= made.offset
-            for start in range(0, len(absmax), _QUANTIZE_CHUNK):
-                stop = start + _QUANTIZE_CHUNK
+            for start in range(0, len(absmax), step):
+                stop = start + step
                 here = made.absmax[start:stop], made.nested_absmax[start // NESTED : stop // NESTED]
                 _quantize_scales(absmax[start:stop], *here)
         return made
@@ -134,25 +142,25 @@ class Blocks(Quantized):
         """The absmax of each block, (blocks,) float32."""
         if self.nested_absmax is None or self.offset is None:
             return self.absmax
-        values = DYNAMIC.to(self.absmax.device)[self.absmax.int()]
+        values = dynamic(self.absmax.device)[self.absmax.int()]
         return values * self.nested_absmax.repeat_interleave(NESTED)[: values.numel()] + self.offset
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
         block = self.config.block_size
-        if self._on_cuda():
-            return bitsandbytes.dequantize(self.codes, self.scales(), self.config.name, block, self.shape, dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         if out.is_meta:
             return out
-        if self._fused() and dtype in (torch.bfloat16, torch.float32):
+        if self._dequantizes_fused(out):
             blocks, wide = out.numel() // block, int(dtype == torch.float32)
             kernels.call("dequantize_blocks", *self._pointers(), out, blocks, block, self.config.code_bits, wide)
             return out
+        if self._on_cuda():
+            return bitsandbytes.dequantize(self.codes, self.scales(), self.config.name, block, self.shape, dtype)
         known, codes, scales = table(self.config.name, out.device), self.codes.view(-1), self.scales()
-        flat, bits = out.view(-1), known.bits
-        for start in range(0, flat.numel(), _CHUNK):
-            stop = min(start + _CHUNK, flat.numel())
+        flat, bits, step = out.view(-1), known.bits, _at_a_time(out)
+        for start in range(0, flat.numel(), step):
+            stop = min(start + step, flat.numel())
             values = known.unpack(codes[start * bits // 8 : stop * bits // 8]).view(-1, block)  # (blocks, block)
             flat[start:stop] = values.mul_(scales[start // block : stop // block, None]).view(-1)
         return out
@@ -163,7 +171,7 @@ class Blocks(Quantized):
         if self._on_cuda():
             values, block = table(self.config.name, self.codes.device).values, self.config.block_size
             return bitsandbytes.matrix_vector(x, self.codes, self.scales(), values, block, self.shape)
-        if not (self._fused() and kernels.usable(x)) or columns % self.config.block_size:
+        if not (self._fused() and kernels.usable(x, kernel="matrix_vector_blocks")) or columns % self.config.block_size:
             return super().matrix_vector(x)
         y = torch.empty(rows, dtype=x.dtype)
         sizes = rows, columns, self.config.block_size, self.config.code_bits
@@ -175,13 +183,19 @@ class Blocks(Quantized):
         placed = all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
         return placed and kernels.library() is not None
 
+    def _dequantizes_fused(self, out: Tensor) -> bool:
+        if out.is_cuda:
+            return self.config.code_bits == 4 and kernels.usable(out, kernel="dequantize_blocks")
+        return self._fused() and out.dtype in (torch.bfloat16, torch.float32)
+
     def _on_cuda(self) -> bool:
         on_cuda = self.codes.device.type == "cuda" and self.config.code_bits == 4
         return on_cuda and bitsandbytes.load() is not None
 
     def _pointers(self) -> tuple[Tensor | None, ...]:
-        values = table(self.config.name, self.codes.device).values
-        return self.codes, values, self.absmax, self.nested_absmax, DYNAMIC, self.offset
+        device = self.codes.device
+        values = table(self.config.name, device).values
+        return self.codes, values, self.absmax, self.nested_absmax, dynamic(device), self.offset
 
 
 class Int8(Quantized):
@@ -230,7 +244,7 @@ class Int8(Quantized):
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         if out.is_meta:
             return out
-        step = max(1, _CHUNK // self.shape[1])
+        step = max(1, _at_a_time(out) // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
             out[rows] = self.codes[rows].float() * (self.absmax[rows, None] * (1 / 127))
@@ -238,7 +252,7 @@ class Int8(Quantized):
 
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
-        if not (self._fused() and kernels.usable(x)):
+        if not (self._fused() and kernels.usable(x, kernel="matrix_vector_8bit")):
             return super().matrix_vector(x)
         y = torch.empty(self.shape[0], dtype=x.dtype)
         kernels.call("matrix_vector_8bit", self.codes, self.absmax, x, y, *self.shape)
@@ -321,7 +335,7 @@ class Groups(Quantized):
             sizes = self.scale.numel(), self.config.block_size, self.config.code_bits, int(dtype == torch.float32)
             kernels.call("dequantize_groups", self.codes, self.scale.float(), self.zero, out, *sizes)
             return out
-        known, step = table(self.config.name, out.device), max(1, _CHUNK // self.shape[1])
+        known, step = table(self.config.name, out.device), max(1, _at_a_time(out) // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
             groups = known.unpack(self.codes[rows].reshape(-1)).view(-1, self.scale.shape[1], self.config.block_size)
@@ -330,7 +344,7 @@ class Groups(Quantized):
 
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,), (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
-        if not (self._fused() and kernels.usable(x)):
+        if not (self._fused() and kernels.usable(x, kernel="matrix_vector_groups")):
             return super().matrix_vector(x)
         y = torch.empty(self.shape[0], dtype=x.dtype)
         sizes = *self.shape, self.config.block_size, self.config.code_bits

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
+
 from lit_lora import IGNORE_INDEX
 from lit_lora.train.loss import backward, evaluate
 
@@ -75,8 +77,11 @@ class Objective(Protocol):
     def count(self, batch: Any) -> int:
         """Units in a micro-batch."""
 
-    def backward(self, model: Any, batch: Any, scale: float) -> float:
-        """Add the gradients of ``scale * sum of losses`` to the parameters' ``.grad``; returns the unscaled sum."""
+    def backward(self, model: Any, batch: Any, scale: float) -> Tensor | float:
+        """Add the gradients of ``scale * sum of losses`` to the parameters' ``.grad``; returns the unscaled sum.
+
+        A scalar tensor where reading the number would make the CPU wait for a GPU.
+        """
 
     def validate(self, model: Any, batches: Iterable[Any]) -> dict[str, float]:
         """The mean loss per unit as ``loss``, and the figures, over all ``batches``, however rows are portioned."""
@@ -92,7 +97,7 @@ class NextToken:
         """Learned tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
-    def backward(self, model: Any, batch: Any, scale: float) -> float:
+    def backward(self, model: Any, batch: Any, scale: float) -> Tensor | float:
         """See :func:`lit_lora.train.loss.backward`."""
         return backward(model, batch, scale)
 

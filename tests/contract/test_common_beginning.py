@@ -29,7 +29,7 @@ def batches() -> tuple[MicroBatch, MicroBatch]:
 def gradients(model: CausalLM, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     torch.manual_seed(0)
-    loss = backward(model, batch, 1 / batch.target_count)
+    loss = float(backward(model, batch, 1 / batch.target_count))
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.model.attention import PackedAttention
-from lit_lora.model.ops import add_rms_norm, linear, swiglu
+from lit_lora.model.ops import add_rms_norm, linear, rotate, swiglu
 from lit_lora.model.products import sum_of_products
 from lit_lora.train.loss import cross_entropy_sum
 
@@ -186,10 +186,30 @@ def test_without_kernels_the_same_arithmetic_runs_in_pytorch(monkeypatch: pytest
     monkeypatch.setenv("LIT_LORA_KERNELS", "0")
     kernels.library.cache_clear()
     try:
-        assert not kernels.usable(x)
+        assert not kernels.usable(x, kernel="add_rms_norm")
         plain = add_rms_norm(x, x, weight, 1e-5)
     finally:
         monkeypatch.undo()
         kernels.library.cache_clear()
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+
+
+def test_on_paper_a_gpu_takes_its_own_kernels() -> None:
+    names: list[str] = []
+    with kernels.rehearsed(lambda name, *_: names.append(name), "cuda"):
+        x = torch.empty(4, 8, dtype=torch.float16, device="meta", requires_grad=True)
+        total, normed = add_rms_norm(x, x, x[0], 1e-5)
+        turned = rotate(normed[:, None], *torch.empty(2, 4, 4, device="meta"))
+        linear(swiglu(total, turned[:, 0]), torch.empty(3, 8, dtype=torch.float16, device="meta")).sum().backward()
+    forward = ["add_rms_norm", "rotate", "swiglu"]
+    assert names == [*forward, "swiglu_backward", "rotate", "rms_norm_backward"]
+    assert not kernels.usable(x, kernel="swiglu")
+
+
+def test_tensors_of_two_dtypes_or_devices_are_left_to_pytorch() -> None:
+    half, full = torch.ones(8, dtype=torch.bfloat16), torch.ones(8)
+    assert kernels.usable(half, half, kernel="swiglu")
+    assert not kernels.usable(half, full, kernel="swiglu")
+    assert not kernels.usable(half, half.to("meta"), kernel="swiglu")
+    assert not kernels.usable(half, kernel="rotate"), "on a CPU attention has it inside"
