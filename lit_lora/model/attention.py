@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_lora.model import varlen_attention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.ops import causal_attention, rotate
+from lit_lora.model.ops import causal_attention, rotate, to_device
 from lit_lora.model.packed_attention import Layout, packed_attention, usable
 from lit_lora.model.rope import rope_table
 
@@ -76,7 +77,7 @@ class PackedAttention:
         self.config = config
         self.lengths = list(lengths)
         self.window = config.sliding_window
-        positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
+        positions = to_device(torch.cat([torch.arange(length) for length in self.lengths]), device)
         self.rope = rope_table(config, positions, max(self.lengths))  # of the tokens with the common ones before each
         self.layout = Layout(self.lengths, self.window, common)
         self._grouped: dict[int, Attend] = {}
@@ -100,8 +101,10 @@ class PackedAttention:
         if usable(query, key, value):
             return packed_attention(query, key, value, self.rope, layout)
         query, key, value = map(layout.spread, (query, key, value))
-        outputs = []
         turned = rotate(query, *self.rope), rotate(key, *self.rope), value
+        if varlen_attention.usable(query):
+            return layout.gather(varlen_attention.varlen_attention(*turned, layout))
+        outputs = []
         for q, k, v in zip(*(torch.split(tensor, layout.lengths) for tensor in turned), strict=True):
             masked = self.window is not None and q.shape[0] > self.window
             mask = _window_mask(q.shape[0], self.window, q.device) if masked else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.model.config import ModelConfig, Rope
+from lit_lora.model.ops import to_device
 
 __all__ = ["inverse_frequencies", "rope_table"]
 
@@ -28,7 +29,7 @@ def rope_table(config: ModelConfig, positions: Tensor, length: int) -> tuple[Ten
         Two (T, H/2) float32 tensors, with the attention factor of ``yarn`` and ``longrope`` multiplied in.
     """
     frequencies, factor = inverse_frequencies(config, length)
-    angles = positions.to(torch.float32)[:, None] * frequencies.to(positions.device)[None, :]  # (T, H/2)
+    angles = positions.to(torch.float32)[:, None] * to_device(frequencies, positions.device)[None, :]  # (T, H/2)
     return angles.cos() * factor, angles.sin() * factor
 
 

@@ -1,0 +1,90 @@
+"""Causal attention over packed documents on a GPU in half precision: one FlashAttention kernel for all documents.
+
+PyTorch's public call of it (``torch.nn.attention.varlen``) does not let the backward be repeatable; its operators do.
+Source: FlashAttention-2, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_lora.model.packed_attention import Layout
+
+__all__ = ["usable", "varlen_attention"]
+
+
+def usable(query: Tensor) -> bool:
+    """Whether the GPU has the kernel and it takes such queries."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Attend within each document; the same bits in every run, the gradients too.
+
+    Args:
+        query: (T, N, H), rotated.
+        key: (T, K, H), likewise.
+        value: (T, K, H).
+        layout: Of the documents.
+
+    Returns:
+        (T, N, H).
+    """
+    return _VarlenAttention.apply(query, key, value, layout)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+        places, window = _places(layout, query.device)
+        given = (query, key, value, *places, 0.0, True, False)
+        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(*given, **window)
+        ctx.save_for_backward(query, key, value, out, lse, state, unused)
+        ctx.layout = layout
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, state, unused = ctx.saved_tensors
+        places, window = _places(ctx.layout, grad.device)
+        given = (grad, query, key, value, out, lse, *places, 0.0, True, state, unused)
+        with _repeatable():
+            grads = torch.ops.aten._flash_attention_backward(*given, **window)
+        return *grads, None
+
+
+def _places(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
+    """Where documents begin and how long the longest is, of queries and of keys; the window."""
+    starts, longest = layout.starts_on(device), max(layout.lengths)
+    window = {"window_size_left": layout.window - 1, "window_size_right": 0} if layout.window < longest else {}
+    return (starts, starts, longest, longest), window
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Inside the block operators add in a fixed order, and new tensors are not filled for it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
+    # The public setters import the compiler, too.
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)
