@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_lora import kernels
 from lit_lora.model.ops import linear
 from lit_lora.model.products import sum_of_products
 from lit_lora.quantize import Quantized, QuantizedLinear
@@ -117,6 +118,7 @@ class _LoRALinears(torch.autograd.Function):
             outputs.append(y.view(*x.shape[:-1], -1))
         ctx.fixed, ctx.shape = fixed, x.shape
         trains_A = any(ctx.needs_input_grad[5::4]) or any(ctx.needs_input_grad[3::4])
+        ctx.factors = (A, scaled_Bs) if kernels.device_type(x.device) == "cuda" else None
         ctx.save_for_backward(flat if trains_A else None, flat_mask, low, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -130,19 +132,21 @@ class _LoRALinears(torch.autograd.Function):
         if not flats:
             return None, None, None, *results
         parts = _parts(tensors, ctx.fixed)
-        A, scaled_Bs = _factors(parts, low.dtype)
+        A, scaled_Bs = ctx.factors or _factors(parts, low.dtype)
         lows = _split(low, scaled_Bs)  # (tokens, R) each
-        grad_lows = [torch.zeros_like(part_low) for part_low in lows]
+        grad_lows = [
+            sum_of_products((flats[i], scaled_B)) if i in flats else torch.zeros_like(lows[i])
+            for i, scaled_B in enumerate(scaled_Bs)
+        ]
         for i, flat in flats.items():  # (tokens, out)
-            grad_lows[i] = sum_of_products((flat, scaled_Bs[i]))
             need_weight, need_bias, _, need_B = needs[4 * i : 4 * i + 4]
             if need_weight:
                 results[4 * i] = flat.T @ x
             if need_bias:
                 results[4 * i + 1] = flat.sum(0, dtype=tensors[4 * i + 1].dtype)
             if need_B:  # (out, R)
-                results[4 * i + 3] = _over_tokens(lows[i], flat, parts[i].B.dtype).mul_(parts[i].scaling).T
-        grad_low = torch.cat(grad_lows, dim=1)
+                results[4 * i + 3] = _over_tokens(flat, lows[i], parts[i].B.dtype).mul_(parts[i].scaling)
+        grad_low = torch.cat(grad_lows, dim=1) if len(grad_lows) > 1 else grad_lows[0]
         if any(needs[2::4]):
             grad_A = _over_tokens(grad_low, _masked(x, mask), parts[0].A.dtype)  # (all ranks, in)
             pieces = torch.split(grad_A, [part.A.shape[0] for part in parts])
@@ -159,18 +163,27 @@ class _LoRALinears(torch.autograd.Function):
 
 
 def _factors(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """All ``A`` below one another, (all ranks, in), and each ``s B``, (out, R)."""
-    return torch.cat([part.A for part in parts]).to(dtype), [(part.B * part.scaling).to(dtype) for part in parts]
+    """All ``A`` below one another, (all ranks, in), and each ``s B``, (out, R).
+
+    A GPU keeps them from the forward to the backward: it waits longer for a small operation to be launched than it
+    takes for it.
+    """
+    A = torch.cat([part.A for part in parts]) if len(parts) > 1 else parts[0].A
+    return A.to(dtype), [torch.mul(p.B, p.scaling, out=torch.empty_like(p.B, dtype=dtype)) for p in parts]
 
 
 def _split(low: Tensor, scaled_Bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(tokens, all ranks) to (tokens, R) of each layer."""
-    return torch.split(low, [scaled_B.shape[1] for scaled_B in scaled_Bs], dim=1)
+    return torch.split(low, [B.shape[1] for B in scaled_Bs], dim=1) if len(scaled_Bs) > 1 else (low,)
 
 
-def _over_tokens(narrow: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """``narrow.T @ wide``, (R, width): the gradient of a factor. The wide operand goes last: faster."""
-    return sum_of_products((narrow.T.contiguous(), wide), dtype=dtype)
+def _over_tokens(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left.T @ right``: the gradient of a factor, summed over tokens."""
+    if left.is_cuda:
+        return sum_of_products((left.T, right), dtype=dtype)
+    if left.shape[1] > right.shape[1]:  # on a CPU it is faster with the wide operand last
+        return sum_of_products((right.T.contiguous(), left), dtype=dtype).T
+    return sum_of_products((left.T.contiguous(), right), dtype=dtype)
 
 
 def _parts(tensors: Sequence[Any], fixed: Sequence[tuple[float, Quantized | None]]) -> list[Part]:
