@@ -171,9 +171,9 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     own = 0 if setup.peft.kind == "full" else sum(master.nbytes for master in masters if master in parameters)
     copies = sum(master.nbytes for master in masters if master not in parameters)
     portion, several, step_tokens = _largest(setup)
-    peak = rehearse(model, portion, fused=setup.device.type == "cpu", masters=masters if several else ())
+    peak = rehearse(model, portion, fused=_kernels_of(setup), masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    padded = _padded(portion)
+    padded = _padded(portion, setup.device.type)
     memory = Memory(
         weights=stored - own,
         trained=own + copies,
@@ -213,8 +213,14 @@ def _portion(rows: RowLengths, places: list[int]) -> Portion:
     return Portion(rows.token_counts[places].tolist(), max(1, int(rows.target_counts[places].sum())), common)
 
 
-def _padded(portion: Portion) -> int:
-    return -(-portion.tokens // token_step()) * token_step()
+def _kernels_of(setup: Setup) -> str | None:
+    """The type of device whose kernels a step takes."""
+    return setup.device.type if setup.device.type in ("cpu", "cuda") else None
+
+
+def _padded(portion: Portion, device: str) -> int:
+    step = token_step(device)
+    return -(-portion.tokens // step) * step
 
 
 def _weighing(setup: Setup) -> int:
@@ -229,13 +235,13 @@ def _weighing(setup: Setup) -> int:
     peaks: list[Peak] = []
 
     def step() -> None:
-        peaks.append(rehearse(model, portion, fused=setup.device.type == "cpu"))
+        peaks.append(rehearse(model, portion, fused=_kernels_of(setup)))
 
     mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
     (peak,) = peaks
     weights = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     used = weights + peak.activations + peak.logits + peak.backward
-    return used + _unused(setup, _padded(portion), peak) + _PROCESS_BYTES.get(setup.device.type, 0)
+    return used + _unused(setup, _padded(portion, setup.device.type), peak) + _PROCESS_BYTES.get(setup.device.type, 0)
 
 
 def _unused(setup: Setup, tokens: int, peak: Peak) -> int:

@@ -85,19 +85,19 @@ def on_paper(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def rehearse(model: CausalLM, portion: Portion, *, fused: bool, masters: Iterable[Tensor] = ()) -> Peak:
+def rehearse(model: CausalLM, portion: Portion, *, fused: str | None, masters: Iterable[Tensor] = ()) -> Peak:
     """Run one micro-batch and note what exists when.
 
     Args:
         model: On the meta device, or any other; gradients are added to it.
         portion: The largest micro-batch.
-        fused: Take the kernels for CPUs.
+        fused: Take the kernels for this type of device, cpu or cuda.
         masters: Those whose gradients exist already, from an earlier micro-batch of the step.
     """
     ledger = _Ledger()
     with ExitStack() as stack:
         if fused:
-            stack.enter_context(kernels.rehearsed(ledger.note))
+            stack.enter_context(kernels.rehearsed(ledger.note, fused))
         stack.enter_context(_phases(model, ledger))
         stack.enter_context(ledger)
         ledger.phase = "backward"

@@ -42,7 +42,7 @@ def test_checkpointing_is_seen_without_being_known(dtype, level):
     assert got.operations > plain.operations
 
 
-def peak_of(model: CausalLM, *, fused: bool = True, several: bool = False, portion: Portion = PORTION) -> Peak:
+def peak_of(model: CausalLM, *, fused: str | None = "cpu", several: bool = False, portion: Portion = PORTION) -> Peak:
     masters = Trainables(model).masters.values()
     return rehearse(model, portion, fused=fused, masters=masters if several else ())
 
@@ -96,10 +96,16 @@ def test_operations_are_those_of_the_matrix_products():
     tokens, targets = -(-sum(PORTION.lengths) // token_step()) * token_step(), 256  # rounded up
     expected = 2 * (tokens * (2 * (base - own) + 3 * own) + 2 * targets * head)
     # Attention comes on top; the first layer gives no gradient to its input.
-    assert 0.95 * expected < peak_of(model, fused=False).operations < 1.2 * expected
+    assert 0.95 * expected < peak_of(model, fused=None).operations < 1.2 * expected
 
 
 def test_longer_micro_batches_keep_more():
     short, long = (peak_of(on_paper(model_of("lora", torch.bfloat16)), portion=Portion([n], n)) for n in (256, 512))
     assert long.activations == pytest.approx(2 * short.activations, rel=0.02)
     assert 1.99 * short.operations < long.operations < 3 * short.operations
+
+
+def test_a_gpu_keeps_less_with_its_kernels_than_without():
+    model = on_paper(model_of("lora", torch.bfloat16))
+    fused, plain = peak_of(model, fused="cuda"), peak_of(model, fused=None)
+    assert fused.activations < 0.8 * plain.activations
