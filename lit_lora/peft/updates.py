@@ -141,7 +141,7 @@ class Magnitude:
 
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of the change."""
-        return _change(self, weight)
+        return _change(self, weight.to(self.lengths.device))
 
 
 @dataclass(frozen=True)

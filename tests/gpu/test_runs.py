@@ -1,0 +1,127 @@
+"""Runs on a GPU as a user makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_lora import peft
+from lit_lora.checkpoint import load_model
+from lit_lora.cli import main
+from lit_lora.generate import Sampling, generate
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model.kv_cache import KVCache
+from tests.finetune.tiny_task import make_base, write_config, write_rows
+from tests.train.tiny_run import losses, make_rows, same, stored, train
+
+pytestmark = pytest.mark.gpu
+
+Call = Callable[..., str]
+FULL = {"recipe": "full", "optimizer": {"lr": 1e-3}}
+NF4 = {"recipe": "qlora", "quantize": {"name": "nf4", "block_size": 32}}
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base model, rows and a config that names the GPU."""
+    monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
+    make_base(tmp_path / "base", intermediate_size=64)
+    write_rows(tmp_path / "rows.jsonl")
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command that works: what it prints."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main([*map(str, arguments)])
+        captured = capsys.readouterr()
+        assert not done.value.code, captured.err
+        return captured.out
+
+    return run
+
+
+def wide_model(dtype: torch.dtype = torch.bfloat16, **settings: object) -> CausalLM:
+    """With heads that the attention kernel takes, and a LoRA with dropout."""
+    config = ModelConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = CausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.1)
+    model = model.to(dtype)
+    peft.freeze(model)
+    torch.manual_seed(2)
+    peft.methods()["lora"].model_validate({"rank": 4, "dropout": 0.1, **settings}).apply(model)
+    return model.cuda()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sections", [{}, NF4, FULL], ids=["lora", "qlora", "full"])
+def test_finetune_merge_and_generate(task: Path, call: Call, sections: dict, dtype: str) -> None:
+    config = write_config(task, **{**sections, "model": {"path": str(task / "base"), "dtype": dtype, "device": "cuda"}})
+    out = call("finetune", "--config", config, "train.max_steps=20")
+    assert "cuda" in out
+    assert losses(task / "run")[-1] < losses(task / "run")[0]
+    if sections.get("recipe") != "full":
+        call("merge", task / "run", "--out", task / "merged")
+        merged = load_model(task / "merged", device="cuda")
+        assert all(parameter.isfinite().all() for parameter in merged.parameters())
+    call("generate", task / "run", "colour 1?", "--device", "cuda", "--dtype", dtype, "--max-new-tokens", 4)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str) -> None:
+    settings = {"save_every": 4, "keep_last": 9}
+    rows = make_rows(24)
+
+    def run(folder: str, steps: int, **more: object) -> None:
+        model = wide_model()
+        model.checkpoint_activations(checkpointing)
+        train(model, tmp_path / folder, rows=rows, schedule={"name": "constant", "warmup": 0}, max_steps=steps,
+              **settings, **more)  # fmt: skip
+
+    run("whole", 8)
+    run("parts", 4)
+    run("parts", 8, resume=True)
+    assert same(stored(tmp_path / "whole", 8), stored(tmp_path / "parts", 8))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    for what in ("none", "selective", "full"):
+        model = wide_model(dropout=0.0)
+        model.checkpoint_activations(what)
+        train(model, tmp_path / what, rows=make_rows(24), max_steps=4)
+    whole = stored(tmp_path / "none", 4)
+    assert all(same(whole, stored(tmp_path / what, 4)) for what in ("selective", "full"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_with_a_cache_the_same_logits_as_without(dtype: torch.dtype) -> None:
+    model = wide_model(dtype).eval()
+    ids = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0)).cuda()
+    cache = KVCache(model.config, 2, 40, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        whole = model(ids).float()
+        parts = [model(ids[:, :25], cache=cache), *(model(ids[:, n : n + 1], cache=cache) for n in range(25, 40))]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05 * float(whole.abs().max())
+    torch.testing.assert_close(torch.cat(parts, 1).float(), whole, atol=tolerance, rtol=0)
+
+
+def test_answers_are_those_of_the_cpu() -> None:
+    model = wide_model(torch.float32).eval()
+    prompts = [[3, 9, 4], [5], [8, 8, 1, 60, 2]]
+    there = list(generate(model, prompts, Sampling(max_new_tokens=12)))
+    assert there == list(generate(model.cpu(), prompts, Sampling(max_new_tokens=12)))
