@@ -7,6 +7,7 @@ reported beside the machine's own limit. The runners are in ``benchmark_peers/``
     python scripts/benchmark.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl.gz --create-venvs peers
     python scripts/benchmark.py --method qlora --model … --data … --create-venvs peers --validation 64
     python scripts/benchmark.py --method qlora --shape llama-3.2-1b --length 512 --batch 1 --only ours ours-qlora …
+    python scripts/benchmark.py --device cuda --shape llama-3.2-1b --model … --data … --batch 32 --python python3 …
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from lit_lora.scripts.benchmark_contenders import CONTENDERS, METHODS, PEERS, REFERENCES, TITLES, Contender
-from lit_lora.scripts.benchmark_rows import write_random, write_rows
+from lit_lora.scripts.benchmark_rows import write_random_model, write_random_rows, write_rows
 
 from lit_lora.config import did_you_mean
 from lit_lora.errors import LitLoraError, UsageError
@@ -41,6 +43,7 @@ __all__ = ["main"]
 RUNNERS = Path(__file__).parent / "benchmark_peers"
 TORCH = "torch==2.13.0"
 SAMPLE_SECONDS = 0.02
+PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 @dataclass
@@ -61,6 +64,13 @@ class Result:
     warmup: int = 0
 
     @property
+    def peaks(self) -> tuple[int, int]:
+        """On a GPU its memory, reserved and allocated; else the process's, resident and the anonymous part of that."""
+        if "gpu_reserved_bytes" in self.extra:
+            return self.extra["gpu_reserved_bytes"], self.extra["gpu_allocated_bytes"]
+        return self.peak_rss_bytes, self.peak_anonymous_bytes
+
+    @property
     def tokens_per_second(self) -> float:
         """Over the timed steps."""
         return sum(self.tokens[self.warmup :]) / sum(self.seconds[self.warmup :])
@@ -79,6 +89,7 @@ class Job:
     models: dict[str, Path]
     pythons: dict[str, Path]
     threads: int
+    device: str = "cpu"
     rank: int = 8
     alpha: int = 16
     learning_rate: float = 2e-4
@@ -105,6 +116,7 @@ def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> R
                 "rank": job.rank,
                 "alpha": job.alpha,
                 "learning_rate": job.learning_rate,
+                "device": job.device,
                 "out": str(out),
             }
         ),
@@ -139,7 +151,8 @@ def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> R
 
 def _environment(job: Job) -> dict[str, str]:
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **offline, "OMP_NUM_THREADS": str(job.threads), "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
+    return {**os.environ, **offline, "OMP_NUM_THREADS": str(job.threads), **hidden}
 
 
 def watch(pid: int) -> tuple[int, int, int]:
@@ -159,11 +172,11 @@ def watch(pid: int) -> tuple[int, int, int]:
         time.sleep(SAMPLE_SECONDS)
 
 
-def survey(job: Job, names: Sequence[str], rows: Path, warmup: int) -> list[Result]:
-    """Every variant of the contenders once; one that fails is noted and left out."""
+def survey(job: Job, variants: Mapping[str, Sequence[str]], rows: Path, warmup: int) -> list[Result]:
+    """These variants of the contenders once; one that fails is noted and left out."""
     results = []
-    for name in names:
-        for variant in CONTENDERS[name].variants:
+    for name, chosen in variants.items():
+        for variant in chosen:
             try:
                 results.append(run_once(job, name, variant, rows=rows, warmup=warmup))
             except LitLoraError as error:
@@ -187,7 +200,7 @@ def describe(result: Result) -> str:
     """One line on one process."""
     return (
         f"{result.contender} {result.variant}: {result.tokens_per_second:.0f} tokens/s "
-        f"({result.tokens_per_cpu_second:.0f} per processor second), peak {human_bytes(result.peak_rss_bytes)}, "
+        f"({result.tokens_per_cpu_second:.0f} per processor second), peak {human_bytes(result.peaks[0])}, "
         f"load before {result.load_before:.1f}"
     )
 
@@ -211,14 +224,18 @@ def summarise(results: Sequence[Result]) -> list[list[str]]:
                 f"{low:.0f}–{high:.0f}",
                 f"{speed[name] / fastest_peer:.2f}" if fastest_peer and not is_limit else "",
                 f"{speed[name] / speed['limit']:.0%}" if "limit" in speed else "",
-                "" if is_limit else human_bytes(statistics.median(run.peak_rss_bytes for run in runs)),
-                "" if is_limit else human_bytes(statistics.median(run.peak_anonymous_bytes for run in runs)),
+                *("" if is_limit else human_bytes(statistics.median(run.peaks[i] for run in runs)) for i in (0, 1)),
             ]
         )
     return rows
 
 
-COLUMNS = ("contender", "variant", "tokens/s", "range", "× fastest peer", "of the limit", "peak RSS", "peak RssAnon")
+_PEAKS = {"cpu": ("peak RSS", "peak RssAnon"), "cuda": ("peak reserved", "peak allocated")}
+
+
+def columns(device: str) -> tuple[str, ...]:
+    """Of the final table."""
+    return ("contender", "variant", "tokens/s", "range", "× fastest peer", "of the limit", *_PEAKS[device])
 
 
 def loss_rows(results: Sequence[Result], warmup: int) -> tuple[list[str], list[list[str]]]:
@@ -249,10 +266,10 @@ def report(
 ) -> str:
     """The record as Markdown; ``reference`` is shown for its losses only."""
     leanest = min(
-        (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peak_rss_bytes, default=None
+        (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peaks[0], default=None
     )
     lines = [
-        f"# {TITLES[args.method]} on the CPU against peers, {date.today():%Y-%m}",
+        f"# {TITLES[args.method]} on {PLACES[args.device]} against peers, {date.today():%Y-%m}",
         "",
         __doc__.strip().splitlines()[0] if __doc__ else "",
         "",
@@ -262,7 +279,7 @@ def report(
         f"holds the median of {args.rounds} alternating processes of each. Peak memory is the whole process's.",
         "The limit is the time of the unavoidable matrix products alone (see `scripts/benchmark_peers/gemm_limit.py`).",
         "",
-        *markdown_table(COLUMNS, summarise(final)),
+        *markdown_table(columns(args.device), summarise(final)),
     ]
     if leanest is not None:
         lines += ["", f"Leanest run of any peer: {describe(leanest)}."]
@@ -277,13 +294,12 @@ def report(
                 CONTENDERS[run.contender].title,
                 run.variant,
                 f"{run.tokens_per_second:.0f}",
-                human_bytes(run.peak_rss_bytes),
-                human_bytes(run.peak_anonymous_bytes),
+                *map(human_bytes, run.peaks),
                 f"{run.losses[-1]:.4f}",
             ]
             for run in surveyed
         ]
-        header = ("contender", "variant", "tokens/s", "peak RSS", "peak RssAnon", "last loss")
+        header = ("contender", "variant", "tokens/s", *_PEAKS[args.device], "last loss")
         lines += ["", "## Survey: each variant once", "", *markdown_table(header, rows)]
     return "\n".join(lines) + "\n"
 
@@ -341,6 +357,8 @@ def choose_pythons(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
         contender = CONTENDERS[name]
         if name in given:
             pythons[name] = given[name]
+        elif args.python:
+            pythons[name] = args.python
         elif not contender.requirements:
             pythons[name] = Path(sys.executable)
         elif args.create_venvs:
@@ -381,8 +399,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="Hugging Face folder, weights in bf16")
     parser.add_argument("--data", type=Path, help="gsm8k_train.jsonl.gz: question and answer a line")
-    parser.add_argument("--shape", metavar="NAME", help="instead: random weights of this size, such as llama-3.2-1b")
-    parser.add_argument("--length", type=int, default=512, help="with --shape: tokens of a random row (512)")
+    about = "random weights of this size, such as llama-3.2-1b, and random rows, or those of --model and --data"
+    parser.add_argument("--shape", metavar="NAME", help=about)
+    parser.add_argument("--length", type=int, default=512, help="with --shape alone: tokens of a random row (512)")
+    parser.add_argument("--device", choices=list(PLACES), default="cpu", help="where everybody trains (cpu)")
+    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of all contenders that have no other")
     parser.add_argument("--venv", action="append", default=[], metavar="NAME=PYTHON", help="a contender's Python")
     parser.add_argument(
         "--create-venvs", type=Path, metavar="FOLDER", help="make the missing ones there, and keep them"
@@ -390,7 +411,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--torch-index", metavar="URL", help="package index for PyTorch, such as its CPU builds'")
     parser.add_argument("--method", choices=list(METHODS), default="lora", help="what is compared (lora)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(CONTENDERS))
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=VARIANT", help="use it, no survey")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=VARIANT", help="this, or the fastest of several"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=8, help="rows a step (8)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (2)")
@@ -401,18 +424,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the record (benchmarks)")
     parser.add_argument("--no-reference", action="store_true", help="leave out the run in float32")
     args = parser.parse_args(arguments)
-    if (args.shape is None) == (args.model is None or args.data is None) or (args.shape and args.validation):
-        raise UsageError("expected --model and --data, or --shape without --validation")
-    only = args.only or METHODS[args.method]
-    args.only = [name for name in CONTENDERS if name in only] + [name for name in only if name not in CONTENDERS]
-    args.variant = dict(text.partition("=")[::2] for text in args.variant)
+    if (args.model is None) != (args.data is None) or not (args.shape or args.model):
+        raise UsageError("expected --model and --data, or --shape, or all three")
+    if args.validation and not args.data:
+        raise UsageError("--validation: there are no other rows than random ones")
+    args.only = args.only or list(METHODS[args.method])
+    given: dict[str, list[str]] = {}
+    for text in args.variant:
+        given.setdefault(text.partition("=")[0], []).append(text.partition("=")[2])
+    args.variant = given
     for name in [*args.only, *args.variant]:
         if name not in CONTENDERS:
             raise UsageError(f"{name}: no such contender{did_you_mean(name, CONTENDERS)}")
-    for name, variant in args.variant.items():
+    for name, variants in args.variant.items():
         known = CONTENDERS[name].variants
-        if variant not in known:
-            raise UsageError(f"{name}: no variant {variant!r}, known: {', '.join(known)}")
+        for variant in variants:
+            if variant not in known:
+                raise UsageError(f"{name}: no variant {variant!r}, known: {', '.join(known)}")
     return args
 
 
@@ -427,20 +455,22 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
     model = folder / Path(args.shape).name if args.shape else args.model.resolve()
     portions: dict[str, Any] = {"batch": args.batch, "steps": args.warmup + args.steps, "target": rows}
     if args.shape:
-        sizes = write_random(args.shape, model, length=args.length, **portions)
+        write_random_model(args.shape, model, device=args.device, tokenizer=args.model)
+    if args.data:
+        sizes = write_rows(args.data, args.model, seed=0, validation=args.validation, **portions)
     else:
-        sizes = write_rows(args.data, model, seed=0, validation=args.validation, **portions)
-    job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads)
+        sizes = write_random_rows(model, length=args.length, **portions)
+    job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads, args.device)
     steps = json.loads(rows.read_text(encoding="utf-8"))["steps"]
     write_text(few, json.dumps({"steps": steps[: 1 + args.survey_steps], "validation": []}))
-    surveyed = survey(job, [name for name in args.only if name not in args.variant and name != "limit"], few, warmup=1)
+    variants = {name: args.variant.get(name) or list(CONTENDERS[name].variants) for name in args.only}
+    several = {name: known for name, known in variants.items() if len(known) > 1}
+    surveyed = survey(job, several, few, warmup=1)
     chosen = {}
-    for name in args.only:
-        best = max(
-            (run for run in surveyed if run.contender == name), key=lambda run: run.tokens_per_second, default=None
-        )
-        first = next(iter(CONTENDERS[name].variants))
-        chosen[name] = args.variant.get(name) or (best.variant if best else first)
+    for name, known in variants.items():
+        tried = [run for run in surveyed if run.contender == name]
+        best = max(tried, key=lambda run: run.tokens_per_second, default=None)
+        chosen[name] = best.variant if best else known[0]
     final = alternate(job, chosen, rows, warmup=args.warmup, rounds=args.rounds)
     reference = []
     if REFERENCES[args.method][0] in args.only and not args.no_reference:
@@ -448,6 +478,7 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
     versions = {name: version for run in final for name, version in run.versions.items()}
     about = {
         **machine(),
+        **({"GPU": torch.cuda.get_device_name()} if args.device == "cuda" else {}),
         "threads": args.threads,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": commit(),
@@ -460,14 +491,16 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
     if args.validation:
         about["validation"] = f"{args.validation} further rows, after the last step"
     size = f"_{model.name}" if args.shape else ""
-    stem = args.out / f"cpu_{args.method}{size}_{date.today():%Y%m}"
+    place = {"cpu": "cpu", "cuda": "gpu"}[args.device]
+    stem = args.out / f"{place}_{args.method}{size}_{date.today():%Y%m}"
     text = report(args, surveyed, final, reference, about)
-    write_text(stem.with_suffix(".md"), text)
+    write_text(Path(f"{stem}.md"), text)
     groups = {"survey": surveyed, "final": final, "reference": reference}
     runs = {"about": about, **{name: [asdict(run) for run in group] for name, group in groups.items()}}
-    write_text(stem.with_suffix(".json"), json.dumps(runs, indent=1) + "\n")
-    table(f"{TITLES[args.method]} on the CPU", COLUMNS, summarise(final), right=range(2, len(COLUMNS)))
-    say(f"record: {stem.with_suffix('.md')}")
+    write_text(Path(f"{stem}.json"), json.dumps(runs, indent=1) + "\n")
+    header = columns(args.device)
+    table(f"{TITLES[args.method]} on {PLACES[args.device]}", header, summarise(final), right=range(2, len(header)))
+    say(f"record: {stem}.md")
     return text
 
 

@@ -40,6 +40,13 @@ def _peft_variants() -> dict[str, dict[str, Any]]:
         variants[f"{precision}/2/packed"] = {"precision": precision, "micro_batch": 2, "packed": True}
         variants[f"{precision}/8/packed"] = {"precision": precision, "micro_batch": 8, "packed": True}
     variants["bf16/1/checkpointing"] = {"precision": "bf16", "micro_batch": 1, "checkpointing": True}
+    for size in (8, 16, 32):  # for a GPU, where an adapter in fp32 over bf16 weights wants autocast
+        variants[f"bf16/{size}"] = {"precision": "bf16", "micro_batch": size}
+        variants[f"bf16, autocast/{size}"] = {"precision": "bf16, autocast", "micro_batch": size}
+    variants["bf16, autocast/32/packed"] = {"precision": "bf16, autocast", "micro_batch": 32, "packed": True}
+    variants["bf16, autocast/8/checkpointing"] = {
+        "precision": "bf16, autocast", "micro_batch": 8, "checkpointing": True,
+    }  # fmt: skip
     variants["fp32, bf16 products/1"] = {"precision": "tf32", "micro_batch": 1}
     variants["fp32, bf16 products/8"] = {"precision": "tf32", "micro_batch": 8}
     return variants
@@ -58,6 +65,8 @@ def _peft_quantized_variants() -> dict[str, dict[str, Any]]:
         for size in (1, 4):
             prepared = {"precision": precision, "micro_batch": size, "prepared": True, "checkpointing": True}
             variants[f"{precision}/{size}/prepared, checkpointing"] = prepared
+    for size in (8, 16, 32):
+        variants[f"bf16, autocast/{size}"] = {"precision": "bf16, autocast", "micro_batch": size}
     return {name: {**variant, "quantize": "nf4"} for name, variant in variants.items()}
 
 
@@ -72,6 +81,13 @@ def _trl_variants() -> dict[str, dict[str, Any]]:
         for precision in _PRECISIONS
         for length in (512, 1024, 2048)
     }
+    for rows in (1, 3):  # for a GPU: 3 x 2,048 tokens are about 32 rows of GSM8K
+        variants[f"bf16, autocast/packed 2048 x {rows}"] = {
+            "precision": "bf16, autocast", "max_length": 2048, "packed_rows": rows, "accumulation": 3 // rows,
+        }  # fmt: skip
+    variants["bf16, autocast/32"] = {
+        "precision": "bf16, autocast", "max_length": 2048, "packing": False, "packed_rows": 32, "accumulation": 1,
+    }  # fmt: skip
     for precision in _PRECISIONS:
         base = {"precision": precision, "max_length": 2048, "packing": False}
         variants[f"{precision}/1"] = {**base, "packed_rows": 1, "accumulation": 8}
@@ -83,7 +99,7 @@ def _litgpt_variants() -> dict[str, dict[str, Any]]:
     return {
         f"{precision}/{size}": {"precision": precision, "micro_batch": size}
         for precision in ("bf16-true", "bf16-mixed", "32-true")
-        for size in (1, 2, 4, 8)
+        for size in (1, 2, 4, 8, 16, 32)
     }
 
 
@@ -95,7 +111,7 @@ def _our_variants(**settings: Any) -> dict[str, dict[str, Any]]:
             "activation_checkpointing": mode or "none",
             **settings,
         }
-        for tokens in (2048, 1024, 512, 256)
+        for tokens in (16384, 8192, 4096, 2048, 1024, 512, 256)
         for mode in ("", "full")
     }
 

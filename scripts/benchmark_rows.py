@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 import statistics
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lit_lora.estimate import model_shape
 from lit_lora.files import write_text
 from lit_lora.tokenizer import Message, Tokenizer, encode_chat
 
-__all__ = ["write_random", "write_rows"]
+__all__ = ["write_random_model", "write_random_rows", "write_rows"]
 
 
 def write_rows(
@@ -56,8 +57,8 @@ def write_rows(
     return {"tokens a row": statistics.mean(tokens), "targets a row": statistics.mean(targets), "longest": max(tokens)}
 
 
-def write_random(shape: str, folder: Path, *, length: int, batch: int, steps: int, target: Path) -> dict[str, float]:
-    """A model of random weights in ``folder``, and rows of random tokens, all learned: for sizes that no data is for.
+def write_random_model(shape: str, folder: Path, *, device: str = "cpu", tokenizer: Path | None = None) -> None:
+    """A model of random weights in ``folder``, drawn on ``device``, with the tokenizer of another folder.
 
     Raises:
         UsageError: The shape is not known.
@@ -67,10 +68,19 @@ def write_random(shape: str, folder: Path, *, length: int, batch: int, steps: in
     torch.manual_seed(0)
     with CheckpointWriter(folder) as writer:
         for name, parameter in empty_model(config).named_parameters():
-            weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
-            writer.add(name, weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1))
+            weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            writer.add(name, (weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)).cpu())
     write_text(folder / "config.json", json.dumps(config.to_hf()))
-    ids = torch.randint(config.vocab_size, (steps, batch, length)).tolist()
+    if tokenizer is not None:
+        for path in tokenizer.glob("tokenizer*.json"):
+            shutil.copy(path, folder / path.name)
+
+
+def write_random_rows(folder: Path, *, length: int, batch: int, steps: int, target: Path) -> dict[str, float]:
+    """Rows of random tokens of the model in ``folder``, all learned: for lengths that no data is for."""
+    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    torch.manual_seed(1)
+    ids = torch.randint(vocabulary, (steps, batch, length)).tolist()
     rows = [[{"ids": row, "prompt": 1} for row in step] for step in ids]
     write_text(target, json.dumps({"steps": rows, "validation": []}))
     return {"tokens a row": length, "targets a row": length - 1}

@@ -12,6 +12,7 @@ import torch
 from lit_lora.scripts import benchmark, benchmark_rows
 from safetensors.torch import save_file
 
+from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.tokenizer import Tokenizer
 from tests.tiny import tiny_tokenizer
@@ -76,6 +77,21 @@ def test_speed_is_the_median_over_runs_against_the_fastest_peer() -> None:
     assert [row[0] for row in rows] == ["PEFT + transformers", "lit-lora", "the machine's limit"]
     assert rows[0][2:6] == ["50", "25–100", "1.00", "12%"]
     assert rows[1][2:6] == ["200", "200–200", "4.00", "50%"]
+
+
+def test_on_a_gpu_its_memory_counts_and_not_the_process() -> None:
+    result = run("ours", [100], [1.0])
+    assert result.peaks == (2_000_000, 1_000_000)
+    result.extra = {"gpu_reserved_bytes": 9_000_000_000, "gpu_allocated_bytes": 7_000_000_000}
+    assert benchmark.summarise([result])[0][-2:] == ["9.0 GB", "7.0 GB"]
+    assert benchmark.columns("cuda")[-2:] == ("peak reserved", "peak allocated")
+
+
+def test_of_several_variants_given_each_is_known() -> None:
+    given = ["--shape", "x", "--variant", "peft=bf16/8", "--variant", "peft=bf16, autocast/32"]
+    assert benchmark.parse(given).variant == {"peft": ["bf16/8", "bf16, autocast/32"]}
+    with pytest.raises(UsageError, match="no variant 'bf16/9'"):
+        benchmark.parse([*given, "--variant", "peft=bf16/9"])
 
 
 def test_warm_up_steps_are_not_timed() -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from harness import Clock, Orders, Recorder, Row, read_orders
 
-MEASURE_SECONDS = 0.25
+MEASURE_SECONDS = {"cpu": 0.25, "cuda": 0.02}
+CALLS = {"cpu": 1, "cuda": 5}
+"""Calls that are timed together: waiting for a GPU takes as long as a short product."""
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def products(rows: list[Row], config: dict[str, Any], orders: Orders) -> dict[st
 
     def add(part: str, m: int, k: int, n: int, times: float, *, batch: int = 1, transposed: bool = False) -> None:
         flops, spent, cpu_spent = parts[part]
-        seconds, cpu_seconds = product_seconds(m, k, n, batch, transposed)
+        seconds, cpu_seconds = product_seconds(m, k, n, batch, transposed, orders.device)
         parts[part] = (
             flops + 2.0 * batch * m * k * n * times,
             spent + seconds * times,
@@ -90,28 +92,29 @@ def products(rows: list[Row], config: dict[str, Any], orders: Orders) -> dict[st
     return parts
 
 
-def product_seconds(m: int, k: int, n: int, batch: int, transposed: bool) -> tuple[float, float]:
+def product_seconds(m: int, k: int, n: int, batch: int, transposed: bool, device: str) -> tuple[float, float]:
     """Median time of an (m, k) by (k, n) product; ``transposed``: the second factor is stored as (n, k)."""
-    first = torch.randn(batch, m, k, dtype=torch.bfloat16).squeeze(0)
-    second = torch.randn(batch, *((n, k) if transposed else (k, n)), dtype=torch.bfloat16).squeeze(0)
+    first = torch.randn(batch, m, k, dtype=torch.bfloat16, device=device).squeeze(0)
+    second = torch.randn(batch, *((n, k) if transposed else (k, n)), dtype=torch.bfloat16, device=device).squeeze(0)
     if transposed:
         second = second.transpose(-1, -2)
-    return median_seconds(lambda: torch.matmul(first, second))
+    return median_seconds(lambda: torch.matmul(first, second), device)
 
 
-def median_seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Median wall and processor time of a call, over the calls that fit in ``MEASURE_SECONDS``, after a warm-up."""
+def median_seconds(work: Callable[[], object], device: str) -> tuple[float, float]:
+    """Median wall and processor time of a call, over those that fit in ``MEASURE_SECONDS``, after a warm-up."""
     for _ in range(3):
         work()
     times: list[dict[str, float]] = []
     begin = Clock()
-    while len(times) < 5 or begin.read()["seconds"] < MEASURE_SECONDS:
+    while len(times) < 5 or begin.read()["seconds"] < MEASURE_SECONDS[device]:
         clock = Clock()
-        work()
+        for _ in range(CALLS[device]):
+            work()
         times.append(clock.read())
     return (
-        statistics.median(time["seconds"] for time in times),
-        statistics.median(time["cpu_seconds"] for time in times),
+        statistics.median(time["seconds"] for time in times) / CALLS[device],
+        statistics.median(time["cpu_seconds"] for time in times) / CALLS[device],
     )
 
 

@@ -53,18 +53,31 @@ class Orders:
     rank: int
     alpha: int
     learning_rate: float
+    device: str
+    """cpu or cuda."""
     out: Path
 
 
 class Clock:
-    """Wall time and the process's processor time (which a busy machine disturbs less) since it was made."""
+    """Wall time and the process's processor time (which a busy machine disturbs less) since it was made.
+
+    A GPU has then done all that it was given.
+    """
 
     def __init__(self) -> None:
+        wait()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
         """``seconds`` and ``cpu_seconds``."""
+        wait()
         return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def wait() -> None:
+    """For a GPU, if this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @dataclass
@@ -102,6 +115,9 @@ class Recorder:
             "steps": self.steps,
             **self.extra,
         }
+        if torch.cuda.is_initialized():
+            record["gpu_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            record["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved()
         self.orders.out.write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -123,6 +139,7 @@ def read_orders() -> Orders:
         rank=orders["rank"],
         alpha=orders["alpha"],
         learning_rate=orders["learning_rate"],
+        device=orders["device"],
         out=Path(orders["out"]),
     )
 
@@ -144,7 +161,7 @@ def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
 
 
 def pad(rows: list[Row], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Rows as one padded batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64."""
+    """Rows as one padded batch on the CPU: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T) int64."""
     width = max(len(row.ids) for row in rows)
     fill = [width - len(row.ids) for row in rows]
     return {

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from litgpt.config import name_to_config
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 
 
@@ -18,7 +19,8 @@ def main() -> None:
     for path in source.glob("*.json"):
         if not path.name.endswith(".safetensors.index.json"):
             shutil.copy(path, target / path.name)
-    convert_hf_checkpoint(target, model_name=source.name, dtype="bfloat16")
+    name = next((known for known in name_to_config if known.lower() == source.name.lower()), source.name)
+    convert_hf_checkpoint(target, model_name=name, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
         lora_mlp=True,
         lora_head=False,
     )
-    fabric = lightning.Fabric(devices=1, accelerator="cpu", precision=variant["precision"])
+    fabric = lightning.Fabric(devices=1, accelerator=orders.device, precision=variant["precision"])
     fabric.launch()
     with fabric.init_module(empty_init=False):
         model = GPT(config)
@@ -55,7 +55,7 @@ def main() -> None:
         total = 0.0
         batches = micro_batches(rows, variant["micro_batch"])
         for number, micro_batch in enumerate(batches):
-            batch = pad(micro_batch)
+            batch = {name: tensor.to(orders.device) for name, tensor in pad(micro_batch).items()}
             share = sum(row.targets for row in micro_batch) / targets
             with fabric.no_backward_sync(model, enabled=number + 1 < len(batches)):
                 logits = model(batch["input_ids"], lm_head_chunk_size=128)

@@ -78,7 +78,7 @@ def main() -> None:
     orders = read_orders()
     name = orders.variant.get("quantize")
     quantize = parse(name, option="quantize") if name else None
-    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]], quantize=quantize)
+    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]], quantize=quantize, device=orders.device)
     freeze(model)
     LoRAConfig(rank=orders.rank, alpha=orders.alpha, target_modules="all-linear").apply(model)
     for name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
 """PEFT + transformers (+ bitsandbytes): a plain training loop over padded or packed batches, the model's own loss.
 
-Variants: ``precision`` fp32, tf32 (fp32 whose products may run in bf16), bf16, autocast; ``micro_batch`` rows;
+Variants: ``precision`` fp32, tf32 (fp32 whose products may run in bf16), bf16, autocast (over fp32 weights), or both
+(autocast over bf16 weights, for the adapter's fp32 ones); ``micro_batch`` rows;
 ``attention`` sdpa or eager; ``packed`` rows joined to one with restarting positions; ``checkpointing``; ``quantize``
 nf4 for a base in 4 bits with double quantisation, ``prepared`` by PEFT for training on it.
 """
@@ -42,10 +43,13 @@ def main() -> None:
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=orders.learning_rate, weight_decay=0.0)
-    collate = join if variant.get("packed") else pad
+    form = join if variant.get("packed") else pad
+
+    def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(orders.device) for name, tensor in form(rows).items()}
 
     def run_in_precision() -> AbstractContextManager[object]:
-        return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+        return torch.autocast(orders.device, torch.bfloat16) if "autocast" in precision else nullcontext()
 
     def train_step(rows: list[Row]) -> float:
         targets = sum(row.targets for row in rows)
@@ -86,8 +90,9 @@ def load(orders: Orders) -> torch.nn.Module:
         )
     model = AutoModelForCausalLM.from_pretrained(
         orders.model,
-        dtype=torch.bfloat16 if variant["precision"] == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if variant["precision"].startswith("bf16") else torch.float32,
         attn_implementation=variant.get("attention", "sdpa"),
+        device_map=None if orders.device == "cpu" else {"": orders.device},
         **settings,
     )
     if variant.get("prepared"):

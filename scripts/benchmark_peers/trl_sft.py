@@ -2,8 +2,9 @@
 
 The trainer draws its own batches, so a step holds about as many rows as the others' steps, not the very same ones;
 the tokens of each timed step are counted from the batches that it trained on.
-Variants: ``precision`` fp32, bf16, autocast; ``max_length`` tokens of a packed row; ``packed_rows`` in a micro-batch;
-``accumulation`` micro-batches a step; ``packing`` false pads ``packed_rows`` rows instead; ``checkpointing``.
+Variants: ``precision`` fp32, bf16, autocast, or both (autocast over bf16 weights); ``max_length`` tokens of a packed
+row; ``packed_rows`` in a micro-batch; ``accumulation`` micro-batches a step; ``packing`` false pads ``packed_rows``
+rows instead; ``checkpointing``.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
-            use_cpu=True,
-            bf16=precision == "autocast",
+            use_cpu=orders.device == "cpu",
+            bf16="autocast" in precision,
             packing=packing,
             packing_strategy="bfd",
             max_length=variant["max_length"],
@@ -83,7 +84,7 @@ def main() -> None:
         rows: list[Row] = [row for step in orders.steps for row in step]
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(
-                orders.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+                orders.model, dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32
             ),
             args=config,
             train_dataset=Dataset.from_dict(
