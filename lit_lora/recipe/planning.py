@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,7 +21,19 @@ from lit_lora.train.device import free_memory_bytes
 from lit_lora.train.loop import check_figures
 from lit_lora.train.objective import NextToken
 
-__all__ = ["duration", "in_words", "plan", "planned_rows", "planned_steps", "show_what_trains", "warn_of"]
+__all__ = [
+    "duration",
+    "in_words",
+    "note_larger_portions",
+    "plan",
+    "planned_rows",
+    "planned_steps",
+    "show_what_trains",
+    "warn_of",
+]
+
+_GPU_TOKENS = 8192
+"""Computed at once, these keep a large GPU busy (``benchmarks/gpu_lora_202611.md``)."""
 
 
 def plan(run: Run, model: CausalLM, data: RunData) -> None:
@@ -40,6 +53,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     figures = estimate(setup, on_paper(model))
     _warn_of_memory(setup, figures)
+    note_larger_portions(setup)
     tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
     table = [
         *planned_rows(run, model),
@@ -107,6 +121,21 @@ def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
         f"this run needs about {human_bytes(memory.total - there)} more, {human_bytes(free)} are free: "
         f"{in_words(advise(setup, free + there))}"
     )
+
+
+def note_larger_portions(setup: Setup) -> None:
+    """Say it where a GPU would get too little to do at once, and has the memory for more."""
+    now, free = setup.train.micro_batch_tokens, free_memory_bytes(setup.device)
+    step = int(setup.rows.token_counts.mean()) * min(setup.train.batch_size, len(setup.rows))
+    if setup.device.type != "cuda" or free is None or now >= min(step, _GPU_TOKENS):
+        return
+    larger = replace(setup, train=setup.train.model_copy(update={"micro_batch_tokens": _GPU_TOKENS}))
+    memory = estimate(larger).memory
+    if memory.total - memory.process - memory.weights <= free:
+        log.note(
+            f"a GPU takes nearly as long for {now:,} tokens as for a step's {step:,}: the same results come sooner with "
+            f"train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
+        )
 
 
 def in_words(tried: Sequence[Advice]) -> str:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from lit_lora.cli import main
 from lit_lora.recipe import planning
 from lit_lora.train import objective
+from tests.estimate.test_estimate import setup_of
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, metrics
 
@@ -514,6 +516,17 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch)
     assert "take a smaller model" in err
     monkeypatch.undo()
     assert "this run needs" not in call("--dry-run")[2]
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "tokens", "said"),
+    [("cuda", 1e12, 1024, True), ("cuda", 1e6, 1024, False), ("cuda", 1e12, 8192, False), ("cpu", 1e12, 1024, False)],
+)
+def test_a_gpu_that_gets_little_to_do_at_once_is_told(monkeypatch, capsys, device, free, tokens, said):
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda _: free)
+    setup = setup_of(tokens=500, train={"micro_batch_tokens": tokens})
+    planning.note_larger_portions(replace(setup, device=torch.device(device)))
+    assert ("sooner with train.micro_batch_tokens=8192" in capsys.readouterr().err) == said
 
 
 def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, monkeypatch):
