@@ -133,8 +133,8 @@ def note_larger_portions(setup: Setup) -> None:
     memory = estimate(larger).memory
     if memory.total - memory.process - memory.weights <= free:
         log.note(
-            f"a GPU takes nearly as long for {now:,} tokens as for a step's {step:,}: the same results come sooner with "
-            f"train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
+            f"a GPU takes nearly as long for {now:,} tokens as for a step's {step:,}: the same results come sooner "
+            f"with train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
         )
 
 
