@@ -14,7 +14,7 @@ import typer
 from lit_lora import log
 from lit_lora.cli import answering as options
 from lit_lora.config import did_you_mean
-from lit_lora.errors import DiskError, LitLoraError, UsageError
+from lit_lora.errors import LitLoraError, UsageError
 
 if TYPE_CHECKING:
     from lit_lora.generate import ChatSession
@@ -191,13 +191,13 @@ class _Chat:
         self._note("taken back" if self._session.undo() else "there is nothing to take back")
 
     def _save(self, name: str) -> None:
-        from lit_lora.files import write_text
+        from lit_lora.files import require_new, write_text
 
         if not name:
             raise UsageError("/save needs a FILE")
         path = Path(name)
-        if path.exists() and path not in self._saved:
-            raise DiskError(f"{path}: already exists", hint="choose another name, or remove it first")
+        if path not in self._saved:
+            require_new(path, hint="choose another name, or remove it first")
         write_text(path, json.dumps({"messages": self._session.messages}, ensure_ascii=False) + "\n")
         self._saved.add(path)
         self._note(f"wrote {path}")

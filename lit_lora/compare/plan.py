@@ -8,9 +8,9 @@ from lit_lora.compare.jobs import Job, Outcome, Runner
 from lit_lora.compare.settings import CompareConfig, Variant
 from lit_lora.data import cache_folder, prepare
 from lit_lora.errors import UsageError
-from lit_lora.estimate import RowLengths, Setup, estimate
+from lit_lora.estimate import Setup, estimate
 from lit_lora.model import ModelConfig
-from lit_lora.recipe import common_tokens
+from lit_lora.recipe import lengths_of
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 
@@ -71,8 +71,7 @@ def _all_there(config: CompareConfig, variant: Variant) -> bool:
 def _seconds(variant: Variant, seed: int) -> float:
     config = variant.config
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=seed)
-    rows = prepared.train
-    lengths = RowLengths(rows.token_counts, rows.target_counts, common_tokens(config, rows))
+    lengths = lengths_of(prepared.train, config.peft)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
     shape = ModelConfig.from_folder(config.model.path)

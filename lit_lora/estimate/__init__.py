@@ -20,7 +20,7 @@ from lit_lora.estimate.shapes import SHAPES, model_shape
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, freeze
 from lit_lora.peft.data_starts import Pass, mean_squares
-from lit_lora.quantize import QuantizeConfig
+from lit_lora.quantize import QuantizeConfig, stored_bytes
 from lit_lora.train.loop import TrainConfig
 from lit_lora.train.loss import token_step
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, state_bytes
@@ -164,7 +164,6 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     model = outline(setup) if model is None else model
     assert isinstance(model, CausalLM)
     model.train()
-    stored = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     parameters = set(model.parameters())
     masters = list(Trainables(model).masters.values())
     trained = sum(master.nbytes for master in masters)
@@ -175,7 +174,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     gradients = min(trained, peak.backward)
     padded = _padded(portion, setup.device.type)
     memory = Memory(
-        weights=stored - own,
+        weights=stored_bytes(model) - own,
         trained=own + copies,
         optimizer=state_bytes(setup.optimizer, masters),
         gradients=gradients,
@@ -239,8 +238,7 @@ def _weighing(setup: Setup) -> int:
 
     mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
     (peak,) = peaks
-    weights = sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
-    used = weights + peak.activations + peak.logits + peak.backward
+    used = stored_bytes(model) + peak.activations + peak.logits + peak.backward
     return used + _unused(setup, _padded(portion, setup.device.type), peak) + _PROCESS_BYTES.get(setup.device.type, 0)
 
 

@@ -77,8 +77,9 @@ class PackedAttention:
         self.config = config
         self.lengths = list(lengths)
         self.window = config.sliding_window
-        positions = to_device(torch.cat([torch.arange(length) for length in self.lengths]), device)
-        self.rope = rope_table(config, positions, max(self.lengths))  # of the tokens with the common ones before each
+        # of the tokens with the common ones before each document's
+        self.positions = to_device(torch.cat([torch.arange(length) for length in self.lengths]), device)
+        self.rope = rope_table(config, self.positions, max(self.lengths))
         self.layout = Layout(self.lengths, self.window, common)
         self._grouped: dict[int, Attend] = {}
 
@@ -181,11 +182,11 @@ class _PackedBehind(PackedAttention):
     """Documents behind given tokens, which are common to all of them as well."""
 
     def __init__(self, tokens: PackedAttention, front: int, rotated: bool) -> None:
-        lengths, device = [front + length for length in tokens.lengths], tokens.rope[0].device
+        lengths, device = [front + length for length in tokens.lengths], tokens.positions.device
         super().__init__(tokens.config, lengths, device, common=front + tokens.layout.common)
         self.front = front
         if rotated:
-            still = torch.cat([torch.arange(length, device=device) for length in lengths])[:, None] < front
+            still = self.positions[:, None] < front
             cosine, sine = self.rope
             self.rope = cosine.masked_fill(still, 1.0), sine.masked_fill(still, 0.0)
 

@@ -18,7 +18,7 @@ from lit_lora.recipe.config import (
 )
 from lit_lora.recipe.entry import execute, main
 from lit_lora.recipe.planning import duration, in_words, plan, planned_rows, planned_steps, show_what_trains, warn_of
-from lit_lora.recipe.rows import RunData, answer_samples, common_tokens, load_data, row_lengths
+from lit_lora.recipe.rows import RunData, answer_samples, lengths_of, load_data, row_lengths
 from lit_lora.recipe.run import Options, Run, claim_folder, finish, start, summary
 
 __all__ = [
@@ -32,13 +32,13 @@ __all__ = [
     "RunData",
     "answer_samples",
     "claim_folder",
-    "common_tokens",
     "config_schema",
     "duration",
     "execute",
     "finetune_config",
     "finish",
     "in_words",
+    "lengths_of",
     "load_data",
     "load_recipe",
     "load_settings",

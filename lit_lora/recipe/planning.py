@@ -8,14 +8,14 @@ from dataclasses import replace
 from torch import nn
 
 from lit_lora import log
-from lit_lora.estimate import Estimate, RowLengths, Setup, estimate, on_paper
+from lit_lora.estimate import Estimate, Memory, Setup, estimate, on_paper
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
 from lit_lora.model import CausalLM
 from lit_lora.peft import count_parameters, matched_table
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
-from lit_lora.recipe.rows import RunData
+from lit_lora.recipe.rows import RunData, lengths_of
 from lit_lora.recipe.run import Run
 from lit_lora.train.device import free_memory_bytes
 from lit_lora.train.loop import check_figures
@@ -49,7 +49,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     total = config.train.total_steps(data.batches.steps_per_epoch)
     warn_of(config, total, validated=bool(data.validation))
     _warn_of_length(model, data)
-    lengths, common = RowLengths(rows.token_counts, rows.target_counts, data.batches.common), data.batches.common
+    lengths, common = lengths_of(rows, config.peft), data.batches.common
     setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     figures = estimate(setup, on_paper(model))
     _warn_of_memory(setup, figures)
@@ -114,13 +114,18 @@ def _base_row(model: CausalLM) -> list[list[str]]:
 def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
     """Say it when a loaded model will not fit while it trains, and what would."""
     free, memory = free_memory_bytes(setup.device), figures.memory
-    there = memory.process + (memory.weights if setup.device.type == "cuda" else 0)  # a CPU's are mapped, not yet read
+    there = _there(setup, memory)
     if free is None or memory.total - there <= free:
         return
     log.warn(
         f"this run needs about {human_bytes(memory.total - there)} more, {human_bytes(free)} are free: "
         f"{in_words(advise(setup, free + there))}"
     )
+
+
+def _there(setup: Setup, memory: Memory) -> int:
+    """Bytes that a loaded model has taken already; a CPU's weights are mapped, not yet read."""
+    return memory.process + (memory.weights if setup.device.type == "cuda" else 0)
 
 
 def note_larger_portions(setup: Setup) -> None:
@@ -131,7 +136,7 @@ def note_larger_portions(setup: Setup) -> None:
         return
     larger = replace(setup, train=setup.train.model_copy(update={"micro_batch_tokens": _GPU_TOKENS}))
     memory = estimate(larger).memory
-    if memory.total - memory.process - memory.weights <= free:
+    if memory.total - _there(larger, memory) <= free:
         log.note(
             f"a GPU takes nearly as long for {now:,} tokens as for a step's {step:,}: the same results come sooner "
             f"with train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"

@@ -12,11 +12,12 @@ from lit_lora.data.rows import Row, Rows
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
+from lit_lora.peft import Method
 from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.recipe.run import Run
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["RunData", "answer_samples", "common_tokens", "load_data", "row_lengths"]
+__all__ = ["RunData", "answer_samples", "lengths_of", "load_data", "row_lengths"]
 
 
 @dataclass
@@ -51,7 +52,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
         batch_size=config.train.batch_size,
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.seed,
-        common=common_tokens(config, prepared.train),
+        common=lengths_of(prepared.train, config.peft).common,
     )
     validation = prepared.validation
     if validation is None:
@@ -78,13 +79,12 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
         InputError: Tokenizer or data are not there, or not readable.
     """
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
-    rows = prepared.train
-    return RowLengths(rows.token_counts, rows.target_counts, common_tokens(config, rows))
+    return lengths_of(prepared.train, config.peft)
 
 
-def common_tokens(config: FinetuneConfig, rows: Rows) -> int:
-    """Tokens at the beginning of all rows that a micro-batch computes once."""
-    return 0 if config.peft.groups_tokens else rows.common
+def lengths_of(rows: Rows, method: Method) -> RowLengths:
+    """Of training rows; their common beginning is that which a micro-batch computes once under the method."""
+    return RowLengths(rows.token_counts, rows.target_counts, 0 if method.groups_tokens else rows.common)
 
 
 def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
