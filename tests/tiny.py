@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lit_lora.model import CausalLM, ModelConfig
 
 CHATML = (
     "{% for message in messages %}"
@@ -56,3 +59,14 @@ def tiny_tokenizer(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def random_model(config: ModelConfig, *, std: float, seed: int = 0) -> CausalLM:
+    """A float32 decoder whose matrices are drawn at random; the larger ``std``, the sharper its logits."""
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=std)
+    return model

@@ -13,9 +13,9 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.save import save_model
 from lit_lora.cli import main
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import ModelConfig
 from lit_lora.tokenizer import Tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.tiny import random_model, tiny_tokenizer
 
 __all__ = ["Terminal", "make_base", "make_run"]
 
@@ -33,14 +33,9 @@ def make_base(folder: Path, *, endless: bool = False) -> Path:
         max_position_embeddings=100_000 if endless else 256,
         tie_word_embeddings=not endless,
     )
-    torch.manual_seed(0)
-    model = CausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.4)
-        if endless:
-            model.lm_head.weight[:3] = 0  # the special tokens: logit 0, less than the best of the others
+    model = random_model(config, std=0.4)
+    if endless:
+        model.lm_head.weight.data[:3] = 0  # the special tokens: logit 0, less than the best of the others
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-tokenizer"))
     return save_model(model, folder, side_files=tokenizer, card="tiny\n")
 

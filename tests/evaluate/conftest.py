@@ -3,11 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.tokenizer import Tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.tiny import random_model, tiny_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=384,
@@ -24,13 +23,7 @@ CONFIG = ModelConfig(
 
 def tiny_model(seed: int = 0) -> CausalLM:
     """A random float32 decoder with sharp logits, so that its choices are no ties."""
-    torch.manual_seed(seed)
-    model = CausalLM(CONFIG).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
-    return model
+    return random_model(CONFIG, std=0.3, seed=seed).eval()
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from lit_lora.checkpoint.save import save_model
-from lit_lora.model import CausalLM, ModelConfig
-from tests.tiny import tiny_tokenizer
+from lit_lora.model import ModelConfig
+from tests.tiny import random_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,12 +29,7 @@ def make_base(folder: Path, *, poison: bool = False, intermediate_size: int = 48
         max_position_embeddings=128,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = CausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.1)
+    model = random_model(config, std=0.1)
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-tokenizer"))
     if poison:
         from lit_lora.tokenizer import Tokenizer

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.tokenizer import Tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.tiny import random_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +25,4 @@ def model() -> CausalLM:
         head_dim=8,
         max_position_embeddings=256,
     )
-    torch.manual_seed(0)
-    model = CausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.4)
-    return model
+    return random_model(config, std=0.4).eval()

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora import peft
 from lit_lora.checkpoint import load_model
 from lit_lora.cli import main
 from lit_lora.generate import Sampling, generate
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import CausalLM
 from lit_lora.model.kv_cache import KVCache
 from tests.finetune.tiny_task import make_base, write_config, write_rows
-from tests.train.tiny_run import losses, make_rows, same, stored, train
+from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train
 
 pytestmark = pytest.mark.gpu
 
@@ -50,21 +49,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 def wide_model(dtype: torch.dtype = torch.bfloat16, **settings: object) -> CausalLM:
     """With heads that the attention kernel takes, and a LoRA with dropout."""
-    config = ModelConfig(
-        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model = CausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.1)
-    model = model.to(dtype)
-    peft.freeze(model)
-    torch.manual_seed(2)
-    peft.methods()["lora"].model_validate({"rank": 4, "dropout": 0.1, **settings}).apply(model)
-    return model.cuda()
+    return adapted(dtype, std=0.1, wide=4, **{"dropout": 0.1, **settings}).cuda()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

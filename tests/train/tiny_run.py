@@ -19,6 +19,7 @@ from lit_lora.train.loop import FitResult, TrainConfig, fit
 from lit_lora.train.objective import Objective
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
+from tests.tiny import random_model
 
 VOCABULARY = 61
 
@@ -34,18 +35,14 @@ def tiny_model(dtype: torch.dtype = torch.float32, *, std: float = 0.2, layers: 
         head_dim=4 * wide,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(1)
-    model = CausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=std)
-    return model.to(dtype)
+    return random_model(config, std=std, seed=1).to(dtype)
 
 
-def adapted(dtype: torch.dtype = torch.float32, *, shaken: bool = False, **settings: Any) -> CausalLM:
+def adapted(
+    dtype: torch.dtype = torch.float32, *, shaken: bool = False, std: float = 0.2, wide: int = 1, **settings: Any
+) -> CausalLM:
     """The model with a LoRA; a shaken one has no zeros in it, so that every tensor has a gradient at once."""
-    model = tiny_model(dtype)
+    model = tiny_model(dtype, std=std, wide=wide)
     peft.freeze(model)
     torch.manual_seed(2)
     peft.methods()["lora"].model_validate({"rank": 4, **settings}).apply(model)
