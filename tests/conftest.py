@@ -13,6 +13,12 @@ settings.register_profile("lit-lora", deadline=None)
 settings.load_profile("lit-lora")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from runs that leave the ``gpu`` tests out: their numbers and types are those of a CPU."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data and weights, from ``LIT_LORA_TEST_DATA``; the test is skipped without it."""
