@@ -47,6 +47,21 @@ def test_maps_and_codes_are_those_of_bitsandbytes_bit_for_bit(signed: bool) -> N
 
 
 @both_maps
+def test_codes_beside_every_border_are_those_of_a_search(signed: bool) -> None:
+    values = dynamic_map(signed, CPU)
+    borders = (values[:-1] + values[1:]) / 2
+    infinity = torch.tensor(torch.inf)
+    near = [borders, torch.nextafter(borders, infinity), torch.nextafter(borders, -infinity)]
+    halves = torch.arange(1 << 16) << 16  # and both ends of all numbers with one upper half
+    ends = [bits.to(torch.int32).view(torch.float32) for bits in (halves, halves | 0xFFFF)]
+    x = torch.cat([values, *near, *ends])
+    x = x[(x.abs() <= 1) & (signed | (x >= 0))]
+    x = torch.nn.functional.pad(x, (0, -x.numel() % (BLOCK - 1))).view(-1, BLOCK - 1)
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).flatten()  # the largest of each block is 1
+    assert torch.equal(quantized(x, signed)[0].int(), torch.bucketize(x, borders, out_int32=True))
+
+
+@both_maps
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
 def test_what_is_read_back_is_the_nearest_value_of_the_map(signed: bool, count: int) -> None:
     x = numbers(count, signed)
