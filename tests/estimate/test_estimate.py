@@ -125,6 +125,19 @@ def test_state_bytes_are_those_of_the_optimizer(name: str, momentum: float) -> N
     assert state_bytes(config, trainables.masters.values()) == sum(tensor.nbytes for tensor in tensors)
 
 
+def test_time_counts_what_eight_bit_moments_cost_on_a_cpu() -> None:
+    plain = setup_of(method="full")
+    eight = replace(plain, optimizer=OptimizerConfig(name="adamw8bit"))
+    without, counted = estimate(plain), estimate(eight)
+    assert without.seconds_per_step is not None
+    assert counted.seconds_per_step is not None
+    per_number = (counted.seconds_per_step - without.seconds_per_step) / counted.trainable
+    assert 1e-10 < per_number < 1e-6  # of a slow, busy machine too; measured once, as the rate of products is
+    lora = replace(setup_of(), optimizer=OptimizerConfig(name="paged_adamw8bit"))
+    more = [estimate(setup).seconds_per_step or 0 for setup in (lora, setup_of())]
+    assert more[0] - more[1] == pytest.approx(per_number * estimate(lora).trainable)
+
+
 def test_every_shape_of_the_table_has_about_the_size_of_its_name() -> None:
     for name in SHAPES:
         number = name.rpartition("-")[2]
