@@ -138,6 +138,9 @@ def _find(model: Path) -> tuple[Path, Path | None]:
         if (folder / "adapter_config.json").is_file():
             return _base_of(folder), folder
     if not model.exists():
+        run = model.parent
+        if model.name == "merged" and (run / "adapter" / "adapter_config.json").is_file():
+            raise InputError(f"{model}: {run} has not been merged yet", hint=f"lit-lora merge {run}")
         raise InputError(f"{model}: no such folder", hint="lit-lora download fetches a model")
     if (model / "config.yaml").is_file():
         raise InputError(

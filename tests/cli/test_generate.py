@@ -243,3 +243,15 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(type_in: Terminal, bas
     code, _, err = type_in("generate", "grown", "hello")
     assert code == 3
     assert "the tokenizer has 385 tokens, the model's embedding 384" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["generate RUN/merged hello", "chat RUN/merged", "evaluate RUN RUN/merged --data r.jsonl"]
+)
+def test_a_run_that_is_not_merged_yet_says_how_to_merge_it(type_in: Terminal, run: Path, command: str) -> None:
+    Path("r.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code, out, err = type_in(*command.replace("RUN", str(run)).split())
+    assert (code, out) == (3, "")
+    assert f"{run}/merged: {run} has not been merged yet" in err
+    assert f"lit-lora merge {run}\n" in err
+    assert "download" not in err
