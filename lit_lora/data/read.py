@@ -1,6 +1,7 @@
 """Files of rows: JSON Lines, JSON, CSV, Parquet and text, plain or gzipped, read row by row.
 
-A byte order mark, CRLF line ends and blank lines are no problem; a broken row is an error that names file and line.
+A byte order mark, CRLF line ends and blank lines are no problem; a broken row is an error that names file and line, and
+a key that stands twice in a JSON object a warning, because only one of its values can be read.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lit_lora import log
 from lit_lora.config import did_you_mean
+from lit_lora.data.report import name_rows
 from lit_lora.errors import InputError
 
 __all__ = ["READERS", "NumberedRow", "is_data_file", "read_rows"]
@@ -93,22 +96,58 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
+class _Decoder:
+    """Decodes the JSON of one file and remembers which rows name a key twice."""
+
+    def __init__(self) -> None:
+        self.decode = json.JSONDecoder(object_pairs_hook=self._join).decode  # a hook costs what no hook costs
+        self.found: dict[int, tuple[str, dict[str, Any]]] = {}
+        """Such objects since they were last looked at, by ``id``, each with the key."""
+        self._rows: list[str] = []
+        self._keys: dict[str, None] = {}
+
+    def _join(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.found[id(row)] = next(name for name in row if names.count(name) > 1), row
+        return row
+
+    def note(self, place: str, keys: Iterable[str]) -> None:
+        """The row at ``file:line`` names these keys twice."""
+        self._rows.append(place)
+        self._keys.update(dict.fromkeys(keys))
+
+    def warn(self) -> None:
+        """Say what was noted."""
+        if self._rows:
+            keys = ", ".join(map(repr, self._keys))
+            log.warn(f"{name_rows(self._rows)}: a key stands twice ({keys}); its last value is taken")
+
+
 def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not valid JSON: {_json_problem(error, line)}") from error
-        yield number, _object(row, f"{path}:{number}")
+    decoder = _Decoder()
+    try:
+        for number, line in _lines(path):
+            if not line.strip():
+                continue
+            try:
+                row = decoder.decode(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not valid JSON: {_json_problem(error, line)}") from error
+            if decoder.found:
+                decoder.note(f"{path}:{number}", (key for key, _ in decoder.found.values()))
+                decoder.found.clear()
+            yield number, _object(row, f"{path}:{number}")
+    finally:  # also where no more rows are wanted
+        decoder.warn()
 
 
 def _read_json(path: Path) -> Iterator[NumberedRow]:
     """A list of objects, an object that holds one such list, or JSON Lines under the name ``.json``."""
-    text = _text(path)
+    text, decoder = _text(path), _Decoder()
     try:
-        data = json.loads(text)
+        data = decoder.decode(text)
     except (ValueError, RecursionError) as error:
         lines = [line for line in text.splitlines() if line.strip()]
         if lines and lines[0].rstrip().endswith("}") and lines[0].lstrip().startswith("{"):
@@ -121,8 +160,22 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
         data = lists[0] if len(lists) == 1 and len(data) <= 4 else [data]
     if not isinstance(data, list):
         raise InputError(f"{path}: expected a list of objects, got {type(data).__name__}")
+    if decoder.found:
+        for number, row in enumerate(data, 1):
+            if keys := [decoder.found[one][0] for one in _objects(row) if one in decoder.found]:
+                decoder.note(f"{path}:{number}", keys)
+        decoder.warn()
     for number, row in enumerate(data, 1):
         yield number, _object(row, f"{path}:{number}")
+
+
+def _objects(value: Any) -> Iterator[int]:
+    """``id`` of every object in a row, its own included."""
+    if isinstance(value, dict):
+        yield id(value)
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _objects(part)
 
 
 def _read_csv(path: Path) -> Iterator[NumberedRow]:

@@ -15,7 +15,7 @@ from lit_lora import log
 from lit_lora.data.rows import Row, Rows, Status, TokenTable
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["FileReport", "Report", "Share", "report_files", "report_share", "show_rows"]
+__all__ = ["FileReport", "Report", "Share", "name_rows", "report_files", "report_share", "show_rows"]
 
 _BAR = 40
 _NAMED_ROWS = 8
@@ -146,7 +146,7 @@ def _file_lines(file: FileReport) -> list[str]:
         (file.too_long, f"too long, dropped (the longest has {file.longest:,} tokens)"),
         (file.nothing_to_learn, "with nothing to learn, dropped"),
     ]
-    lines += [f"  {len(rows):,} {what}: {_named(rows)}" for rows, what in found if rows]
+    lines += [f"  {len(rows):,} {what}: {name_rows(rows)}" for rows, what in found if rows]
     if file.duplicates:
         lines.append(f"  {file.duplicates:,} exactly equal to an earlier row")
     if file.unused_columns:
@@ -154,8 +154,8 @@ def _file_lines(file: FileReport) -> list[str]:
     return lines
 
 
-def _named(rows: Sequence[str]) -> str:
-    """``a.jsonl:3, 8, 9 and 4 more``: a file's name stands once."""
+def name_rows(rows: Sequence[str]) -> str:
+    """``a.jsonl:3, 8, 9 and 4 more`` of ``file:line``: a file's name stands once."""
     places = [row.rpartition(":") for row in rows[:_NAMED_ROWS]]
     groups = groupby(places, key=lambda place: place[0])
     shown = ", ".join(f"{file}:{', '.join(line for _, _, line in lines)}" for file, lines in groups)

@@ -125,3 +125,33 @@ def test_pain_44_a_damaged_file_is_an_error_with_its_line(tmp_path: Path, name: 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read: No such file"):
         _read(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_a_key_that_stands_twice_is_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    lines = ['{"a": 1, "b": 2}', '{"a": 1, "a": 2}', '{"a": {"b": 1, "c": [{"d": 3, "d": 3}]}}', '{"a": "b: a"}']
+    text = "[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert _read(path)[1] == {"a": 2}
+    assert f"{path}:2, 3: a key stands twice ('a', 'd'); its last value is taken\n" in capsys.readouterr().err
+    path.write_text("\n".join(['{"a": 1}'] + 20 * ['{"a": 1, "a": 2}']))
+    assert len(_read(path)) == 21
+    warned = capsys.readouterr().err
+    assert warned.count("warning") == 1
+    assert ":2, 3, 4, 5, 6, 7, 8, 9 and 12 more: a key" in warned
+    rows = read_rows(path)
+    assert [next(rows)[0], next(rows)[0]] == [1, 2]
+    rows.close()
+    assert f"{path}:2: a key" in capsys.readouterr().err  # of what was read
+
+
+def test_rows_without_a_repeated_key_are_read_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": {"a": {"a": "a"}}, "A": [{"b": 1}, {"b": 1}]}\n' * 2)
+    assert len(_read(path)) == 2
+    assert capsys.readouterr().err == ""
