@@ -13,11 +13,9 @@ from lit_lora.data import Rows
 from lit_lora.data.batches import MicroBatch, validation_batches
 from lit_lora.evaluate.scores import LossScore
 from lit_lora.model import CausalLM
+from lit_lora.train.loss import CHUNK
 
 __all__ = ["evaluate_loss", "log_likelihoods"]
-
-CHUNK = 256
-"""Positions whose logits exist at a time."""
 
 
 def evaluate_loss(model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048) -> LossScore:
