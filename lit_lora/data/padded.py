@@ -14,7 +14,7 @@ from lit_lora.data.batches import Shuffled
 from lit_lora.data.labelled import LabelledRow, LabelledRows
 from lit_lora.data.rows import Integers
 
-__all__ = ["LabelledBatch", "Layout", "PaddedBatches", "by_length", "collate", "padded_tokens"]
+__all__ = ["CALL", "LabelledBatch", "Layout", "PaddedBatches", "by_length", "collate", "padded_tokens"]
 
 CALL = 48
 """What one more call of the model costs, in tokens: a portion is not cut for less padding than that."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional
 from lit_lora import IGNORE_INDEX, log
 from lit_lora.data import Rows
 from lit_lora.data.batches import MicroBatch, validation_batches
+from lit_lora.data.padded import CALL
 from lit_lora.evaluate.scores import LossScore
 from lit_lora.model import CausalLM
 from lit_lora.train.loss import CHUNK
@@ -33,7 +36,12 @@ def evaluate_loss(model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048, what: str = "loss"
+    model: CausalLM,
+    rows: Rows,
+    *,
+    micro_batch_tokens: int = 2048,
+    what: str = "loss",
+    groups: Sequence[int] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Sum of log-probabilities, in nats, of each row's learned tokens.
 
@@ -42,16 +50,40 @@ def log_likelihoods(
         rows: Tokenised rows; packed without padding, so that they do not see each other.
         micro_batch_tokens: The most tokens per forward pass; a longer row gets one of its own.
         what: Title of the progress bar.
+        groups: How many rows, one after the other, begin alike, such as the options of each question. On a CPU, where
+            that is faster, a group gets passes of its own, so that its beginning is computed once.
 
     Returns:
         (rows,) float64.
     """
     sums = np.zeros(len(rows))
+    parts = [rows]
+    if groups is not None and next(model.parameters()).device.type == "cpu":
+        parts = _apart(rows, groups, micro_batch_tokens)
+    start = 0
     with log.progress(total=len(rows), what=what, unit="row") as bar:
-        for batch in validation_batches(rows, micro_batch_tokens):
-            sums[batch.rows] = _document_sums(model, batch)
-            bar.update(len(batch.rows))
+        for part in parts:
+            for batch in validation_batches(part, micro_batch_tokens):
+                sums[start + np.array(batch.rows)] = _document_sums(model, batch)
+                bar.update(len(batch.rows))
+            start += len(part)
     return sums
+
+
+def _apart(rows: Rows, groups: Sequence[int], micro_batch_tokens: int) -> list[Rows]:
+    """The rows group by group, or all together, whichever computes less."""
+    together = [rows]
+    apart = [rows.subset(part) for part in np.split(np.arange(len(rows)), np.cumsum(groups)[:-1])]
+
+    def cost(parts: list[Rows]) -> int:
+        total = 0
+        for part in parts:
+            own = int((part.token_counts - part.common).sum())
+            passes = -(-own // max(micro_batch_tokens - part.common, 1))
+            total += own + passes * (part.common + CALL)
+        return total
+
+    return min(together, apart, key=cost)
 
 
 def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64]:

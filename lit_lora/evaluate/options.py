@@ -83,7 +83,8 @@ def evaluate_options(
     encode = _encode_chat if chat else _encode_plain
     encoded = [encode(tokenizer, row, option, shots) for row in rows for option in row.options]
     tokenised = Rows.from_tokens((each.ids, each.learn) for each in encoded)
-    sums = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options")
+    groups = [len(row.options) for row in rows]
+    sums = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options", groups=groups)
     right_sum = right_mean = place = 0
     loss = 0.0
     for row in rows:

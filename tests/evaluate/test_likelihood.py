@@ -52,6 +52,36 @@ def test_each_row_gets_its_own_sum(
     assert log_likelihoods(model, Rows.from_tokens(documents), micro_batch_tokens=100) == pytest.approx(sums, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("beginning", "micro_batch_tokens", "computed"),
+    [
+        (70, 400, 2 * 69 + 5 + 20),  # each question once, but for the token that has an option to predict
+        (2, 400, 5 * 2 + 20),  # too short for passes of its own: all in one
+        (70, 60, 5 * 70 + 20),  # no room for two
+    ],
+)
+def test_what_a_group_begins_with_is_computed_once_where_that_is_less(
+    model: CausalLM, beginning: int, micro_batch_tokens: int, computed: int
+) -> None:
+    random = np.random.default_rng(1)
+    groups, rows = [3, 2], []
+    for group, ends in zip(groups, [[4, 6, 3], [5, 2]], strict=True):
+        question = [10 + group, *random.integers(3, 384, beginning - 1).tolist()]
+        for number, end in enumerate(ends):
+            option = [100 + number, *random.integers(3, 384, end - 1).tolist()]
+            rows.append(([*question, *option], [False] * beginning + [True] * end))
+    sums, _ = one_by_one(model, rows)
+    sizes: list[int] = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: sizes.append(output[..., 0].numel())
+    )
+    tokenised = Rows.from_tokens(rows)
+    found = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, groups=groups)
+    handle.remove()
+    assert found == pytest.approx(sums, rel=1e-4)
+    assert sum(sizes) == computed
+
+
 def test_whole_logits_never_exist(
     model: CausalLM, documents: list[tuple[list[int], list[bool]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
