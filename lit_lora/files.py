@@ -98,7 +98,7 @@ def lock_folder(folder: Path) -> int:
 
     Raises:
         BlockingIOError: Another process holds it.
-        OSError: There are no such locks here.
+        OSError: There are no such locks here: on Windows, on some network drives.
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

@@ -195,6 +195,8 @@ class Runner:
 def locked(out: Path) -> Iterator[int | None]:
     """Keep other starts out of a folder as long as this one, or a run that it started, lives.
 
+    On Windows, which has no such locks, nothing is kept out.
+
     Raises:
         UsageError: Another one is at work in it.
     """
