@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.lora import Init, LoRAConfig, LoRALinear
-from lit_lora.peft.lora_function import lora_linears
+from lit_lora.peft.lora_function import drop_inputs, lora_linears
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
 
 __all__ = ["DoRAConfig", "DoRALinear"]
@@ -55,7 +55,7 @@ class DoRALinear(LoRALinear):
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
-        keep, mask = layers[0]._mask(x)
+        keep, mask = drop_inputs(x, layers[0].dropout if layers[0].training else 0)
         outputs = lora_linears(x, [layer._part(keep)._replace(bias=None) for layer in layers], mask)
         return tuple(
             layer._stretched(y) for layer, y in zip(layers, outputs, strict=True) if isinstance(layer, DoRALinear)

@@ -27,7 +27,7 @@ from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, repla
 from lit_lora.peft.data_starts import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora_conv import Conv, LoRAConv
 from lit_lora.peft.lora_embedding import LoRAEmbedding
-from lit_lora.peft.lora_function import Part, lora_linears, stored_weight
+from lit_lora.peft.lora_function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.lora_inits import WeightInit, start_factors
 from lit_lora.peft.targets import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
@@ -101,15 +101,8 @@ class LoRALinear(OwnModule):
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
-        keep, mask = layers[0]._mask(x)
+        keep, mask = drop_inputs(x, layers[0].dropout if layers[0].training else 0)
         return lora_linears(x, [layer._part(keep) for layer in layers], mask)
-
-    def _mask(self, x: Tensor) -> tuple[float, Tensor | None]:
-        """The share of inputs that dropout leaves to the branch, and which (..., in)."""
-        if not (self.training and self.dropout):
-            return 1.0, None
-        keep = 1 - self.dropout
-        return keep, torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
 
     def _part(self, keep: float) -> Part:
         base = self.base_layer

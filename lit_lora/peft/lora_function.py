@@ -28,7 +28,7 @@ from lit_lora.model.ops import linear
 from lit_lora.model.products import sum_of_products
 from lit_lora.quantize import Quantized, QuantizedLinear
 
-__all__ = ["Part", "lora_linear", "lora_linear_reference", "lora_linears", "stored_weight"]
+__all__ = ["Part", "drop_inputs", "lora_linear", "lora_linear_reference", "lora_linears", "stored_weight"]
 
 
 class Part(NamedTuple):
@@ -49,6 +49,14 @@ class Part(NamedTuple):
 def stored_weight(layer: nn.Linear) -> Tensor | Quantized:
     """The weight of a linear layer as it is stored, for a :class:`Part`."""
     return layer.quantized if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def drop_inputs(x: Tensor, share: float) -> tuple[float, Tensor | None]:
+    """The share of inputs that dropout leaves to the updates, and which, (..., in) bool; ``None`` where it is all."""
+    if not share:
+        return 1.0, None
+    keep = 1 - share
+    return keep, torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)
 
 
 def lora_linears(x: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -> tuple[Tensor, ...]:

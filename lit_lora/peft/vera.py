@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.base import OwnModule, device_of
+from lit_lora.peft.lora_function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.updates import LowRank, Update
 
@@ -51,11 +52,13 @@ class VeRALinear(OwnModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        base, (A, B) = self.base_layer, self._slices()
-        low = nn.functional.linear(nn.functional.dropout(x, self.dropout, self.training), A.to(x.dtype))  # (..., R)
-        update = nn.functional.linear((low * self.vera_lambda_d).to(x.dtype), B.to(x.dtype)) * self.vera_lambda_b
-        y: Tensor = base(x)
-        return (y + update).to(y.dtype)
+        base, (A, _) = self.base_layer, self._slices()
+        keep, mask = drop_inputs(x, self.dropout if self.training else 0)
+        return lora_linears(x, [Part(stored_weight(base), base.bias, A, self._scaled_B(), 1 / keep)], mask)[0]
+
+    def _scaled_B(self) -> Tensor:
+        """``diag(lambda_b) B diag(lambda_d)``, (out, R)."""
+        return self.vera_lambda_b[:, None] * self._slices()[1] * self.vera_lambda_d
 
     def _slices(self) -> tuple[Tensor, Tensor]:
         """Views of the shared matrices, (R, in) and (out, R)."""
@@ -63,8 +66,7 @@ class VeRALinear(OwnModule):
 
     def updates(self) -> dict[str, Update]:
         """``W + diag(lambda_b) B diag(lambda_d) A``."""
-        A, B = (shared.detach() for shared in self._slices())
-        return {"weight": LowRank(self.vera_lambda_b.detach()[:, None] * B * self.vera_lambda_d.detach(), A, 1.0)}
+        return {"weight": LowRank(self._scaled_B().detach(), self._slices()[0].detach(), 1.0)}
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Both vectors, and the shared matrices under the names that PEFT gives them."""

@@ -47,6 +47,26 @@ def test_decoding_with_a_cache_is_the_full_pass(case):
     assert plain != steps, "the adapter has no effect"
 
 
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [("lora", 1e-3), ("pissa", 2e-4), ("dora", 1e-3), ("multilora", 3e-3), ("tied", 1e-3), ("vera", 1e-2)],
+)
+def test_a_change_far_below_the_rounding_of_a_bfloat16_output_is_kept(case, size):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(128, 128, bias=False, dtype=torch.bfloat16)})
+    torch.nn.init.normal_(model["v_proj"].weight)
+    peft.freeze(model)
+    method(case).apply(model)
+    shake(model, size)
+    layer, x = model["v_proj"], torch.randn(512, 128, dtype=torch.bfloat16)
+    weight = layer.base_layer.weight
+    base = x.double() @ weight.double().T
+    change = x.double() @ layer.updates()["weight"].apply(weight, 0, 128).double().T - base
+    assert 1e-4 < change.norm() / base.norm() < 6e-4  # bfloat16 rounds by 1.6e-3 of an output's size
+    kept = float(((layer(x).detach().double() - base) * change).sum() / change.square().sum())
+    assert kept == pytest.approx(1, abs=0.2)
+
+
 @every_case
 def test_logits_of_one_token_after_a_cache_are_those_of_the_full_pass(case):
     """The kernel for one token is one of its own."""
