@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora lora-ga": {"init": "lora-ga"},
     "dora": {},
     "multilora": {},
-    "longlora": {"factor": 1, "group": 64},
+    "longlora": {"factor": 1, "group": 128},  # half of the rows are longer
     "vera": {},
     "tied-lora": {},
     "glora": {},
