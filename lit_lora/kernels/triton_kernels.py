@@ -186,7 +186,7 @@ def rotate(
 
 
 @triton.jit
-def _cross_entropy(logits, labels, losses, vocabulary, scale, SIZE: tl.constexpr):
+def _cross_entropy(logits, labels, losses, scale, vocabulary, SIZE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)
@@ -203,7 +203,7 @@ def _cross_entropy(logits, labels, losses, vocabulary, scale, SIZE: tl.constexpr
     chosen = tl.load(logits + tl.where(learned, label, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(learned, normaliser - chosen, 0.0))
     tl.debug_barrier()  # the label's logit is read before it is overwritten
-    factor = tl.where(learned, scale, 0.0)
+    factor = tl.where(learned, tl.load(scale), 0.0)
     for start in range(0, vocabulary, SIZE):
         place = start + tl.arange(0, SIZE)
         x = tl.load(logits + place, mask=place < vocabulary, other=-float("inf")).to(tl.float32)
@@ -212,9 +212,13 @@ def _cross_entropy(logits, labels, losses, vocabulary, scale, SIZE: tl.constexpr
         tl.store(logits + place, gradient.to(logits.dtype.element_ty), mask=place < vocabulary)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor, rows: int, vocabulary: int, scale: float) -> None:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, losses: Tensor, rows: int, vocabulary: int, scale: float | Tensor
+) -> None:
     """The losses; the logits become their gradients."""
-    given = (logits, labels, losses, vocabulary, float(scale))
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, device=losses.device)
+    given = (logits, labels, losses, scale, vocabulary)
     _launch(_cross_entropy, rows, *given, constants={"SIZE": _LOGITS}, num_warps=8)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lit_lora import IGNORE_INDEX
 from lit_lora.train.agreement import accuracy, f1, matthews, pearson, spearman
-from lit_lora.train.loss import cross_entropy_sum
+from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
 
 __all__ = ["Classification", "Inputs", "Regression", "Seq2Seq", "logits_of"]
 
@@ -122,9 +122,7 @@ class Seq2Seq:
     def backward(self, model: Any, batch: Inputs, scale: float) -> float:
         """Add the gradients of ``scale * sum of losses``; returns the sum."""
         logits, labels = logits_of(model, batch)
-        loss, scaled = cross_entropy_sum(logits.flatten(0, 1), labels.flatten(), scale)
-        scaled.backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(cross_entropy_backward(logits.flatten(0, 1), labels.flatten(), scale))
 
     @torch.no_grad()
     def validate(self, model: Any, batches: Iterable[Inputs]) -> dict[str, float]:
@@ -134,6 +132,6 @@ class Seq2Seq:
             logits, labels = logits_of(model, batch)
             wrong = (logits.argmax(-1) != labels) & (labels != IGNORE_INDEX)
             right, rows = right + int((~wrong.any(1)).sum()), rows + len(labels)
-            total += float(cross_entropy_sum(logits.flatten(0, 1), labels.flatten())[0])
+            total += float(cross_entropy_sum(logits.flatten(0, 1), labels.flatten()))
             count += self.count(batch)
         return {"loss": total / max(count, 1), "exact_match": right / max(rows, 1)}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lit_lora import IGNORE_INDEX, kernels
 from lit_lora.model.ops import to_device
@@ -23,6 +23,7 @@ __all__ = [
     "Batch",
     "LanguageModel",
     "backward",
+    "cross_entropy_backward",
     "cross_entropy_sum",
     "evaluate",
     "token_step",
@@ -104,10 +105,7 @@ def backward(model: LanguageModel, batch: Batch, scale: float) -> Tensor | float
     leaf = hidden.detach()[positions].requires_grad_(hidden.requires_grad)
     total = torch.zeros((), device=leaf.device)
     for part, part_labels in _chunks(leaf, labels):
-        loss, scaled = cross_entropy_sum(model.lm_head(part), part_labels, scale)
-        if scaled.requires_grad:
-            torch.autograd.backward(scaled)
-        total += loss
+        total += cross_entropy_backward(model.lm_head(part), part_labels, scale)
     if leaf.grad is not None:
         gradient = torch.zeros_like(hidden).index_add_(0, positions, leaf.grad)
         torch.autograd.backward(hidden, gradient)
@@ -122,7 +120,7 @@ def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
         return 0.0, 0
     positions, labels = targets
     chunks = _chunks(_hidden_states(model, batch)[positions], labels)
-    total = sum(float(cross_entropy_sum(model.lm_head(part), part_labels)[0]) for part, part_labels in chunks)
+    total = sum(float(cross_entropy_sum(model.lm_head(part), part_labels)) for part, part_labels in chunks)
     return total, int((labels != IGNORE_INDEX).sum())
 
 
@@ -136,7 +134,7 @@ def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
     """(T, D) with T rounded up by a document of padding that nobody looks at."""
     device = _device(model)
     filler = -batch.input_ids.shape[1] % token_step(kernels.device_type(device))
-    ids = to_device(torch.nn.functional.pad(batch.input_ids, (0, filler)), device)
+    ids = to_device(F.pad(batch.input_ids, (0, filler)), device)
     lengths = [*batch.lengths, batch.common + filler] if filler else batch.lengths
     return model.hidden_states(ids, lengths=lengths, common=batch.common)[0]
 
@@ -157,38 +155,49 @@ def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor] | None
     return to_device(positions, device), to_device(labels, device)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Sum over rows of ``-log softmax(logits)[label]``, computed in float32, and ``scale`` times it.
-
-    Only the second has a gradient. It is computed with the sum, in place of the logits where a kernel applies, so a
-    chunk needs no second buffer and one pass fewer.
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over rows of ``-log softmax(logits)[label]``, computed in float32, without a gradient.
 
     Args:
         logits: (T, V); used up.
         labels: (T,) int64; a row with ``IGNORE_INDEX`` counts nothing.
-        scale: Factor of the gradient.
 
     Returns:
-        Two float32 scalars.
+        A float32 scalar.
     """
     if kernels.usable(logits, kernel="cross_entropy"):
-        return _CrossEntropySum.apply(logits, labels, scale)  # type: ignore[no-untyped-call, no-any-return]
-    total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return total.detach(), total * scale
+        return _sum_by_kernel(logits.detach(), labels, 1.0)
+    return F.cross_entropy(logits.detach().float(), labels, reduction="sum")
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        losses = logits.new_empty(len(labels), dtype=torch.float32)
-        kernels.call("cross_entropy", logits, labels, losses, *logits.shape, scale)
-        ctx.save_for_backward(logits)
-        total = losses.sum()
-        ctx.mark_non_differentiable(total)
-        return total, total * scale
+def cross_entropy_backward(logits: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+    """As :func:`cross_entropy_sum`, and the gradients of ``scale`` times it are added up where the logits came from.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient if float(grad) == 1.0 else gradient * grad, None, None
+    A kernel computes them with the sum, in place of the logits, so a chunk needs no second buffer and one pass fewer.
+
+    Args:
+        logits: (T, V); used up, their graph too.
+        labels: (T,) int64; a row with ``IGNORE_INDEX`` counts nothing.
+        scale: Factor of the gradient; a float32 scalar on the device of the logits where it may change later.
+
+    Returns:
+        The unscaled sum, a float32 scalar.
+    """
+    if not kernels.usable(logits, kernel="cross_entropy"):
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        if total.requires_grad:
+            torch.autograd.backward(total * scale)
+        return total.detach()
+    gradient = logits.detach()  # of the same memory
+    total = _sum_by_kernel(gradient, labels, scale)
+    if logits.requires_grad:
+        torch.autograd.backward(logits, gradient)
+    return total
+
+
+def _sum_by_kernel(logits: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+    """The logits become the gradients of ``scale`` times the sum."""
+    losses = logits.new_empty(len(labels), dtype=torch.float32)
+    factor = scale if logits.is_cuda else float(scale)
+    kernels.call("cross_entropy", logits, labels, losses, *logits.shape, factor)
+    return losses.sum()

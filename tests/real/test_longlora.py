@@ -43,7 +43,7 @@ def by_position(model: CausalLM, documents: list[list[int]], name: str) -> list[
         for number, (start, stop) in enumerate(itertools.pairwise(EDGES)):
             part, labels = hidden[start:stop], torch.tensor(ids[start + 1 : stop + 1])
             chunks = zip(torch.split(part, 512), torch.split(labels, 512), strict=True)
-            loss = sum(float(cross_entropy_sum(model.lm_head(rows), wanted)[0]) for rows, wanted in chunks)
+            loss = sum(float(cross_entropy_sum(model.lm_head(rows), wanted)) for rows, wanted in chunks)
             assert not (labels == IGNORE_INDEX).any()
             losses[number] += loss / len(labels) / len(documents)
     perplexities = [math.exp(loss) for loss in losses]
