@@ -77,10 +77,9 @@ class PackedAttention:
         self.config = config
         self.lengths = list(lengths)
         self.window = config.sliding_window
-        # of the tokens with the common ones before each document's
-        self.positions = to_device(torch.cat([torch.arange(length) for length in self.lengths]), device)
-        self.rope = rope_table(config, self.positions, max(self.lengths))
         self.layout = Layout(self.lengths, self.window, common)
+        self.positions = to_device(self.layout.positions(), device)
+        self.rope = rope_table(config, self.positions, max(self.lengths))
         self._grouped: dict[int, Attend] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

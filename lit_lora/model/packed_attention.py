@@ -7,7 +7,7 @@ computes the scores again from the saved log-sum-exp (as FlashAttention does, ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lit_lora import kernels
 from lit_lora.model.ops import to_device
 
-__all__ = ["Layout", "packed_attention", "usable"]
+__all__ = ["Layout", "Places", "packed_attention", "usable"]
 
 
 class Layout:
@@ -33,13 +33,29 @@ class Layout:
         self.common = common
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         self.window = window or (1 << 40)
-        self._moved: dict[torch.device, Tensor] = {}
+        self._moved: dict[torch.device, Places] = {}
 
-    def starts_on(self, device: torch.device) -> Tensor:
-        """Where documents begin, and the end, (documents + 1,) int32; moved once."""
+    def positions(self) -> Tensor:
+        """Of the rows with the common ones before the rest of every document: which token of its document each is."""
+        lengths = torch.tensor(self.lengths)
+        return torch.arange(int(self.starts[-1])) - self.starts[:-1].repeat_interleave(lengths)
+
+    def on(self, device: torch.device) -> Places:
+        """The places as indices; moved once."""
         if device not in self._moved:
-            self._moved[device] = to_device(self.starts.int(), device)
+            self._moved[device] = Places(*(to_device(index, device) for index in self._places()))
         return self._moved[device]
+
+    def _places(self) -> Places:
+        starts, common, place = self.starts.int(), self.common, self.positions()
+        if not common:
+            empty = torch.empty(0, dtype=torch.int64)
+            return Places(starts, empty, empty, empty)
+        document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        # A document's rest lies where it would lie if all beginnings but the first were left out.
+        given = torch.where(place < common, place, torch.arange(len(place)) - common * document)
+        kept = ((place >= common) | (document == 0)).nonzero()[:, 0]
+        return Places(starts, given, kept, self.starts[:-1, None] + torch.arange(common))
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
         """The closing arguments of both kernels."""
@@ -48,17 +64,42 @@ class Layout:
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows as they are given to rows with the common ones before the rest of every document."""
-        if not self.common:
-            return x
-        first, *rests = torch.split(x, [self.common, *(length - self.common for length in self.lengths)])
-        return torch.cat([part for rest in rests for part in (first, rest)])
+        return _Spread.apply(x, self.on(x.device)) if self.common else x  # type: ignore[no-untyped-call]
 
     def gather(self, x: Tensor) -> Tensor:
         """The other way: what the common rows are in the first document is what they are in all."""
-        if not self.common:
-            return x
-        parts = torch.split(x, [part for length in self.lengths for part in (self.common, length - self.common)])
-        return torch.cat([parts[0], *parts[1::2]])
+        return x.index_select(0, self.on(x.device).kept) if self.common else x
+
+
+class Places(NamedTuple):
+    """Where the rows of a layout are: of T rows as they are given and S that have the common ones in each document."""
+
+    starts: Tensor
+    """(documents + 1,) int32: where documents begin, and the end, among the S."""
+    given: Tensor
+    """(S,) int64: which of the T rows each is. Empty where nothing is common, as those below."""
+    kept: Tensor
+    """(T,) int64: where each is among the S; of a common one, in the first document."""
+    beginnings: Tensor
+    """(documents, common) int64: where the common rows are among the S."""
+
+
+class _Spread(torch.autograd.Function):
+    """Its gradient adds up what the documents want of a common row in a fixed order, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, places.given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.index_select(0, ctx.places.kept)
+        beginnings = ctx.places.beginnings
+        wanted = grad.index_select(0, beginnings.flatten()).view(*beginnings.shape, *grad.shape[1:])
+        out[: beginnings.shape[1]] = wanted.sum(0, dtype=torch.float32)
+        return out, None
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:

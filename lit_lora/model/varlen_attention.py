@@ -70,7 +70,7 @@ class _VarlenAttention(torch.autograd.Function):
 
 def _places(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
     """Where documents begin and how long the longest is, of queries and of keys; the window."""
-    starts, longest = layout.starts_on(device), max(layout.lengths)
+    starts, longest = layout.on(device).starts, max(layout.lengths)
     window = {"window_size_left": layout.window - 1, "window_size_right": 0} if layout.window < longest else {}
     return (starts, starts, longest, longest), window
 
