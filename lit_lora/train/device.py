@@ -32,11 +32,15 @@ def choose_device(name: str) -> torch.device:
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(device for device in ("cuda", "mps", "cpu") if there[device]))
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
     if not there.get(name.partition(":")[0]):
         raise UsageError(
             f"device {name!r} is not there", hint=f"this machine has: {', '.join(d for d in there if there[d])}"
         )
+    if name.startswith("cuda") and sys.platform.startswith("linux"):
+        # Before CUDA's first tensor: else blocks of one micro-batch's sizes do not fit those of the next, and 1.6 times
+        # the memory that tensors need is taken.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return torch.device(name)
 
 
