@@ -25,6 +25,7 @@ from lit_lora.recipe import (
 )
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
+from lit_lora.train.objective import NextToken
 
 __all__ = ["Config", "finetune"]
 
@@ -61,6 +62,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
         lr_factors=method.lr_factors(model),
+        objective=NextToken(steady=method.steady),
     )
     adapter = run.folder / "adapter"
     save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))

@@ -27,6 +27,7 @@ from lit_lora.recipe import (
 )
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
+from lit_lora.train.objective import NextToken
 
 __all__ = ["Config", "finetune"]
 
@@ -63,6 +64,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
         lr_factors=applied.lr_factors(model),
+        objective=NextToken(steady=applied.steady),
     )
     applied = settle(applied, model, data)
     adapter = run.folder / "adapter"

@@ -22,7 +22,7 @@ from lit_lora.peft import Method, freeze
 from lit_lora.peft.data_starts import Pass, mean_squares
 from lit_lora.quantize import QuantizeConfig, stored_bytes
 from lit_lora.train.loop import TrainConfig
-from lit_lora.train.loss import token_step
+from lit_lora.train.loss import padded
 from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer, state_bytes
 
 __all__ = ["SHAPES", "Estimate", "Memory", "RowLengths", "Setup", "estimate", "model_shape", "on_paper", "outline"]
@@ -175,7 +175,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     portion, several, step_tokens = _largest(setup)
     peak = rehearse(model, portion, fused=_kernels_of(setup), masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    padded = _padded(portion, setup.device.type)
+    tokens = padded(portion.tokens, setup.device.type)
     memory = Memory(
         weights=stored_bytes(model) - own,
         trained=own + copies,
@@ -183,13 +183,13 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
         gradients=gradients,
         activations=peak.activations,
         logits=peak.logits,
-        workspace=peak.backward - gradients + _unused(setup, padded, peak),
+        workspace=peak.backward - gradients + _unused(setup, tokens, peak),
         process=_PROCESS_BYTES.get(setup.device.type, 0),
     )
     numbers = sum(master.numel() for master in masters)
     written = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     disk = (trained + state_bytes(setup.optimizer, masters)) * (setup.train.keep_last + 2) + written
-    seconds = _seconds(setup, peak.operations / padded * step_tokens, numbers)
+    seconds = _seconds(setup, peak.operations / tokens * step_tokens, numbers)
     return Estimate(memory, _weighing(setup), disk, seconds, numbers)
 
 
@@ -221,11 +221,6 @@ def _kernels_of(setup: Setup) -> str | None:
     return setup.device.type if setup.device.type in ("cpu", "cuda") else None
 
 
-def _padded(portion: Portion, device: str) -> int:
-    step = token_step(device)
-    return -(-portion.tokens // step) * step
-
-
 def _weighing(setup: Setup) -> int:
     """Bytes while a method looks at rows one by one with the model in full, and has one layer's gradient at a time."""
     rows, count = setup.rows, setup.peft.weighing_rows
@@ -243,7 +238,11 @@ def _weighing(setup: Setup) -> int:
     mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
     (peak,) = peaks
     used = stored_bytes(model) + peak.activations + peak.logits + peak.backward
-    return used + _unused(setup, _padded(portion, setup.device.type), peak) + _PROCESS_BYTES.get(setup.device.type, 0)
+    return (
+        used
+        + _unused(setup, padded(portion.tokens, setup.device.type), peak)
+        + _PROCESS_BYTES.get(setup.device.type, 0)
+    )
 
 
 def _unused(setup: Setup, tokens: int, peak: Peak) -> int:

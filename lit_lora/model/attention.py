@@ -14,6 +14,7 @@ heads the groups are shifted by half of that, so that neighbours meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -24,7 +25,7 @@ from lit_lora.model import varlen_attention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import causal_attention, rotate, to_device
-from lit_lora.model.packed_attention import Layout, packed_attention, usable
+from lit_lora.model.packed_attention import Layout, Places, packed_attention, usable
 from lit_lora.model.rope import rope_table
 
 __all__ = ["Attend", "CachedAttention", "PackedAttention"]
@@ -81,6 +82,12 @@ class PackedAttention:
         self.positions = to_device(self.layout.positions(), device)
         self.rope = rope_table(config, self.positions, max(self.lengths))
         self._grouped: dict[int, Attend] = {}
+
+    def copy(self, rope: tuple[Tensor, Tensor], places: Sequence[Tensor]) -> PackedAttention:
+        """The same with other tensors: those of ``rope``, and of the layout's places."""
+        twin = copy(self)
+        twin.rope, twin.layout, twin._grouped = rope, self.layout.copy(Places(*places)), {}
+        return twin
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend within each document.

@@ -133,6 +133,11 @@ class CausalLM(nn.Module):
             assert isinstance(layer, DecoderLayer)
             layer.checkpointing = what
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward."""
+        return any(layer.checkpointing != "none" for layer in self.model.layers)
+
     def forward(
         self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
     ) -> Tensor:
@@ -147,6 +152,7 @@ class CausalLM(nn.Module):
         lengths: Sequence[int] | None = None,
         common: int = 0,
         cache: KVCache | None = None,
+        attend: PackedAttention | None = None,
     ) -> Tensor:
         """Run the decoder up to its final norm.
 
@@ -157,6 +163,7 @@ class CausalLM(nn.Module):
             common: With ``lengths``: the row begins with so many tokens that every document begins with, and goes on
                 with the rest of each document. ``lengths`` count them in every document.
             cache: Continue after the tokens in the cache; it grows by T in place.
+            attend: In the place of ``lengths`` and ``common``: what was made of them before.
 
         Returns:
             (B, T, D) in the dtype of the model.
@@ -165,18 +172,20 @@ class CausalLM(nn.Module):
             ValueError: The cache has no room, or ``lengths`` do not cover the row.
         """
         batch_size, tokens = input_ids.shape
-        attend: Attend
+        how: Attend
         if cache is not None:
             if cache.length + tokens > cache.max_length:
                 raise ValueError(f"{cache.length} + {tokens} tokens, the cache has room for {cache.max_length}")
-            attend = CachedAttention(self.config, cache, batch_size, tokens)
+            how = CachedAttention(self.config, cache, batch_size, tokens)
+        elif attend is not None:
+            how = attend
         else:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
             given = sum(lengths) - common * (len(lengths) - 1)
             if given != batch_size * tokens or min(lengths) < common:
                 raise ValueError(f"lengths sum to {given}, the row has {batch_size * tokens} tokens")
-            attend = PackedAttention(self.config, lengths, input_ids.device, common=common)
-        hidden: Tensor = self.model(self.model.embed_tokens(input_ids.reshape(-1)), attend)
+            how = PackedAttention(self.config, lengths, input_ids.device, common=common)
+        hidden: Tensor = self.model(self.model.embed_tokens(input_ids.reshape(-1)), how)
         if cache is not None:
             cache.advance(tokens)
         return hidden.view(batch_size, tokens, -1)

@@ -20,12 +20,16 @@ __all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu", "to
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; a GPU goes on with its work meanwhile instead of finishing it first."""
-    return (
-        x.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" and x.device.type == "cpu"
-        else x.to(device)
-    )
+    """``x`` on ``device``; a GPU goes on with its work meanwhile instead of finishing it first.
+
+    Raises:
+        RuntimeError: The GPU's work is being recorded, and would read these numbers again and again.
+    """
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("numbers come from the CPU")
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

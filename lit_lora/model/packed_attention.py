@@ -7,6 +7,7 @@ computes the scores again from the saved log-sum-exp (as FlashAttention does, ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,12 @@ class Layout:
             self._moved[device] = Places(*(to_device(index, device) for index in self._places()))
         return self._moved[device]
 
+    def copy(self, places: Places) -> Layout:
+        """The same with other tensors."""
+        twin = copy(self)
+        twin._moved = {places.starts.device: places}
+        return twin
+
     def _places(self) -> Places:
         starts, common, place = self.starts.int(), self.common, self.positions()
         if not common:
@@ -68,7 +75,7 @@ class Layout:
 
     def gather(self, x: Tensor) -> Tensor:
         """The other way: what the common rows are in the first document is what they are in all."""
-        return x.index_select(0, self.on(x.device).kept) if self.common else x
+        return _Gather.apply(x, self.on(x.device)) if self.common else x  # type: ignore[no-untyped-call]
 
 
 class Places(NamedTuple):
@@ -100,6 +107,21 @@ class _Spread(torch.autograd.Function):
         wanted = grad.index_select(0, beginnings.flatten()).view(*beginnings.shape, *grad.shape[1:])
         out[: beginnings.shape[1]] = wanted.sum(0, dtype=torch.float32)
         return out, None
+
+
+class _Gather(torch.autograd.Function):
+    """Its gradient looks up where PyTorch's would add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, places.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.index_select(0, ctx.places.given)
+        return out.index_fill_(0, ctx.places.beginnings[1:].flatten(), 0.0), None
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:

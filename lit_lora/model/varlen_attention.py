@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_lora.model.packed_attention import Layout
 
-__all__ = ["usable", "varlen_attention"]
+__all__ = ["longest", "usable", "varlen_attention"]
 
 
 def usable(query: Tensor) -> bool:
@@ -30,6 +30,11 @@ def usable(query: Tensor) -> bool:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def longest(layout: Layout) -> int:
+    """No document has more tokens; rounded up to a power of two, so that it stays the same for many layouts."""
+    return max(128, 1 << (max(layout.lengths) - 1).bit_length())
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -70,9 +75,9 @@ class _VarlenAttention(torch.autograd.Function):
 
 def _places(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
     """Where documents begin and how long the longest is, of queries and of keys; the window."""
-    starts, longest = layout.on(device).starts, max(layout.lengths)
-    window = {"window_size_left": layout.window - 1, "window_size_right": 0} if layout.window < longest else {}
-    return (starts, starts, longest, longest), window
+    starts, most = layout.on(device).starts, longest(layout)
+    window = {"window_size_left": layout.window - 1, "window_size_right": 0} if layout.window < most else {}
+    return (starts, starts, most, most), window
 
 
 @contextmanager

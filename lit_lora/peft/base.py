@@ -78,6 +78,11 @@ class Method(Settings):
         """
 
     @property
+    def steady(self) -> bool:
+        """Whether every training step does the same operations, so that a GPU's may be recorded once and repeated."""
+        return False
+
+    @property
     def rows_to_start(self) -> int:
         """Rows of the data that the method looks at before it starts."""
         return 0

@@ -181,6 +181,11 @@ class BottleneckConfig(WholeModules):
     )
 
     @property
+    def steady(self) -> bool:
+        """Unless it is drawn for every batch which layers have an adapter."""
+        return self.drop_layers != "random"
+
+    @property
     def about(self) -> str:
         """Name and bottleneck."""
         return f"{self.model_dump()['name']} adapter, bottleneck {self.bottleneck}"

@@ -233,6 +233,11 @@ class GLoRAConfig(TargetedMethod, Forms):
     )
 
     @property
+    def steady(self) -> bool:
+        """Without a search, which draws forms for every step."""
+        return self.search is None
+
+    @property
     def title(self) -> str:
         """The method's name as one writes it."""
         return "GLoRA"

@@ -94,6 +94,11 @@ class LongLoRAConfig(LoRAConfig):
     )
 
     @property
+    def steady(self) -> bool:
+        """Groups are cut by the documents' lengths."""
+        return False
+
+    @property
     def title(self) -> str:
         """The method's name as one writes it."""
         return "LongLoRA"

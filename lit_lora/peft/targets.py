@@ -49,6 +49,11 @@ class TargetedMethod(Method):
     layers: list[int] | None = Field(None, description="Adapt these layers only, counted from 0; all when omitted.")
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
 
+    @property
+    def steady(self) -> bool:
+        """What wraps a module computes the same with it in every step."""
+        return True
+
     def on(self, model: nn.Module) -> Method:
         """These settings with the names that are the method's defaults as ``model`` calls these places."""
         return translated(self, model, "target_modules", "feedforward_modules")

@@ -138,8 +138,8 @@ def note_larger_portions(setup: Setup) -> None:
     memory = estimate(larger).memory
     if memory.total - _there(larger, memory) <= free:
         log.note(
-            f"a GPU takes nearly as long for {now:,} tokens as for a step's {step:,}: the same results come sooner "
-            f"with train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
+            f"{now:,} tokens at once do not keep a GPU busy: the same results come sooner with "
+            f"train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora import log
 from lit_lora.config import Settings
@@ -204,8 +204,11 @@ class _Run:
         targets = sum(self.objective.count(batch) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
         sums = [self.objective.backward(self.model, batch, scale) for batch in micro_batches]
+        norm_found = self._gradient_norm()
         losses = [float(loss) for loss in sums]  # only now: until here a GPU is never waited for
-        norm, problem = self._clip(), None
+        norm, problem = float(norm_found) / self.progress.loss_scale, None
+        if math.isfinite(norm):
+            self._clip(norm)
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
             self.optimizer.step()
             self.trainables.publish()
@@ -229,16 +232,20 @@ class _Run:
             self._leave_out(problem)
         return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
 
-    def _clip(self) -> float:
-        """Undo the loss scale, scale the gradient down to ``max_grad_norm``; returns the norm before that."""
-        gradients = [master.grad for master in self.trainables.masters.values() if master.grad is not None]
-        if not gradients:
-            return 0.0
-        norm = float(nn.utils.get_total_norm(gradients)) / self.progress.loss_scale
+    def _gradients(self) -> list[Tensor]:
+        return [master.grad for master in self.trainables.masters.values() if master.grad is not None]
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole gradient, with the loss scale in it."""
+        gradients = self._gradients()
+        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+    def _clip(self, norm: float) -> None:
+        """Undo the loss scale, and scale the gradient, whose norm then is ``norm``, down to ``max_grad_norm``."""
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / self.progress.loss_scale
-        if math.isfinite(norm) and factor != 1.0:
+        gradients = self._gradients()
+        if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        return norm
 
     def _grow_scale(self) -> None:
         self.progress.good_steps += 1

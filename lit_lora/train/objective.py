@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_lora import IGNORE_INDEX
 from lit_lora.train.loss import backward, evaluate
+from lit_lora.train.recorded import Recorder
 
 __all__ = ["Batch", "Batches", "NextToken", "Objective", "Row", "Rows"]
 
@@ -88,10 +89,17 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Every learned token is predicted from those before it; the batches are those of :mod:`lit_lora.train.loss`."""
+    """Every learned token is predicted from those before it; the batches are those of :mod:`lit_lora.train.loss`.
+
+    Args:
+        steady: Every step does the same operations on the model, so that a GPU's may be recorded and repeated.
+    """
 
     unit: ClassVar[str] = "learned token"
     figures: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *, steady: bool = False) -> None:
+        self._backward = Recorder().backward if steady else backward
 
     def count(self, batch: Any) -> int:
         """Learned tokens."""
@@ -99,7 +107,7 @@ class NextToken:
 
     def backward(self, model: Any, batch: Any, scale: float) -> Tensor | float:
         """See :func:`lit_lora.train.loss.backward`."""
-        return backward(model, batch, scale)
+        return self._backward(model, batch, scale)
 
     def validate(self, model: Any, batches: Iterable[Any]) -> dict[str, float]:
         """The mean loss per learned token, as ``loss``."""

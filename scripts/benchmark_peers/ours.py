@@ -21,7 +21,9 @@ from lit_lora.data.rows import EncodedRow, Rows, Status, TokenTable, record_batc
 from lit_lora.peft import freeze
 from lit_lora.peft.lora import LoRAConfig
 from lit_lora.quantize.config import parse
+from lit_lora.train.device import choose_device
 from lit_lora.train.loop import TrainConfig, fit, validation_loss
+from lit_lora.train.objective import NextToken
 from lit_lora.train.optimizer import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 
@@ -78,9 +80,12 @@ def main() -> None:
     orders = read_orders()
     name = orders.variant.get("quantize")
     quantize = parse(name, option="quantize") if name else None
-    model = load_model(orders.model, dtype=DTYPES[orders.variant["dtype"]], quantize=quantize, device=orders.device)
+    model = load_model(
+        orders.model, dtype=DTYPES[orders.variant["dtype"]], quantize=quantize, device=choose_device(orders.device)
+    )
     freeze(model)
-    LoRAConfig(rank=orders.rank, alpha=orders.alpha, target_modules="all-linear").apply(model)
+    method = LoRAConfig(rank=orders.rank, alpha=orders.alpha, target_modules="all-linear")
+    method.apply(model)
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
             parameter.data.copy_(lora_a_start(name.removesuffix(".lora_A"), *parameter.shape))
@@ -108,6 +113,7 @@ def main() -> None:
             optimizer=OptimizerConfig(lr=orders.learning_rate),
             schedule=ScheduleConfig(name="constant", warmup=0),
             folder=Path(folder),
+            objective=NextToken(steady=method.steady),
         )
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]

@@ -530,7 +530,7 @@ def test_a_gpu_that_gets_little_to_do_at_once_is_told(monkeypatch, capsys, devic
 
 
 def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, monkeypatch):
-    monkeypatch.setattr(objective, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr(objective.NextToken, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
     code, _, err = call()
     assert code != 0
     assert "out of memory; the last checkpoint is kept" in err

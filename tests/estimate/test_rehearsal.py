@@ -8,7 +8,7 @@ import torch
 from lit_lora import peft
 from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.train.loss import token_step
+from lit_lora.train.loss import padded
 from lit_lora.train.optimizer import Trainables
 
 CONFIG = ModelConfig(
@@ -93,7 +93,7 @@ def test_operations_are_those_of_the_matrix_products():
     base = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.ndim == 2)
     own = peft.count_parameters(model).trainable
     head = CONFIG.vocab_size * CONFIG.hidden_size
-    tokens, targets = -(-sum(PORTION.lengths) // token_step()) * token_step(), 256  # rounded up
+    tokens, targets = padded(sum(PORTION.lengths)), 256  # rounded up
     expected = 2 * (tokens * (2 * (base - own) + 3 * own) + 2 * targets * head)
     # Attention comes on top; the first layer gives no gradient to its input.
     assert 0.95 * expected < peak_of(model, fused=None).operations < 1.2 * expected

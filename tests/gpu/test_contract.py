@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from lit_lora import peft
-from lit_lora.model import CausalLM
+from lit_lora.data.batches import collate
+from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.train.loss import backward
+from lit_lora.train.recorded import Recorder
 from tests.contract.test_methods import ADDED, CASES, EXACT, FOLDED, WITH_OWN, adapted, method, train
+from tests.peft import tiny
 from tests.peft.tiny import VOCABULARY, make_model, shake, token_ids
+from tests.tiny import random_model
+from tests.train.tiny_run import make_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -82,3 +88,30 @@ def test_saved_and_loaded_it_gives_the_same_logits(case: str, tmp_path: Path) ->
 def test_losses_are_those_on_the_cpu(case: str) -> None:
     here, there = (train(adapted(case).to(device), 5, token_ids().to(device)) for device in ("cpu", "cuda"))
     assert there == pytest.approx(here, rel=2e-3)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if method(name).steady])
+def test_recorded_gradients_are_those_of_launched_kernels(case: str) -> None:
+    config = ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, attention_bias=True,
+    )  # fmt: skip
+    model = tiny.adapted(random_model(config, std=0.1).to(torch.bfloat16), method(case)).cuda()
+    shake(model)
+    recorder, batch = Recorder(), collate(make_rows(6), range(6))
+    backward(model, batch, 0.1)
+    expected = gradients(model)
+    for _ in range(2):
+        recorder.backward(model, batch, 0.1)
+        found = gradients(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    in_half = [name for name, value in peft.trainable_state(model).items() if value.dtype != torch.float32]
+    assert bool(recorder._recordings) != bool(in_half)
+
+
+def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Copies; the model's are dropped."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

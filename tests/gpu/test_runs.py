@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +13,13 @@ import torch
 
 from lit_lora.checkpoint import load_model
 from lit_lora.cli import main
+from lit_lora.data.batches import Batches
+from lit_lora.data.rows import Rows
 from lit_lora.generate import Sampling, generate
 from lit_lora.model import CausalLM
 from lit_lora.model.kv_cache import KVCache
+from lit_lora.train.objective import NextToken
+from lit_lora.train.recorded import Recorder
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train
 
@@ -66,8 +73,9 @@ def test_finetune_merge_and_generate(task: Path, call: Call, sections: dict, dty
     call("generate", task / "run", "colour 1?", "--device", "cuda", "--dtype", dtype, "--max-new-tokens", 4)
 
 
+@pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str) -> None:
+def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str, steady: bool) -> None:
     settings = {"save_every": 4, "keep_last": 9}
     rows = make_rows(24)
 
@@ -75,7 +83,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str) -> None:
         model = wide_model()
         model.checkpoint_activations(checkpointing)
         train(model, tmp_path / folder, rows=rows, schedule={"name": "constant", "warmup": 0}, max_steps=steps,
-              **settings, **more)  # fmt: skip
+              objective=NextToken(steady=steady), micro_batch_tokens=40, **settings, **more)  # fmt: skip
 
     run("whole", 8)
     run("parts", 4)
@@ -110,3 +118,55 @@ def test_answers_are_those_of_the_cpu() -> None:
     prompts = [[3, 9, 4], [5], [8, 8, 1, 60, 2]]
     there = list(generate(model, prompts, Sampling(max_new_tokens=12)))
     assert there == list(generate(model.cpu(), prompts, Sampling(max_new_tokens=12)))
+
+
+def train_recorded(folder: Path, model: CausalLM, *, steady: bool = True, **settings: object) -> list[float]:
+    train(model, folder, rows=make_rows(24), objective=NextToken(steady=steady), max_steps=8, micro_batch_tokens=40,
+          **settings)  # fmt: skip
+    return losses(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_recorded_kernels_compute_what_launched_ones_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    recorded = []
+    record = Recorder._record
+    monkeypatch.setattr(Recorder, "_record", lambda *given: recorded.append(1) or record(*given))
+    plain = train_recorded(tmp_path / "plain", wide_model(dtype, dropout=0.0), steady=False)
+    assert recorded == []
+    assert train_recorded(tmp_path / "recorded", wide_model(dtype, dropout=0.0)) == plain
+    assert 0 < len(recorded) < 8
+    assert same(stored(tmp_path / "plain", 8), stored(tmp_path / "recorded", 8))
+
+
+def test_what_begins_all_rows_is_recorded_too(tmp_path: Path) -> None:
+    rows = Rows.from_tokens([([7, 8, 9, *row.input_ids], [False] * 3 + row.learn.tolist()) for row in make_rows(24)])
+    assert rows.common == 3
+    found = []
+    for steady in (False, True):
+        batches = Batches(rows, batch_size=8, micro_batch_tokens=60, seed=0, common=3)
+        model = wide_model(dropout=0.0)
+        train(model, tmp_path / str(steady), batches=batches, objective=NextToken(steady=steady), max_steps=6)
+        found.append(losses(tmp_path / str(steady)))
+    assert found[0] == found[1]
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from tests.gpu.test_runs import train_recorded, wide_model
+
+model = wide_model(dropout=0.0)
+model.model.layers[1].register_forward_hook(lambda module, given, out: float(out[0].detach().sum()) and None)
+print(train_recorded(Path(sys.argv[1]), model))
+"""
+
+
+def test_a_model_that_waits_for_the_gpu_is_not_recorded(tmp_path: Path) -> None:
+    plain = train_recorded(tmp_path / "plain", wide_model(dropout=0.0), steady=False)
+    # In a process of its own: PyTorch's random numbers on the GPU do not recover from a recording that failed.
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "tried")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == plain
+    assert "cannot be recorded here" in done.stderr

@@ -272,6 +272,7 @@ class Counted(NextToken):
     figures = ("accuracy",)
 
     def __init__(self, accuracies):
+        super().__init__()
         self.accuracies = iter(accuracies)
 
     def validate(self, model, batches):

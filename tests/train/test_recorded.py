@@ -1,0 +1,56 @@
+"""What a GPU records of a micro-batch, run on a CPU: rounded up and from tensors of its own, it is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_lora.data.batches import collate
+from lit_lora.data.rows import Rows
+from lit_lora.model import CausalLM
+from lit_lora.train.loss import backward, inputs_of, padded
+from lit_lora.train.objective import NextToken
+from lit_lora.train.recorded import Given
+from tests.train.tiny_run import adapted, make_rows
+
+CPU = torch.device("cpu")
+
+
+def with_beginning(rows: Rows, beginning: list[int]) -> Rows:
+    documents = [(beginning + row.input_ids.tolist(), [False] * len(beginning) + row.learn.tolist()) for row in rows]
+    return Rows.from_tokens(documents)
+
+
+def gradients_of(model: CausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("common", [0, 3])
+def test_it_adds_the_gradients_of_the_loss(common: int, dtype: torch.dtype) -> None:
+    model = adapted(dtype, shaken=True)
+    batch = collate(with_beginning(make_rows(5), [7, 8, 9]), range(5), common)
+    expected = float(backward(model, batch, 0.5))
+    gradients = gradients_of(model)
+    model.zero_grad()
+    inputs = inputs_of(batch, CPU)
+    assert inputs is not None
+    given = Given.of(model, inputs, 0.5)
+    assert len(given.inputs.lengths) == 16
+    copied = given.copy()
+    for tensor in given.tensors:  # it reads its own
+        tensor.zero_()
+    assert float(copied.backward(model)) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gradients_of(model), gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_few_sizes_occur_on_a_gpu() -> None:
+    sizes = {padded(tokens, "cuda") for tokens in range(1, 8193)}
+    assert len(sizes) == 32
+    assert all(padded(n, "cuda") - n < max(128, n / 8) for n in range(1, 20000, 7))
+
+
+def test_where_nothing_can_be_recorded_it_is_the_plain_loss() -> None:
+    batch = collate(make_rows(5), range(5))
+    losses = [float(NextToken(steady=steady).backward(adapted(), batch, 1.0)) for steady in (False, True)]
+    assert losses[0] == losses[1]
