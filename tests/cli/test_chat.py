@@ -123,6 +123,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_session(tmp_path: 
         stderr=inside,
         cwd=tmp_path,
         env={**os.environ, "TERM": "dumb"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script's background job ignores it
     )
     os.close(inside)
     shown, seen = "", 0
