@@ -131,15 +131,21 @@ class GLoRALinear(OwnModule):
         if self.searching and self.training:  # checkpointed activations draw the same again: torch keeps the state
             self.take(self.choices[int(torch.randint(len(self.choices), ()))])
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        y: Tensor = nn.functional.linear(x, weight)
         A, B = self._term("A"), self._term("B")
+        change: Tensor | None = None
         if A is not None and A.form == "lora":  # apart from W, or rounding to its dtype would lose small changes
-            y = y + nn.functional.linear(x, (weight * A.value).to(x.dtype))
-        elif A is not None:
-            y = y + y * A.value[:, 0]
+            change = nn.functional.linear(x, (weight * A.value).to(x.dtype))
         if B is not None and B.form == "lora":
-            y = y + nn.functional.linear(nn.functional.linear(x, B.Xu.to(x.dtype)), B.Xd.to(x.dtype))
-        elif B is not None:
+            low = nn.functional.linear(nn.functional.linear(x, B.Xu.to(x.dtype)), B.Xd.to(x.dtype))
+            change = low if change is None else change + low
+        if A is not None and A.form != "lora":
+            y: Tensor = nn.functional.linear(x, weight)
+            y = y + y * A.value[:, 0] if change is None else y + y * A.value[:, 0] + change
+        elif change is None:
+            y = nn.functional.linear(x, weight)
+        else:  # onto the change: a base output that is rounded before a small one is added loses it
+            y = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), weight.T).view_as(change)
+        if B is not None and B.form != "lora":
             y = y + x.sum(-1, keepdim=True) * B.value[:, 0]
         return (y if bias is None else y + self._bias()).to(x.dtype)
 

@@ -49,7 +49,15 @@ def test_decoding_with_a_cache_is_the_full_pass(case):
 
 @pytest.mark.parametrize(
     ("case", "size"),
-    [("lora", 1e-3), ("pissa", 2e-4), ("dora", 1e-3), ("multilora", 3e-3), ("tied", 1e-3), ("vera", 1e-2)],
+    [
+        ("lora", 1e-3),
+        ("pissa", 2e-4),
+        ("dora", 1e-3),
+        ("multilora", 3e-3),
+        ("tied", 1e-3),
+        ("vera", 1e-2),
+        ("glora", 1e-3),
+    ],
 )
 def test_a_change_far_below_the_rounding_of_a_bfloat16_output_is_kept(case, size):
     torch.manual_seed(0)
