@@ -118,7 +118,8 @@ class Generation(Iterator[list[int | None]]):
     def _read(self) -> Tensor:
         """Feed the waiting tokens; give the logits after the last one, (B, V)."""
         training = self._model.training
-        self._model.eval()
+        if training:  # a walk over all modules, for every token
+            self._model.eval()
         try:
             for piece in torch.split(self._waiting, _PIECE, dim=1):
                 hidden = self._model.hidden_states(piece, cache=self._cache)  # (B, T, D)

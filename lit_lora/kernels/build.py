@@ -73,9 +73,13 @@ def usable(*tensors: Tensor, kernel: str, gaps: bool = False) -> bool:
         kernel: Its name.
         gaps: They may have gaps between rows.
     """
-    device, dtype = device_type(tensors[0].device), tensors[0].dtype
-    if not all(t.dtype == dtype and device_type(t.device) == device and (gaps or t.is_contiguous()) for t in tensors):
-        return False
+    place, dtype = tensors[0].device, tensors[0].dtype
+    device = device_type(place)
+    for tensor in tensors:  # a loop: this is asked for every kernel of every token
+        if tensor.dtype != dtype or (tensor.device != place and device_type(tensor.device) != device):
+            return False
+        if not (gaps or tensor.is_contiguous()):
+            return False
     if device == "cuda":
         rehearsed_only = tensors[0].is_meta
         return dtype.is_floating_point and kernel in gpu.KERNELS and (rehearsed_only or gpu.usable())

@@ -38,11 +38,11 @@ def call(kernel: str, *arguments: Argument) -> None:
     """
     if (note := rehearsal()) is not None:
         note(kernel, *arguments)
-    if any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments):
-        return
-    if any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments):
-        gpu.launch(kernel, arguments)
-        return
+    for argument in arguments:
+        if isinstance(argument, Tensor) and not argument.is_cpu:
+            if not argument.is_meta:
+                gpu.launch(kernel, arguments)
+            return
     loaded = library()
     assert loaded is not None
     function = getattr(loaded, kernel)
@@ -53,9 +53,11 @@ def call(kernel: str, *arguments: Argument) -> None:
 def _argument(value: Argument) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
     if value is None:
         return ctypes.c_void_p(0)
-    if isinstance(value, Sequence):
-        numbers = [item.data_ptr() if isinstance(item, Tensor) else item for item in value]
-        return (ctypes.c_long * len(numbers))(*numbers)
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.c_float(value)
+    numbers = [item.data_ptr() if isinstance(item, Tensor) else item for item in value]
+    return (ctypes.c_long * len(numbers))(*numbers)

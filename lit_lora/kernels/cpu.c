@@ -81,6 +81,25 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *
     }
 }
 
+// Turns each pair (x[i], x[i + half]) of a head by its token's angle, or back where turn is -1.
+void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *out, long tokens, long heads, long half,
+            float turn) {
+#pragma omp parallel for schedule(static) if (tokens > 8)
+    for (long t = 0; t < tokens; t++) {
+        const float *c = cosine + t * half, *s = sine + t * half;
+        for (long h = 0; h < heads; h++) {
+            const bf16 *a = x + (t * heads + h) * 2 * half, *b = a + half;
+            bf16 *first = out + (t * heads + h) * 2 * half, *second = first + half;
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                float p = up(a[i]), q = up(b[i]), turned = turn * s[i];
+                first[i] = down(p * c[i] - q * turned);
+                second[i] = down(q * c[i] + p * turned);
+            }
+        }
+    }
+}
+
 // losses[t] = -log softmax(logits[t])[label]; logits become their gradient, (softmax - onehot) * scale. A negative label
 // counts nothing.
 void cross_entropy(bf16 *logits, const int64_t *labels, float *losses, long rows, long vocabulary, float scale) {

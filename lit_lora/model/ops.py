@@ -47,6 +47,8 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     Source: RMSNorm, arXiv:1910.07467 eq. 4.
     """
     if kernels.usable(x, weight, *([] if delta is None else [delta]), kernel="add_rms_norm"):
+        if not torch.is_grad_enabled():  # a third of the time for one token
+            return _added_and_normed(x, delta, weight, eps)[:2]
         return _AddRMSNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
     total = x if delta is None else x + delta
     wide = total.float()
@@ -54,14 +56,20 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return total, normal.to(x.dtype) * weight
 
 
+def _added_and_normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernel: sum, norm, and the reciprocal root of each row, float32."""
+    width = x.shape[-1]
+    total = x if delta is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    roots = x.new_empty(x.numel() // width, dtype=torch.float32)
+    kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
+    return total, normed, roots
+
+
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        width = x.shape[-1]
-        total = x if delta is None else torch.empty_like(x)
-        normed = torch.empty_like(x)
-        roots = x.new_empty(x.numel() // width, dtype=torch.float32)
-        kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
+        total, normed, roots = _added_and_normed(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, roots)
         ctx.set_materialize_grads(False)
         return total, normed
@@ -132,17 +140,24 @@ _LINES_APART = 16384
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """``silu(gate) * value`` of two tensors of one shape. Source: arXiv:2002.05202."""
     if kernels.usable(gate, value, kernel="swiglu"):
+        if not torch.is_grad_enabled():
+            return _gated(gate, value)
         return _SwiGLU.apply(gate, value)  # type: ignore[no-untyped-call, no-any-return]
     return F.silu(gate) * value
+
+
+def _gated(gate: Tensor, value: Tensor) -> Tensor:
+    """By the kernel."""
+    out = torch.empty_like(gate)
+    kernels.call("swiglu", gate, value, out, gate.numel())
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(gate)
-        kernels.call("swiglu", gate, value, out, gate.numel())
         ctx.save_for_backward(gate, value)
-        return out
+        return _gated(gate, value)
 
     @staticmethod
     @once_differentiable
@@ -165,6 +180,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         (T, heads, H) in the dtype of ``x``.
     """
     if kernels.usable(x, kernel="rotate"):
+        if not torch.is_grad_enabled():
+            return _rotated(x, cosine, sine, 1.0)
         return _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call, no-any-return]
     first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)

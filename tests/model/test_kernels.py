@@ -52,6 +52,13 @@ def test_gate_equals_pytorch(shape: tuple[int, int]) -> None:
     _compare(lambda gate, value: (swiglu(gate, value),), 6 * torch.randn(shape), torch.randn(shape))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 8), (9, 3, 20), (40, 9, 64)])
+def test_rotation_equals_pytorch(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    angles = 6 * torch.rand(shape[0], shape[2] // 2)
+    _compare(lambda x: (rotate(x, angles.cos(), angles.sin()),), torch.randn(shape))
+
+
 def test_cross_entropy_equals_pytorch() -> None:
     torch.manual_seed(0)
     logits, labels = (4 * torch.randn(9, 1003)).to(torch.bfloat16), torch.randint(1003, (9,))
@@ -212,4 +219,3 @@ def test_tensors_of_two_dtypes_or_devices_are_left_to_pytorch() -> None:
     assert kernels.usable(half, half, kernel="swiglu")
     assert not kernels.usable(half, full, kernel="swiglu")
     assert not kernels.usable(half, half.to("meta"), kernel="swiglu")
-    assert not kernels.usable(half, kernel="rotate"), "on a CPU attention has it inside"
