@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+"""Where users say how PyTorch takes a GPU's memory."""
+
+
 def choose_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one, then Apple's, then the CPU.
 
@@ -37,10 +41,10 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"device {name!r} is not there", hint=f"this machine has: {', '.join(d for d in there if there[d])}"
         )
-    if name.startswith("cuda") and sys.platform.startswith("linux"):
+    if name.startswith("cuda") and sys.platform.startswith("linux") and not _ALLOCATOR & os.environ.keys():
         # Before CUDA's first tensor: else blocks of one micro-batch's sizes do not fit those of the next, and 1.6 times
         # the memory that tensors need is taken.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return torch.device(name)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,21 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
             choose_device(name)
         assert caught.value.hint
         assert "cpu" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such segments")
+def test_memory_segments_of_a_gpu_grow_unless_the_user_says_how_they_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    choose_device("cpu")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    choose_device("auto")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
 def test_dtypes_have_short_names_and_auto_is_what_the_device_multiplies():
