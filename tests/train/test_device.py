@@ -26,7 +26,8 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are():
 def test_memory_segments_of_a_gpu_grow_unless_the_user_says_how_they_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
     choose_device("cpu")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
     assert choose_device("cuda:0") == torch.device("cuda:0")
