@@ -21,7 +21,8 @@ from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_o
 __all__ = ["Given", "Recorder"]
 
 _MOST = 32
-"""Recordings kept, each in some memory of the driver's; the one unused for longest is made anew when it is needed again."""
+"""Recordings kept, each in some memory of the driver's; the one unused for longest goes first, and is made anew when it
+is needed again."""
 
 _DOCUMENTS = 16
 """The number of documents is rounded up to a multiple of this."""
