@@ -61,6 +61,11 @@ def tiny_tokenizer(
     return folder
 
 
+def gradients_of(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Copies of the gradients that are there, by name."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def random_model(config: ModelConfig, *, std: float, seed: int = 0) -> CausalLM:
     """A float32 decoder whose matrices are drawn at random; the larger ``std``, the sharper its logits."""
     torch.manual_seed(seed)

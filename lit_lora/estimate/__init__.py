@@ -237,12 +237,8 @@ def _weighing(setup: Setup) -> int:
 
     mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
     (peak,) = peaks
-    used = stored_bytes(model) + peak.activations + peak.logits + peak.backward
-    return (
-        used
-        + _unused(setup, padded(portion.tokens, setup.device.type), peak)
-        + _PROCESS_BYTES.get(setup.device.type, 0)
-    )
+    used, kind = stored_bytes(model) + peak.activations + peak.logits + peak.backward, setup.device.type
+    return used + _unused(setup, padded(portion.tokens, kind), peak) + _PROCESS_BYTES.get(kind, 0)
 
 
 def _unused(setup: Setup, tokens: int, peak: Peak) -> int:

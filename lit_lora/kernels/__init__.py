@@ -5,5 +5,6 @@ Where there is no C compiler, or no Triton, the callers use their PyTorch arithm
 
 from lit_lora.kernels.build import device_type, library, rehearsed, usable
 from lit_lora.kernels.call import call, has
+from lit_lora.kernels.gpu import switched_off
 
-__all__ = ["call", "device_type", "has", "library", "rehearsed", "usable"]
+__all__ = ["call", "device_type", "has", "library", "rehearsed", "switched_off", "usable"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -90,7 +89,7 @@ def usable(*tensors: Tensor, kernel: str, gaps: bool = False) -> bool:
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; ``None`` without a compiler, not on Linux, or with ``LIT_LORA_KERNELS=0``."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if os.environ.get("LIT_LORA_KERNELS") == "0" or not sys.platform.startswith("linux"):
+    if gpu.switched_off() or not sys.platform.startswith("linux"):
         return None
     if compiler is None:
         log.note("no C compiler found (cc): training in bfloat16 on this CPU takes about twice the time")

@@ -13,17 +13,22 @@ from torch import Tensor
 
 from lit_lora import log
 
-__all__ = ["KERNELS", "launch", "usable"]
+__all__ = ["KERNELS", "launch", "switched_off", "usable"]
 
 KERNELS = frozenset(
     ("add_rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate", "cross_entropy", "dequantize_blocks")
 )
 
 
+def switched_off() -> bool:
+    """Whether ``LIT_LORA_KERNELS=0`` leaves everything to PyTorch, on CPUs too."""
+    return os.environ.get("LIT_LORA_KERNELS") == "0"
+
+
 @lru_cache(maxsize=1)
 def usable() -> bool:
     """Whether Triton is there and compiles for this machine's GPU; tried once."""
-    if not torch.cuda.is_available() or os.environ.get("LIT_LORA_KERNELS") == "0":
+    if not torch.cuda.is_available() or switched_off():
         return False
     try:
         one = torch.ones(1, device="cuda")

@@ -6,7 +6,7 @@ computes the scores again from the saved log-sum-exp (as FlashAttention does, ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -71,11 +71,17 @@ class Layout:
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows as they are given to rows with the common ones before the rest of every document."""
-        return _Spread.apply(x, self.on(x.device)) if self.common else x  # type: ignore[no-untyped-call]
+        if not self.common:
+            return x
+        places = self.on(x.device)
+        return _Rows.apply(x, places.given, places.add_up)  # type: ignore[no-untyped-call, no-any-return]
 
     def gather(self, x: Tensor) -> Tensor:
         """The other way: what the common rows are in the first document is what they are in all."""
-        return _Gather.apply(x, self.on(x.device)) if self.common else x  # type: ignore[no-untyped-call]
+        if not self.common:
+            return x
+        places = self.on(x.device)
+        return _Rows.apply(x, places.kept, places.put_back)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Places(NamedTuple):
@@ -90,38 +96,31 @@ class Places(NamedTuple):
     beginnings: Tensor
     """(documents, common) int64: where the common rows are among the S."""
 
+    def add_up(self, grad: Tensor) -> Tensor:
+        """Gradients of the S rows to those of the T: what the documents want of a common one, in order, in float32."""
+        out = grad.index_select(0, self.kept)
+        wanted = grad.index_select(0, self.beginnings.flatten()).view(*self.beginnings.shape, *grad.shape[1:])
+        out[: self.beginnings.shape[1]] = wanted.sum(0, dtype=torch.float32)
+        return out
 
-class _Spread(torch.autograd.Function):
-    """Its gradient adds up what the documents want of a common row in a fixed order, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return x.index_select(0, places.given)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.index_select(0, ctx.places.kept)
-        beginnings = ctx.places.beginnings
-        wanted = grad.index_select(0, beginnings.flatten()).view(*beginnings.shape, *grad.shape[1:])
-        out[: beginnings.shape[1]] = wanted.sum(0, dtype=torch.float32)
-        return out, None
+    def put_back(self, grad: Tensor) -> Tensor:
+        """Gradients of the T rows to those of the S that they were taken from: looked up where PyTorch would add."""
+        out = grad.index_select(0, self.given)
+        return out.index_fill_(0, self.beginnings[1:].flatten(), 0.0)
 
 
-class _Gather(torch.autograd.Function):
-    """Its gradient looks up where PyTorch's would add."""
+class _Rows(torch.autograd.Function):
+    """Rows looked up, with a gradient of our own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return x.index_select(0, places.kept)
+    def forward(ctx: Any, x: Tensor, index: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.index_select(0, ctx.places.given)
-        return out.index_fill_(0, ctx.places.beginnings[1:].flatten(), 0.0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient(grad), None, None
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:

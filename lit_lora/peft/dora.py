@@ -55,7 +55,7 @@ class DoRALinear(LoRALinear):
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
-        keep, mask = drop_inputs(x, layers[0].dropout if layers[0].training else 0)
+        keep, mask = drop_inputs(x, layers[0].dropout, layers[0].training)
         outputs = lora_linears(x, [layer._part(keep)._replace(bias=None) for layer in layers], mask)
         return tuple(
             layer._stretched(y) for layer, y in zip(layers, outputs, strict=True) if isinstance(layer, DoRALinear)

@@ -138,13 +138,14 @@ class GLoRALinear(OwnModule):
         if B is not None and B.form == "lora":
             low = nn.functional.linear(nn.functional.linear(x, B.Xu.to(x.dtype)), B.Xd.to(x.dtype))
             change = low if change is None else change + low
-        if A is not None and A.form != "lora":
-            y: Tensor = nn.functional.linear(x, weight)
-            y = y + y * A.value[:, 0] if change is None else y + y * A.value[:, 0] + change
-        elif change is None:
-            y = nn.functional.linear(x, weight)
-        else:  # onto the change: a base output that is rounded before a small one is added loses it
+        factor = A.value[:, 0] if A is not None and A.form != "lora" else None
+        if change is not None and factor is None:
+            # Onto the change: a base output that is rounded before a small one is added loses it.
             y = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), weight.T).view_as(change)
+        else:
+            y = nn.functional.linear(x, weight)
+            y = y if factor is None else y + y * factor
+            y = y if change is None else y + change
         if B is not None and B.form != "lora":
             y = y + x.sum(-1, keepdim=True) * B.value[:, 0]
         return (y if bias is None else y + self._bias()).to(x.dtype)

@@ -101,7 +101,7 @@ class LoRALinear(OwnModule):
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
-        keep, mask = drop_inputs(x, layers[0].dropout if layers[0].training else 0)
+        keep, mask = drop_inputs(x, layers[0].dropout, layers[0].training)
         return lora_linears(x, [layer._part(keep) for layer in layers], mask)
 
     def _part(self, keep: float) -> Part:

@@ -51,9 +51,9 @@ def stored_weight(layer: nn.Linear) -> Tensor | Quantized:
     return layer.quantized if isinstance(layer, QuantizedLinear) else layer.weight
 
 
-def drop_inputs(x: Tensor, share: float) -> tuple[float, Tensor | None]:
+def drop_inputs(x: Tensor, share: float, training: bool) -> tuple[float, Tensor | None]:
     """The share of inputs that dropout leaves to the updates, and which, (..., in) bool; ``None`` where it is all."""
-    if not share:
+    if not (training and share):
         return 1.0, None
     keep = 1 - share
     return keep, torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(keep)

@@ -53,7 +53,7 @@ class VeRALinear(OwnModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         base, (A, _) = self.base_layer, self._slices()
-        keep, mask = drop_inputs(x, self.dropout if self.training else 0)
+        keep, mask = drop_inputs(x, self.dropout, self.training)
         return lora_linears(x, [Part(stored_weight(base), base.bias, A, self._scaled_B(), 1 / keep)], mask)[0]
 
     def _scaled_B(self) -> Tensor:

@@ -202,9 +202,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A float32 scalar.
     """
-    if kernels.usable(logits, kernel="cross_entropy"):
-        return _sum_by_kernel(logits.detach(), labels, 1.0)
-    return F.cross_entropy(logits.detach().float(), labels, reduction="sum")
+    return cross_entropy_backward(logits.detach(), labels, 1.0)
 
 
 def cross_entropy_backward(logits: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
@@ -225,16 +223,10 @@ def cross_entropy_backward(logits: Tensor, labels: Tensor, scale: float | Tensor
         if total.requires_grad:
             torch.autograd.backward(total * scale)
         return total.detach()
-    gradient = logits.detach()  # of the same memory
-    total = _sum_by_kernel(gradient, labels, scale)
-    if logits.requires_grad:
-        torch.autograd.backward(logits, gradient)
-    return total
-
-
-def _sum_by_kernel(logits: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
-    """The logits become the gradients of ``scale`` times the sum."""
+    gradient = logits.detach()  # of the same memory: the kernel writes it over the logits
     losses = logits.new_empty(len(labels), dtype=torch.float32)
     factor = scale if logits.is_cuda else float(scale)
-    kernels.call("cross_entropy", logits, labels, losses, *logits.shape, factor)
+    kernels.call("cross_entropy", gradient, labels, losses, *logits.shape, factor)
+    if logits.requires_grad:
+        torch.autograd.backward(logits, gradient)
     return losses.sum()

@@ -7,13 +7,12 @@ with other numbers from then on.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_lora import log
+from lit_lora import kernels, log
 from lit_lora.model import CausalLM, varlen_attention
 from lit_lora.model.attention import PackedAttention
 from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_of
@@ -63,10 +62,11 @@ class Recorder:
     def _repeat(self, model: CausalLM, given: Given) -> Tensor | None:
         """By the recording of its size, which is made when there is none; ``None`` where it cannot be made."""
         self._hold_gradients(model)
-        recording = self._recordings.pop(given.size, None) or self._record(model, given)
+        size = given.size
+        recording = self._recordings.pop(size, None) or self._record(model, given)
         if recording is None:
             return None
-        self._recordings[given.size] = recording  # now the last
+        self._recordings[size] = recording  # now the last
         return recording.repeat(given)
 
     def _hold_gradients(self, model: CausalLM) -> None:
@@ -86,7 +86,7 @@ class Recorder:
         """A new recording; ``None`` where something asks the GPU for a number, or a driver cannot make one."""
         stream = torch.cuda.current_stream()
         try:
-            return self._recorded(model, given)
+            return self._capture(model, given)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -95,7 +95,7 @@ class Recorder:
             log.note(f"the GPU's work cannot be recorded here, its kernels are launched one by one: {reason}")
             return None
 
-    def _recorded(self, model: CausalLM, given: Given) -> _Recording:
+    def _capture(self, model: CausalLM, given: Given) -> _Recording:
         if self._pool is None:  # what libraries and kernels prepare on first use must not be recorded
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
@@ -180,9 +180,9 @@ def _recordable(model: Any) -> bool:
 
     ``LIT_LORA_KERNELS=0``, which leaves all to PyTorch, switches recording off too.
     """
-    if not isinstance(model, CausalLM) or not model.lm_head.weight.is_cuda or model.recomputes:
+    if not isinstance(model, CausalLM) or not model.lm_head.weight.is_cuda:
         return False
-    if os.environ.get("LIT_LORA_KERNELS") == "0":
+    if model.recomputes or kernels.switched_off():
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config, weight = model.config, model.model.norm.weight

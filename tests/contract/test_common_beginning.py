@@ -13,6 +13,7 @@ from lit_lora.model import CausalLM
 from lit_lora.train.loss import backward, evaluate
 from tests.contract.test_methods import CASES, adapted, every_case
 from tests.peft.tiny import make_model, shake
+from tests.tiny import gradients_of
 
 SYSTEM = [7, 8, 9, 10, 2, 44]
 ENDS = [[1, 2, 3], [30], [30, 20, 10, 40, 50, 1, 2], list(range(40, 58))]
@@ -30,7 +31,7 @@ def gradients(model: CausalLM, batch: MicroBatch) -> tuple[float, dict[str, torc
     model.zero_grad()
     torch.manual_seed(0)
     loss = float(backward(model, batch, 1 / batch.target_count))
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients_of(model)
 
 
 @every_case

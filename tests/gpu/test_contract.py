@@ -15,7 +15,7 @@ from lit_lora.train.recorded import Recorder
 from tests.contract.test_methods import ADDED, CASES, EXACT, FOLDED, WITH_OWN, adapted, method, train
 from tests.peft import tiny
 from tests.peft.tiny import VOCABULARY, make_model, shake, token_ids
-from tests.tiny import random_model
+from tests.tiny import gradients_of, random_model
 from tests.train.tiny_run import make_rows
 
 pytestmark = pytest.mark.gpu
@@ -100,18 +100,12 @@ def test_recorded_gradients_are_those_of_launched_kernels(case: str) -> None:
     shake(model)
     recorder, batch = Recorder(), collate(make_rows(6), range(6))
     backward(model, batch, 0.1)
-    expected = gradients(model)
+    expected = gradients_of(model)
     for _ in range(2):
+        model.zero_grad()
         recorder.backward(model, batch, 0.1)
-        found = gradients(model)
+        found = gradients_of(model)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     in_half = [name for name, value in peft.trainable_state(model).items() if value.dtype != torch.float32]
     assert bool(recorder._recordings) != bool(in_half)
-
-
-def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Copies; the model's are dropped."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found

@@ -14,14 +14,13 @@ import torch
 from lit_lora.checkpoint import load_model
 from lit_lora.cli import main
 from lit_lora.data.batches import Batches
-from lit_lora.data.rows import Rows
 from lit_lora.generate import Sampling, generate
 from lit_lora.model import CausalLM
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.train.objective import NextToken
 from lit_lora.train.recorded import Recorder
 from tests.finetune.tiny_task import make_base, write_config, write_rows
-from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train
+from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train, with_beginning
 
 pytestmark = pytest.mark.gpu
 
@@ -141,7 +140,7 @@ def test_recorded_kernels_compute_what_launched_ones_do(
 
 
 def test_what_begins_all_rows_is_recorded_too(tmp_path: Path) -> None:
-    rows = Rows.from_tokens([([7, 8, 9, *row.input_ids], [False] * 3 + row.learn.tolist()) for row in make_rows(24)])
+    rows = with_beginning(make_rows(24), [7, 8, 9])
     assert rows.common == 3
     found = []
     for steady in (False, True):

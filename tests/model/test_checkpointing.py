@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lora import peft
 from lit_lora.model import CausalLM, ModelConfig
+from tests.tiny import gradients_of
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
 
@@ -61,7 +62,7 @@ def run(model: CausalLM, what: str) -> tuple[float, dict[str, torch.Tensor], int
     for parameter in model.parameters():
         parameter.grad = None
     loss.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = gradients_of(model)
     return loss.item(), grads, held
 
 

@@ -6,23 +6,13 @@ import pytest
 import torch
 
 from lit_lora.data.batches import collate
-from lit_lora.data.rows import Rows
-from lit_lora.model import CausalLM
 from lit_lora.train.loss import backward, inputs_of, padded
 from lit_lora.train.objective import NextToken
 from lit_lora.train.recorded import Given
-from tests.train.tiny_run import adapted, make_rows
+from tests.tiny import gradients_of
+from tests.train.tiny_run import adapted, make_rows, with_beginning
 
 CPU = torch.device("cpu")
-
-
-def with_beginning(rows: Rows, beginning: list[int]) -> Rows:
-    documents = [(beginning + row.input_ids.tolist(), [False] * len(beginning) + row.learn.tolist()) for row in rows]
-    return Rows.from_tokens(documents)
-
-
-def gradients_of(model: CausalLM) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
