@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this file")
     parser.add_argument("--against", type=Path, help="compare with the figures in this file; exit 1 if any differs")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder))
     if arguments.out:
@@ -176,7 +176,7 @@ def make_encoder(folder: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
     )
-    fast = transformers.PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token="[PAD]",
         cls_token="[CLS]",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 from lit_lora.peft.attach import AppliedAdapter, load_adapter
 from lit_lora.peft.base import (
     Kind,
@@ -20,6 +18,7 @@ from lit_lora.peft.base import (
 from lit_lora.peft.card import model_card
 from lit_lora.peft.files import Adapter, quantization_of, read_adapter, save_adapter
 from lit_lora.peft.several import Adapters
+from lit_lora.peft.table import METHODS, methods
 
 __all__ = [
     "METHODS",
@@ -43,40 +42,3 @@ __all__ = [
     "save_adapter",
     "trainable_state",
 ]
-
-# name -> (kind, "module:settings class"); a recipe serves one kind, qlora low-rank and quantized
-METHODS: dict[str, tuple[Kind, str]] = {
-    "lora": ("low-rank", "lit_lora.peft.lora:LoRAConfig"),
-    "dora": ("low-rank", "lit_lora.peft.dora:DoRAConfig"),
-    "multilora": ("low-rank", "lit_lora.peft.multilora:MultiLoRAConfig"),
-    "longlora": ("low-rank", "lit_lora.peft.longlora:LongLoRAConfig"),
-    "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
-    "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
-    "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
-    "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
-    "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
-    "loftq": ("quantized", "lit_lora.peft.loftq:LoftQConfig"),
-    "lq-lora": ("quantized", "lit_lora.peft.lq_lora:LQLoRAConfig"),
-    "qa-lora": ("quantized", "lit_lora.peft.qa_lora:QALoRAConfig"),
-    "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
-    "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
-    "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),
-    "prefix": ("added", "lit_lora.peft.prefix:PrefixConfig"),
-    "prompt": ("added", "lit_lora.peft.prompt:PromptConfig"),
-    "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
-    "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
-    "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
-    "composed": ("added", "lit_lora.peft.composed:ComposedConfig"),
-    "residual": ("added", "lit_lora.peft.residual:ResidualConfig"),
-    "full": ("full", "lit_lora.peft.full:FullConfig"),
-}
-
-
-def methods(*kinds: Kind) -> dict[str, type[Method]]:
-    """The settings classes of some kinds of methods, or of all, by name."""
-    found: dict[str, type[Method]] = {}
-    for name, (its_kind, place) in METHODS.items():
-        if not kinds or its_kind in kinds:
-            module, _, attribute = place.partition(":")
-            found[name] = getattr(importlib.import_module(module), attribute)
-    return found

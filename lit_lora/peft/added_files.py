@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_lora.config import validate
 from lit_lora.errors import InputError, LitLoraError
 from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.table import methods
 
 __all__ = ["OWN", "added_types", "read_added", "restore_added"]
 
@@ -23,8 +24,6 @@ OWN = "LIT_LORA_"
 
 def added_types() -> dict[str, type[AddedMethod]]:
     """The methods that add modules by the ``peft_type`` values that stand for them."""
-    from lit_lora.peft import methods  # noqa: PLC0415 - its table imports this module
-
     found: dict[str, type[AddedMethod]] = {}
     for name, method in methods("added").items():
         assert issubclass(method, AddedMethod)

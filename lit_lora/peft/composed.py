@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_lora.config import did_you_mean
 from lit_lora.peft.added import AddedMethod, fill, own_state
 from lit_lora.peft.base import Method, own_modules
+from lit_lora.peft.table import METHODS, methods
 
 __all__ = ["ComposedConfig"]
 
@@ -116,8 +117,6 @@ def _parsed(items: list[Any]) -> list[Method]:
     Raises:
         ValueError: A name is not known, settings are wrong, or methods do not go together.
     """
-    from lit_lora.peft import METHODS, methods  # noqa: PLC0415 - its table imports this module
-
     known = [name for name, (kind, _) in METHODS.items() if kind != "full" and name not in _ALONE]
     found: list[Method] = []
     for number, item in enumerate(items):

@@ -27,6 +27,7 @@ from lit_lora.peft.base import Method, base_tensors, model_updates, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
 from lit_lora.peft.lora_files import listed, read_lora
+from lit_lora.peft.table import methods
 from lit_lora.peft.targets import TargetedMethod, layer_number
 from lit_lora.peft.updates import Replace, Update
 from lit_lora.peft.virtual import EMBEDDINGS
@@ -233,8 +234,6 @@ def _targeted(folder: Path, raw: Mapping[str, Any]) -> type[TargetedMethod]:
     Raises:
         InputError: None does.
     """
-    from lit_lora.peft import methods  # noqa: PLC0415 - its table imports this module
-
     known = {cls.peft_type: cls for cls in methods("low-rank", "quantized").values() if issubclass(cls, TargetedMethod)}
     kind = str(raw.get("peft_type"))
     # One of ours may carry the name of PEFT's: the same method, in a form that PEFT does not have.
