@@ -2,7 +2,8 @@
 
 from lit_lora.compare.jobs import Job, Outcome, Runner, locked
 from lit_lora.compare.plan import check_folders, count_runs, run_all, seconds_per_run
-from lit_lora.compare.report import Row, rows_of, summary_table, write_report
+from lit_lora.compare.report import summary_table, write_report
+from lit_lora.compare.rows import Row, rows_of
 from lit_lora.compare.settings import CompareConfig, Variant, load_comparison
 
 __all__ = [

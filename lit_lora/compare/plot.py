@@ -6,12 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lit_lora.compare.rows import Row
 from lit_lora.files import disk_errors
-
-if TYPE_CHECKING:
-    from lit_lora.compare.report import Row
 
 __all__ = ["plot_rows"]
 
