@@ -99,9 +99,9 @@ def test_imports_go_down_only() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "expected"),
     [
-        ("lit_lora.peft.lora", "from lit_lora.model.rope import Rope", []),
-        ("lit_lora.peft.lora", "from lit_lora import train", ["peft imports train, which is sideways"]),
-        ("lit_lora.peft.lora", "from lit_lora.data.rows import Rows", ["peft imports data, which is sideways"]),
+        ("lit_lora.peft.lora.linear", "from lit_lora.model.rope import Rope", []),
+        ("lit_lora.peft.lora.linear", "from lit_lora import train", ["peft imports train, which is sideways"]),
+        ("lit_lora.peft.lora.linear", "from lit_lora.data.rows import Rows", ["peft imports data, which is sideways"]),
         ("lit_lora.model.rope", "import lit_lora.train.loop", ["model imports train, which is up"]),
         ("lit_lora.kernels.call", "def f():\n from lit_lora.model import x", ["kernels imports model, which is up"]),
         ("lit_lora.finetune.lora", "from lit_lora.cli import main", ["finetune imports cli, which is up"]),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import Kind, freeze, own_modules
 from lit_lora.peft.decompose import Decomposed, Weights, decompose
-from lit_lora.peft.lora import LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
 __all__ = ["LoftQConfig", "LowRankStart"]

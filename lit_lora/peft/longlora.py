@@ -18,7 +18,7 @@ from torch import nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.added import AddedModule
 from lit_lora.peft.base import AnyConfig
-from lit_lora.peft.lora import LoRAConfig
+from lit_lora.peft.lora.linear import LoRAConfig
 
 __all__ = ["LongContext", "LongLoRAConfig", "ShiftedGroups"]
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.base import device_of
-from lit_lora.peft.lora import Init, LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import Init, LoRAConfig, LoRALinear
 from lit_lora.peft.lora_function import Part
 from lit_lora.peft.updates import LowRank, Replace, Update
 

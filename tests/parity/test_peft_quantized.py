@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_lora.peft.lora import LoRALinear
+from lit_lora.peft.lora.linear import LoRALinear
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, bitsandbytes, quantize
 
 # Theirs rounds the scaled update and the base product each to the dtype, ours their sum once.

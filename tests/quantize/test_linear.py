@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_lora.peft.lora import LoRALinear
+from lit_lora.peft.lora.linear import LoRALinear
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, count_quantized, quantize, stored_bytes
 
 CONFIGS = [QuantizeConfig(), QuantizeConfig(name="fp4", double_quant=False), QuantizeConfig(name="int8")]
