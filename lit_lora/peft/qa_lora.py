@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import Kind
+from lit_lora.peft.lora.function import Part
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.lora_function import Part
 from lit_lora.peft.updates import LowRank, Update
 from lit_lora.quantize import Groups, QuantizeConfig, QuantizedLinear
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.base import OwnModule, device_of
-from lit_lora.peft.lora_function import Part, drop_inputs, lora_linears, stored_weight
+from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.updates import LowRank, Update
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_lora.peft.lora_function import Part, lora_linear, lora_linear_reference, lora_linears
+from lit_lora.peft.lora.function import Part, lora_linear, lora_linear_reference, lora_linears
 
 
 def make(dtype, *, bias=True, masked=False, weight_grad=False, a_grad=True):

@@ -27,7 +27,7 @@ from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, repla
 from lit_lora.peft.data_starts import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.embedding import LoRAEmbedding
-from lit_lora.peft.lora_function import Part, drop_inputs, lora_linears, stored_weight
+from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.lora_inits import WeightInit, start_factors
 from lit_lora.peft.targets import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
