@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.lora_inits import start_factors
+from lit_lora.peft.lora.inits import start_factors
 from tests.peft.tiny import adapted, lora, make_model
 
 

@@ -28,7 +28,7 @@ from lit_lora.peft.data_starts import Pass, gradient_factors, principal_inputs, 
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight
-from lit_lora.peft.lora_inits import WeightInit, start_factors
+from lit_lora.peft.lora.inits import WeightInit, start_factors
 from lit_lora.peft.targets import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
