@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
-from lit_lora.peft.data_starts import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora.conv import Conv, LoRAConv
+from lit_lora.peft.lora.data_inits import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.lora.inits import WeightInit, start_factors
