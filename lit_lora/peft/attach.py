@@ -24,10 +24,10 @@ from lit_lora.peft.base import (
     remove,
     replace_module,
 )
-from lit_lora.peft.dora import DoRALinear
 from lit_lora.peft.files import Adapter, read_adapter
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora.conv import Conv, LoRAConv
+from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from lit_lora.peft.lora_files import listed

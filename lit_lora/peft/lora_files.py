@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.dora import DoRAConfig
+from lit_lora.peft.lora.dora import DoRAConfig
 from lit_lora.peft.lora.linear import LoRAConfig
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Rows, Update, Updates
 

@@ -11,7 +11,7 @@ __all__ = ["METHODS", "methods"]
 # name -> (kind, "module:settings class"); a recipe serves one kind, qlora low-rank and quantized
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora.linear:LoRAConfig"),
-    "dora": ("low-rank", "lit_lora.peft.dora:DoRAConfig"),
+    "dora": ("low-rank", "lit_lora.peft.lora.dora:DoRAConfig"),
     "multilora": ("low-rank", "lit_lora.peft.multilora:MultiLoRAConfig"),
     "longlora": ("low-rank", "lit_lora.peft.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
