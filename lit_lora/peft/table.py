@@ -12,7 +12,7 @@ __all__ = ["METHODS", "methods"]
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora.linear:LoRAConfig"),
     "dora": ("low-rank", "lit_lora.peft.lora.dora:DoRAConfig"),
-    "multilora": ("low-rank", "lit_lora.peft.multilora:MultiLoRAConfig"),
+    "multilora": ("low-rank", "lit_lora.peft.lora.multilora:MultiLoRAConfig"),
     "longlora": ("low-rank", "lit_lora.peft.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
     "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
