@@ -13,7 +13,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("low-rank", "lit_lora.peft.lora.linear:LoRAConfig"),
     "dora": ("low-rank", "lit_lora.peft.lora.dora:DoRAConfig"),
     "multilora": ("low-rank", "lit_lora.peft.lora.multilora:MultiLoRAConfig"),
-    "longlora": ("low-rank", "lit_lora.peft.longlora:LongLoRAConfig"),
+    "longlora": ("low-rank", "lit_lora.peft.lora.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.vera:VeRAConfig"),
     "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
     "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
