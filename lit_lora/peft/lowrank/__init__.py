@@ -1,0 +1,1 @@
+"""Other low-rank updates: VeRA, Tied-LoRA, GLoRA."""
