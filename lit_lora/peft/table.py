@@ -15,7 +15,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "multilora": ("low-rank", "lit_lora.peft.lora.multilora:MultiLoRAConfig"),
     "longlora": ("low-rank", "lit_lora.peft.lora.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.lowrank.vera:VeRAConfig"),
-    "tied-lora": ("low-rank", "lit_lora.peft.tied_lora:TiedLoRAConfig"),
+    "tied-lora": ("low-rank", "lit_lora.peft.lowrank.tied_lora:TiedLoRAConfig"),
     "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
     "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
