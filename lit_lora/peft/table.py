@@ -16,7 +16,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "longlora": ("low-rank", "lit_lora.peft.lora.longlora:LongLoRAConfig"),
     "vera": ("low-rank", "lit_lora.peft.lowrank.vera:VeRAConfig"),
     "tied-lora": ("low-rank", "lit_lora.peft.lowrank.tied_lora:TiedLoRAConfig"),
-    "glora": ("low-rank", "lit_lora.peft.glora:GLoRAConfig"),
+    "glora": ("low-rank", "lit_lora.peft.lowrank.glora:GLoRAConfig"),
     "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
     "loftq": ("quantized", "lit_lora.peft.loftq:LoftQConfig"),
