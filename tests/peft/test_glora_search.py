@@ -12,8 +12,8 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import UsageError
 from lit_lora.peft.base import own_modules
-from lit_lora.peft.glora_search import Search, evolve
 from lit_lora.peft.lowrank.glora import GLoRALinear
+from lit_lora.peft.lowrank.glora_search import Search, evolve
 from tests.finetune.test_recipes import finetuned, held_out_loss, task
 from tests.finetune.tiny_task import write_config
 from tests.peft.tiny import adapted, make_model, shake, token_ids
