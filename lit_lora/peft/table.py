@@ -17,7 +17,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "vera": ("low-rank", "lit_lora.peft.lowrank.vera:VeRAConfig"),
     "tied-lora": ("low-rank", "lit_lora.peft.lowrank.tied_lora:TiedLoRAConfig"),
     "glora": ("low-rank", "lit_lora.peft.lowrank.glora:GLoRAConfig"),
-    "ia3": ("low-rank", "lit_lora.peft.ia3:IA3Config"),
+    "ia3": ("low-rank", "lit_lora.peft.selective.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.bitfit:BitFitConfig"),
     "loftq": ("quantized", "lit_lora.peft.loftq:LoftQConfig"),
     "lq-lora": ("quantized", "lit_lora.peft.lq_lora:LQLoRAConfig"),
