@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
     "composed": ("added", "lit_lora.peft.composed:ComposedConfig"),
     "residual": ("added", "lit_lora.peft.residual:ResidualConfig"),
-    "full": ("full", "lit_lora.peft.full:FullConfig"),
+    "full": ("full", "lit_lora.peft.selective.full:FullConfig"),
 }
 
 
