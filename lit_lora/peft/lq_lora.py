@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.decompose import Decomposed, Weights, decompose
-from lit_lora.peft.loftq import LoftQConfig, LowRankStart
+from lit_lora.peft.quantized.loftq import LoftQConfig, LowRankStart
 from lit_lora.quantize import QuantizeConfig, Quantizer, stored_bytes
 from lit_lora.quantize import quantize as quantize_matrix
 from lit_lora.quantize.budget import choose
