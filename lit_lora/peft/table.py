@@ -20,7 +20,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "ia3": ("low-rank", "lit_lora.peft.selective.ia3:IA3Config"),
     "bitfit": ("low-rank", "lit_lora.peft.selective.bitfit:BitFitConfig"),
     "loftq": ("quantized", "lit_lora.peft.quantized.loftq:LoftQConfig"),
-    "lq-lora": ("quantized", "lit_lora.peft.lq_lora:LQLoRAConfig"),
+    "lq-lora": ("quantized", "lit_lora.peft.quantized.lq_lora:LQLoRAConfig"),
     "qa-lora": ("quantized", "lit_lora.peft.qa_lora:QALoRAConfig"),
     "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
