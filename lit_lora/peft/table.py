@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "bitfit": ("low-rank", "lit_lora.peft.selective.bitfit:BitFitConfig"),
     "loftq": ("quantized", "lit_lora.peft.quantized.loftq:LoftQConfig"),
     "lq-lora": ("quantized", "lit_lora.peft.quantized.lq_lora:LQLoRAConfig"),
-    "qa-lora": ("quantized", "lit_lora.peft.qa_lora:QALoRAConfig"),
+    "qa-lora": ("quantized", "lit_lora.peft.quantized.qa_lora:QALoRAConfig"),
     "houlsby": ("added", "lit_lora.peft.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.bottleneck:ParallelConfig"),
