@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.decompose import low_rank
+from lit_lora.peft.quantized.decompose import low_rank
 from lit_lora.quantize import QuantizedLinear
 
 __all__ = [
