@@ -10,7 +10,8 @@ import torch
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft import bottleneck, load_adapter, quantization_of, read_adapter
+from lit_lora.peft import load_adapter, quantization_of, read_adapter
+from lit_lora.peft.adapters import bottleneck
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.quantize.config import parse
 from lit_lora.tokenizer import Tokenizer

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.adapters.bottleneck import norms
 from lit_lora.peft.added import AddedMethod, AddedModule, Attend, decoder_of, fill, own_state
 from lit_lora.peft.base import own_modules, replace_module
-from lit_lora.peft.bottleneck import norms
 from lit_lora.peft.trained import TrainedCopy
 from lit_lora.peft.virtual import refuse
 

@@ -1,0 +1,1 @@
+"""Small modules within or beside the blocks: bottleneck and residual adapters."""
