@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
     "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
     "composed": ("added", "lit_lora.peft.composed:ComposedConfig"),
-    "residual": ("added", "lit_lora.peft.residual:ResidualConfig"),
+    "residual": ("added", "lit_lora.peft.adapters.residual:ResidualConfig"),
     "full": ("full", "lit_lora.peft.selective.full:FullConfig"),
 }
 
