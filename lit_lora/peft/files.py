@@ -27,10 +27,10 @@ from lit_lora.peft.base import Method, base_tensors, model_updates, own_modules
 from lit_lora.peft.card import model_card
 from lit_lora.peft.fingerprint import fingerprint
 from lit_lora.peft.lora_files import listed, read_lora
+from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS
 from lit_lora.peft.table import methods
 from lit_lora.peft.targets import TargetedMethod, layer_number
 from lit_lora.peft.updates import Replace, Update
-from lit_lora.peft.virtual import EMBEDDINGS
 from lit_lora.quantize import QuantizeConfig, found_config
 
 __all__ = ["Adapter", "quantization_of", "read_adapter", "save_adapter"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.prompt import Prompt, PromptMethod
-from lit_lora.peft.virtual import only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import only_rows, refuse
 
 __all__ = ["EncodedPrompt", "PTuningConfig"]
 

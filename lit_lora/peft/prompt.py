@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_lora.peft.added import AddedModule, decoder_of, fill
 from lit_lora.peft.base import own_modules
-from lit_lora.peft.virtual import EMBEDDINGS, VirtualTokens, only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 
 __all__ = ["Prompt", "PromptConfig", "PromptMethod"]
 

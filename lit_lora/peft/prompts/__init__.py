@@ -1,0 +1,1 @@
+"""Tokens, keys or values before every document: prefix and prompt tuning, P-tuning, LLaMA-Adapter."""
