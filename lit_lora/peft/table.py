@@ -25,7 +25,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "houlsby": ("added", "lit_lora.peft.adapters.bottleneck:HoulsbyConfig"),
     "lin": ("added", "lit_lora.peft.adapters.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.adapters.bottleneck:ParallelConfig"),
-    "prefix": ("added", "lit_lora.peft.prefix:PrefixConfig"),
+    "prefix": ("added", "lit_lora.peft.prompts.prefix:PrefixConfig"),
     "prompt": ("added", "lit_lora.peft.prompt:PromptConfig"),
     "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
     "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
