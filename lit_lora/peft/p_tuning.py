@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.prompt import Prompt, PromptMethod
+from lit_lora.peft.prompts.prompt import Prompt, PromptMethod
 from lit_lora.peft.prompts.virtual_tokens import only_rows, refuse
 
 __all__ = ["EncodedPrompt", "PTuningConfig"]

@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "lin": ("added", "lit_lora.peft.adapters.bottleneck:LinConfig"),
     "parallel": ("added", "lit_lora.peft.adapters.bottleneck:ParallelConfig"),
     "prefix": ("added", "lit_lora.peft.prompts.prefix:PrefixConfig"),
-    "prompt": ("added", "lit_lora.peft.prompt:PromptConfig"),
+    "prompt": ("added", "lit_lora.peft.prompts.prompt:PromptConfig"),
     "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
     "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
     "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
