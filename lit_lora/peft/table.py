@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[Kind, str]] = {
     "parallel": ("added", "lit_lora.peft.adapters.bottleneck:ParallelConfig"),
     "prefix": ("added", "lit_lora.peft.prompts.prefix:PrefixConfig"),
     "prompt": ("added", "lit_lora.peft.prompts.prompt:PromptConfig"),
-    "p-tuning": ("added", "lit_lora.peft.p_tuning:PTuningConfig"),
+    "p-tuning": ("added", "lit_lora.peft.prompts.p_tuning:PTuningConfig"),
     "llama-adapter": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterConfig"),
     "llama-adapter-v2": ("added", "lit_lora.peft.llama_adapter:LlamaAdapterV2Config"),
     "composed": ("added", "lit_lora.peft.composed:ComposedConfig"),
