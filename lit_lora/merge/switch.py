@@ -12,7 +12,7 @@ from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors
 from lit_lora.model import CausalLM
 from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import own_modules
-from lit_lora.peft.files import read_adapter
+from lit_lora.peft.files.adapter import read_adapter
 from lit_lora.peft.updates import Update
 from lit_lora.quantize import found_config
 

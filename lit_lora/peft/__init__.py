@@ -16,7 +16,7 @@ from lit_lora.peft.base import (
     trainable_state,
 )
 from lit_lora.peft.card import model_card
-from lit_lora.peft.files import Adapter, quantization_of, read_adapter, save_adapter
+from lit_lora.peft.files.adapter import Adapter, quantization_of, read_adapter, save_adapter
 from lit_lora.peft.several import Adapters
 from lit_lora.peft.table import METHODS, methods
 

@@ -24,7 +24,7 @@ from lit_lora.peft.base import (
     remove,
     replace_module,
 )
-from lit_lora.peft.files import Adapter, read_adapter
+from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear

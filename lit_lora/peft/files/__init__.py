@@ -1,0 +1,1 @@
+"""Adapter folders, in the format of PEFT or in our own: written, read, put onto a model."""
