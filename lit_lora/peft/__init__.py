@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lit_lora.peft.attach import AppliedAdapter, load_adapter
 from lit_lora.peft.base import (
     Kind,
     MatchedRow,
@@ -17,6 +16,7 @@ from lit_lora.peft.base import (
 )
 from lit_lora.peft.card import model_card
 from lit_lora.peft.files.adapter import Adapter, quantization_of, read_adapter, save_adapter
+from lit_lora.peft.files.load import AppliedAdapter, load_adapter
 from lit_lora.peft.several import Adapters
 from lit_lora.peft.table import METHODS, methods
 

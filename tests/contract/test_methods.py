@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from lit_lora import peft
 from lit_lora.model import CausalLM
-from lit_lora.peft.attach import check_base
 from lit_lora.peft.base import model_updates, own_modules
+from lit_lora.peft.files.load import check_base
 from tests.contract.added_cases import ADDED, EXACT, FEW, FOLDED, NEAR
 from tests.peft import tiny
 from tests.peft.tiny import LAYERS, VOCABULARY, make_model, shake, token_ids

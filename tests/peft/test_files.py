@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lit_lora import peft
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft.attach import check_base
+from lit_lora.peft.files.load import check_base
 from tests.peft.tiny import adapted, lora, make_adapter, make_model, save_base, shake, token_ids
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
