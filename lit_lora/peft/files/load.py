@@ -25,12 +25,12 @@ from lit_lora.peft.base import (
     replace_module,
 )
 from lit_lora.peft.files.adapter import Adapter, read_adapter
+from lit_lora.peft.files.lora import listed
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.lora_files import listed
 from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates
