@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lit_lora import log
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.added import AddedMethod
-from lit_lora.peft.added_files import restore_added
 from lit_lora.peft.base import (
     Base,
     base_tensors,
@@ -25,6 +24,7 @@ from lit_lora.peft.base import (
     replace_module,
 )
 from lit_lora.peft.files.adapter import Adapter, read_adapter
+from lit_lora.peft.files.added import restore_added
 from lit_lora.peft.files.lora import listed
 from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora.conv import Conv, LoRAConv
