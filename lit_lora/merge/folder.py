@@ -19,7 +19,7 @@ from lit_lora.merge.prove import Proof, prove
 from lit_lora.merge.write import TensorProof, Totals, measure, merged_tensors, totals
 from lit_lora.model import DTYPES
 from lit_lora.model.config import KEEP_DTYPE
-from lit_lora.peft.card import card_row, model_card
+from lit_lora.peft.files.model_card import card_row, model_card
 from lit_lora.quantize import Quantized
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
