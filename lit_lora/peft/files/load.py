@@ -25,8 +25,8 @@ from lit_lora.peft.base import (
 )
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.added import restore_added
+from lit_lora.peft.files.fingerprint import differing
 from lit_lora.peft.files.lora import listed
-from lit_lora.peft.fingerprint import differing
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
