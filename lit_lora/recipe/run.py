@@ -16,7 +16,7 @@ from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import disk_errors, human_bytes, lock_folder, write_text
 from lit_lora.peft import Method
-from lit_lora.peft.frozen import keep_frozen, keep_method
+from lit_lora.peft.files.frozen_state import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult

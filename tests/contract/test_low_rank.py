@@ -9,7 +9,7 @@ from lit_lora import peft
 from lit_lora.errors import InputError
 from lit_lora.generate import Sampling, generate
 from lit_lora.model import CausalLM, KVCache
-from lit_lora.peft.frozen import frozen_state, keep_frozen
+from lit_lora.peft.files.frozen_state import frozen_state, keep_frozen
 from tests.contract.test_methods import LOW_RANK, PARTLY_FROZEN, method
 from tests.peft import tiny
 from tests.peft.tiny import make_model, rows, shake
