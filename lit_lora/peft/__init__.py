@@ -15,9 +15,9 @@ from lit_lora.peft.base import (
     trainable_state,
 )
 from lit_lora.peft.files.adapter import Adapter, quantization_of, read_adapter, save_adapter
+from lit_lora.peft.files.adapter_set import Adapters
 from lit_lora.peft.files.load import AppliedAdapter, load_adapter
 from lit_lora.peft.files.model_card import model_card
-from lit_lora.peft.several import Adapters
 from lit_lora.peft.table import METHODS, methods
 
 __all__ = [
