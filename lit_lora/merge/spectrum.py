@@ -20,7 +20,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors, find_places, plan_merge
 from lit_lora.model import ModelConfig
 from lit_lora.peft.added import AddedMethod
-from lit_lora.peft.base import Base
+from lit_lora.peft.core.method import Base
 from lit_lora.peft.files.adapter import read_adapter
 from lit_lora.peft.targets import layer_number
 from lit_lora.peft.updates import LowRank, Replace, Update

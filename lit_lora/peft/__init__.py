@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_lora.peft.base import (
+from lit_lora.peft.core.method import (
     Kind,
     MatchedRow,
     Method,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import did_you_mean
 from lit_lora.peft.added import AddedMethod, fill, own_state
-from lit_lora.peft.base import Method, own_modules
+from lit_lora.peft.core.method import Method, own_modules
 from lit_lora.peft.table import METHODS, methods
 
 __all__ = ["ComposedConfig"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lit_lora.peft.base import OwnModule, matches
+from lit_lora.peft.core.method import OwnModule, matches
 
 __all__ = ["QUERY_VALUE", "same_places"]
 

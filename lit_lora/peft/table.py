@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from lit_lora.peft.base import Kind, Method
+from lit_lora.peft.core.method import Kind, Method
 
 __all__ = ["METHODS", "methods"]
 

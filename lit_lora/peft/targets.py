@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.base import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.method import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
 from lit_lora.peft.names import QUERY_VALUE, same_places
 from lit_lora.peft.trained import TrainedCopy
 from lit_lora.quantize import QuantizedLinear

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.method import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.data_inits import Pass, gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora.embedding import LoRAEmbedding

@@ -17,7 +17,7 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.added import AddedModule
-from lit_lora.peft.base import AnyConfig
+from lit_lora.peft.core.method import AnyConfig
 from lit_lora.peft.lora.linear import LoRAConfig
 
 __all__ = ["LongContext", "LongLoRAConfig", "ShiftedGroups"]

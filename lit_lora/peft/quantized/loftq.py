@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import Kind, freeze, own_modules
+from lit_lora.peft.core.method import Kind, freeze, own_modules
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from lit_lora.peft.quantized.decompose import Decomposed, Weights, decompose
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import Kind
+from lit_lora.peft.core.method import Kind
 from lit_lora.peft.lora.function import Part
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from lit_lora.peft.updates import LowRank, Update

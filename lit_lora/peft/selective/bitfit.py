@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.base import OwnModule
+from lit_lora.peft.core.method import OwnModule
 from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.trained import TrainedCopy
 
