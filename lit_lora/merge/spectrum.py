@@ -21,8 +21,8 @@ from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors, find_places, plan_
 from lit_lora.model import ModelConfig
 from lit_lora.peft.added import AddedMethod
 from lit_lora.peft.core.method import Base
+from lit_lora.peft.core.targeted import layer_number
 from lit_lora.peft.files.adapter import read_adapter
-from lit_lora.peft.targets import layer_number
 from lit_lora.peft.updates import LowRank, Replace, Update
 
 __all__ = ["Change", "Changes", "find_changes", "singular_values"]

@@ -30,7 +30,7 @@ from lit_lora.errors import UsageError
 from lit_lora.peft.added import AddedModule, blocks, width_of
 from lit_lora.peft.added_whole import WholeModules
 from lit_lora.peft.core.method import Method, OwnModule, matches, own_modules, replace_module, select
-from lit_lora.peft.targets import translated
+from lit_lora.peft.core.targeted import translated
 from lit_lora.peft.trained import TrainedCopy, find_embedding
 
 __all__ = [

@@ -23,6 +23,7 @@ from lit_lora.peft.core.method import (
     remove,
     replace_module,
 )
+from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.added import restore_added
 from lit_lora.peft.files.fingerprint import differing
@@ -31,7 +32,6 @@ from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.targets import TargetedMethod
 from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates
 

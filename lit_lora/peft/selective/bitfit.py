@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import OwnModule
-from lit_lora.peft.targets import TargetedMethod
+from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.trained import TrainedCopy
 
 __all__ = ["BitFitConfig"]
