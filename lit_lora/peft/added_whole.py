@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.method import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.targeted import with_parameters
 from lit_lora.peft.trained import TrainedCopy

@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, fie
 from torch import Tensor, nn
 
 from lit_lora.config import did_you_mean
-from lit_lora.peft.added import AddedMethod, fill, own_state
+from lit_lora.peft.core.added import AddedMethod, fill, own_state
 from lit_lora.peft.core.method import Method, own_modules
 from lit_lora.peft.table import METHODS, methods
 

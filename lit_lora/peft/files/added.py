@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import validate
 from lit_lora.errors import InputError, LitLoraError
-from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.table import methods
 
 __all__ = ["OWN", "added_types", "read_added", "restore_added"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_lora import log
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.added import AddedMethod
+from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.method import (
     Base,
     base_tensors,

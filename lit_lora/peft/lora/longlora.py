@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added import AddedModule
+from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.method import AnyConfig
 from lit_lora.peft.lora.linear import LoRAConfig
 

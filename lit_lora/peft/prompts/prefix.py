@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError
-from lit_lora.peft.added import AddedModule, Attend, decoder_of, fill
+from lit_lora.peft.core.added import AddedModule, Attend, decoder_of, fill
 from lit_lora.peft.core.method import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 

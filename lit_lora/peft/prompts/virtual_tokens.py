@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.added import AddedMethod, decoder_of
+from lit_lora.peft.core.added import AddedMethod, decoder_of
 
 __all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "only_rows", "refuse"]
 
