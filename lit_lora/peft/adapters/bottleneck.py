@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added_whole import WholeModules
 from lit_lora.peft.core.added import AddedModule, blocks, width_of
 from lit_lora.peft.core.method import Method, OwnModule, matches, own_modules, replace_module, select
 from lit_lora.peft.core.targeted import translated
+from lit_lora.peft.core.with_modules_to_save import WholeModules
 from lit_lora.peft.trained import TrainedCopy, find_embedding
 
 __all__ = [

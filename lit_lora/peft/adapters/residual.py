@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.added_whole import WholeModules
 from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.method import replace_module, select
+from lit_lora.peft.core.with_modules_to_save import WholeModules
 from lit_lora.peft.trained import TrainedCopy
 
 __all__ = ["ResidualAdapter", "ResidualConfig"]
