@@ -21,9 +21,9 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.merge.plan import find_adapter, find_places
 from lit_lora.peft import base_tensors, freeze, methods, save_adapter
 from lit_lora.peft.core.added import AddedMethod
+from lit_lora.peft.core.updates import LowRank
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import attach, check_base
-from lit_lora.peft.updates import LowRank
 
 __all__ = ["Combined", "How", "combine"]
 

@@ -16,9 +16,9 @@ from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.peft.core.method import Base
+from lit_lora.peft.core.updates import LowRank, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import check_base
-from lit_lora.peft.updates import LowRank, Update, Updates
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_lora.errors import NumericalError
 from lit_lora.merge.plan import EMBEDDING, MergePlan
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft.updates import LowRank, Updates
+from lit_lora.peft.core.updates import LowRank, Updates
 
 __all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
 

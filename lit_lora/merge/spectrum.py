@@ -22,8 +22,8 @@ from lit_lora.model import ModelConfig
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.method import Base
 from lit_lora.peft.core.targeted import layer_number
+from lit_lora.peft.core.updates import LowRank, Replace, Update
 from lit_lora.peft.files.adapter import read_adapter
-from lit_lora.peft.updates import LowRank, Replace, Update
 
 __all__ = ["Change", "Changes", "find_changes", "singular_values"]
 

@@ -11,9 +11,9 @@ from lit_lora.errors import UsageError
 from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors
 from lit_lora.model import CausalLM
 from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.updates import Update
 from lit_lora.peft.files.adapter import read_adapter
 from lit_lora.peft.files.load import check_base
-from lit_lora.peft.updates import Update
 from lit_lora.quantize import found_config
 
 __all__ = ["TaskSwitcher"]

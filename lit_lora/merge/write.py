@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_lora.errors import NumericalError
 from lit_lora.merge.plan import MergePlan
-from lit_lora.peft.updates import LowRank, Update
+from lit_lora.peft.core.updates import LowRank, Update
 from lit_lora.quantize import Groups, Quantized, quantize
 
 __all__ = ["TensorProof", "Totals", "measure", "merged_tensors", "totals"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.updates import Update
 from lit_lora.peft.lora.data_inits import Pass
 from lit_lora.peft.quantized.decompose import Weights
-from lit_lora.peft.updates import Update
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer, count_quantized
 
 __all__ = [

@@ -24,13 +24,13 @@ from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.method import Method, base_tensors, model_updates, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, layer_number
+from lit_lora.peft.core.updates import Replace, Update
 from lit_lora.peft.files.added import OWN, added_types, read_added
 from lit_lora.peft.files.fingerprint import fingerprint
 from lit_lora.peft.files.lora import listed, read_lora
 from lit_lora.peft.files.model_card import model_card
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS
 from lit_lora.peft.table import methods
-from lit_lora.peft.updates import Replace, Update
 from lit_lora.quantize import QuantizeConfig, found_config
 
 __all__ = ["Adapter", "quantization_of", "read_adapter", "save_adapter"]

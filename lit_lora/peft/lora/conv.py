@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import OwnModule
-from lit_lora.peft.updates import LowRank, Update
+from lit_lora.peft.core.updates import LowRank, Update
 
 __all__ = ["Conv", "LoRAConv"]
 

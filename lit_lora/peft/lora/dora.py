@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Update
 from lit_lora.peft.lora.function import drop_inputs, lora_linears
 from lit_lora.peft.lora.linear import Init, LoRAConfig, LoRALinear
-from lit_lora.peft.updates import LowRank, Magnitude, Replace, Update
 
 __all__ = ["DoRAConfig", "DoRALinear"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.peft.core.method import OwnModule
-from lit_lora.peft.updates import LowRank, Update
+from lit_lora.peft.core.updates import LowRank, Update
 
 __all__ = ["LoRAEmbedding"]
 

@@ -23,8 +23,8 @@ from lit_lora.config import Settings
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import OwnModule, device_of, matches, own_modules, replace_module, select
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank
+from lit_lora.peft.core.updates import LowRank, Scaled, Update
 from lit_lora.peft.lowrank.glora_search import Search, evolve, narrower
-from lit_lora.peft.updates import LowRank, Scaled, Update
 
 __all__ = ["Forms", "GLoRAConfig", "GLoRALinear"]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lit_lora.peft.core.method import OwnModule, device_of
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank
+from lit_lora.peft.core.updates import LowRank, Update
 from lit_lora.peft.lora.function import Part, lora_linears, stored_weight
-from lit_lora.peft.updates import LowRank, Update
 
 __all__ = ["TiedLoRAConfig", "TiedLoRALinear"]
 

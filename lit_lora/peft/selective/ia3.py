@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_lora.peft.core.method import OwnModule, device_of, own_modules, select, short_names
 from lit_lora.peft.core.targeted import TargetedMethod, whole_modules
-from lit_lora.peft.updates import LowRank, Scaled, Update
+from lit_lora.peft.core.updates import LowRank, Scaled, Update
 
 __all__ = ["IA3Config", "IA3Linear"]
 
