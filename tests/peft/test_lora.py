@@ -14,8 +14,8 @@ from lit_lora import peft
 from lit_lora.config import validate
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import matches, own_modules
+from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.trained import TokenEmbedding, TokenHead
 from tests.peft.tiny import VOCABULARY, adapted, lora, make_model, shake, token_ids
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

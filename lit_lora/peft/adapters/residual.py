@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.method import replace_module, select
+from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.with_modules_to_save import WholeModules
-from lit_lora.peft.trained import TrainedCopy
 
 __all__ = ["ResidualAdapter", "ResidualConfig"]
 

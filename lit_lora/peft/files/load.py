@@ -23,6 +23,7 @@ from lit_lora.peft.core.method import (
     remove,
     replace_module,
 )
+from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
@@ -33,7 +34,6 @@ from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy
 
 __all__ = ["AppliedAdapter", "attach", "check_base", "load_adapter", "with_tied_head"]
 

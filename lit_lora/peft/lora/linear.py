@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Update
 from lit_lora.peft.lora.conv import Conv, LoRAConv
@@ -31,7 +32,6 @@ from lit_lora.peft.lora.data_inits import Pass, gradient_factors, principal_inpu
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight
 from lit_lora.peft.lora.inits import WeightInit, start_factors
-from lit_lora.peft.trained import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 
 __all__ = ["Init", "LoRAConfig", "LoRALinear"]
 

@@ -25,8 +25,8 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.adapters.bottleneck import norms
 from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, decoder_of, fill, own_state
 from lit_lora.peft.core.method import own_modules, replace_module
+from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.prompts.virtual_tokens import refuse
-from lit_lora.peft.trained import TrainedCopy
 
 __all__ = ["AdaptionPrompt", "LlamaAdapterConfig", "LlamaAdapterV2Config", "ScaleAndBias"]
 

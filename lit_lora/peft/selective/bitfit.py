@@ -10,8 +10,8 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import OwnModule
+from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.targeted import TargetedMethod
-from lit_lora.peft.trained import TrainedCopy
 
 __all__ = ["BitFitConfig"]
 
