@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.method import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.module_names import QUERY_VALUE, same_places
 from lit_lora.peft.core.modules_to_save import TrainedCopy
-from lit_lora.peft.names import QUERY_VALUE, same_places
 from lit_lora.quantize import QuantizedLinear
 
 __all__ = ["TargetedMethod", "check_rank", "layer_number", "translated", "whole_modules", "with_parameters"]
