@@ -12,7 +12,7 @@ from lit_lora.encoder.task import Task
 from lit_lora.errors import InputError
 from lit_lora.open_model import find_folders
 from lit_lora.peft import Adapter, load_adapter, read_adapter
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
 
 __all__ = ["OpenedClassifier", "open_classifier"]

@@ -15,7 +15,7 @@ from lit_lora.checkpoint.quantized import StoredTensors, packed_sizes
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
-from lit_lora.peft.core.method import Base
+from lit_lora.peft.core.base_tensors import Base
 from lit_lora.peft.core.updates import LowRank, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import check_base

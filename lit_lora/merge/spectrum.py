@@ -20,7 +20,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors, find_places, plan_merge
 from lit_lora.model import ModelConfig
 from lit_lora.peft.core.added import AddedMethod
-from lit_lora.peft.core.method import Base
+from lit_lora.peft.core.base_tensors import Base
 from lit_lora.peft.core.targeted import layer_number
 from lit_lora.peft.core.updates import LowRank, Replace, Update
 from lit_lora.peft.files.adapter import read_adapter

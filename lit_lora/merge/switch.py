@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors
 from lit_lora.model import CausalLM
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.core.updates import Update
 from lit_lora.peft.files.adapter import read_adapter
 from lit_lora.peft.files.load import check_base

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from lit_lora.peft.core.method import (
-    Kind,
-    MatchedRow,
-    Method,
-    ParameterCount,
-    base_tensors,
-    count_parameters,
-    freeze,
-    matched_table,
-    remove,
-    trainable_state,
-)
+from lit_lora.peft.core.base_tensors import base_tensors
+from lit_lora.peft.core.counting import MatchedRow, ParameterCount, count_parameters, matched_table
+from lit_lora.peft.core.method import Kind, Method
+from lit_lora.peft.core.modules import freeze, remove, trainable_state
 from lit_lora.peft.files.adapter import Adapter, quantization_of, read_adapter, save_adapter
 from lit_lora.peft.files.adapter_set import Adapters
 from lit_lora.peft.files.load import AppliedAdapter, load_adapter

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lit_lora.config import did_you_mean
 from lit_lora.peft.core.added import AddedMethod, fill, own_state
-from lit_lora.peft.core.method import Method, own_modules
+from lit_lora.peft.core.method import Method
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.table import METHODS, methods
 
 __all__ = ["ComposedConfig"]

@@ -13,7 +13,7 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.cli import main
 from lit_lora.merge import find_changes, find_places, merge, plan_merge
-from lit_lora.peft.core.method import base_tensors
+from lit_lora.peft.core.base_tensors import base_tensors
 from lit_lora.quantize import QuantizeConfig
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 from tests.peft.tiny import LAYERS, adapted, make_adapter, make_model, save_base, shake

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from lit_lora import peft
 from lit_lora.encoder import Task, head_of
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.core.method import matches, model_updates, own_modules
+from lit_lora.peft.core.matching import matches
+from lit_lora.peft.core.modules import model_updates, own_modules
 from tests.encoder.tiny import FAMILIES, inputs, make_model
 from tests.peft.tiny import shake
 

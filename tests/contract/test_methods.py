@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lit_lora import peft
 from lit_lora.model import CausalLM
-from lit_lora.peft.core.method import model_updates, own_modules
+from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.peft.files.load import check_base
 from tests.contract.added_cases import ADDED, EXACT, FEW, FOLDED, NEAR
 from tests.peft import tiny

@@ -12,7 +12,7 @@ from lit_lora import peft
 from lit_lora.checkpoint import load_model
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, KVCache, ModelConfig
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.quantize import QuantizeConfig, found_config
 from tests.contract.test_low_rank import Stop, stop
 from tests.contract.test_methods import CASES as PLAIN

@@ -13,7 +13,7 @@ from lit_lora import peft
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.adapters.bottleneck import drop_layers
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from tests.peft.tiny import LAYERS, WIDTH, adapted, make_model, shake, token_ids
 
 TEXT = [5, 9, 11]

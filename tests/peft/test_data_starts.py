@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lit_lora import peft
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.lora.data_inits import (
     Components,
     Pass,

@@ -11,7 +11,7 @@ import torch
 from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.lowrank.glora import GLoRALinear
 from lit_lora.peft.lowrank.glora_search import Search, evolve
 from tests.finetune.test_recipes import finetuned, held_out_loss, task

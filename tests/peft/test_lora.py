@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lit_lora import peft
 from lit_lora.config import validate
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import matches, own_modules
+from lit_lora.peft.core.matching import matches
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from tests.peft.tiny import VOCABULARY, adapted, lora, make_model, shake, token_ids

@@ -11,7 +11,7 @@ import torch
 from lit_lora import peft
 from lit_lora.checkpoint import load_model
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.quantize import Groups, QuantizeConfig
 from tests.peft.tiny import adapted, make_model, shake, token_ids
 from tests.quantize.model_folder import make_folder

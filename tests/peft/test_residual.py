@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora import peft
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from lit_lora.checkpoint import load_model
 from lit_lora.data.batches import Batches
 from lit_lora.model import CausalLM
 from lit_lora.peft import base_tensors, freeze, methods, remove, trainable_state
-from lit_lora.peft.core.method import model_updates, own_modules
+from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.qbase import load_base
 from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, stored_bytes
 from lit_lora.recipe import Options, QuantizedConfig, Run, RunData, load_data, load_recipe, start

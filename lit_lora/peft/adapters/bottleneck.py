@@ -28,7 +28,9 @@ from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule, blocks, width_of
-from lit_lora.peft.core.method import Method, OwnModule, matches, own_modules, replace_module, select
+from lit_lora.peft.core.matching import matches, select
+from lit_lora.peft.core.method import Method
+from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_embedding
 from lit_lora.peft.core.targeted import translated
 from lit_lora.peft.core.with_modules_to_save import WholeModules

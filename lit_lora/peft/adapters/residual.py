@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule
-from lit_lora.peft.core.method import replace_module, select
+from lit_lora.peft.core.matching import select
+from lit_lora.peft.core.modules import replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.with_modules_to_save import WholeModules
 

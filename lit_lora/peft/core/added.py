@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.core.method import Kind, Method, OwnModule, own_modules
+from lit_lora.peft.core.method import Kind, Method
+from lit_lora.peft.core.modules import OwnModule, own_modules
 from lit_lora.peft.core.updates import Update
 
 __all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill", "own_state", "width_of"]

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lit_lora.peft.core.method import OwnModule, matches
+from lit_lora.peft.core.matching import matches
+from lit_lora.peft.core.modules import OwnModule
 
 __all__ = ["QUERY_VALUE", "same_places"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import OwnModule, replace_module
+from lit_lora.peft.core.modules import OwnModule, replace_module
 from lit_lora.peft.core.updates import Replace, Rows, Update
 
 __all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find_head", "train_tokens"]

@@ -12,8 +12,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
-from lit_lora.peft.core.method import Kind, Method, OwnModule, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.matching import matches, select, short_names
+from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.module_names import QUERY_VALUE, same_places
+from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.quantize import QuantizedLinear
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedMethod
-from lit_lora.peft.core.method import OwnModule, own_modules, replace_module
+from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.targeted import with_parameters
 

@@ -22,7 +22,9 @@ from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.peft.core.added import AddedMethod
-from lit_lora.peft.core.method import Method, base_tensors, model_updates, own_modules
+from lit_lora.peft.core.base_tensors import base_tensors
+from lit_lora.peft.core.method import Method
+from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, layer_number
 from lit_lora.peft.core.updates import Replace, Update
 from lit_lora.peft.files.added import OWN, added_types, read_added

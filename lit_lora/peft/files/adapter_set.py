@@ -9,7 +9,7 @@ from torch import nn
 from lit_lora.config import did_you_mean
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule
-from lit_lora.peft.core.method import OwnModule, own_modules, remove, replace_module
+from lit_lora.peft.core.modules import OwnModule, own_modules, remove, replace_module
 from lit_lora.peft.files.load import AppliedAdapter, load_adapter
 
 __all__ = ["Adapters"]

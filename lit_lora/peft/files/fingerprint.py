@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_lora.peft.core.method import Base
+from lit_lora.peft.core.base_tensors import Base
 
 __all__ = ["differing", "fingerprint"]
 

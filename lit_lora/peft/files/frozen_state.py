@@ -17,7 +17,8 @@ from torch import nn
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, write_text
-from lit_lora.peft.core.method import Method, own_modules
+from lit_lora.peft.core.method import Method
+from lit_lora.peft.core.modules import own_modules
 
 __all__ = ["frozen_state", "keep_frozen", "keep_method", "kept_method"]
 

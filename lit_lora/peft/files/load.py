@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from lit_lora import log
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.added import AddedMethod
-from lit_lora.peft.core.method import (
-    Base,
-    base_tensors,
-    device_of,
-    freeze,
-    model_updates,
-    own_modules,
-    remove,
-    replace_module,
-)
+from lit_lora.peft.core.base_tensors import Base, base_tensors
+from lit_lora.peft.core.modules import device_of, freeze, model_updates, own_modules, remove, replace_module
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Rows, Scaled, Update, Updates

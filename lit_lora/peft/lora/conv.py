@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import OwnModule
+from lit_lora.peft.core.modules import OwnModule
 from lit_lora.peft.core.updates import LowRank, Update
 
 __all__ = ["Conv", "LoRAConv"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_lora.peft.core.method import OwnModule
+from lit_lora.peft.core.modules import OwnModule
 from lit_lora.peft.core.updates import LowRank, Update
 
 __all__ = ["LoRAEmbedding"]

@@ -23,7 +23,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import OwnModule, device_of, matches, own_modules, replace_module, select, short_names
+from lit_lora.peft.core.matching import matches, select, short_names
+from lit_lora.peft.core.modules import OwnModule, device_of, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank, whole_modules
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Update

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lit_lora.peft.core.method import device_of
+from lit_lora.peft.core.modules import device_of
 from lit_lora.peft.core.updates import LowRank, Replace, Update
 from lit_lora.peft.lora.function import Part
 from lit_lora.peft.lora.linear import Init, LoRAConfig, LoRALinear

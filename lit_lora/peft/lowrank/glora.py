@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import OwnModule, device_of, matches, own_modules, replace_module, select
+from lit_lora.peft.core.matching import matches, select
+from lit_lora.peft.core.modules import OwnModule, device_of, own_modules, replace_module
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank
 from lit_lora.peft.core.updates import LowRank, Scaled, Update
 from lit_lora.peft.lowrank.glora_search import Search, evolve, narrower

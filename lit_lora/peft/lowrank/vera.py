@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lit_lora.peft.core.method import OwnModule, device_of
+from lit_lora.peft.core.modules import OwnModule, device_of
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.core.updates import LowRank, Update
 from lit_lora.peft.lora.function import Part, drop_inputs, lora_linears, stored_weight

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.adapters.bottleneck import norms
 from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, decoder_of, fill, own_state
-from lit_lora.peft.core.method import own_modules, replace_module
+from lit_lora.peft.core.modules import own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.prompts.virtual_tokens import refuse
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import InputError
 from lit_lora.peft.core.added import AddedModule, Attend, decoder_of, fill
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 
 __all__ = ["Prefix", "PrefixConfig"]

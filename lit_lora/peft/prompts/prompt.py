@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lit_lora.peft.core.added import AddedModule, decoder_of, fill
-from lit_lora.peft.core.method import own_modules
+from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 
 __all__ = ["Prompt", "PromptConfig", "PromptMethod"]

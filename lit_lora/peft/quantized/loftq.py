@@ -1,10 +1,10 @@
 """LoftQ: LoRA on a quantised base, both chosen so that together they start near the original weights.
 
-``W`` is taken apart into codes ``Q`` and a low-rank ``s B A`` in turns (see :mod:`lit_lora.peft.quantized.decompose`), from the
-weights alone, without data. The codes are therefore not those of ``W``, and the run keeps its base. ``A`` and ``B`` are
-divided by ``sqrt(s)`` each, so that the branch adds all of the correction whatever alpha is; the authors' script and
-PEFT leave that out, and with alpha 16 and rank 64 add a quarter of it.
-Source: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659.
+``W`` is taken apart into codes ``Q`` and a low-rank ``s B A`` in turns (see :mod:`lit_lora.peft.quantized.decompose`),
+from the weights alone, without data. The codes are therefore not those of ``W``, and the run keeps its base. ``A`` and
+``B`` are divided by ``sqrt(s)`` each, so that the branch adds all of the correction whatever alpha is; the authors'
+script and PEFT leave that out, and with alpha 16 and rank 64 add a quarter of it. Source: Li et al. 2023, "LoftQ:
+LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import Kind, freeze, own_modules
+from lit_lora.peft.core.method import Kind
+from lit_lora.peft.core.modules import freeze, own_modules
 from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
 from lit_lora.peft.quantized.decompose import Decomposed, Weights, decompose
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize

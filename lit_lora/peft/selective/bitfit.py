@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import OwnModule
+from lit_lora.peft.core.modules import OwnModule
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.targeted import TargetedMethod
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.method import Kind, Method, select
+from lit_lora.peft.core.matching import select
+from lit_lora.peft.core.method import Kind, Method
 from lit_lora.quantize import found_config
 
 __all__ = ["FullConfig"]

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lit_lora.peft.core.method import OwnModule, device_of, own_modules, select, short_names
+from lit_lora.peft.core.matching import select, short_names
+from lit_lora.peft.core.modules import OwnModule, device_of, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, whole_modules
 from lit_lora.peft.core.updates import LowRank, Scaled, Update
 
