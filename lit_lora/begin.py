@@ -14,8 +14,8 @@ from lit_lora.data.batches import Batches, MicroBatch
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM
 from lit_lora.peft import Method, count_parameters
+from lit_lora.peft.core.passes import Pass
 from lit_lora.peft.files.frozen_state import kept_method
-from lit_lora.peft.lora.data_inits import Pass
 from lit_lora.recipe import Run, RunData
 from lit_lora.train.loop import validation_loss
 from lit_lora.train.loss import backward

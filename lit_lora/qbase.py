@@ -17,8 +17,8 @@ from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
-from lit_lora.peft.lora.data_inits import mean_squares
-from lit_lora.peft.quantized.decompose import Weights
+from lit_lora.peft.core.passes import mean_squares
+from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import stored_bytes
 from lit_lora.recipe import QuantizedConfig, Run, RunData
 

@@ -19,7 +19,7 @@ from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
 from lit_lora.estimate.shapes import SHAPES, model_shape
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, freeze
-from lit_lora.peft.lora.data_inits import Pass, mean_squares
+from lit_lora.peft.core.passes import Pass, mean_squares
 from lit_lora.quantize import QuantizeConfig, stored_bytes
 from lit_lora.train.loop import TrainConfig
 from lit_lora.train.loss import padded

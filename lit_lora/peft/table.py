@@ -10,7 +10,7 @@ __all__ = ["METHODS", "methods"]
 
 # name -> (kind, "module:settings class"); a recipe serves one kind, qlora low-rank and quantized
 METHODS: dict[str, tuple[Kind, str]] = {
-    "lora": ("low-rank", "lit_lora.peft.lora.linear:LoRAConfig"),
+    "lora": ("low-rank", "lit_lora.peft.lora.config:LoRAConfig"),
     "dora": ("low-rank", "lit_lora.peft.lora.dora:DoRAConfig"),
     "multilora": ("low-rank", "lit_lora.peft.lora.multilora:MultiLoRAConfig"),
     "longlora": ("low-rank", "lit_lora.peft.lora.longlora:LongLoRAConfig"),

@@ -19,7 +19,7 @@ from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.rows import EncodedRow, Rows, Status, TokenTable, record_batch
 from lit_lora.peft import freeze
-from lit_lora.peft.lora.linear import LoRAConfig
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize.config import parse
 from lit_lora.train.device import choose_device
 from lit_lora.train.loop import TrainConfig, fit, validation_loss

@@ -17,7 +17,7 @@ from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import validation_batches
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model.decoder import DecoderLayer
-from lit_lora.peft.lora.linear import LoRAConfig
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import validation_loss

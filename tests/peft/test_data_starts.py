@@ -14,14 +14,8 @@ from lit_lora import peft
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.peft.lora.data_inits import (
-    Components,
-    Pass,
-    each_gradient,
-    gradient_factors,
-    principal_inputs,
-    share_ranks,
-)
+from lit_lora.peft.core.passes import Pass, each_gradient
+from lit_lora.peft.lora.data_inits import Components, gradient_factors, principal_inputs, share_ranks
 from lit_lora.peft.lora.linear import LoRALinear
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, quantize
 from tests.peft.tiny import lora, make_model, rows, token_ids

@@ -15,7 +15,8 @@ from lit_lora.checkpoint.load import empty_model
 from lit_lora.errors import UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.peft.quantized.decompose import Weights, decompose, low_rank
+from lit_lora.peft.core.svd import Weights, low_rank
+from lit_lora.peft.quantized.decompose import decompose
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, quantize
 from tests.peft.tiny import adapted
 from tests.quantize.model_folder import make_folder

@@ -16,7 +16,8 @@ from lit_lora.errors import UsageError
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead
-from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
+from lit_lora.peft.lora.config import LoRAConfig
+from lit_lora.peft.lora.linear import LoRALinear
 from tests.peft.tiny import VOCABULARY, adapted, lora, make_model, shake, token_ids
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -16,7 +16,7 @@ from lit_lora.checkpoint.load import decoder_linears, empty_model
 from lit_lora.errors import UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.peft.quantized.decompose import Weights
+from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import QuantizeConfig, Quantized, count_quantized, stored_bytes
 from lit_lora.quantize.budget import choose
 from tests.peft.tiny import adapted

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lit_lora import peft
 from lit_lora.checkpoint.save import CheckpointWriter
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft.lora.data_inits import Pass
+from lit_lora.peft.core.passes import Pass
 
 VOCABULARY, WIDTH, LAYERS = 61, 16, 2
 

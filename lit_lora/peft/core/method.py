@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
-from lit_lora.peft.lora.data_inits import Pass
-from lit_lora.peft.quantized.decompose import Weights
+from lit_lora.peft.core.passes import Pass
+from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import QuantizeConfig, Quantized, Quantizer
 
 __all__ = ["AnyConfig", "Decomposer", "Kind", "Method"]

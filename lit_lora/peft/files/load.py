@@ -22,10 +22,11 @@ from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.added import restore_added
 from lit_lora.peft.files.fingerprint import differing
 from lit_lora.peft.files.lora import listed
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.embedding import LoRAEmbedding
-from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import LoRALinear
 
 __all__ = ["AppliedAdapter", "attach", "check_base", "load_adapter", "with_tied_head"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Rows, Update, Updates
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.dora import DoRAConfig
-from lit_lora.peft.lora.linear import LoRAConfig
 
 __all__ = ["listed", "read_lora"]
 

@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.core.updates import LowRank, Magnitude, Replace, Update
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.function import drop_inputs, lora_linears
-from lit_lora.peft.lora.linear import Init, LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import Init, LoRALinear
 
 __all__ = ["DoRAConfig", "DoRALinear"]
 

@@ -18,7 +18,7 @@ from torch import nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.method import AnyConfig
-from lit_lora.peft.lora.linear import LoRAConfig
+from lit_lora.peft.lora.config import LoRAConfig
 
 __all__ = ["LongContext", "LongLoRAConfig", "ShiftedGroups"]
 

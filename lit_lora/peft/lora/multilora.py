@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lit_lora.peft.core.modules import device_of
 from lit_lora.peft.core.updates import LowRank, Replace, Update
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.function import Part
-from lit_lora.peft.lora.linear import Init, LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import Init, LoRALinear
 
 __all__ = ["MultiLoRAConfig", "MultiLoRALinear"]
 

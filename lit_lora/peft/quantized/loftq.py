@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.modules import freeze, own_modules
-from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
-from lit_lora.peft.quantized.decompose import Decomposed, Weights, decompose
+from lit_lora.peft.core.svd import Weights
+from lit_lora.peft.lora.config import LoRAConfig
+from lit_lora.peft.lora.linear import LoRALinear
+from lit_lora.peft.quantized.decompose import Decomposed, decompose
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
 __all__ = ["LoftQConfig", "LowRankStart"]

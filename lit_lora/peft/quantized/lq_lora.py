@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.quantized.decompose import Decomposed, Weights, decompose
+from lit_lora.peft.core.svd import Weights
+from lit_lora.peft.quantized.decompose import Decomposed, decompose
 from lit_lora.peft.quantized.loftq import LoftQConfig, LowRankStart
 from lit_lora.quantize import QuantizeConfig, Quantizer, stored_bytes
 from lit_lora.quantize import quantize as quantize_matrix

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.updates import LowRank, Update
+from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.function import Part
-from lit_lora.peft.lora.linear import LoRAConfig, LoRALinear
+from lit_lora.peft.lora.linear import LoRALinear
 from lit_lora.quantize import Groups, QuantizeConfig, QuantizedLinear
 
 __all__ = ["QALoRAConfig", "QALoRALinear"]
