@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lit_lora.model.attention import Attend, CachedAttention, PackedAttention
+from lit_lora.model.attention.packed import Attend, CachedAttention, PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.layers import MLP, Linear, RMSNorm, checkpointed, project, recomputed

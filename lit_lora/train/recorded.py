@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_lora import kernels, log
 from lit_lora.model import CausalLM, varlen_attention
-from lit_lora.model.attention import PackedAttention
+from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_of
 
 __all__ = ["Given", "Recorder"]

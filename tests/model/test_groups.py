@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.model import ModelConfig
-from lit_lora.model.attention import CachedAttention, PackedAttention
+from lit_lora.model.attention.packed import CachedAttention, PackedAttention
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
 from lit_lora.model.packed_attention import usable

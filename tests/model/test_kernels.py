@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.model.attention import PackedAttention
+from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.ops import add_rms_norm, linear, rotate, swiglu
 from lit_lora.model.products import sum_of_products
 from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
