@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lit_lora.model import ModelConfig
+from lit_lora.model.attention.cpu_kernel import usable
 from lit_lora.model.attention.packed import CachedAttention, PackedAttention
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
-from lit_lora.model.packed_attention import usable
 
 
 def config(heads: int, keys: int, window: int | None = None) -> ModelConfig:

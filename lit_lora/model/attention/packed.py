@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_lora.model import varlen_attention
+from lit_lora.model.attention.cpu_kernel import Layout, Places, packed_attention, usable
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import causal_attention, rotate, to_device
-from lit_lora.model.packed_attention import Layout, Places, packed_attention, usable
 from lit_lora.model.rope import rope_table
 
 __all__ = ["Attend", "CachedAttention", "PackedAttention"]
