@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lit_lora import kernels, log
-from lit_lora.model import CausalLM, varlen_attention
+from lit_lora.model import CausalLM
+from lit_lora.model.attention import flash as varlen_attention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_of
 

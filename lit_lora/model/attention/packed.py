@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_lora.model import varlen_attention
+from lit_lora.model.attention import flash as varlen_attention
 from lit_lora.model.attention.cpu_kernel import Layout, Places, packed_attention, usable
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
