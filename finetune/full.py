@@ -25,7 +25,7 @@ from lit_lora.recipe import (
 )
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
-from lit_lora.train.optimizer import OptimizerConfig
+from lit_lora.train.optim.build import OptimizerConfig
 
 __all__ = ["Config", "finetune"]
 

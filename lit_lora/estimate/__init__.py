@@ -23,7 +23,7 @@ from lit_lora.peft.core.passes import Pass, mean_squares
 from lit_lora.quantize import QuantizeConfig, stored_bytes
 from lit_lora.train.loop import TrainConfig
 from lit_lora.train.loss import padded
-from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer, state_bytes
+from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer, state_bytes
 
 __all__ = ["SHAPES", "Estimate", "Memory", "RowLengths", "Setup", "estimate", "model_shape", "on_paper", "outline"]
 

@@ -24,7 +24,7 @@ from lit_lora.quantize.config import parse
 from lit_lora.train.device import choose_device
 from lit_lora.train.loop import TrainConfig, fit, validation_loss
 from lit_lora.train.objective import NextToken
-from lit_lora.train.optimizer import OptimizerConfig
+from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,7 +15,7 @@ from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import MicroBatch
 from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
-from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import torch
 
 from lit_lora.errors import InputError
 from lit_lora.train.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
-from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
 from tests.train.tiny_run import losses, stored, train, unfrozen
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_lora.train.optimizer import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
 from tests.train.tiny_run import adapted, losses, metrics, tiny_model, train, unfrozen
 
 

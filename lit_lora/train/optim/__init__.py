@@ -1,0 +1,1 @@
+"""The optimizers, and float32 masters of what trains."""
