@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_lora.errors import InputError
-from lit_lora.train.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
+from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
 from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
 from tests.train.tiny_run import losses, stored, train, unfrozen
 
@@ -98,7 +98,7 @@ def test_a_step_is_that_of_adamw_with_the_moments_rounded_in_between() -> None:
 
 
 def test_a_tensor_larger_than_one_piece_moves_like_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_lora.train import adamw8bit
+    from lit_lora.train.optim import adamw8bit
 
     results = []
     for chunk in (adamw8bit._CHUNK, 2 * BLOCK):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
-from lit_lora.train.adamw8bit import BLOCK, SMALL, SmallStateAdamW
+from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW
 
 __all__ = ["OptimizerConfig", "Trainables", "build_optimizer", "state_bytes"]
 
