@@ -27,7 +27,7 @@ from lit_lora.recipe import (
 )
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
-from lit_lora.train.objective import NextToken
+from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = ["Config", "finetune"]
 

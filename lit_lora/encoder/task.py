@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lit_lora.train.labelled import Classification, Regression, Seq2Seq
-from lit_lora.train.objective import Objective
+from lit_lora.train.objectives.next_token import Objective
 
 __all__ = ["Kind", "Task"]
 

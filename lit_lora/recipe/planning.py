@@ -19,7 +19,7 @@ from lit_lora.recipe.rows import RunData, lengths_of
 from lit_lora.recipe.run import Run
 from lit_lora.train.device import free_memory_bytes
 from lit_lora.train.loop import check_figures
-from lit_lora.train.objective import NextToken
+from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = [
     "duration",

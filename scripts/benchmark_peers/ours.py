@@ -23,7 +23,7 @@ from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize.config import parse
 from lit_lora.train.device import choose_device
 from lit_lora.train.loop import TrainConfig, fit, validation_loss
-from lit_lora.train.objective import NextToken
+from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 

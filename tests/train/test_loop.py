@@ -12,7 +12,7 @@ from lit_lora import peft
 from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.errors import UsageError
 from lit_lora.train.loop import TrainConfig, validation_loss
-from lit_lora.train.objective import NextToken
+from lit_lora.train.objectives.next_token import NextToken
 from tests.train.tiny_run import (
     adapted,
     checkpoints,

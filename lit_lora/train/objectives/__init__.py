@@ -1,0 +1,1 @@
+"""What the loss is and what a validation measures, one file for each objective."""
