@@ -11,7 +11,7 @@ import torch
 from lit_lora import log
 from lit_lora.data.padded import LabelledBatch
 from lit_lora.encoder.task import Task
-from lit_lora.train.labelled import logits_of
+from lit_lora.train.objectives.labelled import logits_of
 
 __all__ = ["Prediction", "predict"]
 
