@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lit_lora.train.agreement import accuracy, f1, matthews, pearson, spearman
+from lit_lora.train.objectives.metrics import accuracy, f1, matthews, pearson, spearman
 
 TRUE = np.array([1, 1, 1, 0, 0, 0, 0, 1, 0, 1])
 SAID = np.array([1, 0, 1, 0, 1, 0, 0, 1, 0, 0])  # 3 right of 5 ones, 4 right of 5 zeros

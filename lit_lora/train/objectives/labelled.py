@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_lora import IGNORE_INDEX
-from lit_lora.train.agreement import accuracy, f1, matthews, pearson, spearman
 from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
+from lit_lora.train.objectives.metrics import accuracy, f1, matthews, pearson, spearman
 
 __all__ = ["Classification", "Inputs", "Regression", "Seq2Seq", "logits_of"]
 
