@@ -185,7 +185,7 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
     """Write the figures, and say what to type next."""
     import torch
 
-    from lit_lora.train.metrics import read_metrics
+    from lit_lora.train.run_log import read_metrics
 
     records = [record for record in read_metrics(run / "metrics.jsonl") if "tokens" in record]
     tokens = sum(record["tokens"] for record in records)

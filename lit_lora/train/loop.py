@@ -24,9 +24,9 @@ from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.errors import InputError, Interrupted, NumericalError, UsageError
 from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reuse_memory
-from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
 from lit_lora.train.objectives.next_token import Batch, Batches, NextToken, Objective
 from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.run_log import Metrics, plot_losses, read_metrics
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.state import CheckpointStore
 

@@ -11,7 +11,7 @@ import yaml
 
 from lit_lora.cli import main
 from lit_lora.peft import METHODS, methods
-from lit_lora.train.metrics import read_metrics
+from lit_lora.train.run_log import read_metrics
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 
 Call = Callable[..., tuple[int, str, str]]

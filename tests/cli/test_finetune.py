@@ -214,7 +214,7 @@ def test_pain_28_a_folder_that_another_process_trains_in_is_left_alone(task, cal
 
 INTERRUPTED = """
 import os, signal, sys, threading
-from lit_lora.train import metrics
+from lit_lora.train import run_log as metrics
 
 record = metrics.Metrics.record
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lit_lora.peft import METHODS
-from lit_lora.train.metrics import read_metrics
+from lit_lora.train.run_log import read_metrics
 from tests.real.test_learning import finetuned
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ import yaml
 
 from lit_lora.cli import main
 from lit_lora.recipe import Options, load_recipe
-from lit_lora.train.metrics import read_metrics
+from lit_lora.train.run_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from lit_lora.generate import Answer, Sampling, answer_all
 from lit_lora.open_model import OpenedModel, open_model
 from lit_lora.recipe import Options, load_recipe
 from lit_lora.tokenizer import encode_prompt
-from lit_lora.train.metrics import read_metrics
+from lit_lora.train.run_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_lora.errors import DiskError
-from lit_lora.train.metrics import Metrics, plot_losses, read_metrics
+from lit_lora.train.run_log import Metrics, plot_losses, read_metrics
 from tests.train.tiny_run import adapted, make_rows, train
 
 
