@@ -10,8 +10,8 @@ import torch
 from lit_lora import peft
 from lit_lora.data.batches import collate
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.train.cuda_graphs import Recorder
 from lit_lora.train.loss import backward
-from lit_lora.train.recorded import Recorder
 from tests.contract.test_methods import ADDED, CASES, EXACT, FOLDED, WITH_OWN, adapted, method, train
 from tests.peft import tiny
 from tests.peft.tiny import VOCABULARY, make_model, shake, token_ids

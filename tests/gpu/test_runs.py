@@ -17,8 +17,8 @@ from lit_lora.data.batches import Batches
 from lit_lora.generate import Sampling, generate
 from lit_lora.model import CausalLM
 from lit_lora.model.kv_cache import KVCache
+from lit_lora.train.cuda_graphs import Recorder
 from lit_lora.train.objectives.next_token import NextToken
-from lit_lora.train.recorded import Recorder
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train, with_beginning
 

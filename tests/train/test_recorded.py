@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lit_lora.data.batches import collate
+from lit_lora.train.cuda_graphs import Given
 from lit_lora.train.loss import backward, inputs_of, padded
 from lit_lora.train.objectives.next_token import NextToken
-from lit_lora.train.recorded import Given
 from tests.tiny import gradients_of
 from tests.train.tiny_run import adapted, make_rows, with_beginning
 

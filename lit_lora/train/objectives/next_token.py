@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from lit_lora import IGNORE_INDEX
+from lit_lora.train.cuda_graphs import Recorder
 from lit_lora.train.loss import backward, evaluate
-from lit_lora.train.recorded import Recorder
 
 __all__ = ["Batch", "Batches", "NextToken", "Objective", "Row", "Rows"]
 
