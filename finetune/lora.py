@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.begin import apply_method, settle
 from lit_lora.checkpoint.load import load_model
 from lit_lora.peft import freeze, save_adapter
 from lit_lora.recipe import (
@@ -23,6 +22,7 @@ from lit_lora.recipe import (
     start,
     summary,
 )
+from lit_lora.recipe.method import apply_method, settle
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken

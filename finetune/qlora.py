@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.begin import settle
 from lit_lora.peft import save_adapter
 from lit_lora.qbase import keep_base, load_base
 from lit_lora.recipe import (
@@ -25,6 +24,7 @@ from lit_lora.recipe import (
     start,
     summary,
 )
+from lit_lora.recipe.method import settle
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_lora import log
-from lit_lora.begin import apply_method, passes
 from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
 from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.save import save_quantized
@@ -21,6 +20,7 @@ from lit_lora.peft.core.passes import mean_squares
 from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import stored_bytes
 from lit_lora.recipe import QuantizedConfig, Run, RunData
+from lit_lora.recipe.method import apply_method, passes
 
 __all__ = ["keep_base", "load_base"]
 
@@ -37,7 +37,7 @@ def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) 
         data: The rows, for a method that weighs errors by them or starts from them.
 
     Returns:
-        The model, and the method as it is applied; see :func:`lit_lora.begin.apply_method`.
+        The model, and the method as it is applied; see :func:`lit_lora.recipe.method.apply_method`.
 
     Raises:
         InputError: The folder is broken.

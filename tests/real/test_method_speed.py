@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lit_lora import peft
-from lit_lora.begin import passes
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import MicroBatch
+from lit_lora.recipe.method import passes
 from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
 from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
