@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_lora.peft import save_adapter
-from lit_lora.qbase import keep_base, load_base
 from lit_lora.recipe import (
     Options,
     QuantizedConfig,
@@ -25,6 +24,7 @@ from lit_lora.recipe import (
     summary,
 )
 from lit_lora.recipe.method import settle
+from lit_lora.recipe.quantized_base import keep_base, load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken

@@ -18,9 +18,9 @@ from lit_lora.data.batches import Batches
 from lit_lora.model import CausalLM
 from lit_lora.peft import base_tensors, freeze, methods, remove, trainable_state
 from lit_lora.peft.core.modules import model_updates, own_modules
-from lit_lora.qbase import load_base
 from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, stored_bytes
 from lit_lora.recipe import Options, QuantizedConfig, Run, RunData, load_data, load_recipe, start
+from lit_lora.recipe.quantized_base import load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import TrainConfig, fit, validation_loss
 from lit_lora.train.optim.build import OptimizerConfig
