@@ -15,7 +15,7 @@ from lit_lora.model import CausalLM
 from lit_lora.peft import count_parameters, matched_table
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
-from lit_lora.recipe.rows import RunData, lengths_of
+from lit_lora.recipe.data import RunData, lengths_of
 from lit_lora.recipe.run import Run
 from lit_lora.train.device import free_memory_bytes
 from lit_lora.train.loop import check_figures
