@@ -15,7 +15,7 @@ from lit_lora.estimate.advice import advise
 from lit_lora.model import ModelConfig
 from lit_lora.recipe.config import FinetuneConfig, RunConfig
 from lit_lora.recipe.data import row_lengths
-from lit_lora.recipe.planning import in_words
+from lit_lora.recipe.plan import in_words
 from lit_lora.recipe.run import Options
 from lit_lora.train.device import choose_device, choose_dtype
 

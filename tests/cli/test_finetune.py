@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lit_lora.cli import main
-from lit_lora.recipe import planning
+from lit_lora.recipe import plan as planning
 from lit_lora.train.objectives import next_token as objective
 from tests.estimate.test_estimate import setup_of
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
