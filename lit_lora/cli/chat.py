@@ -18,7 +18,7 @@ from lit_lora.errors import LitLoraError, UsageError
 
 if TYPE_CHECKING:
     from lit_lora.generate import ChatSession
-    from lit_lora.open_model import OpenedModel
+    from lit_lora.open.decoder import OpenedModel
 
 __all__ = ["command"]
 
@@ -62,7 +62,7 @@ def command(
         seed=seed,
     )
     from lit_lora.generate import ChatSession
-    from lit_lora.open_model import held_base, open_model
+    from lit_lora.open.decoder import held_base, open_model
 
     how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
     opened = open_model(model, adapter=adapter, **how)

@@ -80,7 +80,7 @@ def command(
     """
     from lit_lora.evaluate.compare import compare, report, same_scores
     from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     if out is not None:
         require_new(out)
@@ -177,7 +177,7 @@ def _candidates(
         UsageError: ``--adapter`` was given with several models.
     """
     from lit_lora.evaluate.compare import Candidate
-    from lit_lora.open_model import find_folders, held_base
+    from lit_lora.open.decoder import find_folders, held_base
 
     if adapter is not None and len(models) > 1:
         raise UsageError("--adapter goes with one MODEL", hint="name runs and adapters as further MODELs")

@@ -16,7 +16,7 @@ from lit_lora.files import require_new
 
 if TYPE_CHECKING:
     from lit_lora.generate import Sampling
-    from lit_lora.open_model import OpenedModel
+    from lit_lora.open.decoder import OpenedModel
     from lit_lora.tokenizer import Message
 
 __all__ = ["command"]
@@ -82,7 +82,7 @@ def command(
         seed=seed,
     )
     rows = _rows(file, column, system, raw) if file is not None else _one(prompt, system)
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, drop_layers=drop_layers)
     log.note(opened.description)

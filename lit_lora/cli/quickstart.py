@@ -123,7 +123,7 @@ class _Score:
 
 def _score(model: Path, rows: int) -> _Score:
     """Loss and answers on the held-out rows."""
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     opened = open_model(model)
     log.note(opened.description)
@@ -168,7 +168,7 @@ def _answer(model: Path) -> None:
     from lit_lora.data.source import locate
     from lit_lora.files import cache_folder
     from lit_lora.generate import Sampling, answer_all
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
     from lit_lora.tokenizer import encode_prompt
 
     opened = open_model(model)

@@ -54,7 +54,7 @@ def test_run_adapter_and_base_with_adapter_are_the_same_model(type_in: Terminal,
 
 
 def test_an_opened_model_is_ready_to_use_whatever_dropout_it_was_trained_with(base: Path, tmp_path: Path) -> None:
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     run = make_run(tmp_path / "run", base)  # its dropout is 0.5
     for folder in (base, run):
@@ -71,7 +71,7 @@ def test_pain_16_a_merged_model_is_opened_in_what_its_merge_kept_the_update_in(
     into: str, computed: torch.dtype, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lit_lora.cli import main
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     merged = tmp_path / "merged"
     with pytest.raises(SystemExit) as done:
@@ -84,7 +84,7 @@ def test_pain_16_a_merged_model_is_opened_in_what_its_merge_kept_the_update_in(
 
 
 def test_an_adapter_with_added_tokens_brings_its_tokenizer(type_in: Terminal, base: Path) -> None:
-    from lit_lora.open_model import open_model
+    from lit_lora.open.decoder import open_model
 
     run = make_run(Path("tokens"), base, add_tokens=("[TICKET]", "[END]"))
     tokenizer = open_model(run, dtype="fp32").tokenizer

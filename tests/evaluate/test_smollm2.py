@@ -12,7 +12,7 @@ from lit_lora.data.prepare import read_samples
 from lit_lora.data.source import locate
 from lit_lora.evaluate import evaluate_generation, evaluate_options
 from lit_lora.evaluate.options import read_option_rows
-from lit_lora.open_model import OpenedModel, open_model
+from lit_lora.open.decoder import OpenedModel, open_model
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import torch
 from lit_lora import peft
 from lit_lora.checkpoint import load_model
 from lit_lora.cli import main
-from lit_lora.open_model import OpenedModel, open_model
+from lit_lora.open.decoder import OpenedModel, open_model
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.recipe import Options, load_recipe
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
@@ -108,7 +108,7 @@ def test_generate_and_chat_run_over_the_quantised_base(task: Path, call: Call, m
         opened.append(open_model(*arguments, **options))
         return opened[-1]
 
-    monkeypatch.setattr("lit_lora.open_model.open_model", noted)
+    monkeypatch.setattr("lit_lora.open.decoder.open_model", noted)
     monkeypatch.setattr("sys.stdin", io.StringIO("colour 3?\n/adapter off\ncolour 3?\n"))
     code, out, err = call("chat", run, "--max-new-tokens", 4)
     assert code == 0, err

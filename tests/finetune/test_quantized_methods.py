@@ -13,7 +13,7 @@ import torch
 
 from lit_lora.checkpoint import load_model
 from lit_lora.errors import LitLoraError
-from lit_lora.open_model import open_model
+from lit_lora.open.decoder import open_model
 from lit_lora.peft import load_adapter
 from lit_lora.quantize import Groups, QuantizeConfig
 from tests.finetune.test_qlora import Call, call, finetuned, task  # noqa: F401 - fixtures

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lit_lora.generate import Answer, Sampling, answer_all
-from lit_lora.open_model import OpenedModel, open_model
+from lit_lora.open.decoder import OpenedModel, open_model
 from lit_lora.recipe import Options, load_recipe
 from lit_lora.tokenizer import encode_prompt
 from lit_lora.train.run_log import read_metrics
