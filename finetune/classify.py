@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.encoder import (
+from lit_lora.classify import (
     ClassifyConfig,
     apply_with_head,
     checkpoint_activations,

@@ -17,9 +17,9 @@ from lit_lora.errors import UsageError
 from lit_lora.files import require_new, write_text
 
 if TYPE_CHECKING:
+    from lit_lora.classify import OpenedClassifier, Prediction
     from lit_lora.data.config import LabelledConfig
     from lit_lora.data.labelled import Example
-    from lit_lora.encoder import OpenedClassifier, Prediction
 
 __all__ = ["command"]
 
@@ -52,9 +52,9 @@ def command(
 
         lit-lora classify out/classify --file validation.jsonl --out predictions.jsonl
     """
+    from lit_lora.classify import open_classifier
     from lit_lora.data.labelled import Example
     from lit_lora.data.source import locate
-    from lit_lora.encoder import open_classifier
     from lit_lora.files import cache_folder
 
     if (text is None) == (file is None):
@@ -120,9 +120,9 @@ def _predict(
     opened: OpenedClassifier, section: LabelledConfig, examples: list[Example]
 ) -> tuple[list[Prediction], dict[str, str]]:
     """A prediction for each row, and where rows have labels the figures as they are printed."""
+    from lit_lora.classify import predict
+    from lit_lora.classify.run import encode_rows
     from lit_lora.data.padded import by_length
-    from lit_lora.encoder import predict
-    from lit_lora.encoder.run import encode_rows
     from lit_lora.evaluate import Share
 
     labelled = all(example.label is not None for example in examples)

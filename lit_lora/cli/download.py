@@ -39,8 +39,8 @@ def command(
         HF_TOKEN=… lit-lora download meta-llama/Llama-3.2-1B --out checkpoints/llama
     """
     from lit_lora.checkpoint.convert import open_source, plan_conversion, quantisation_stripped
+    from lit_lora.classify import is_encoder
     from lit_lora.cli.convert import command as convert_command
-    from lit_lora.encoder import is_encoder
 
     if convert and out is not None:
         require_new(out)
@@ -107,7 +107,7 @@ def _was_made_from(file: Path, folder: Path) -> bool:
 
 def _check_config(folder: Path) -> None:
     """Refuse a model that lit-lora cannot use, before its weights are fetched."""
-    from lit_lora.encoder import is_encoder
+    from lit_lora.classify import is_encoder
     from lit_lora.model import ModelConfig
 
     adapter = (folder / "adapter_config.json").is_file()

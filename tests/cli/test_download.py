@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_lora.checkpoint import open_tensors
-from lit_lora.encoder import read_pretrained
+from lit_lora.classify import read_pretrained
 from tests.checkpoint.makers import litgpt_state, state_dict, write_hf_folder, write_litgpt, write_tiny_gguf
 from tests.cli.test_convert import run
 from tests.encoder.tiny import save_base

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_lora import peft
-from lit_lora.encoder import Task, head_of
+from lit_lora.classify import Task, head_of
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import model_updates, own_modules

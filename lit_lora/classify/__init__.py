@@ -4,10 +4,10 @@ The model and its tokenizer are transformers', imported only when one is opened;
 those of all recipes.
 """
 
-from lit_lora.encoder.opened import OpenedClassifier, open_classifier
-from lit_lora.encoder.predict import Prediction, predict
-from lit_lora.encoder.pretrained import Pretrained, head_of, is_encoder, load_with_head, read_pretrained
-from lit_lora.encoder.run import (
+from lit_lora.classify.opened import OpenedClassifier, open_classifier
+from lit_lora.classify.predict import Prediction, predict
+from lit_lora.classify.pretrained import Pretrained, head_of, is_encoder, load_with_head, read_pretrained
+from lit_lora.classify.run import (
     ClassifyConfig,
     LabelledData,
     apply_with_head,
@@ -17,7 +17,7 @@ from lit_lora.encoder.run import (
     prediction_samples,
     save_result,
 )
-from lit_lora.encoder.task import Task
+from lit_lora.classify.task import Task
 
 __all__ = [
     "ClassifyConfig",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lit_lora import log
+from lit_lora.classify.task import Task
 from lit_lora.data.padded import LabelledBatch
-from lit_lora.encoder.task import Task
 from lit_lora.train.objectives.labelled import logits_of
 
 __all__ = ["Prediction", "predict"]

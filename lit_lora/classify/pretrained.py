@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lit_lora.classify.task import Kind, Task
 from lit_lora.data.labelled import Tokens
 from lit_lora.data.padded import Layout
-from lit_lora.encoder.task import Kind, Task
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model.config import FAMILIES
 

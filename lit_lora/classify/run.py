@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora import log
+from lit_lora.classify.predict import predict
+from lit_lora.classify.pretrained import Pretrained
+from lit_lora.classify.task import Task
 from lit_lora.data.config import LabelledConfig
 from lit_lora.data.labelled import Example, LabelledRow, LabelledRows, Labels, find_labels, read_examples
 from lit_lora.data.padded import LabelledBatch, PaddedBatches, by_length, padded_tokens
 from lit_lora.data.prepare import split_places
 from lit_lora.data.source import locate
-from lit_lora.encoder.predict import predict
-from lit_lora.encoder.pretrained import Pretrained
-from lit_lora.encoder.task import Task
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
 from lit_lora.peft import Method, model_card, save_adapter, trainable_state
