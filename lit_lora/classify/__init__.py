@@ -4,9 +4,9 @@ The model and its tokenizer are transformers', imported only when one is opened;
 those of all recipes.
 """
 
+from lit_lora.classify.checkpoint import Pretrained, head_of, is_encoder, load_with_head, read_pretrained
 from lit_lora.classify.opened import OpenedClassifier, open_classifier
 from lit_lora.classify.predict import Prediction, predict
-from lit_lora.classify.pretrained import Pretrained, head_of, is_encoder, load_with_head, read_pretrained
 from lit_lora.classify.run import (
     ClassifyConfig,
     LabelledData,

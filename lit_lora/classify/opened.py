@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lit_lora.classify.pretrained import Pretrained, load_with_head, read_pretrained
+from lit_lora.classify.checkpoint import Pretrained, load_with_head, read_pretrained
 from lit_lora.classify.task import Task
 from lit_lora.errors import InputError
 from lit_lora.open.decoder import find_folders

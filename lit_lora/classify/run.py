@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora import log
+from lit_lora.classify.checkpoint import Pretrained
 from lit_lora.classify.predict import predict
-from lit_lora.classify.pretrained import Pretrained
 from lit_lora.classify.task import Task
 from lit_lora.data.config import LabelledConfig
 from lit_lora.data.labelled import Example, LabelledRow, LabelledRows, Labels, find_labels, read_examples
