@@ -22,7 +22,8 @@ from lit_lora.classify import (
 )
 from lit_lora.peft import freeze
 from lit_lora.recipe import Options, claim_folder, finetune_config, finish, main, start
-from lit_lora.train.loop import TrainConfig, fit
+from lit_lora.train.config import TrainConfig
+from lit_lora.train.loop import fit
 
 __all__ = ["Config", "finetune"]
 

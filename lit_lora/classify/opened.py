@@ -10,7 +10,7 @@ from torch import nn
 from lit_lora.classify.checkpoint import Pretrained, load_with_head, read_pretrained
 from lit_lora.classify.task import Task
 from lit_lora.errors import InputError
-from lit_lora.open.decoder import find_folders
+from lit_lora.open.folders import find_folders
 from lit_lora.peft import Adapter, load_adapter, read_adapter
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory

@@ -25,8 +25,9 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
 from lit_lora.peft import Method, model_card, save_adapter, trainable_state
 from lit_lora.recipe import Run, RunConfig, planned_rows, planned_steps, show_what_trains, summary, warn_of
-from lit_lora.train.loop import FitResult, check_figures
+from lit_lora.train.loop import FitResult
 from lit_lora.train.optim.build import state_bytes
+from lit_lora.train.validation import check_figures
 
 __all__ = [
     "ClassifyConfig",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lit_lora.train.objectives.base import Objective
 from lit_lora.train.objectives.labelled import Classification, Regression, Seq2Seq
-from lit_lora.train.objectives.next_token import Objective
 
 __all__ = ["Kind", "Task"]
 

@@ -62,7 +62,8 @@ def command(
         seed=seed,
     )
     from lit_lora.generate import ChatSession
-    from lit_lora.open.decoder import held_base, open_model
+    from lit_lora.open.decoder import open_model
+    from lit_lora.open.folders import held_base
 
     how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
     opened = open_model(model, adapter=adapter, **how)

@@ -177,7 +177,7 @@ def _candidates(
         UsageError: ``--adapter`` was given with several models.
     """
     from lit_lora.evaluate.compare import Candidate
-    from lit_lora.open.decoder import find_folders, held_base
+    from lit_lora.open.folders import find_folders, held_base
 
     if adapter is not None and len(models) > 1:
         raise UsageError("--adapter goes with one MODEL", hint="name runs and adapters as further MODELs")

@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lit_lora.model.attention.packed import Attend, CachedAttention, PackedAttention
+from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.cached import CachedAttention
+from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.layers import MLP, Linear, RMSNorm, checkpointed, project, recomputed

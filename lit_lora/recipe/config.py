@@ -16,7 +16,7 @@ from lit_lora.data.config import RowsConfig
 from lit_lora.errors import UsageError
 from lit_lora.peft import METHODS, Kind, Method, methods
 from lit_lora.quantize import QuantizeConfig
-from lit_lora.train.loop import TrainConfig
+from lit_lora.train.config import TrainConfig
 from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 

@@ -17,8 +17,8 @@ from lit_lora.peft import Method, count_parameters
 from lit_lora.peft.core.passes import Pass
 from lit_lora.peft.files.frozen_state import kept_method
 from lit_lora.recipe import Run, RunData
-from lit_lora.train.loop import validation_loss
 from lit_lora.train.loss import backward
+from lit_lora.train.validation import validation_loss
 
 __all__ = ["apply_method", "passes", "settle"]
 

@@ -18,8 +18,8 @@ from lit_lora.recipe.config import RunConfig
 from lit_lora.recipe.data import RunData, lengths_of
 from lit_lora.recipe.run import Run
 from lit_lora.train.device import free_memory_bytes
-from lit_lora.train.loop import check_figures
 from lit_lora.train.objectives.next_token import NextToken
+from lit_lora.train.validation import check_figures
 
 __all__ = [
     "duration",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder
-from lit_lora.train.optim.build import Trainables
+from lit_lora.train.optim.master_weights import Trainables
 
 __all__ = ["CheckpointStore"]
 

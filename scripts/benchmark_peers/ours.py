@@ -21,11 +21,13 @@ from lit_lora.data.rows import EncodedRow, Rows, Status, TokenTable, record_batc
 from lit_lora.peft import freeze
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize.config import parse
+from lit_lora.train.config import TrainConfig
 from lit_lora.train.device import choose_device
-from lit_lora.train.loop import TrainConfig, fit, validation_loss
+from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
+from lit_lora.train.validation import validation_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

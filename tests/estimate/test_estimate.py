@@ -13,7 +13,8 @@ from lit_lora.checkpoint.load import empty_model
 from lit_lora.estimate import SHAPES, RowLengths, Setup, estimate, model_shape, outline
 from lit_lora.estimate.advice import advise
 from lit_lora.quantize import QuantizeConfig
-from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer, state_bytes
+from lit_lora.train.optim.build import OptimizerConfig, build_optimizer, state_bytes
+from lit_lora.train.optim.master_weights import Trainables
 
 GB = 1e9
 

@@ -9,7 +9,7 @@ from lit_lora import peft
 from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.train.loss import padded
-from lit_lora.train.optim.build import Trainables
+from lit_lora.train.optim.master_weights import Trainables
 
 CONFIG = ModelConfig(
     vocab_size=515,

@@ -20,7 +20,7 @@ from lit_lora.model.decoder import DecoderLayer
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
-from lit_lora.train.loop import validation_loss
+from lit_lora.train.validation import validation_loss
 from tests.finetune.tiny_task import ROOT, contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, losses, metrics
 

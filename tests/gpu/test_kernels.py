@@ -11,7 +11,8 @@ from torch import Tensor
 from lit_lora import kernels
 from lit_lora.model import ModelConfig
 from lit_lora.model.attention import flash as varlen_attention
-from lit_lora.model.attention.packed import Attend, PackedAttention
+from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.ops import add_rms_norm, rotate, swiglu
 from lit_lora.model.products import sum_of_products
 from lit_lora.quantize import QuantizeConfig, quantize

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lit_lora.model import ModelConfig
+from lit_lora.model.attention.cached import CachedAttention
 from lit_lora.model.attention.cpu_kernel import usable
-from lit_lora.model.attention.packed import CachedAttention, PackedAttention
+from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
 

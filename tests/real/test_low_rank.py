@@ -17,8 +17,8 @@ from lit_lora.model import CausalLM
 from lit_lora.peft import METHODS
 from lit_lora.recipe import Options, load_data, load_recipe, start
 from lit_lora.tokenizer import Tokenizer
-from lit_lora.train.loop import validation_loss
 from lit_lora.train.run_log import read_metrics
+from lit_lora.train.validation import validation_loss
 from tests.real.test_learning import finetuned
 
 pytestmark = pytest.mark.slow

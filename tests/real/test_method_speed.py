@@ -15,7 +15,8 @@ from lit_lora.data.batches import MicroBatch
 from lit_lora.recipe.method import passes
 from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
-from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.master_weights import Trainables
 
 pytestmark = pytest.mark.slow
 

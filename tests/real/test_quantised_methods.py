@@ -22,9 +22,11 @@ from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, store
 from lit_lora.recipe import Options, QuantizedConfig, Run, RunData, load_data, load_recipe, start
 from lit_lora.recipe.quantized_base import load_base
 from lit_lora.tokenizer import Tokenizer
-from lit_lora.train.loop import TrainConfig, fit, validation_loss
+from lit_lora.train.config import TrainConfig
+from lit_lora.train.loop import fit
 from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
+from lit_lora.train.validation import validation_loss
 from tests.peft.tiny import shake
 
 pytestmark = pytest.mark.slow

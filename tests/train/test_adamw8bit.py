@@ -7,7 +7,8 @@ import torch
 
 from lit_lora.errors import InputError
 from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
-from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.master_weights import Trainables
 from tests.train.tiny_run import losses, stored, train, unfrozen
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from lit_lora import peft
 from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.errors import UsageError
-from lit_lora.train.loop import TrainConfig, validation_loss
+from lit_lora.train.config import TrainConfig
 from lit_lora.train.objectives.next_token import NextToken
+from lit_lora.train.validation import validation_loss
 from tests.train.tiny_run import (
     adapted,
     checkpoints,

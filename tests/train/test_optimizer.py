@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_lora.train.optim.build import OptimizerConfig, Trainables, build_optimizer
+from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.master_weights import Trainables
 from tests.train.tiny_run import adapted, losses, metrics, tiny_model, train, unfrozen
 
 

@@ -15,8 +15,9 @@ from lit_lora import peft
 from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.data.rows import Rows
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.train.loop import FitResult, TrainConfig, fit
-from lit_lora.train.objectives.next_token import Objective
+from lit_lora.train.config import TrainConfig
+from lit_lora.train.loop import FitResult, fit
+from lit_lora.train.objectives.base import Objective
 from lit_lora.train.optim.build import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 from tests.tiny import random_model

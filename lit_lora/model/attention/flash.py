@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_lora.model.attention.cpu_kernel import Layout
+from lit_lora.model.attention.documents import Layout
 
 __all__ = ["longest", "usable", "varlen_attention"]
 

@@ -1,61 +1,25 @@
-"""Causal attention: over packed documents (training, scoring) and over a key/value cache (decoding).
+"""Causal attention over packed documents, for training and scoring.
 
-Both are objects that a layer calls with its queries, keys and values, so the layer knows neither of positions, nor of
-documents, nor of caches. Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
-
-``behind(P)`` of either gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
-they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
-is with tokens that all documents begin with, such as a system prompt: a model computes them once.
-
-``in_groups(G)`` of either is for training on long documents: tokens attend within groups of ``G``, and in half of the
-heads the groups are shifted by half of that, so that neighbours meet.
+Grouped queries: query head ``n`` attends with key/value head ``n // (N / K)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_lora.model.attention import flash as varlen_attention
-from lit_lora.model.attention.cpu_kernel import Layout, Places, packed_attention, usable
+from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.cpu_kernel import packed_attention, usable
+from lit_lora.model.attention.documents import Layout, Places
 from lit_lora.model.config import ModelConfig
-from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import causal_attention, rotate, to_device
 from lit_lora.model.rope import rope_table
 
-__all__ = ["Attend", "CachedAttention", "PackedAttention"]
-
-
-class Attend(Protocol):
-    """How tokens attend: what a layer is given."""
-
-    front: int
-    """The first rows of what is given are this many tokens that stand before every document; mostly 0."""
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H) turned by the positions of its rows."""
-
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every document.
-
-        Args:
-            front: How many.
-            rotated: Their keys are in their final form.
-
-        Returns:
-            Its :attr:`front` says how many of these rows are to be given: none if a cache holds them already.
-        """
-
-    def in_groups(self, size: int) -> Attend:
-        """The same within groups of ``size`` tokens, for training; decoding sees everything."""
+__all__ = ["PackedAttention"]
 
 
 class PackedAttention:
@@ -199,96 +163,6 @@ class _PackedBehind(PackedAttention):
     def behind(self, front: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every document already."""
         raise ValueError(f"{self.front} tokens stand before every document already")
-
-
-class CachedAttention:
-    """New tokens attend to a cache and to themselves; their keys and values are appended to it in place.
-
-    Args:
-        config: The model's.
-        cache: The cache.
-        batch_size: Rows B.
-        tokens: New tokens per row T.
-    """
-
-    front = 0
-
-    def __init__(self, config: ModelConfig, cache: KVCache, batch_size: int, tokens: int) -> None:
-        self.config, self.cache = config, cache
-        self.batch_size = batch_size
-        self.tokens = tokens
-        self.mask = cache.mask(tokens, config.sliding_window)
-        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.front + cache.length + tokens)
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Rotate, and attend to everything stored so far.
-
-        Args:
-            layer: Index of the calling layer: where its keys and values are stored.
-            query: (B·T, N, H).
-            key: (B·T, K, H).
-            value: (B·T, K, H).
-
-        Returns:
-            (B·T, N, H) in the dtype of ``query``.
-        """
-        q, k, v = (
-            tensor.view(self.batch_size, self.tokens, *tensor.shape[1:]).transpose(1, 2)  # (B, heads, T, H)
-            for tensor in (rotate(query, *self.rope), rotate(key, *self.rope), value)
-        )
-        keys, values = self.cache.append(layer, k, v)
-        if self.tokens == 1:  # the query heads of one key/value head as rows of one query: a fifth of the time on a CPU
-            q = q.reshape(self.batch_size, key.shape[1], -1, key.shape[2])
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).reshape(query.shape)
-        grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=grouped)
-        return out.transpose(1, 2).reshape(query.shape)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(B·T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *self.rope)
-
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every row; see :class:`Attend`."""
-        return _CachedBehind(self, front, rotated)
-
-    def in_groups(self, size: int) -> Attend:
-        """Itself: groups are for training."""
-        return self
-
-
-class _CachedBehind:
-    """Rows behind common tokens, whose keys and values the cache keeps before those of the first tokens read."""
-
-    def __init__(self, tokens: CachedAttention, front: int, rotated: bool) -> None:
-        cache = self.cache = tokens.cache
-        self.front = 0 if cache.length else front
-        cache.reserve(front)
-        self.tokens = CachedAttention(tokens.config, cache, tokens.batch_size, tokens.tokens)
-        self.common = PackedAttention(tokens.config, [front], cache.keys.device)
-        if rotated:
-            cosine, sine = self.common.rope
-            self.common.rope = torch.ones_like(cosine), torch.zeros_like(sine)
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(P + B·T, …) to (P + B·T, N, H), P being :attr:`front`."""
-        if not self.front:
-            return self.tokens(layer, query, key, value)
-        (q, first_q), (k, first_k), (v, first_v) = ((x[self.front :], x[: self.front]) for x in (query, key, value))
-        self.cache.put_front(layer, self.common.rotate(first_k).transpose(0, 1), first_v.transpose(0, 1))
-        return torch.cat([self.common(layer, first_q, first_k, first_v), self.tokens(layer, q, k, v)])
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(P + B·T, heads, H) turned by the positions of its rows."""
-        return torch.cat([self.common.rotate(x[: self.front]), self.tokens.rotate(x[self.front :])])
-
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """Refused: something stands before every row already."""
-        raise ValueError(f"{self.front} tokens stand before every row already")
-
-    def in_groups(self, size: int) -> Attend:
-        """Itself: groups are for training."""
-        return self
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ __all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill
 
 
 class Attend(Protocol):
-    """What a decoder's attention layers are given; see :class:`lit_lora.model.attention.packed.Attend`."""
+    """What a decoder's attention layers are given; see :class:`lit_lora.model.attention.attend.Attend`."""
 
     front: int
 

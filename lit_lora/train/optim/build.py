@@ -1,20 +1,20 @@
-"""Optimizers over whatever requires a gradient, with float32 masters for parameters of lower precision."""
+"""Optimizers over the master weights of whatever requires a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_lora import log
 from lit_lora.config import Settings
-from lit_lora.errors import UsageError
 from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW
+from lit_lora.train.optim.master_weights import Trainables
 
-__all__ = ["OptimizerConfig", "Trainables", "build_optimizer", "state_bytes"]
+__all__ = ["OptimizerConfig", "build_optimizer", "state_bytes"]
 
 
 class OptimizerConfig(Settings):
@@ -35,59 +35,6 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW: decay of the first and second moment.")
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment.")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum; 0 keeps no state.")
-
-
-class Trainables:
-    """The parameters that train, each with the float32 tensor that the optimizer moves.
-
-    A float32 parameter is its own master. A bfloat16 or float16 one (full finetuning, trained norms) gets a float32
-    master, because an update smaller than its rounding would be lost: its gradients are added up in the master's, and
-    :meth:`publish` rounds the master into the parameter.
-
-    Raises:
-        UsageError: Nothing requires a gradient.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.masters: dict[str, Tensor] = {}
-        self._rounded: list[tuple[Tensor, Tensor]] = []  # (parameter, master)
-        self._hooks: list[Any] = []
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.dtype == torch.float32:
-                self.masters[name] = parameter
-                continue
-            master = parameter.detach().float().requires_grad_()
-            self.masters[name] = master
-            self._rounded.append((parameter, master))
-            hook = parameter.register_post_accumulate_grad_hook(_hand_over(master))  # type: ignore[no-untyped-call]
-            self._hooks.append(hook)
-        if not self.masters:
-            raise UsageError("no parameter requires a gradient: the method trains nothing of this model")
-
-    def publish(self) -> None:
-        """Round the masters into the model's parameters, in place."""
-        with torch.no_grad():
-            for parameter, master in self._rounded:
-                parameter.copy_(master)
-
-    def release(self) -> None:
-        """Leave the parameters' gradients to themselves again."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-def _hand_over(master: Tensor) -> Callable[[Tensor], None]:
-    """A hook that adds a parameter's fresh gradient to its master's and frees it."""
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return hook
 
 
 def build_optimizer(

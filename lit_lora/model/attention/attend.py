@@ -1,0 +1,46 @@
+"""The protocol of attention: what a layer calls with its queries, keys and values.
+
+A layer knows neither of positions, nor of documents, nor of caches; these are known to what it is given.
+
+``behind(P)``  gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
+they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
+is with tokens that all documents begin with, such as a system prompt: a model computes them once.
+
+``in_groups(G)``  is for training on long documents: tokens attend within groups of ``G``, and in half of the
+heads the groups are shifted by half of that, so that neighbours meet.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Attend"]
+
+
+class Attend(Protocol):
+    """How tokens attend: what a layer is given."""
+
+    front: int
+    """The first rows of what is given are this many tokens that stand before every document; mostly 0."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+
+    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``front`` tokens before every document.
+
+        Args:
+            front: How many.
+            rotated: Their keys are in their final form.
+
+        Returns:
+            Its :attr:`front` says how many of these rows are to be given: none if a cache holds them already.
+        """
+
+    def in_groups(self, size: int) -> Attend:
+        """The same within groups of ``size`` tokens, for training; decoding sees everything."""

@@ -1,0 +1,60 @@
+"""Length, micro-batches, validation and checkpoints of a run, as the config file gives them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lit_lora.config import Settings
+
+__all__ = ["Figure", "TrainConfig"]
+
+Figure = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
+
+
+class TrainConfig(Settings):
+    """How long and in what portions to train."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 1 when max_steps is not given either.")
+    max_steps: int | None = Field(None, gt=0, description="Optimizer steps, instead of epochs.")
+    batch_size: int = Field(8, gt=0, description="Rows per optimizer step.")
+    micro_batch_tokens: int = Field(
+        1024,
+        gt=0,
+        description="Tokens computed at once; larger steps are accumulated. Changes memory only; on a GPU also speed: "
+        "8192 or more if it fits.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations computed again in the backward instead of kept: none, the MLPs', whole layers'. "
+        "Less memory, slower, the same results.",
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is scaled down to this norm.")
+    eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run by default.")
+    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; as eval_every when omitted.")
+    keep_last: int = Field(1, gt=0, description="Newest checkpoints kept, beside the best one.")
+    patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better one.")
+    best_by: Figure = Field(
+        "loss",
+        description="Which figure of the validation picks the best weights: loss, or one that the recipe measures: "
+        "classify has accuracy, f1 and matthews of labels, pearson and spearman of numbers, exact_match of texts.",
+    )
+    samples: int = Field(1, ge=0, description="Validation prompts answered at each validation, to watch it learn.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both; train.epochs=null takes the epochs of a config out")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run, at least 1."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil((self.epochs or 1) * steps_per_epoch))
+
+    def eval_interval(self, total_steps: int) -> int:
+        """Steps between validations."""
+        return self.eval_every or max(1, math.ceil(total_steps / 10))

@@ -1,0 +1,248 @@
+"""One call of the loop: its pieces, its progress, and what one optimizer step does."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_lora import log
+from lit_lora.errors import InputError, NumericalError
+from lit_lora.train.config import TrainConfig
+from lit_lora.train.objectives.base import Batch, Batches, Objective
+from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.run_log import Metrics
+from lit_lora.train.schedule import ScheduleConfig
+from lit_lora.train.state import CheckpointStore
+from lit_lora.train.validation import check_figures, validate
+
+__all__ = ["TrainingRun"]
+
+
+@dataclass
+class _Progress:
+    """What changes while training and must survive a stop."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_figures: dict[str, float] = field(default_factory=dict)
+    waited: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    bad_steps: int = 0
+    """In a row, left out because a loss or gradient was not finite."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "step"}
+
+
+_FIRST_LOSS_SCALE = 2.0**14
+
+_GROW_AFTER = 200
+
+_MOST_BAD_STEPS = 3
+
+
+class TrainingRun:
+    """One call of :func:`fit`: the pieces and the progress, so that each phase is a short method."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        validation: Sequence[Batch],
+        config: TrainConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        folder: Path,
+        seed: int,
+        lr_factors: Mapping[str, float] | None,
+        objective: Objective,
+    ) -> None:
+        check_figures(config, objective)
+        self.model, self.batches, self.config, self.objective = model, batches, config, objective
+        self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
+        self.trainables = Trainables(model)
+        self.optimizer = build_optimizer(optimizer, self.trainables, lr_factors)
+        self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
+        self.total = config.total_steps(batches.steps_per_epoch)
+        self.device = next(model.parameters()).device
+        self.validation = validation
+        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if half else 1.0)
+        self.half = half
+        self.loss = math.nan
+        self.fingerprint = batches.rows.fingerprint
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many validations in a row were no better."""
+        return self.config.patience is not None and self.progress.waited >= self.config.patience
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.total or self.out_of_patience
+
+    def resume(self, step: int) -> None:
+        """Continue after a checkpoint.
+
+        Raises:
+            InputError: The checkpoint is broken or of another run, or the training rows are not the same.
+        """
+        state = self.store.load(step, self.trainables, self.optimizer)
+        if state.get("rows") != self.fingerprint:
+            raise InputError(
+                f"{self.folder}: the training rows are not those that the run began with: the data or its tokenizer "
+                "has changed",
+                hint="put the data back as it was, or start a new run in another folder",
+            )
+        self.progress = _Progress(**{key: value for key, value in state.items() if key in vars(self.progress)})
+
+    def train_step(self, metrics: Metrics) -> str:
+        """One optimizer step; returns its loss and speed in words.
+
+        Raises:
+            NumericalError: The loss or a gradient is not finite for the third time in a row; it is recorded before.
+        """
+        started, step = time.perf_counter(), self.progress.step
+        # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
+        torch.manual_seed(_mixed(self.seed, step))
+        lr = self.lr * self.schedule.factor(step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        micro_batches = list(self.batches.step(step))
+        targets = sum(self.objective.count(batch) for batch in micro_batches)
+        scale = self.progress.loss_scale / max(targets, 1)
+        sums = [self.objective.backward(self.model, batch, scale) for batch in micro_batches]
+        norm_found = self._gradient_norm()
+        losses = [float(loss) for loss in sums]  # only now: until here a GPU is never waited for
+        norm, problem = float(norm_found) / self.progress.loss_scale, None
+        if math.isfinite(norm):
+            self._clip(norm)
+        if math.isfinite(norm) and all(map(math.isfinite, losses)):
+            self.optimizer.step()
+            self.trainables.publish()
+            self._grow_scale()
+            self.progress.bad_steps = 0
+        elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
+            # float16 gradients beyond their range: leave this step out and scale less from now on.
+            self.progress.loss_scale /= 2
+            self.progress.good_steps = 0
+            self.progress.bad_steps += 1
+        else:
+            problem = self._not_finite(micro_batches, losses, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        tokens = sum(sum(batch.lengths) for batch in micro_batches)
+        seconds = time.perf_counter() - started
+        self.loss, speed = sum(losses) / max(targets, 1), tokens / seconds
+        values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
+        metrics.record(step + 1, **values, tokens_per_second=speed)
+        if problem is not None:
+            self._leave_out(problem)
+        return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
+
+    def _gradients(self) -> list[Tensor]:
+        return [master.grad for master in self.trainables.masters.values() if master.grad is not None]
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole gradient, with the loss scale in it."""
+        gradients = self._gradients()
+        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+    def _clip(self, norm: float) -> None:
+        """Undo the loss scale, and scale the gradient, whose norm then is ``norm``, down to ``max_grad_norm``."""
+        factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / self.progress.loss_scale
+        gradients = self._gradients()
+        if gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+
+    def _grow_scale(self) -> None:
+        self.progress.good_steps += 1
+        if self.half and self.progress.good_steps % _GROW_AFTER == 0:
+            self.progress.loss_scale *= 2
+
+    def _leave_out(self, problem: str) -> None:
+        """Go on with the weights as they were: one bad row is no reason to lose a night.
+
+        Raises:
+            NumericalError: It was the third time in a row, or there are no more steps than that.
+        """
+        self.progress.bad_steps += 1
+        if self.progress.bad_steps < min(_MOST_BAD_STEPS, self.total):
+            log.warn(f"left out {problem}")
+            return
+        raise NumericalError(
+            problem,
+            hint=f"left out in a row: {self.progress.bad_steps}; look at their rows, lower optimizer.lr, or use "
+            "model.dtype bf16 or fp32; the last checkpoint is kept",
+        )
+
+    def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> str:
+        """Which rows and which parameter went wrong."""
+        bad = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+        rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
+        names = [
+            name
+            for name, master in self.trainables.masters.items()
+            if master.grad is not None and not bool(master.grad.isfinite().all())
+        ]
+        where = f", first in the gradient of {names[0]}" if names else ""
+        return (
+            f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
+            f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}"
+        )
+
+    def validate(self, metrics: Metrics) -> None:
+        """Record loss and figures of the validation of the current weights, and remember the best trained ones.
+
+        Raises:
+            NumericalError: The loss is not finite.
+        """
+        figures, progress = validate(self.model, self.validation, self.objective), self.progress
+        metrics.record(progress.step, **{f"validation_{name}": value for name, value in figures.items()})
+        loss = figures["loss"]
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"step {progress.step}: the validation loss {loss} is not finite",
+                hint="lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
+            )
+        shown = ", ".join(f"validation {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        if progress.step == 0:
+            log.note(f"before training: {shown}")
+            return
+        log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, {shown}")
+        if not progress.best_figures or self._rank(figures) > self._rank(progress.best_figures):
+            progress.best_figures, progress.best_step, progress.waited = figures, progress.step, 0
+        else:
+            progress.waited += 1
+
+    def _rank(self, figures: Mapping[str, float]) -> tuple[float, ...]:
+        """Larger for better weights; of equal figures the lower loss decides."""
+        by, loss = self.config.best_by, -figures["loss"]
+        return (loss,) if by == "loss" else (figures[by], loss)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        state = {**self.progress.to_json(), "rows": self.fingerprint}
+        self.store.save(self.progress.step, self.trainables, self.optimizer, state)
+
+
+def _mixed(seed: int, step: int) -> int:
+    """32 random bits: all that the CPU's generator takes of a seed."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    """The first of them, separated by commas."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

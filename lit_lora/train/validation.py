@@ -1,0 +1,39 @@
+"""The loss and metrics of validation rows, with the model's mode left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lit_lora import log
+from lit_lora.errors import UsageError
+from lit_lora.train.config import TrainConfig
+from lit_lora.train.objectives.base import Batch, Objective
+from lit_lora.train.objectives.next_token import NextToken
+
+__all__ = ["check_figures", "validate", "validation_loss"]
+
+
+def check_figures(config: TrainConfig, objective: Objective) -> None:
+    """Make sure that the figure which picks the best weights is measured.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if config.best_by not in ("loss", *objective.figures):
+        known = ", ".join(("loss", *objective.figures))
+        raise UsageError(f"train.best_by: {config.best_by!r} is not measured in this run, expected: {known}")
+
+
+def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+    """The mean ``loss`` and the objective's figures over all ``batches``; leaves the model's mode as it was."""
+    training = model.training
+    model.eval()
+    figures = objective.validate(model, log.progress(batches, what="validating", unit="batch"))
+    model.train(training)
+    return figures
+
+
+def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Mean loss per learned token over all ``batches``, however they are split; leaves the model's mode as it was."""
+    return validate(model, batches, NextToken())["loss"]
