@@ -28,6 +28,8 @@ import yaml
 from safetensors import safe_open
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+__all__ = ["main"]
+
 STEPS = 20
 SYSTEM = "Sort the order."
 CHATML = (

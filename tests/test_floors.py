@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-import lit_lora
+import lit_lora.model
+import lit_lora.peft
+import lit_lora.train
 
 ROOT = Path(__file__).resolve().parents[1]
 # The folders of the package, and the name of each in it. data/samples and configs hold no code.
@@ -70,19 +72,34 @@ def ranks(table: str) -> dict[str, tuple[int, int]]:
 
 
 RANKS = ranks(lit_lora.__doc__ or "")
+# The packages with a table of their own rooms.
+ROOMS = {package.__name__: ranks(package.__doc__ or "") for package in (lit_lora.peft, lit_lora.model, lit_lora.train)}
 
 
-def wrong_edges(files: list[Source]) -> list[str]:
-    """Imports that go up or sideways, each with its file and line."""
+def room(module: str, package: str) -> str:
+    """The part of ``package`` that a dotted name lies in, or nothing."""
+    return module.removeprefix(f"{package}.").split(".")[0] if module.startswith(f"{package}.") else ""
+
+
+def wrong_edges(files: list[Source], package: str = "lit_lora", table: dict[str, tuple[int, int]] = RANKS) -> list[str]:
+    """Imports within a package that go up or sideways, each with its file and line."""
     wrong = []
     for source in files:
-        for node in ast.walk(source.tree):
+        own = room(source.module, package)
+        for node in ast.walk(source.tree) if own else ():
             for name in imported(node):
-                target = name.split(".")[1] if name.startswith("lit_lora.") else ""
-                if target in RANKS and target != source.part and RANKS[target] >= RANKS[source.part]:
-                    way = "up" if RANKS[target] > RANKS[source.part] else "sideways"
-                    wrong.append(f"{source.at(node)}: {source.part} imports {target}, which is {way}")
+                target = room(name, package)
+                if target in table and target != own and table[target] >= table[own]:
+                    way = "up" if table[target] > table[own] else "sideways"
+                    wrong.append(f"{source.at(node)}: {own} imports {target}, which is {way}")
     return wrong
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_the_rooms_of_a_package_import_downwards_only(package: str) -> None:
+    rooms = {room(source.module, package) for source in SOURCES} - {""}
+    assert ROOMS[package].keys() == rooms
+    assert wrong_edges(SOURCES, package, ROOMS[package]) == []
 
 
 def test_the_table_of_floors_names_every_part_once() -> None:
