@@ -32,7 +32,7 @@ class MicroBatch:
     """Tokens of each document, the common ones included."""
     rows: list[int]
     """Position in the rows of each document."""
-    common: int = 0
+    shared_prefix: int = 0
     """Tokens that every document begins with; none of them has a label."""
 
     @property
@@ -72,65 +72,69 @@ class Batches(Shuffled):
         batch_size: Rows per step; the last step of an epoch takes what is left.
         micro_batch_tokens: The most tokens of a micro-batch. A longer row makes a micro-batch of its own.
         seed: Decides the order of the rows.
-        common: Tokens that all rows begin with, which a micro-batch is to hold once: at most ``rows.common``.
+        shared_prefix: Tokens that all rows begin with, held once per micro-batch; at most ``rows.shared_prefix``.
 
     Raises:
         ValueError: There are no rows, or a size is below 1.
     """
 
-    def __init__(self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int, common: int = 0) -> None:
+    def __init__(
+        self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int, shared_prefix: int = 0
+    ) -> None:
         if len(rows) < 1 or batch_size < 1 or micro_batch_tokens < 1:
             raise ValueError(f"{len(rows)} rows, batch_size {batch_size}, micro_batch_tokens {micro_batch_tokens}")
         super().__init__(len(rows), batch_size, seed)
         self.rows = rows
         self.micro_batch_tokens = micro_batch_tokens
-        self.common = common
+        self.shared_prefix = shared_prefix
 
     def places(self, step: int) -> list[list[int]]:
         """Positions of the rows in each micro-batch of step ``step`` (from 0)."""
         chosen = self.row_indices(step)
-        bins = _pack(self.rows.token_counts[chosen] - self.common, self.micro_batch_tokens - self.common)
+        bins = _pack(self.rows.token_counts[chosen] - self.shared_prefix, self.micro_batch_tokens - self.shared_prefix)
         return [[int(chosen[i]) for i in places] for places in bins]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of step ``step`` (from 0)."""
-        return [collate(self.rows, places, self.common) for places in self.places(step)]
+        return [collate(self.rows, places, self.shared_prefix) for places in self.places(step)]
 
 
 def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBatch]:
     """Every row once, the longest first so that a lack of memory shows at once."""
-    order, common = np.argsort(-rows.token_counts, kind="stable"), rows.common
+    order, shared_prefix = np.argsort(-rows.token_counts, kind="stable"), rows.shared_prefix
     places: list[int] = []
-    tokens = common
+    tokens = shared_prefix
     for place in order:
-        count = int(rows.token_counts[place]) - common
+        count = int(rows.token_counts[place]) - shared_prefix
         if places and tokens + count > micro_batch_tokens:
-            yield collate(rows, places, common)
-            places, tokens = [], common
+            yield collate(rows, places, shared_prefix)
+            places, tokens = [], shared_prefix
         places.append(int(place))
         tokens += count
     if places:
-        yield collate(rows, places, common)
+        yield collate(rows, places, shared_prefix)
 
 
-def collate(rows: Rows, places: Sequence[int], common: int = 0) -> MicroBatch:
-    """The rows at ``places`` as one packed micro-batch, with the ``common`` tokens that they begin with once.
+def collate(rows: Rows, places: Sequence[int], shared_prefix: int = 0) -> MicroBatch:
+    """The rows at ``places`` as one packed micro-batch, with the ``shared_prefix`` tokens that they begin with once.
 
     One row alone is one document, whatever it begins with.
     """
     documents = [rows[place] for place in places]
     lengths = [len(document.input_ids) for document in documents]
-    common = common if len(documents) > 1 else 0
-    ids = np.concatenate([documents[0].input_ids[:common], *(document.input_ids[common:] for document in documents)])
+    shared_prefix = shared_prefix if len(documents) > 1 else 0
+    ids = np.concatenate(
+        [documents[0].input_ids[:shared_prefix], *(document.input_ids[shared_prefix:] for document in documents)]
+    )
     ids = ids.astype(np.int64)
     labels = np.full_like(ids, IGNORE_INDEX)
-    start = common
+    start = shared_prefix
     for document, length in zip(documents, lengths, strict=True):
-        end = start + length - common
-        following, learn = document.input_ids[common + 1 :], document.learn[common + 1 :]
+        end = start + length - shared_prefix
+        following, learn = document.input_ids[shared_prefix + 1 :], document.learn[shared_prefix + 1 :]
         labels[start : end - 1] = np.where(learn, following, IGNORE_INDEX)
         start = end
-    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places), common)
+    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places), shared_prefix)
 
 
 def _pack(counts: Integers, budget: int) -> list[list[int]]:

@@ -136,19 +136,19 @@ class TokenTable:
         """The rows to train on."""
         return Rows(self, np.flatnonzero(self.status <= Status.TRUNCATED))
 
-    def common(self, index: Integers) -> int:
-        """See :attr:`Rows.common`, of the rows at these places."""
+    def shared_prefix(self, index: Integers) -> int:
+        """See :attr:`Rows.shared_prefix`, of the rows at these places."""
         if not len(index):
             return 0
-        first, common = self.row(int(index[0])).input_ids, int(self.tokens[index].min()) - 1
+        first, shared_prefix = self.row(int(index[0])).input_ids, int(self.tokens[index].min()) - 1
         for part, ((offsets, ids), (_, learn)) in enumerate(zip(self._ids, self._learn, strict=True)):
             here = index[(self._starts[part] <= index) & (index < self._starts[part + 1])] - self._starts[part]
             starts = offsets[here]
-            for place in range(common):
+            for place in range(shared_prefix):
                 if learn[starts + place + 1].any() or (ids[starts + place] != first[place]).any():
-                    common = place
+                    shared_prefix = place
                     break
-        return common
+        return shared_prefix
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -167,12 +167,12 @@ class Rows:
         """Tokens of each row that some position must predict."""
 
     @cached_property
-    def common(self) -> int:
+    def shared_prefix(self) -> int:
         """Tokens that all rows begin with, and that predict nothing which is learned; less than any row has.
 
         A system prompt, mostly: what comes out of a decoder for them is the same in all rows.
         """
-        return self.table.common(self.index)
+        return self.table.shared_prefix(self.index)
 
     @classmethod
     def from_tokens(cls, rows: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Rows:

@@ -150,7 +150,7 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
         batch_size=train.batch_size,
         micro_batch_tokens=train.micro_batch_tokens,
         seed=setup.seed,
-        common=rows.common,
+        shared_prefix=rows.shared_prefix,
     )
     looked_at = range(min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _LOOKED_AT))
     steps = [[_portion(rows, places) for places in batches.places(step)] for step in looked_at]
@@ -161,8 +161,8 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
 
 def _portion(rows: RowLengths, places: list[int]) -> Portion:
     """A micro-batch of these rows."""
-    common = rows.common if len(places) > 1 else 0
-    return Portion(rows.token_counts[places].tolist(), max(1, int(rows.target_counts[places].sum())), common)
+    shared_prefix = rows.shared_prefix if len(places) > 1 else 0
+    return Portion(rows.token_counts[places].tolist(), max(1, int(rows.target_counts[places].sum())), shared_prefix)
 
 
 def _kernels_of(setup: Setup) -> str | None:

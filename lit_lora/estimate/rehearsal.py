@@ -35,13 +35,13 @@ class Portion:
     """Tokens of each document."""
     targets: int
     """Learned tokens of all of them."""
-    common: int = 0
+    shared_prefix: int = 0
     """Tokens that every document begins with; computed once."""
 
     @property
     def tokens(self) -> int:
         """That are computed."""
-        return sum(self.lengths) - self.common * (len(self.lengths) - 1)
+        return sum(self.lengths) - self.shared_prefix * (len(self.lengths) - 1)
 
     @property
     def rows(self) -> list[int]:

@@ -25,7 +25,7 @@ class RowLengths:
     token_counts: Integers
     target_counts: Integers
     """Learned tokens."""
-    common: int = 0
+    shared_prefix: int = 0
     """Tokens that all rows begin with, where a micro-batch computes them once."""
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class RowLengths:
     def cut(self, longest: int) -> RowLengths:
         """The rows when none is longer than that."""
         counts, targets = self.token_counts.clip(max=longest), self.target_counts.clip(max=longest)
-        return RowLengths(counts, targets, min(self.common, longest - 1))
+        return RowLengths(counts, targets, min(self.shared_prefix, longest - 1))
 
 
 @dataclass(frozen=True)

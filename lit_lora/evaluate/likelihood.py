@@ -78,9 +78,9 @@ def _apart(rows: Rows, groups: Sequence[int], micro_batch_tokens: int) -> list[R
     def cost(parts: list[Rows]) -> int:
         total = 0
         for part in parts:
-            own = int((part.token_counts - part.common).sum())
-            passes = -(-own // max(micro_batch_tokens - part.common, 1))
-            total += own + passes * (part.common + CALL)
+            own = int((part.token_counts - part.shared_prefix).sum())
+            passes = -(-own // max(micro_batch_tokens - part.shared_prefix, 1))
+            total += own + passes * (part.shared_prefix + CALL)
         return total
 
     return min(together, apart, key=cost)
@@ -91,15 +91,17 @@ def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64
     device = next(model.parameters()).device
     labels = batch.labels[0]  # (T,)
     positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    hidden = model.hidden_states(batch.input_ids.to(device), lengths=batch.lengths, common=batch.common)[0]  # (T, D)
+    hidden = model.hidden_states(batch.input_ids.to(device), lengths=batch.lengths, shared_prefix=batch.shared_prefix)[
+        0
+    ]  # (T, D)
     targets, states = labels[positions].to(device), hidden[positions.to(device)]
     losses: list[Tensor] = [
         functional.cross_entropy(model.lm_head(some).float(), label, reduction="none")
         for some, label in zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     nats = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)
-    owners = np.repeat(np.arange(len(batch.lengths)), np.array(batch.lengths) - batch.common)
-    document = owners[positions.numpy() - batch.common]
+    owners = np.repeat(np.arange(len(batch.lengths)), np.array(batch.lengths) - batch.shared_prefix)
+    document = owners[positions.numpy() - batch.shared_prefix]
     sums: npt.NDArray[np.float64] = np.zeros(len(batch.lengths))
     np.subtract.at(sums, document, nats)
     return sums

@@ -39,18 +39,18 @@ class Memory:
         """
         stored = 0 if self.cache is None else min(len(self.ids), self.cache.length)
         limit = min(stored, len(prompt) - 1)
-        common = next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
+        shared_prefix = next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
         needed = len(prompt) + room
         if self.cache is None or self.cache.max_length < needed:
             # Twice what is needed, so that a chat that grows turn by turn copies its cache seldom.
             larger = _new_cache(model, 1, min(2 * needed, max(needed, model.context)))
-            if self.cache is not None and common:
-                larger.copy_row(self.cache, 0, common)
-                larger.advance(common)
+            if self.cache is not None and shared_prefix:
+                larger.copy_row(self.cache, 0, shared_prefix)
+                larger.advance(shared_prefix)
             self.cache = larger
-        self.cache.truncate(common)
-        self.ids = list(prompt[:common])
-        return list(prompt[common:])
+        self.cache.truncate(shared_prefix)
+        self.ids = list(prompt[:shared_prefix])
+        return list(prompt[shared_prefix:])
 
 
 class Generation(Iterator[list[int | None]]):
@@ -139,18 +139,18 @@ class Generation(Iterator[list[int | None]]):
         prompts = [list(prompt) for prompt in self._prompts]
         first, last = min(prompts), max(prompts)  # in dictionary order: no two prompts differ earlier
         limit = min(len(prompt) for prompt in prompts) - 1
-        common = next((place for place in range(limit) if first[place] != last[place]), limit)
-        if common < _SHARED:
+        shared_prefix = next((place for place in range(limit) if first[place] != last[place]), limit)
+        if shared_prefix < _SHARED:
             return
         cache, waiting = self._cache, self._waiting
-        self._cache = _new_cache(self._model, 1, common)
-        self._waiting = torch.tensor([first[:common]], device=self._device)
+        self._cache = _new_cache(self._model, 1, shared_prefix)
+        self._waiting = torch.tensor([first[:shared_prefix]], device=self._device)
         self._read()
         for row, prompt in enumerate(prompts):
             padding = waiting.shape[1] - len(prompt)
-            cache.copy_row(self._cache, row, max(common - padding, 0), start=padding)
-        cache.advance(common)
-        self._cache, self._waiting = cache, waiting[:, common:]
+            cache.copy_row(self._cache, row, max(shared_prefix - padding, 0), start=padding)
+        cache.advance(shared_prefix)
+        self._cache, self._waiting = cache, waiting[:, shared_prefix:]
 
     def _drop_ended_rows(self) -> None:
         """Take ended rows out of the cache once they are half of it, so that few long answers do not pay for them."""

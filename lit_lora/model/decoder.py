@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.front = 0
+        self.prefix_length = 0
         """Positions before every document that something added to the model takes up."""
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
@@ -120,7 +120,7 @@ class CausalLM(nn.Module):
     @property
     def context(self) -> int:
         """The longest document, in tokens."""
-        return self.config.max_position_embeddings - self.model.front
+        return self.config.max_position_embeddings - self.model.prefix_length
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter."""
@@ -152,7 +152,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor,
         *,
         lengths: Sequence[int] | None = None,
-        common: int = 0,
+        shared_prefix: int = 0,
         cache: KVCache | None = None,
         attend: PackedAttention | None = None,
     ) -> Tensor:
@@ -162,10 +162,10 @@ class CausalLM(nn.Module):
             input_ids: (B, T) int64.
             lengths: With B = 1: tokens of each document packed into the row, which do not see each other and whose
                 positions restart; they sum to T. ``None``: every row is one document.
-            common: With ``lengths``: the row begins with so many tokens that every document begins with, and goes on
-                with the rest of each document. ``lengths`` count them in every document.
+            shared_prefix: With ``lengths``: the row begins with this many tokens, which every document begins with, and
+                continues with the rest of each document. ``lengths`` count them in every document.
             cache: Continue after the tokens in the cache; it grows by T in place.
-            attend: In the place of ``lengths`` and ``common``: what was made of them before.
+            attend: In the place of ``lengths`` and ``shared_prefix``: what was made of them before.
 
         Returns:
             (B, T, D) in the dtype of the model.
@@ -183,10 +183,10 @@ class CausalLM(nn.Module):
             how = attend
         else:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
-            given = sum(lengths) - common * (len(lengths) - 1)
-            if given != batch_size * tokens or min(lengths) < common:
+            given = sum(lengths) - shared_prefix * (len(lengths) - 1)
+            if given != batch_size * tokens or min(lengths) < shared_prefix:
                 raise ValueError(f"lengths sum to {given}, the row has {batch_size * tokens} tokens")
-            how = PackedAttention(self.config, lengths, input_ids.device, common=common)
+            how = PackedAttention(self.config, lengths, input_ids.device, shared_prefix=shared_prefix)
         hidden: Tensor = self.model(self.model.embed_tokens(input_ids.reshape(-1)), how)
         if cache is not None:
             cache.advance(tokens)

@@ -39,21 +39,27 @@ class KVCache:
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.max_length = max_length
         self.length = 0
-        self.front = 0
+        self.prefix_length = 0
         """Slots before all tokens, for what every row begins with: see :meth:`reserve`. Filled once length > 0."""
 
-    def reserve(self, front: int) -> None:
-        """Keep ``front`` slots before the tokens, beside ``max_length``, for what stands before every document.
+    def reserve(self, prefix_length: int) -> None:
+        """Keep ``prefix_length`` slots before the tokens, beside ``max_length``, for what stands before every document.
 
         Raises:
             ValueError: There are tokens already, and they were stored without it.
         """
-        if front == self.front:
+        if prefix_length == self.prefix_length:
             return
         if self.length:
-            raise ValueError(f"{self.length} tokens are stored behind {self.front} others, not behind {front}")
-        shape = (*self.keys.shape[:3], front + self.max_length, self.keys.shape[4])
-        self.keys, self.values, self.front = self.keys.new_zeros(shape), self.values.new_zeros(shape), front
+            raise ValueError(
+                f"{self.length} tokens are stored behind {self.prefix_length} others, not behind {prefix_length}"
+            )
+        shape = (*self.keys.shape[:3], prefix_length + self.max_length, self.keys.shape[4])
+        self.keys, self.values, self.prefix_length = (
+            self.keys.new_zeros(shape),
+            self.values.new_zeros(shape),
+            prefix_length,
+        )
 
     def positions(self, tokens: int) -> Tensor:
         """Positions of the next ``tokens`` tokens, (B, T) int64; padding has that of the first token."""
@@ -61,7 +67,7 @@ class KVCache:
         positions = torch.arange(self.length, self.length + tokens, device=device).expand(batch_size, -1)
         if self.padding is not None:
             positions = (positions - self.padding[:, None]).clamp(min=0)
-        return positions + self.front
+        return positions + self.prefix_length
 
     def mask(self, tokens: int, window: int | None) -> Tensor | None:
         """Which stored tokens the next ``tokens`` tokens may see.
@@ -70,13 +76,13 @@ class KVCache:
             (B or 1, 1, T, S) bool with S = front + length + tokens; ``None`` when all of them.
         """
         end = self.length + tokens
-        if tokens == 1 and self.padding is None and (window is None or self.front + end <= window):
+        if tokens == 1 and self.padding is None and (window is None or self.prefix_length + end <= window):
             return None
         seen = self._among_tokens(tokens, window)
-        if not self.front:
+        if not self.prefix_length:
             return seen
         # Padding lies between the front and the first token, so distances to the front are counted in positions.
-        distance = self.positions(tokens)[:, None, :, None] - torch.arange(self.front, device=self.keys.device)
+        distance = self.positions(tokens)[:, None, :, None] - torch.arange(self.prefix_length, device=self.keys.device)
         near = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window  # (B, 1, T, P)
         return torch.cat([near, seen.expand(near.shape[0], -1, -1, -1)], dim=-1)
 
@@ -99,24 +105,24 @@ class KVCache:
 
         :attr:`length` does not move: the decoder calls :meth:`advance` after the last layer.
         """
-        start = self.front + self.length
+        start = self.prefix_length + self.length
         end = start + key.shape[2]
         self.keys[layer, :, :, start:end] = key
         self.values[layer, :, :, start:end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def put_front(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def put_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the (K, P, H) keys and values of one layer that stand before the tokens of every row."""
-        self.keys[layer, :, :, : self.front] = key
-        self.values[layer, :, :, : self.front] = value
+        self.keys[layer, :, :, : self.prefix_length] = key
+        self.values[layer, :, :, : self.prefix_length] = value
 
     def copy_row(self, other: KVCache, row: int, tokens: int, start: int = 0) -> None:
         """Copy the front and ``tokens`` tokens of the first row of ``other`` to ``row``, from ``start`` on."""
-        self.reserve(other.front)
+        self.reserve(other.prefix_length)
         for own, others in ((self.keys, other.keys), (self.values, other.values)):
-            own[:, row, :, : self.front] = others[:, 0, :, : self.front]
-            first = self.front + start
-            own[:, row, :, first : first + tokens] = others[:, 0, :, other.front : other.front + tokens]
+            own[:, row, :, : self.prefix_length] = others[:, 0, :, : self.prefix_length]
+            first = self.prefix_length + start
+            own[:, row, :, first : first + tokens] = others[:, 0, :, other.prefix_length : other.prefix_length + tokens]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""

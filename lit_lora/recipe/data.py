@@ -52,7 +52,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
         batch_size=config.train.batch_size,
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.seed,
-        common=lengths_of(prepared.train, config.peft).common,
+        shared_prefix=lengths_of(prepared.train, config.peft).shared_prefix,
     )
     validation = prepared.validation
     if validation is None:
@@ -84,7 +84,7 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
 
 def lengths_of(rows: Rows, method: Method) -> RowLengths:
     """Of training rows; their common beginning is that which a micro-batch computes once under the method."""
-    return RowLengths(rows.token_counts, rows.target_counts, 0 if method.groups_tokens else rows.common)
+    return RowLengths(rows.token_counts, rows.target_counts, 0 if method.groups_tokens else rows.shared_prefix)
 
 
 def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:

@@ -49,7 +49,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     total = config.train.total_steps(data.batches.steps_per_epoch)
     warn_of(config, total, validated=bool(data.validation))
     _warn_of_length(model, data)
-    lengths, common = lengths_of(rows, config.peft), data.batches.common
+    lengths, shared_prefix = lengths_of(rows, config.peft), data.batches.shared_prefix
     setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     figures = estimate(setup, on_paper(model))
     _warn_of_memory(setup, figures)
@@ -59,7 +59,11 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
         *planned_rows(run, model),
         *_base_row(model),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
-        *([["all rows begin with", f"the same {common} tokens, computed once a micro-batch"]] if common else []),
+        *(
+            [["all rows begin with", f"the same {shared_prefix} tokens, computed once a micro-batch"]]
+            if shared_prefix
+            else []
+        ),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
         ["memory, about", human_bytes(figures.peak_bytes)],
         ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],

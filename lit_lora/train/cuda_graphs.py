@@ -124,9 +124,9 @@ class Given(NamedTuple):
     @staticmethod
     def of(model: CausalLM, inputs: Inputs, scale: float) -> Given:
         """With documents of nothing but what all begin with, so that few numbers of documents occur."""
-        lengths = inputs.lengths + [inputs.common] * (-len(inputs.lengths) % _DOCUMENTS)
+        lengths = inputs.lengths + [inputs.shared_prefix] * (-len(inputs.lengths) % _DOCUMENTS)
         device = inputs.input_ids.device
-        attend = PackedAttention(model.config, lengths, device, common=inputs.common)
+        attend = PackedAttention(model.config, lengths, device, shared_prefix=inputs.shared_prefix)
         return Given(inputs._replace(lengths=lengths), attend, torch.full((), scale, device=device))
 
     @property
@@ -134,7 +134,7 @@ class Given(NamedTuple):
         """All that a recording depends on."""
         inputs, layout = self.inputs, self.attend.layout
         longest = varlen_attention.longest(layout)
-        return inputs.input_ids.shape[1], len(inputs.positions), len(inputs.lengths), inputs.common, longest
+        return inputs.input_ids.shape[1], len(inputs.positions), len(inputs.lengths), inputs.shared_prefix, longest
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -76,7 +76,7 @@ class Batch(Protocol):
         """Tokens per document."""
 
     @property
-    def common(self) -> int:
+    def shared_prefix(self) -> int:
         """The row begins with so many tokens that every document begins with; it holds them once."""
 
     @property
@@ -92,7 +92,7 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[Tensor]:
         """All parameters; they are on one device."""
 
-    def hidden_states(self, input_ids: Tensor, *, lengths: list[int], common: int) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, *, lengths: list[int], shared_prefix: int) -> Tensor:
         """(1, T) token ids to (1, T, D)."""
 
 
@@ -103,7 +103,7 @@ class Inputs(NamedTuple):
     """(1, T) int64; a last document may be padding that nobody looks at."""
     lengths: list[int]
     """Tokens per document, the common ones included."""
-    common: int
+    shared_prefix: int
     """So many tokens that every document begins with stand in the row once, at its beginning."""
     positions: Tensor
     """(K,) int64: where a token is to be predicted."""
@@ -122,11 +122,11 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs | None:
     filler = padded(tokens, kind) - tokens
     step = max(STEP, (tokens + filler) // 16) if kind == "cuda" else STEP
     ids = F.pad(batch.input_ids, (0, filler))
-    lengths = [*batch.lengths, batch.common + filler] if filler else batch.lengths
+    lengths = [*batch.lengths, batch.shared_prefix + filler] if filler else batch.lengths
     more = _up(count, step) - count
     wanted = F.pad(labels[positions], (0, more), value=IGNORE_INDEX)
     moved = (to_device(x, device) for x in (F.pad(positions, (0, more)), wanted))
-    return Inputs(to_device(ids, device), lengths, batch.common, *moved)
+    return Inputs(to_device(ids, device), lengths, batch.shared_prefix, *moved)
 
 
 @lru_cache
@@ -185,7 +185,7 @@ def _chunks(states: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _hidden_states(model: LanguageModel, inputs: Inputs) -> Tensor:
     """(T, D)."""
-    return model.hidden_states(inputs.input_ids, lengths=inputs.lengths, common=inputs.common)[0]
+    return model.hidden_states(inputs.input_ids, lengths=inputs.lengths, shared_prefix=inputs.shared_prefix)[0]
 
 
 def _device(model: LanguageModel) -> torch.device:

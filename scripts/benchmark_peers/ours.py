@@ -44,7 +44,9 @@ class OrderedBatches(Batches):
         self.sizes, self.after = [len(step) for step in orders.steps], after
         rows = kept_rows([row for step in orders.steps for row in step])
         budget = orders.variant["micro_batch_tokens"]
-        super().__init__(rows, batch_size=max(self.sizes), micro_batch_tokens=budget, seed=0, common=rows.common)
+        super().__init__(
+            rows, batch_size=max(self.sizes), micro_batch_tokens=budget, seed=0, shared_prefix=rows.shared_prefix
+        )
         self.clocks: list[Clock] = []
 
     def row_indices(self, step: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lit_lora.cli import COMMANDS, main
+from tests.classify import tiny as encoder
 from tests.cli.answering import make_base
-from tests.encoder import tiny as encoder
 
 # In every child process too, and kept where a command swallows the error: one line a try.
 BLOCKED = """\

@@ -84,7 +84,7 @@ def test_decoding_with_a_cache_is_the_full_pass(case, dtype, window):
 @pytest.mark.parametrize("case", sorted(BEFORE))
 def test_the_context_is_shorter_by_what_stands_before(case):
     model = adapted(case)
-    before = model.model.front
+    before = model.model.prefix_length
     assert before == method(case).length
     assert model.context == 40 - before
     peft.remove(model)

@@ -16,7 +16,7 @@ from lit_lora.classify import Task, head_of
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import model_updates, own_modules
-from tests.encoder.tiny import FAMILIES, inputs, make_model
+from tests.classify.tiny import FAMILIES, inputs, make_model
 from tests.peft.tiny import shake
 
 METHODS = {

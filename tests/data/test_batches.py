@@ -146,14 +146,14 @@ TALKS = [
 
 def test_tokens_that_all_rows_begin_with_stand_in_a_micro_batch_once() -> None:
     rows = Rows.from_tokens(TALKS)
-    assert rows.common == 3
-    batch = collate(rows, [0, 2], rows.common)
+    assert rows.shared_prefix == 3
+    batch = collate(rows, [0, 2], rows.shared_prefix)
     assert batch.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 1, 2, 6, 6]]
     none = IGNORE_INDEX
     assert batch.labels.tolist() == [[none, none, none, none, 3, none, 2, 6, 6, none]]
-    assert (batch.lengths, batch.common) == ([6, 7], 3)
-    alone = collate(rows, [1], rows.common)
-    assert (alone.input_ids.tolist(), alone.common) == ([[7, 8, 9, 4, 5]], 0)
+    assert (batch.lengths, batch.shared_prefix) == ([6, 7], 3)
+    alone = collate(rows, [1], rows.shared_prefix)
+    assert (alone.input_ids.tolist(), alone.shared_prefix) == ([[7, 8, 9, 4, 5]], 0)
 
 
 @pytest.mark.parametrize(
@@ -168,26 +168,28 @@ def test_tokens_that_all_rows_begin_with_stand_in_a_micro_batch_once() -> None:
         ([], 0),
     ],
 )
-def test_what_all_rows_begin_with_ends_before_anything_learned(rows: list[TokenRow], common: int) -> None:
-    assert Rows.from_tokens(rows).common == common
+def test_what_all_rows_begin_with_ends_before_anything_learned(rows: list[TokenRow], shared_prefix: int) -> None:
+    assert Rows.from_tokens(rows).shared_prefix == shared_prefix
 
 
 def test_the_beginning_is_that_of_the_rows_in_use_over_all_files() -> None:
     odd = ([1] * 5, [False] * 4 + [True])
     tables = [record_batch([EncodedRow(i, n, Status.KEPT, len(i), "f", 1) for i, n in part]) for part in (TALKS, [odd])]
     rows = TokenTable(tables).kept()
-    assert rows.common == 0
-    assert rows.subset(np.array([2, 0])).common == 3
+    assert rows.shared_prefix == 0
+    assert rows.subset(np.array([2, 0])).shared_prefix == 3
 
 
 @given(token_rows(), st.integers(1, 40))
 def test_with_a_common_beginning_the_same_is_predicted_within_the_budget(rows: list[TokenRow], budget: int) -> None:
     rows = [([901, 902, 903, *ids], [False] * 3 + learn) for ids, learn in rows]
     packed = Rows.from_tokens(rows)
-    training = Batches(packed, batch_size=len(rows), micro_batch_tokens=budget, seed=0, common=packed.common).step(0)
+    training = Batches(
+        packed, batch_size=len(rows), micro_batch_tokens=budget, seed=0, shared_prefix=packed.shared_prefix
+    ).step(0)
     for micros in (training, list(validation_batches(packed, budget))):
         assert sorted(pair for micro in micros for pair in _pairs(micro)) == sorted(_expected(rows))
         for micro in micros:
-            assert micro.input_ids.shape[1] == sum(micro.lengths) - micro.common * (len(micro.rows) - 1)
+            assert micro.input_ids.shape[1] == sum(micro.lengths) - micro.shared_prefix * (len(micro.rows) - 1)
             assert micro.input_ids.shape[1] <= budget or len(micro.rows) == 1
             assert micro.lengths == [len(rows[row][0]) for row in micro.rows]

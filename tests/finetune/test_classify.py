@@ -15,7 +15,7 @@ import yaml
 from lit_lora.classify import open_classifier
 from lit_lora.cli import main
 from lit_lora.data.padded import PaddedBatches
-from tests.encoder.tiny import ENCODERS, FAMILIES, save_base, write_config, write_rows
+from tests.classify.tiny import ENCODERS, FAMILIES, save_base, write_config, write_rows
 from tests.finetune.tiny_task import contents, make_base
 from tests.train.tiny_run import metrics
 

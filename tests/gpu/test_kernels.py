@@ -113,9 +113,11 @@ def attention(heads: int, keys: int, size: int, window: int | None) -> ModelConf
 def attend_by(config: ModelConfig, lengths: list[int], how: str, device: str) -> Attend:
     place = torch.device(device)
     if how == "common":
-        return PackedAttention(config, [5 + length for length in lengths], place, common=5)
+        return PackedAttention(config, [5 + length for length in lengths], place, shared_prefix=5)
     plain = PackedAttention(config, lengths, place)
-    return {"plain": lambda: plain, "behind": lambda: plain.behind(5), "groups": lambda: plain.in_groups(16)}[how]()
+    return {"plain": lambda: plain, "behind": lambda: plain.with_prefix(5), "groups": lambda: plain.in_groups(16)}[
+        how
+    ]()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -141,10 +141,10 @@ def test_recorded_kernels_compute_what_launched_ones_do(
 
 def test_what_begins_all_rows_is_recorded_too(tmp_path: Path) -> None:
     rows = with_beginning(make_rows(24), [7, 8, 9])
-    assert rows.common == 3
+    assert rows.shared_prefix == 3
     found = []
     for steady in (False, True):
-        batches = Batches(rows, batch_size=8, micro_batch_tokens=60, seed=0, common=3)
+        batches = Batches(rows, batch_size=8, micro_batch_tokens=60, seed=0, shared_prefix=3)
         model = wide_model(dropout=0.0)
         train(model, tmp_path / str(steady), batches=batches, objective=NextToken(steady=steady), max_steps=6)
         found.append(losses(tmp_path / str(steady)))

@@ -98,8 +98,8 @@ def test_what_stands_before_documents_and_a_cache():
     q = tensors(6, 2, 2)[0]
     attend = PackedAttention(config(2, 2), [6], q.device)
     with pytest.raises(ValueError, match="do not go with groups"):
-        attend.behind(2).in_groups(4)
+        attend.with_prefix(2).in_groups(4)
     with pytest.raises(ValueError, match="do not go with groups"):
-        attend.in_groups(4).behind(2)
+        attend.in_groups(4).with_prefix(2)
     cached = CachedAttention(config(2, 2), KVCache(config(2, 2), 1, 8), 1, 6)
     assert cached.in_groups(4) is cached

@@ -114,7 +114,7 @@ def test_a_linear_layer_equals_pytorch(shape: tuple[int, int, int], bias: bool) 
 )
 @pytest.mark.parametrize(("groups", "size"), [(1, 16), (2, 80), (6, 16)])
 def test_packed_attention_equals_pytorch(
-    lengths: list[int], common: int, window: int | None, groups: int, size: int
+    lengths: list[int], shared_prefix: int, window: int | None, groups: int, size: int
 ) -> None:
     torch.manual_seed(0)
     config = ModelConfig.from_hf(
@@ -129,8 +129,8 @@ def test_packed_attention_equals_pytorch(
             "sliding_window": window,
         }
     )
-    attend = PackedAttention(config, lengths, torch.device("cpu"), common=common)
-    given = sum(lengths) - common * (len(lengths) - 1)
+    attend = PackedAttention(config, lengths, torch.device("cpu"), shared_prefix=shared_prefix)
+    given = sum(lengths) - shared_prefix * (len(lengths) - 1)
     query, key, value = (torch.randn(given, heads, size) for heads in (6, groups, groups))
     _compare(lambda *tensors: (attend(0, *tensors),), query, key, value)
 
@@ -140,7 +140,7 @@ def test_attention_gives_the_same_bits_each_time() -> None:
     config = ModelConfig(
         **{**SIZES, "head_dim": 16, "tie_word_embeddings": False}, num_attention_heads=4, num_key_value_heads=2
     )
-    attend = PackedAttention(config, [75, 8, 38, 45], torch.device("cpu"), common=5)
+    attend = PackedAttention(config, [75, 8, 38, 45], torch.device("cpu"), shared_prefix=5)
     results = []
     for _ in range(3):
         torch.manual_seed(0)

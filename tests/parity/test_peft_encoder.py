@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lit_lora import peft
 from lit_lora.classify import Task, head_of, open_classifier
-from tests.encoder.tiny import ENCODERS, inputs, make_model, save_base, write_rows
+from tests.classify.tiny import ENCODERS, inputs, make_model, save_base, write_rows
 from tests.peft.tiny import shake
 
 TASK = Task("classification", ("no", "yes"))

@@ -240,7 +240,7 @@ def test_p_tuning_with_an_encoder_that_does_nothing_is_its_template():
 
 def test_fixed_tokens_of_a_template_do_not_train():
     model = with_method("p-tuning", template=[1, [9], 2])
-    assert model.model.prompt.front == 4
+    assert model.model.prompt.prefix_length == 4
     assert len(model.model.prompt.embedding) == 3
     assert torch.equal(model.model.prompt.rows()[1], make_model().model.embed_tokens.weight[9])
     assert not model.model.prompt.fixed.requires_grad

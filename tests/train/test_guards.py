@@ -193,7 +193,7 @@ class Greedy(torch.nn.Module):
         super().__init__()
         self.lm_head = torch.nn.Linear(4, 61)
 
-    def hidden_states(self, input_ids, *, lengths, common):
+    def hidden_states(self, input_ids, *, lengths, shared_prefix):
         return torch.empty(1, 1 << 50, 4)
 
 
@@ -207,7 +207,7 @@ def test_a_lack_of_memory_is_said_with_what_to_lower(tmp_path):
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
     class Broken(Greedy):
-        def hidden_states(self, input_ids, *, lengths, common):
+        def hidden_states(self, input_ids, *, lengths, shared_prefix):
             raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):

@@ -2,7 +2,7 @@
 
 A layer knows neither of positions, nor of documents, nor of caches; these are known to what it is given.
 
-``behind(P)``  gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
+``with_prefix(P)``  gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
 they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
 is with tokens that all documents begin with, such as a system prompt: a model computes them once.
 
@@ -22,7 +22,7 @@ __all__ = ["Attend"]
 class Attend(Protocol):
     """How tokens attend: what a layer is given."""
 
-    front: int
+    prefix_length: int
     """The first rows of what is given are this many tokens that stand before every document; mostly 0."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -31,15 +31,15 @@ class Attend(Protocol):
     def rotate(self, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every document.
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``prefix_length`` tokens before every document.
 
         Args:
-            front: How many.
+            prefix_length: How many.
             rotated: Their keys are in their final form.
 
         Returns:
-            Its :attr:`front` says how many of these rows are to be given: none if a cache holds them already.
+            Its :attr:`prefix_length` says how many of these rows are to be given: none if a cache holds them already.
         """
 
     def in_groups(self, size: int) -> Attend:

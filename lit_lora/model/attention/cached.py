@@ -26,14 +26,14 @@ class CachedAttention:
         tokens: New tokens per row T.
     """
 
-    front = 0
+    prefix_length = 0
 
     def __init__(self, config: ModelConfig, cache: KVCache, batch_size: int, tokens: int) -> None:
         self.config, self.cache = config, cache
         self.batch_size = batch_size
         self.tokens = tokens
         self.mask = cache.mask(tokens, config.sliding_window)
-        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.front + cache.length + tokens)
+        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.prefix_length + cache.length + tokens)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend to everything stored so far.
@@ -63,43 +63,45 @@ class CachedAttention:
         """(B·T, heads, H) turned by the positions of its rows."""
         return rotate(x, *self.rope)
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every row; see :class:`Attend`."""
-        return _CachedBehind(self, front, rotated)
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``prefix_length`` tokens before every row; see :class:`Attend`."""
+        return _CachedWithPrefix(self, prefix_length, rotated)
 
     def in_groups(self, size: int) -> Attend:
         """Itself: groups are for training."""
         return self
 
 
-class _CachedBehind:
+class _CachedWithPrefix:
     """Rows behind common tokens, whose keys and values the cache keeps before those of the first tokens read."""
 
-    def __init__(self, tokens: CachedAttention, front: int, rotated: bool) -> None:
+    def __init__(self, tokens: CachedAttention, prefix_length: int, rotated: bool) -> None:
         cache = self.cache = tokens.cache
-        self.front = 0 if cache.length else front
-        cache.reserve(front)
+        self.prefix_length = 0 if cache.length else prefix_length
+        cache.reserve(prefix_length)
         self.tokens = CachedAttention(tokens.config, cache, tokens.batch_size, tokens.tokens)
-        self.common = PackedAttention(tokens.config, [front], cache.keys.device)
+        self.prefix = PackedAttention(tokens.config, [prefix_length], cache.keys.device)
         if rotated:
-            cosine, sine = self.common.rope
-            self.common.rope = torch.ones_like(cosine), torch.zeros_like(sine)
+            cosine, sine = self.prefix.rope
+            self.prefix.rope = torch.ones_like(cosine), torch.zeros_like(sine)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(P + B·T, …) to (P + B·T, N, H), P being :attr:`front`."""
-        if not self.front:
+        """(P + B·T, …) to (P + B·T, N, H), P being :attr:`prefix_length`."""
+        if not self.prefix_length:
             return self.tokens(layer, query, key, value)
-        (q, first_q), (k, first_k), (v, first_v) = ((x[self.front :], x[: self.front]) for x in (query, key, value))
-        self.cache.put_front(layer, self.common.rotate(first_k).transpose(0, 1), first_v.transpose(0, 1))
-        return torch.cat([self.common(layer, first_q, first_k, first_v), self.tokens(layer, q, k, v)])
+        (q, first_q), (k, first_k), (v, first_v) = (
+            (x[self.prefix_length :], x[: self.prefix_length]) for x in (query, key, value)
+        )
+        self.cache.put_prefix(layer, self.prefix.rotate(first_k).transpose(0, 1), first_v.transpose(0, 1))
+        return torch.cat([self.prefix(layer, first_q, first_k, first_v), self.tokens(layer, q, k, v)])
 
     def rotate(self, x: Tensor) -> Tensor:
         """(P + B·T, heads, H) turned by the positions of its rows."""
-        return torch.cat([self.common.rotate(x[: self.front]), self.tokens.rotate(x[self.front :])])
+        return torch.cat([self.prefix.rotate(x[: self.prefix_length]), self.tokens.rotate(x[self.prefix_length :])])
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every row already."""
-        raise ValueError(f"{self.front} tokens stand before every row already")
+        raise ValueError(f"{self.prefix_length} tokens stand before every row already")
 
     def in_groups(self, size: int) -> Attend:
         """Itself: groups are for training."""

@@ -21,12 +21,12 @@ class Layout:
     Args:
         lengths: Tokens per document.
         window: A token sees this many tokens, itself included; ``None`` means all before it.
-        common: So many tokens that every document begins with come first, once; then the rest of each document.
+        shared_prefix: So many tokens that every document begins with come first, once; then the rest of each document.
     """
 
-    def __init__(self, lengths: Sequence[int], window: int | None, common: int = 0) -> None:
+    def __init__(self, lengths: Sequence[int], window: int | None, shared_prefix: int = 0) -> None:
         self.lengths = list(lengths)
-        self.common = common
+        self.shared_prefix = shared_prefix
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         self.window = window or (1 << 40)
         self._moved: dict[torch.device, Places] = {}
@@ -49,31 +49,31 @@ class Layout:
         return twin
 
     def _places(self) -> Places:
-        starts, common, place = self.starts.int(), self.common, self.positions()
-        if not common:
+        starts, shared_prefix, place = self.starts.int(), self.shared_prefix, self.positions()
+        if not shared_prefix:
             empty = torch.empty(0, dtype=torch.int64)
             return Places(starts, empty, empty, empty)
         document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         # A document's rest lies where it would lie if all beginnings but the first were left out.
-        given = torch.where(place < common, place, torch.arange(len(place)) - common * document)
-        kept = ((place >= common) | (document == 0)).nonzero()[:, 0]
-        return Places(starts, given, kept, self.starts[:-1, None] + torch.arange(common))
+        given = torch.where(place < shared_prefix, place, torch.arange(len(place)) - shared_prefix * document)
+        kept = ((place >= shared_prefix) | (document == 0)).nonzero()[:, 0]
+        return Places(starts, given, kept, self.starts[:-1, None] + torch.arange(shared_prefix))
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
         """The closing arguments of both kernels."""
         _, heads, size = query.shape
-        return len(self.starts) - 1, self.common, heads, key.shape[1], size, self.window, size**-0.5
+        return len(self.starts) - 1, self.shared_prefix, heads, key.shape[1], size, self.window, size**-0.5
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows as they are given to rows with the common ones before the rest of every document."""
-        if not self.common:
+        if not self.shared_prefix:
             return x
         places = self.on(x.device)
         return _Rows.apply(x, places.given, places.add_up)  # type: ignore[no-untyped-call, no-any-return]
 
     def gather(self, x: Tensor) -> Tensor:
         """The other way: what the common rows are in the first document is what they are in all."""
-        if not self.common:
+        if not self.shared_prefix:
             return x
         places = self.on(x.device)
         return _Rows.apply(x, places.kept, places.put_back)  # type: ignore[no-untyped-call, no-any-return]

@@ -32,17 +32,19 @@ class PackedAttention:
         config: The model's.
         lengths: Tokens per document; positions restart in each.
         device: Of the tokens.
-        common: The first rows of what is given are this many tokens, which every document begins with. The other rows
-            are the rest of each document.
+        shared_prefix: The first rows are this many tokens, which every document begins with. The other rows are the
+            rest of each document.
     """
 
-    front = 0
+    prefix_length = 0
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int], device: torch.device, *, common: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, lengths: Sequence[int], device: torch.device, *, shared_prefix: int = 0
+    ) -> None:
         self.config = config
         self.lengths = list(lengths)
         self.window = config.sliding_window
-        self.layout = Layout(self.lengths, self.window, common)
+        self.layout = Layout(self.lengths, self.window, shared_prefix)
         self.positions = to_device(self.layout.positions(), device)
         self.rope = rope_table(config, self.positions, max(self.lengths))
         self._grouped: dict[int, Attend] = {}
@@ -87,9 +89,9 @@ class PackedAttention:
         """(T, heads, H) turned by the positions of its rows."""
         return rotate(x, *map(self.layout.gather, self.rope))
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every document; see :class:`Attend`."""
-        return _PackedBehind(self, front, rotated)
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``prefix_length`` tokens before every document; see :class:`Attend`."""
+        return _PackedWithPrefix(self, prefix_length, rotated)
 
     def in_groups(self, size: int) -> Attend:
         """The same within groups of ``size`` tokens; all layers of a pass share the result.
@@ -97,8 +99,8 @@ class PackedAttention:
         Raises:
             ValueError: Documents share their first tokens, which would be in groups of different sizes.
         """
-        if self.layout.common:
-            raise ValueError(f"{self.layout.common} tokens that all documents begin with do not go with groups")
+        if self.layout.shared_prefix:
+            raise ValueError(f"{self.layout.shared_prefix} tokens that all documents begin with do not go with groups")
         if size not in self._grouped:
             self._grouped[size] = _InGroups(self, size)
         return self._grouped[size]
@@ -114,7 +116,7 @@ class _InGroups:
     Source: arXiv:2309.12307 section 3.2, without the wrap of the last group around to the first tokens.
     """
 
-    front = 0
+    prefix_length = 0
 
     def __init__(self, tokens: PackedAttention, size: int) -> None:
         self.tokens = tokens
@@ -139,7 +141,7 @@ class _InGroups:
         """(T, heads, H) turned by the positions of its rows."""
         return self.tokens.rotate(x)
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: tokens before a document would be in its first group only."""
         raise ValueError("tokens before every document do not go with groups")
 
@@ -148,21 +150,21 @@ class _InGroups:
         raise ValueError("these are groups already")
 
 
-class _PackedBehind(PackedAttention):
+class _PackedWithPrefix(PackedAttention):
     """Documents behind given tokens, which are common to all of them as well."""
 
-    def __init__(self, tokens: PackedAttention, front: int, rotated: bool) -> None:
-        lengths, device = [front + length for length in tokens.lengths], tokens.positions.device
-        super().__init__(tokens.config, lengths, device, common=front + tokens.layout.common)
-        self.front = front
+    def __init__(self, tokens: PackedAttention, prefix_length: int, rotated: bool) -> None:
+        lengths, device = [prefix_length + length for length in tokens.lengths], tokens.positions.device
+        super().__init__(tokens.config, lengths, device, shared_prefix=prefix_length + tokens.layout.shared_prefix)
+        self.prefix_length = prefix_length
         if rotated:
-            still = self.positions[:, None] < front
+            still = self.positions[:, None] < prefix_length
             cosine, sine = self.rope
             self.rope = cosine.masked_fill(still, 1.0), sine.masked_fill(still, 0.0)
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every document already."""
-        raise ValueError(f"{self.front} tokens stand before every document already")
+        raise ValueError(f"{self.prefix_length} tokens stand before every document already")
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ __all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill
 class Attend(Protocol):
     """What a decoder's attention layers are given; see :class:`lit_lora.model.attention.attend.Attend`."""
 
-    front: int
+    prefix_length: int
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
@@ -33,8 +33,8 @@ class Attend(Protocol):
     def rotate(self, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``front`` tokens before every document."""
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
+        """The same, with ``prefix_length`` tokens before every document."""
 
     def in_groups(self, size: int) -> Attend:
         """The same within groups of ``size`` tokens, for training."""
@@ -45,7 +45,7 @@ class AddedModule(OwnModule):
 
     child: ClassVar[str] = "adapter"
     """Its name in its host."""
-    front = 0
+    prefix_length = 0
     """How many positions it takes up before every document."""
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -71,8 +71,8 @@ class AddedModule(OwnModule):
             self.to(parameter.device)
         self.train(host.training)
         host.add_module(self.child, self)
-        if self.front:
-            host.front = self.front  # type: ignore[assignment]
+        if self.prefix_length:
+            host.prefix_length = self.prefix_length  # type: ignore[assignment]
         self._hooks = []
         if type(self).before is not AddedModule.before:
             self._hooks.append(host.register_forward_pre_hook(self.before))
@@ -83,8 +83,8 @@ class AddedModule(OwnModule):
         """Take it out of its host, in place."""
         for hook in self._hooks:
             hook.remove()
-        if self.front:
-            host.front = 0  # type: ignore[assignment]
+        if self.prefix_length:
+            host.prefix_length = 0  # type: ignore[assignment]
         delattr(host, self.child)
 
 

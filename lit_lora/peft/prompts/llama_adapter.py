@@ -63,8 +63,8 @@ class _Gated:
     """Attention plus gated attention to a layer's prompt."""
 
     def __init__(self, attend: Attend, adaption: AdaptionPrompt, layer: nn.Module) -> None:
-        self.attend, self.adaption, self.layer, self.front = attend, adaption, layer, attend.front
-        self.rotate, self.behind = attend.rotate, attend.behind
+        self.attend, self.adaption, self.layer, self.prefix_length = attend, adaption, layer, attend.prefix_length
+        self.rotate, self.with_prefix = attend.rotate, attend.with_prefix
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""

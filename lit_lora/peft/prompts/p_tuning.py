@@ -44,7 +44,7 @@ class EncodedPrompt(Prompt):
         self.parts = [part if isinstance(part, int) else len(part) for part in template]
         fixed = [part for part in template if isinstance(part, Tensor)]
         self.is_fixed = [isinstance(part, Tensor) for part in template]
-        self.front = sum(self.parts)
+        self.prefix_length = sum(self.parts)
         self.fixed: Tensor
         self.register_buffer("fixed", torch.cat([rows.new_empty(0, width), *fixed]).float(), persistent=False)
         self.lstm_head: nn.LSTM | None = None

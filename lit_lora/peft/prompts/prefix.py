@@ -41,7 +41,7 @@ class Prefix(AddedModule):
 
     def __init__(self, length: int, shape: tuple[int, int, int, int], width: int, hidden: int | None) -> None:
         super().__init__()
-        self.front, self.shape = length, shape
+        self.prefix_length, self.shape = length, shape
         numbers = torch.Size(shape).numel()
         self.embedding = nn.Parameter(torch.randn(length, width if hidden else numbers))
         self.transform: nn.Sequential | None = None
@@ -79,17 +79,17 @@ class Prefix(AddedModule):
 
     def extra_repr(self) -> str:
         """Sizes."""
-        return f"{self.front} tokens × {self.shape[0]} layers"
+        return f"{self.prefix_length} tokens × {self.shape[0]} layers"
 
 
 class _Prefixed:
     """Attention behind given keys and values."""
 
-    front = 0
+    prefix_length = 0
 
     def __init__(self, attend: Attend, prefix: Prefix, dtype: torch.dtype) -> None:
-        self.attend = attend.behind(prefix.front, rotated=True)
-        rows = prefix.rows().to(dtype).view(prefix.front, *prefix.shape) if self.attend.front else None
+        self.attend = attend.with_prefix(prefix.prefix_length, rotated=True)
+        rows = prefix.rows().to(dtype).view(prefix.prefix_length, *prefix.shape) if self.attend.prefix_length else None
         self.keys_values = rows  # (P, layers, 2, K, H); None when a cache has them
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -98,18 +98,18 @@ class _Prefixed:
             return self.attend(layer, query, key, value)
         keys, values = self.keys_values[:, layer].unbind(1)
         rows = self._blank(query), torch.cat([keys, key]), torch.cat([values, value])
-        return self.attend(layer, *rows)[self.attend.front :]
+        return self.attend(layer, *rows)[self.attend.prefix_length :]
 
     def rotate(self, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
-        return self.attend.rotate(self._blank(x))[self.attend.front :]
+        return self.attend.rotate(self._blank(x))[self.attend.prefix_length :]
 
-    def behind(self, front: int, *, rotated: bool = False) -> Attend:
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: the prefix stands there."""
-        return self.attend.behind(front, rotated=rotated)
+        return self.attend.with_prefix(prefix_length, rotated=rotated)
 
     def _blank(self, x: Tensor) -> Tensor:
-        return torch.cat([x.new_zeros(self.attend.front, *x.shape[1:]), x])
+        return torch.cat([x.new_zeros(self.attend.prefix_length, *x.shape[1:]), x])
 
 
 class PrefixConfig(VirtualTokens):
@@ -200,10 +200,10 @@ def _keys_and_values(model: nn.Module, ids: Tensor) -> Tensor:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     class Watch:
-        front = 0
+        prefix_length = 0
 
         def __init__(self, attend: Attend) -> None:
-            self.attend, self.rotate, self.behind = attend, attend.rotate, attend.behind
+            self.attend, self.rotate, self.with_prefix = attend, attend.rotate, attend.with_prefix
 
         def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             seen[layer] = self.attend.rotate(key).float(), value.float()

@@ -35,7 +35,7 @@ class Prompt(AddedModule):
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
-        self.front = len(rows)
+        self.prefix_length = len(rows)
         self.embedding = nn.Parameter(rows.float().clone())
 
     def rows(self) -> Tensor:
@@ -45,16 +45,16 @@ class Prompt(AddedModule):
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The decoder's input with the virtual tokens before it, and attention that lets every document see them."""
         x, attend = args
-        attend = attend.behind(self.front)
-        return (torch.cat([self.rows().to(x.dtype), x]) if attend.front else x), attend
+        attend = attend.with_prefix(self.prefix_length)
+        return (torch.cat([self.rows().to(x.dtype), x]) if attend.prefix_length else x), attend
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The decoder's output without that of the virtual tokens."""
-        return output[args[1].front :]
+        return output[args[1].prefix_length :]
 
     def extra_repr(self) -> str:
         """Sizes."""
-        return f"{self.front} tokens × {self.embedding.shape[1]}"
+        return f"{self.prefix_length} tokens × {self.embedding.shape[1]}"
 
 
 class PromptMethod(VirtualTokens):

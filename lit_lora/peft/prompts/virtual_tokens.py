@@ -57,7 +57,7 @@ class VirtualTokens(AddedMethod):
             UsageError: They have not, or there is no such decoder.
         """
         host, context = decoder_of(model)[1], int(model.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
-        if host.front:
+        if host.prefix_length:
             raise UsageError("peft: something else stands before every document already, expected one prefix or prompt")
         if self.length >= context:
             raise UsageError(f"peft: {self.length} virtual tokens leave no room in the model's context of {context}")

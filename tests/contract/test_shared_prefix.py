@@ -23,8 +23,8 @@ PLACES = range(len(ENDS))
 
 def batches() -> tuple[MicroBatch, MicroBatch]:
     """With the beginning in every row, and once."""
-    assert ROWS.common == len(SYSTEM)
-    return collate(ROWS, PLACES), collate(ROWS, PLACES, ROWS.common)
+    assert ROWS.shared_prefix == len(SYSTEM)
+    return collate(ROWS, PLACES), collate(ROWS, PLACES, ROWS.shared_prefix)
 
 
 def gradients(model: CausalLM, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -66,9 +66,9 @@ def test_hidden_states_are_those_of_whole_rows(window, dtype):
     whole, shared = batches()
     with torch.no_grad():
         expected = model.hidden_states(whole.input_ids, lengths=whole.lengths)[0].split(whole.lengths)
-        got = model.hidden_states(shared.input_ids, lengths=shared.lengths, common=shared.common)[0]
+        got = model.hidden_states(shared.input_ids, lengths=shared.lengths, shared_prefix=shared.shared_prefix)[0]
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    pieces = torch.cat([expected[0], *(states[shared.common :] for states in expected[1:])])
+    pieces = torch.cat([expected[0], *(states[shared.shared_prefix :] for states in expected[1:])])
     torch.testing.assert_close(got, pieces, atol=tolerance, rtol=tolerance)
 
 
@@ -95,4 +95,4 @@ def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="lengths sum to"):
         model.hidden_states(shared.input_ids, lengths=shared.lengths)
     with pytest.raises(ValueError, match="lengths sum to"):
-        model.hidden_states(torch.tensor([[1, 2]]), lengths=[1, 3], common=2)
+        model.hidden_states(torch.tensor([[1, 2]]), lengths=[1, 3], shared_prefix=2)

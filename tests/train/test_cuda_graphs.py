@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("common", [0, 3])
-def test_it_adds_the_gradients_of_the_loss(common: int, dtype: torch.dtype) -> None:
+def test_it_adds_the_gradients_of_the_loss(shared_prefix: int, dtype: torch.dtype) -> None:
     model = adapted(dtype, shaken=True)
-    batch = collate(with_beginning(make_rows(5), [7, 8, 9]), range(5), common)
+    batch = collate(with_beginning(make_rows(5), [7, 8, 9]), range(5), shared_prefix)
     expected = float(backward(model, batch, 0.5))
     gradients = gradients_of(model)
     model.zero_grad()

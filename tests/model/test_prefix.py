@@ -12,7 +12,7 @@ from lit_lora.generate import Sampling, generate
 from lit_lora.generate.decoding import Memory
 from lit_lora.model import CausalLM, KVCache, ModelConfig
 
-FRONT = [5, 9, 11]
+PREFIX = [5, 9, 11]
 
 
 def make_model(window: int | None = None, dtype: torch.dtype = torch.float32, rope_type: str = "default") -> CausalLM:
@@ -45,14 +45,14 @@ def put_before(model: CausalLM, ids: Sequence[int]) -> CausalLM:
 
     def before(_: torch.nn.Module, args: tuple) -> tuple:
         x, attend = args
-        attend = attend.behind(len(ids))
-        if attend.front:
+        attend = attend.with_prefix(len(ids))
+        if attend.prefix_length:
             x = torch.cat([model.model.embed_tokens(torch.tensor(ids)), x])
         return x, attend
 
     model.model.register_forward_pre_hook(before)
-    model.model.register_forward_hook(lambda _, args, out: out[args[1].front :])
-    model.model.front = len(ids)
+    model.model.register_forward_hook(lambda _, args, out: out[args[1].prefix_length :])
+    model.model.prefix_length = len(ids)
     return model
 
 
@@ -71,17 +71,17 @@ settings = pytest.mark.parametrize(
 @settings
 @torch.no_grad()
 def test_packed_documents_behind_tokens_are_as_if_each_began_with_them(kwargs):
-    expected = rows(make_model(**kwargs), *[FRONT + document for document in DOCUMENTS])
-    got = rows(put_before(make_model(**kwargs), FRONT), *DOCUMENTS)
-    parts = expected.split([len(FRONT) + len(document) for document in DOCUMENTS])
+    expected = rows(make_model(**kwargs), *[PREFIX + document for document in DOCUMENTS])
+    got = rows(put_before(make_model(**kwargs), PREFIX), *DOCUMENTS)
+    parts = expected.split([len(PREFIX) + len(document) for document in DOCUMENTS])
     tolerance = 0.06 if got.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(got, torch.cat([part[len(FRONT) :] for part in parts]), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got, torch.cat([part[len(PREFIX) :] for part in parts]), atol=tolerance, rtol=tolerance)
 
 
 @settings
 @torch.no_grad()
 def test_cached_rows_behind_tokens_are_as_if_each_began_with_them(kwargs):
-    model = put_before(make_model(**kwargs), FRONT)
+    model = put_before(make_model(**kwargs), PREFIX)
     padding = torch.tensor([0, 5])
     ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model.config, 2, 12, dtype=model.lm_head.weight.dtype, padding=padding)
@@ -89,15 +89,15 @@ def test_cached_rows_behind_tokens_are_as_if_each_began_with_them(kwargs):
     got = torch.cat(pieces, dim=1)
     tolerance = 0.06 if got.dtype == torch.bfloat16 else 1e-5
     for row, start in enumerate(padding.tolist()):
-        expected = rows(make_model(**kwargs), FRONT + ids[row, start:].tolist())[len(FRONT) :]
+        expected = rows(make_model(**kwargs), PREFIX + ids[row, start:].tolist())[len(PREFIX) :]
         torch.testing.assert_close(got[row, start:], expected, atol=tolerance, rtol=tolerance)
 
 
 def test_answers_behind_tokens_are_those_to_prompts_that_begin_with_them():
     prompts = [list(range(1, 22)), [*range(1, 19), 40, 41], [2, 3]]
-    plain, behind = make_model(), put_before(make_model(), FRONT)
+    plain, behind = make_model(), put_before(make_model(), PREFIX)
     sampling = Sampling(max_new_tokens=6)
-    expected = [list(generate(plain, [FRONT + prompt], sampling)) for prompt in prompts]
+    expected = [list(generate(plain, [PREFIX + prompt], sampling)) for prompt in prompts]
     batch = list(generate(behind, prompts, sampling))
     for row, one in enumerate(expected):
         assert [step[row] for step in batch] == [token for (token,) in one]
@@ -107,17 +107,17 @@ def test_answers_behind_tokens_are_those_to_prompts_that_begin_with_them():
 
 
 def test_the_context_is_shorter_by_the_tokens_before_and_answers_end_there():
-    model = put_before(make_model(), FRONT)
+    model = put_before(make_model(), PREFIX)
     assert model.context == 61
     assert len(list(generate(model, [[1] * 59], Sampling(max_new_tokens=9)))) == 2
 
 
 def test_gradients_of_tokens_before_packed_documents_are_those_of_each_beginning_with_them():
-    model, plain = put_before(make_model(), FRONT), make_model()
+    model, plain = put_before(make_model(), PREFIX), make_model()
     rows(model, *DOCUMENTS).square().sum().backward()
-    documents = rows(plain, *[FRONT + document for document in DOCUMENTS])
-    parts = documents.split([len(FRONT) + len(document) for document in DOCUMENTS])
-    torch.cat([part[len(FRONT) :] for part in parts]).square().sum().backward()
+    documents = rows(plain, *[PREFIX + document for document in DOCUMENTS])
+    parts = documents.split([len(PREFIX) + len(document) for document in DOCUMENTS])
+    torch.cat([part[len(PREFIX) :] for part in parts]).square().sum().backward()
     for name, parameter in plain.named_parameters():
         if parameter.grad is not None:
             other = model.get_parameter(name).grad
@@ -129,4 +129,4 @@ def test_a_cache_that_was_filled_without_what_stands_before_is_refused():
     cache = KVCache(model.config, 1, 12)
     model.hidden_states(torch.tensor([[1, 2]]), cache=cache)
     with pytest.raises(ValueError, match="2 tokens are stored"):
-        put_before(model, FRONT).hidden_states(torch.tensor([[3]]), cache=cache)
+        put_before(model, PREFIX).hidden_states(torch.tensor([[3]]), cache=cache)
