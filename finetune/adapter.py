@@ -62,10 +62,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
         lr_factors=method.lr_factors(model),
-        objective=NextToken(steady=method.steady),
+        objective=NextToken(graph_safe=method.graph_safe),
     )
     adapter = run.folder / "adapter"
-    save_adapter(model, method, adapter, base=config.model.path, data=data.about, figures=summary(result))
+    save_adapter(model, method, adapter, base=config.model.path, data=data.about, metrics=summary(result))
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora evaluate {run.folder} --data FILE")
     return run.folder
 

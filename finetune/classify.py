@@ -29,7 +29,7 @@ __all__ = ["Config", "finetune"]
 
 Config = finetune_config(
     "classify",
-    "low-rank",
+    "mergeable",
     "added",
     "full",
     base=ClassifyConfig,

@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
     target = run.folder / "model"
     title = f"{config.model.path.name}, finetuned"
     card = model_card(
-        title, base=str(config.model.path), method="full", data=data.about, figures=summary(result), adapter=False
+        title, base=str(config.model.path), method="full", data=data.about, metrics=summary(result), adapter=False
     )
     save_model(model, target, side_files=config.model.path, card=card)
     finish(run, result, target, f"lit-lora chat {target}   or   lit-lora evaluate {target} --data FILE")

@@ -22,14 +22,14 @@ from lit_lora.recipe import (
     start,
     summary,
 )
-from lit_lora.recipe.method import apply_method, settle
+from lit_lora.recipe.method import apply_method, finalize
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("lora", "low-rank")
+Config = finetune_config("lora", "mergeable")
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Path:
@@ -62,11 +62,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Path:
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
         lr_factors=applied.lr_factors(model),
-        objective=NextToken(steady=applied.steady),
+        objective=NextToken(graph_safe=applied.graph_safe),
     )
-    applied = settle(applied, model, data)
+    applied = finalize(applied, model, data)
     adapter = run.folder / "adapter"
-    save_adapter(model, applied, adapter, base=config.model.path, data=data.about, figures=summary(result))
+    save_adapter(model, applied, adapter, base=config.model.path, data=data.about, metrics=summary(result))
     if method is not config.peft:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from lit_lora.peft import save_adapter
 from lit_lora.recipe import (
     Options,
-    QuantizedConfig,
+    QLoRAConfig,
     answer_samples,
     claim_folder,
     finetune_config,
@@ -23,7 +23,7 @@ from lit_lora.recipe import (
     start,
     summary,
 )
-from lit_lora.recipe.method import settle
+from lit_lora.recipe.method import finalize
 from lit_lora.recipe.quantized_base import keep_base, load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
@@ -31,10 +31,10 @@ from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("qlora", "low-rank", "quantized", base=QuantizedConfig)
+Config = finetune_config("qlora", "mergeable", "quantized", base=QLoRAConfig)
 
 
-def finetune(config: QuantizedConfig, options: Options) -> Path:
+def finetune(config: QLoRAConfig, options: Options) -> Path:
     """Train an adapter and save it, in PEFT's format, as ``adapter/`` in the run folder.
 
     Returns:
@@ -42,7 +42,7 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
     """
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    chosen = config.peft.over(config.quantize)  # not every method is for every base
+    chosen = config.peft.for_quantized_base(config.quantize)  # not every method is for every base
     method = chosen.with_token_ids(tokenizer.add_tokens)
     data = load_data(run, tokenizer)
     model, applied = load_base(run, config, method, data)  # quantised, with the method applied
@@ -64,11 +64,11 @@ def finetune(config: QuantizedConfig, options: Options) -> Path:
         sample=answer_samples(model, tokenizer, data),
         resume=options.resume,
         lr_factors=applied.lr_factors(model),
-        objective=NextToken(steady=applied.steady),
+        objective=NextToken(graph_safe=applied.graph_safe),
     )
-    applied = settle(applied, model, data)
+    applied = finalize(applied, model, data)
     adapter = run.folder / "adapter"
-    save_adapter(model, applied, adapter, base=base, data=data.about, figures=summary(result))
+    save_adapter(model, applied, adapter, base=base, data=data.about, metrics=summary(result))
     if method is not chosen:  # tokens were added: the adapter needs its own tokenizer
         tokenizer.save(adapter)
     finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from lit_lora import log
 from lit_lora.errors import UsageError
 
 __all__ = [
@@ -41,6 +42,21 @@ class Settings(BaseModel):
     """Base of every settings model: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former names of keys and their present names; a former one is accepted, with a line that says so."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, data: Any) -> Any:
+        """The same data under the present names."""
+        former = [key for key in cls.renamed if isinstance(data, dict) and key in data]
+        for key in former:
+            now = cls.renamed[key]
+            if now in data:
+                raise ValueError(f"{key} is the former name of {now}: give {now} alone")
+            log.note(f"config: {key} is now called {now}")
+        return {cls.renamed.get(key, key): value for key, value in data.items()} if former else data
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -47,8 +47,8 @@ def write_rows(
     for sample in samples[:count]:
         messages = [("user", sample["question"]), ("assistant", sample["answer"])]
         encoded = encode_chat(tokenizer, [Message(role=role, content=content) for role, content in messages])
-        prompt = encoded.learn.index(True)
-        length = prompt + sum(encoded.learn)  # what the template puts after the last answer is left out
+        prompt = encoded.loss_mask.index(True)
+        length = prompt + sum(encoded.loss_mask)  # what the template puts after the last answer is left out
         rows.append({"ids": encoded.ids[:length], "prompt": prompt})
         tokens.append(length)
         targets.append(length - prompt)

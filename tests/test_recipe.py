@@ -178,3 +178,15 @@ def test_pain_42_the_plan_warns_of_what_a_user_would_change(task, capsys, overri
 
     assert any(line.startswith(f"warning: {warning}") for line in warnings(*overrides))
     assert warnings() == []
+
+
+def test_a_former_key_is_accepted_with_a_line_that_names_the_present_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {path: base}\ndata: {path: rows.jsonl}\ntrain: {best_by: accuracy}\n")
+    assert load_config(path, lora.Config, []).train.best_metric == "accuracy"
+    assert capsys.readouterr().err == "config: best_by is now called best_metric\n"
+    path.write_text("model: {path: base}\ndata: {path: rows.jsonl}\ntrain: {best_by: f1, best_metric: loss}\n")
+    with pytest.raises(UsageError, match=r"config.yaml:3: train: best_by is the former name of best_metric: give best"):
+        load_config(path, lora.Config, [])

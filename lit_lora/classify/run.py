@@ -27,7 +27,7 @@ from lit_lora.peft import Method, model_card, save_adapter, trainable_state
 from lit_lora.recipe import Run, RunConfig, planned_rows, planned_steps, show_what_trains, summary, warn_of
 from lit_lora.train.loop import FitResult
 from lit_lora.train.optim.build import state_bytes
-from lit_lora.train.validation import check_figures
+from lit_lora.train.validation import check_best_metric
 
 __all__ = [
     "ClassifyConfig",
@@ -207,9 +207,9 @@ def apply_with_head(method: Method, model: nn.Module, head: Sequence[str]) -> Me
     Raises:
         UsageError: The settings do not fit the model.
     """
-    if method.rows_to_start:
+    if method.init_rows:
         raise UsageError("peft.init: eva and lora-ga look at a decoder's rows before the start", hint="init: pissa")
-    method = method.on(model).with_whole(head)
+    method = method.with_module_names_of(model).with_modules_to_save(head)
     method.apply(model)
     return method
 
@@ -238,14 +238,14 @@ def plan_labelled(run: Run, model: nn.Module, data: LabelledData) -> None:
         UsageError: The best weights are to be picked by what is not measured.
     """
     config = run.config
-    check_figures(config.train, data.task.objective)
+    check_best_metric(config.train, data.task.objective)
     show_what_trains(model)
     total = config.train.total_steps(data.batches.steps_per_epoch)
     warn_of(config, total, validated=bool(data.validation))
     counts, looked_at = data.train.token_counts, range(min(data.batches.steps_per_epoch, _LOOKED_AT))
-    portions = [places for step in looked_at for places in data.batches.places(step)]
-    real = sum(int(counts[places].sum()) for places in portions)
-    padding = 1 - real / padded_tokens(portions, counts)
+    micro_batches = [places for step in looked_at for places in data.batches.places(step)]
+    real = sum(int(counts[places].sum()) for places in micro_batches)
+    padding = 1 - real / padded_tokens(micro_batches, counts)
     masters = list(trainable_state(model).values())
     trained = sum(4 * tensor.numel() for tensor in masters)
     disk = (trained + state_bytes(config.optimizer, masters)) * (config.train.keep_last + 2) + trained
@@ -254,9 +254,9 @@ def plan_labelled(run: Run, model: nn.Module, data: LabelledData) -> None:
         *planned_rows(run, model),
         ["task", str(data.task)],
         ["training rows", f"{len(data.train):,}: {tokens}"],
-        ["padding", f"{padding:.1%} of what is computed, {len(portions) / len(looked_at):.3g} portions a step"],
+        ["padding", f"{padding:.1%} of what is computed, {len(micro_batches) / len(looked_at):.3g} portions a step"],
         *planned_steps(config, data.batches.steps_per_epoch, len(data.held_out or ())),
-        ["best weights by", config.train.best_by],
+        ["best weights by", config.train.best_metric],
         ["disk, about", human_bytes(disk)],
         ["run folder", str(run.folder)],
     ]
@@ -295,10 +295,10 @@ def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: L
     Raises:
         DiskError: It cannot be written.
     """
-    figures = {"Task": str(data.task), **summary(result)}
+    metrics = {"Task": str(data.task), **summary(result)}
     if method.kind != "full":
         adapter = run.folder / "adapter"
-        save = partial(save_adapter, model, method, adapter, base=shape.folder, data=data.about, figures=figures)
+        save = partial(save_adapter, model, method, adapter, base=shape.folder, data=data.about, metrics=metrics)
         return save(task=data.task.to_json(), task_type=data.task.peft_type)
     target = run.folder / "model"
     card = model_card(
@@ -306,7 +306,7 @@ def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: L
         base=str(shape.folder),
         method="full",
         data=data.about,
-        figures=figures,
+        metrics=metrics,
         adapter=False,
     )
     with atomic_folder(target, replace=True) as temporary, disk_errors(target):

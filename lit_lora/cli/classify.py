@@ -70,20 +70,20 @@ def command(
         examples = _examples(section, list(locate(file, cache_folder()).train), limit)
     opened = open_classifier(model, adapter=adapter, dtype=dtype or trained.get("dtype"), device=device)
     log.note(opened.description)
-    found, figures = _predict(opened, section, examples)
+    found, metrics = _predict(opened, section, examples)
     if file is None:
         _show_one(opened, found[0])
         return
     if out is not None:
         write_text(out, "".join(_line(opened, *both) for both in zip(examples, found, strict=True)))
         log.say(f"wrote {out}")
-    elif not figures:
+    elif not metrics:
         for prediction in found:
             log.say(prediction.answer)
-    if figures:
-        rows = [[name.replace("_", " "), value] for name, value in figures.items()]
+    if metrics:
+        rows = [[name.replace("_", " "), value] for name, value in metrics.items()]
         log.table(f"{file}, {len(examples):,} rows (shares with 95 % interval)", ["figure", "value"], rows, right=(1,))
-    if out is None and figures:
+    if out is None and metrics:
         log.say(f"next: lit-lora classify {shlex.quote(str(model))} --file {shlex.quote(file)} --out predictions.jsonl")
 
 
@@ -134,10 +134,10 @@ def _predict(
     found = predict(opened.model, opened.shape.tokenizer, opened.task, batches, max_target_length=most)
     if not labelled:
         return found, {}
-    figures = opened.task.objective.validate(opened.model, batches)
-    shown = {name: f"{value:.4f}" for name, value in figures.items()}
-    for name in {"accuracy", "exact_match"} & figures.keys():
-        shown[name] = str(Share(round(figures[name] * len(rows)), len(rows)))
+    metrics = opened.task.objective.validate(opened.model, batches)
+    shown = {name: f"{value:.4f}" for name, value in metrics.items()}
+    for name in {"accuracy", "exact_match"} & metrics.keys():
+        shown[name] = str(Share(round(metrics[name] * len(rows)), len(rows)))
     return found, shown
 
 

@@ -64,19 +64,19 @@ def command(
         raise UsageError(f"{config}: recipe {settings.recipe} cannot be rehearsed: estimate is for decoders")
     setup = _setup(settings, shape, device)
     budget = free_memory_bytes(setup.device) if memory is None else _bytes(memory)
-    figures = estimate(setup)
-    _show_parts(setup, figures)
+    estimated = estimate(setup)
+    _show_parts(setup, estimated)
     rows = [[name, *map(human_bytes, _shares(found))] for name, found in _by_method(setup)]
     columns = ["method", "weights", "trained, moments", "rest of a step", "together"]
     log.table("The same settings by method", columns, rows, right=(1, 2, 3, 4))
     again = shlex.join([config, *(overrides or [])])
     if budget is None:
         log.say(f"next: lit-lora estimate --config {again} --memory SIZE, to see what would fit")
-    elif figures.peak_bytes <= budget:
-        log.say(f"fits: {human_bytes(figures.peak_bytes)} of {human_bytes(budget)}", style="bold green")
+    elif estimated.peak_bytes <= budget:
+        log.say(f"fits: {human_bytes(estimated.peak_bytes)} of {human_bytes(budget)}", style="bold green")
         log.say(f"next: lit-lora finetune --config {again} --dry-run")
     else:
-        _show_advice(setup, figures, budget, again)
+        _show_advice(setup, estimated, budget, again)
 
 
 def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Setup:
@@ -105,10 +105,10 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
     return Setup.of(config, shape=found, rows=rows, dtype=dtype, device=place)
 
 
-def _show_parts(setup: Setup, figures: Estimate) -> None:
+def _show_parts(setup: Setup, estimated: Estimate) -> None:
     from lit_lora.recipe import duration
 
-    memory, trained = figures.memory, f"{figures.trainable:,} numbers in float32"
+    memory, trained = estimated.memory, f"{estimated.trainable:,} numbers in float32"
     names = {
         "weights": f"the model in {_held(setup)}",
         "trained": f"what trains beside them: {trained}",
@@ -121,11 +121,11 @@ def _show_parts(setup: Setup, figures: Estimate) -> None:
     }
     rows = [[name, human_bytes(getattr(memory, name)), what] for name, what in names.items()]
     rows.append(["together", human_bytes(memory.total), ""])
-    if figures.weighing_bytes:
-        what = f"once, before the first step: {setup.peft.weighing_rows} rows through the model in full"
-        rows.append(["weighing", human_bytes(figures.weighing_bytes), what])
+    if estimated.weighing_bytes:
+        what = f"once, before the first step: {setup.peft.calibration_rows} rows through the model in full"
+        rows.append(["weighing", human_bytes(estimated.weighing_bytes), what])
     log.table("Memory, about", ["part", "bytes", "what"], rows, right=(1,))
-    seconds = figures.seconds_per_step
+    seconds = estimated.seconds_per_step
     time = (
         "not known: the device is not here"
         if seconds is None
@@ -172,17 +172,17 @@ def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
             yield kind, estimate(changed)
 
 
-def _shares(figures: Estimate) -> tuple[int, int, int, int]:
-    memory = figures.memory
+def _shares(estimated: Estimate) -> tuple[int, int, int, int]:
+    memory = estimated.memory
     trained = memory.trained + memory.optimizer
-    return memory.weights, trained, memory.total - memory.weights - trained, figures.peak_bytes
+    return memory.weights, trained, memory.total - memory.weights - trained, estimated.peak_bytes
 
 
-def _show_advice(setup: Setup, figures: Estimate, budget: float, again: str) -> None:
+def _show_advice(setup: Setup, estimated: Estimate, budget: float, again: str) -> None:
     """What was tried to make it fit, beside the config and the changes of ``again``."""
     from lit_lora.estimate.advice import advise
 
-    log.warn(f"does not fit: {human_bytes(figures.peak_bytes)} of {human_bytes(budget)}")
+    log.warn(f"does not fit: {human_bytes(estimated.peak_bytes)} of {human_bytes(budget)}")
     tried = advise(setup, budget)
     rows = [[" ".join(t.overrides), human_bytes(t.memory_bytes), "yes" if t.fits else "no"] for t in tried]
     log.table("What would make it fit", ["settings", "memory", "fits"], rows, right=(1,))

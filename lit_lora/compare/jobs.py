@@ -119,7 +119,8 @@ class Runner:
                 return Outcome(job, error=error)
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # only for resuming, and large
         result = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
-        scores = {f"validation {name}": value for name, value in result.pop("figures").items()}
+        measured = result.pop("metrics", None) or result.pop("figures", {})  # called figures before
+        scores = {f"validation {name}": value for name, value in measured.items()}
         return Outcome(job, result, scores, found=found)
 
     def measure(self, outcome: Outcome, section: EvaluateSection, *, with_base: bool) -> None:

@@ -36,7 +36,7 @@ def plot_rows(rows: Sequence[Row], target: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    bars = [key for key in _BARS if any(row.figures(key) for row in rows)]
+    bars = [key for key in _BARS if any(row.values(key) for row in rows)]
     height = 1.2 + 0.3 * len(rows)
     figure = Figure(figsize=(3.2 * (len(bars) + 0.8), height + 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -68,7 +68,7 @@ def _draw_rates(panel: Any, rows: Sequence[Row]) -> None:
 def _draw_bars(panel: Any, rows: Sequence[Row], key: str) -> None:
     """One figure of all rows, the first on top; a line shows how far seeds lie apart."""
     title, factor = _BARS[key]
-    found = [[factor * value for value in row.figures(key)] for row in rows]
+    found = [[factor * value for value in row.values(key)] for row in rows]
     means = [statistics.fmean(values) if values else 0.0 for values in found]
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found]
     places = range(len(rows))

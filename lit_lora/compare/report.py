@@ -47,18 +47,18 @@ def summary_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def _line(row: Row, metrics: Sequence[str]) -> list[str]:
     if not row.kept:
         return [row.variant.name, "failed", *[""] * (7 + len(metrics))]
-    trained, speeds, seconds = (row.figures(key) for key in ("trainable", "tokens_per_second", "seconds"))
+    trained, speeds, seconds = (row.values(key) for key in ("trainable", "tokens_per_second", "seconds"))
     return [
         row.variant.name,
         f"{row.rate:g}",
         f"{trained[0]:,.0f}",
-        human_bytes(max(row.figures("peak_memory_bytes"))),
+        human_bytes(max(row.values("peak_memory_bytes"))),
         f"{statistics.fmean(speeds):,.0f}",
         f"{statistics.fmean(seconds):,.0f}",
-        human_bytes(row.figures("written_bytes")[0]),
+        human_bytes(row.values("written_bytes")[0]),
         row.merges,
-        _figure("validation_loss", row.figures("validation_loss")),
-        *(_figure(metric, row.figures(metric)) for metric in metrics),
+        _figure("validation_loss", row.values("validation_loss")),
+        *(_figure(metric, row.values(metric)) for metric in metrics),
     ]
 
 
@@ -89,11 +89,11 @@ def write_report(out: Path, outcomes: Sequence[Outcome], about: Mapping[str, obj
         DiskError: They cannot be written.
     """
     rows = rows_of(outcomes)
-    table, page, picture = (out / f"comparison.{ending}" for ending in ("csv", "html", "png"))
+    table, page, plot = (out / f"comparison.{ending}" for ending in ("csv", "html", "png"))
     write_text(table, _csv(rows))
-    plot_rows(rows, picture)
-    write_text(page, _page(rows, picture, about))
-    return [path for path in (table, page, picture) if path.exists()]
+    plot_rows(rows, plot)
+    write_text(page, _page(rows, plot, about))
+    return [path for path in (table, page, plot) if path.exists()]
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -116,7 +116,7 @@ def _record(row: Row, outcome: Outcome) -> dict[str, Any]:
     return {**own, **outcome.result, **{f"measured: {name}": score for name, score in outcome.scores.items()}}
 
 
-def _page(rows: Sequence[Row], picture: Path, about: Mapping[str, object]) -> str:
+def _page(rows: Sequence[Row], plot: Path, about: Mapping[str, object]) -> str:
     """The report as a page that needs nothing beside it."""
     header, lines = summary_table(rows)
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title>", f"<style>{_STYLE}</style>"]
@@ -125,8 +125,8 @@ def _page(rows: Sequence[Row], picture: Path, about: Mapping[str, object]) -> st
     if notes:
         parts += ["<h2>Before believing it</h2><ul>"]
         parts += [f"<li><b>{html.escape(name)}</b>: {html.escape(note)}" for name, note in notes] + ["</ul>"]
-    if picture.is_file():
-        data = base64.b64encode(picture.read_bytes()).decode()
+    if plot.is_file():
+        data = base64.b64encode(plot.read_bytes()).decode()
         parts.append(f"<img alt='the figures of the table as bars and lines' src='data:image/png;base64,{data}'>")
     tried = [_tried(row, outcome) for row in rows for outcome in row.tried]
     parts += ["<h2>Learning rates</h2>", _html_table(["run", "lr", "validation loss", "chosen", ""], tried)]

@@ -38,7 +38,7 @@ class Row:
         """Mean validation loss of the chosen runs."""
         return statistics.fmean(outcome.loss for outcome in self.kept) if self.kept else math.inf
 
-    def figures(self, key: str) -> list[float]:
+    def values(self, key: str) -> list[float]:
         """A figure of ``result.json``, or a score, of every chosen run that has it."""
         found = [outcome.result.get(key, outcome.scores.get(key)) for outcome in self.kept]
         return [float(value) for value in found if value is not None]

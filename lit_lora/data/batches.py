@@ -131,8 +131,8 @@ def collate(rows: Rows, places: Sequence[int], shared_prefix: int = 0) -> MicroB
     start = shared_prefix
     for document, length in zip(documents, lengths, strict=True):
         end = start + length - shared_prefix
-        following, learn = document.input_ids[shared_prefix + 1 :], document.learn[shared_prefix + 1 :]
-        labels[start : end - 1] = np.where(learn, following, IGNORE_INDEX)
+        following, loss_mask = document.input_ids[shared_prefix + 1 :], document.loss_mask[shared_prefix + 1 :]
+        labels[start : end - 1] = np.where(loss_mask, following, IGNORE_INDEX)
         start = end
     return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places), shared_prefix)
 

@@ -48,8 +48,8 @@ def encode_samples(
                 yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
             else:
                 chat = next(encoded)
-                learn = [True] * len(chat.ids) if learn_all else chat.learn
-                yield _fit(chat.ids, learn, place, config)
+                loss_mask = [True] * len(chat.ids) if learn_all else chat.loss_mask
+                yield _fit(chat.ids, loss_mask, place, config)
 
 
 def _render(tokenizer: Tokenizer, sample: Conversation, place: Place) -> RenderedChat:
@@ -68,7 +68,7 @@ def _pieces(tokens: list[int], place: Place, most: int) -> Iterator[EncodedRow]:
         yield EncodedRow(kept, [True] * len(kept), status, len(ids), *place)
 
 
-def _fit(ids: list[int], learn: list[bool], place: Place, config: DataConfig) -> EncodedRow:
+def _fit(ids: list[int], loss_mask: list[bool], place: Place, config: DataConfig) -> EncodedRow:
     length = len(ids)
     status = Status.KEPT
     if length > config.max_seq_length:
@@ -78,25 +78,25 @@ def _fit(ids: list[int], learn: list[bool], place: Place, config: DataConfig) ->
                 f"{where}: {length} tokens, max_seq_length is {config.max_seq_length}",
                 hint=f"set max_seq_length: {length}, or too_long: drop or truncate_prompt",
             )
-        kept = _cut(learn, length - config.max_seq_length) if config.too_long == "truncate_prompt" else None
+        kept = _cut(loss_mask, length - config.max_seq_length) if config.too_long == "truncate_prompt" else None
         if kept is None:
             return EncodedRow((), (), Status.TOO_LONG, length, *place)
-        ids, learn = [ids[i] for i in kept], [learn[i] for i in kept]
+        ids, loss_mask = [ids[i] for i in kept], [loss_mask[i] for i in kept]
         status = Status.TRUNCATED
-    if not any(learn[1:]):
+    if not any(loss_mask[1:]):
         return EncodedRow((), (), Status.NOTHING_TO_LEARN, length, *place)
-    return EncodedRow(ids, learn, status, length, *place)
+    return EncodedRow(ids, loss_mask, status, length, *place)
 
 
-def _cut(learn: Sequence[bool], excess: int) -> list[int] | None:
+def _cut(loss_mask: Sequence[bool], excess: int) -> list[int] | None:
     """Positions that stay when ``excess`` tokens go, or None when what is not learned cannot spare them.
 
     Tokens go from the middle of the longest stretch that is not learned, then of the next: a stretch's ends hold what
     the template writes around a message, and the beginning and the end of a prompt say most of what is asked.
     """
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], learn, [True]]).astype(np.int8)))
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], loss_mask, [True]]).astype(np.int8)))
     stretches = sorted(zip(edges[::2], edges[1::2], strict=True), key=lambda stretch: stretch[0] - stretch[1])
-    stays = np.ones(len(learn), np.bool_)
+    stays = np.ones(len(loss_mask), np.bool_)
     for start, end in stretches:
         cut = min(excess, int(end - start) - 2 * _KEEP)
         if cut <= 0:

@@ -66,7 +66,7 @@ class PaddedBatches(Shuffled):
         """Positions of the rows in each portion of step ``step`` (from 0)."""
         chosen = self.row_indices(step)
         cut = cut_by_length(self.rows.token_counts[chosen], self.micro_batch_tokens)
-        return [[int(chosen[i]) for i in portion] for portion in cut]
+        return [[int(chosen[i]) for i in micro_batch] for micro_batch in cut]
 
     def step(self, step: int) -> list[LabelledBatch]:
         """The portions of step ``step`` (from 0)."""
@@ -92,12 +92,12 @@ def cut_by_length(counts: Integers, budget: int) -> list[list[int]]:
             cost = cheapest[start] + int(longest[start]) * (stop - start) + CALL
             if cost < cheapest[stop]:
                 cheapest[stop], cuts[stop] = cost, start
-    portions: list[list[int]] = []
+    micro_batches: list[list[int]] = []
     stop = len(order)
     while stop:
-        portions.insert(0, [int(i) for i in order[cuts[stop] : stop]])
+        micro_batches.insert(0, [int(i) for i in order[cuts[stop] : stop]])
         stop = cuts[stop]
-    return portions
+    return micro_batches
 
 
 def by_length(rows: LabelledRows, layout: Layout, micro_batch_tokens: int) -> list[LabelledBatch]:
@@ -111,9 +111,9 @@ def by_length(rows: LabelledRows, layout: Layout, micro_batch_tokens: int) -> li
     return batches
 
 
-def padded_tokens(portions: Sequence[Sequence[int]], counts: Integers) -> int:
+def padded_tokens(micro_batches: Sequence[Sequence[int]], counts: Integers) -> int:
     """Tokens that are computed for some portions of rows, padding included."""
-    return sum(len(places) * int(counts[list(places)].max()) for places in portions)
+    return sum(len(places) * int(counts[list(places)].max()) for places in micro_batches)
 
 
 def collate(rows: LabelledRows, places: Sequence[int], layout: Layout) -> LabelledBatch:

@@ -124,18 +124,20 @@ def show_rows(rows: Rows, tokenizer: Tokenizer, count: int) -> None:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number in range(min(count, len(rows))):
         row = rows[number]
-        log.say(f"--- {row.source}: {len(row.input_ids)} tokens, {int(row.learn[1:].sum())} learned", style="bold")
+        log.say(f"--- {row.source}: {len(row.input_ids)} tokens, {int(row.loss_mask[1:].sum())} learned", style="bold")
         if colour:
-            text = "".join(f"\x1b[32m{part}\x1b[0m" if learned else part for learned, part in _parts(row, tokenizer))
+            text = "".join(
+                f"\x1b[32m{part}\x1b[0m" if is_target else part for is_target, part in _parts(row, tokenizer)
+            )
         else:
-            text = "".join(f"⟦{part}⟧" if learned else part for learned, part in _parts(row, tokenizer))
+            text = "".join(f"⟦{part}⟧" if is_target else part for is_target, part in _parts(row, tokenizer))
         sys.stdout.write(text + "\n")
 
 
 def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
     """The row's text, cut where learning begins and ends."""
-    for learned, group in groupby(range(len(row.input_ids)), key=lambda t: bool(row.learn[t])):
-        yield learned, tokenizer.decode([int(row.input_ids[t]) for t in group], skip_special=False)
+    for is_target, group in groupby(range(len(row.input_ids)), key=lambda t: bool(row.loss_mask[t])):
+        yield is_target, tokenizer.decode([int(row.input_ids[t]) for t in group], skip_special=False)
 
 
 def _file_lines(file: FileReport) -> list[str]:

@@ -34,10 +34,10 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A row as it goes into the table; ``ids`` and ``learn`` are empty when it was dropped."""
+    """A row as it goes into the table; ``ids`` and ``loss_mask`` are empty when it was dropped."""
 
     ids: Sequence[int]
-    learn: Sequence[bool]
+    loss_mask: Sequence[bool]
     status: Status
     length: int
     """Tokens before anything was cut."""
@@ -47,10 +47,10 @@ class EncodedRow:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row to train on. ``learn[t]`` says whether token ``t`` is learned."""
+    """One row to train on. ``loss_mask[t]`` says whether token ``t`` is learned."""
 
     input_ids: npt.NDArray[np.int32]  # (T,)
-    learn: npt.NDArray[np.bool_]  # (T,)
+    loss_mask: npt.NDArray[np.bool_]  # (T,)
     source: str
     """``file:line``"""
 
@@ -75,26 +75,26 @@ def record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     tokens = np.array([len(row.ids) for row in rows], dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(tokens)]), pa.int64())
     ids = np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, count=int(tokens.sum()))
-    learn = np.fromiter(chain.from_iterable(row.learn for row in rows), np.uint8, count=int(tokens.sum()))
+    loss_mask = np.fromiter(chain.from_iterable(row.loss_mask for row in rows), np.uint8, count=int(tokens.sum()))
     ends = np.cumsum(tokens)
     pieces = list(zip(ends - tokens, ends, strict=True))
     columns: list[Any] = [
         pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
-        pa.LargeListArray.from_arrays(offsets, pa.array(learn)),
+        pa.LargeListArray.from_arrays(offsets, pa.array(loss_mask)),
         pa.array([row.file for row in rows], pa.string()).dictionary_encode(),
         np.array([row.line for row in rows], np.int64),
         np.array([row.length for row in rows], np.int64),
         tokens,
         # the first token of a row has nothing before it that could predict it
-        np.array([int(learn[start + 1 : end].sum()) for start, end in pieces], np.int64),
+        np.array([int(loss_mask[start + 1 : end].sum()) for start, end in pieces], np.int64),
         np.array([row.status for row in rows], np.int8),
-        np.array([_hash(ids[start:end], learn[start:end]) for start, end in pieces], np.uint64),
+        np.array([_hash(ids[start:end], loss_mask[start:end]) for start, end in pieces], np.uint64),
     ]
     return pa.record_batch([pa.array(column) for column in columns], schema=_SCHEMA)
 
 
-def _hash(ids: npt.NDArray[np.int32], learn: npt.NDArray[np.uint8]) -> int:
-    digest = hashlib.blake2b(ids.tobytes() + learn.tobytes(), digest_size=8)
+def _hash(ids: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]) -> int:
+    digest = hashlib.blake2b(ids.tobytes() + loss_mask.tobytes(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -123,9 +123,9 @@ class TokenTable:
     def row(self, index: int) -> Row:
         """Row ``index`` as views into the file."""
         part, local = self._place(index)
-        (offsets, ids), (_, learn) = self._ids[part], self._learn[part]
+        (offsets, ids), (_, loss_mask) = self._ids[part], self._learn[part]
         start, end = offsets[local], offsets[local + 1]
-        return Row(ids[start:end], learn[start:end].view(np.bool_), self.source(index))
+        return Row(ids[start:end], loss_mask[start:end].view(np.bool_), self.source(index))
 
     def source(self, index: int) -> str:
         """``file:line`` of row ``index``."""
@@ -141,11 +141,11 @@ class TokenTable:
         if not len(index):
             return 0
         first, shared_prefix = self.row(int(index[0])).input_ids, int(self.tokens[index].min()) - 1
-        for part, ((offsets, ids), (_, learn)) in enumerate(zip(self._ids, self._learn, strict=True)):
+        for part, ((offsets, ids), (_, loss_mask)) in enumerate(zip(self._ids, self._learn, strict=True)):
             here = index[(self._starts[part] <= index) & (index < self._starts[part + 1])] - self._starts[part]
             starts = offsets[here]
             for place in range(shared_prefix):
-                if learn[starts + place + 1].any() or (ids[starts + place] != first[place]).any():
+                if loss_mask[starts + place + 1].any() or (ids[starts + place] != first[place]).any():
                     shared_prefix = place
                     break
         return shared_prefix
@@ -178,8 +178,8 @@ class Rows:
     def from_tokens(cls, rows: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Rows:
         """Rows in memory from ids and which of them are learned."""
         encoded = [
-            EncodedRow(ids, learn, Status.KEPT, len(ids), "memory", number)
-            for number, (ids, learn) in enumerate(rows, 1)
+            EncodedRow(ids, loss_mask, Status.KEPT, len(ids), "memory", number)
+            for number, (ids, loss_mask) in enumerate(rows, 1)
         ]
         return TokenTable([record_batch(encoded)]).kept()
 

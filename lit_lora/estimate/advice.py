@@ -93,18 +93,18 @@ def _eight_bit_moments(change: Change) -> Iterator[Change]:
 def _without_weighing(change: Change) -> Iterator[Change]:
     """A start a little further from the original weights."""
     peft = change.setup.peft
-    if peft.weighing_rows:
+    if peft.calibration_rows:
         yield _with(change, "peft.fisher_rows=0", peft=peft.model_copy(update={"fisher_rows": 0}))
 
 
 def _fewer_bits(change: Change) -> Iterator[Change]:
     """A base that is near the 16-bit one, and little of it that trains."""
-    setup, lora = change.setup, methods("low-rank")["lora"]
+    setup, lora = change.setup, methods("mergeable")["lora"]
     name = ""
     if setup.peft.kind == "full":
         name, setup = " peft.name=lora", replace(setup, peft=lora())
         yield _with(replace(change, setup=setup), f"recipe=lora{name}")
-    if setup.peft.kind == "low-rank" and setup.quantize is None:
+    if setup.peft.kind == "mergeable" and setup.quantize is None:
         yield _with(replace(change, setup=setup), f"recipe=qlora{name}", quantize=QuantizeConfig())
 
 

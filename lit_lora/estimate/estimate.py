@@ -13,7 +13,7 @@ from torch import nn
 from lit_lora.checkpoint.load import decoder_linears, empty_model
 from lit_lora.data import Rows
 from lit_lora.data.batches import Batches
-from lit_lora.estimate.rehearsal import Peak, Portion, rehearse
+from lit_lora.estimate.rehearsal import MicroBatchShape, Peak, rehearse
 from lit_lora.estimate.setup import RowLengths, Setup
 from lit_lora.model import CausalLM
 from lit_lora.peft import freeze
@@ -21,7 +21,7 @@ from lit_lora.peft.core.passes import Pass, mean_squares
 from lit_lora.quantize import stored_bytes
 from lit_lora.train.loss import padded
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer, state_bytes
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["Estimate", "Memory", "estimate", "outline"]
 
@@ -117,14 +117,14 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     assert isinstance(model, CausalLM)
     model.train()
     parameters = set(model.parameters())
-    masters = list(Trainables(model).masters.values())
+    masters = list(MasterWeights(model).masters.values())
     trained = sum(master.nbytes for master in masters)
     own = 0 if setup.peft.kind == "full" else sum(master.nbytes for master in masters if master in parameters)
     copies = sum(master.nbytes for master in masters if master not in parameters)
-    portion, several, step_tokens = _largest(setup)
-    peak = rehearse(model, portion, fused=_kernels_of(setup), masters=masters if several else ())
+    micro_batch, several, step_tokens = _largest(setup)
+    peak = rehearse(model, micro_batch, fused=_kernels_of(setup), masters=masters if several else ())
     gradients = min(trained, peak.backward)
-    tokens = padded(portion.tokens, setup.device.type)
+    tokens = padded(micro_batch.tokens, setup.device.type)
     memory = Memory(
         weights=stored_bytes(model) - own,
         trained=own + copies,
@@ -142,7 +142,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
     return Estimate(memory, _weighing(setup), disk, seconds, numbers)
 
 
-def _largest(setup: Setup) -> tuple[Portion, bool, float]:
+def _largest(setup: Setup) -> tuple[MicroBatchShape, bool, float]:
     """The micro-batch with the most tokens, whether some step has several, and the mean tokens of a step."""
     rows, train = setup.rows, setup.train
     batches = Batches(
@@ -154,15 +154,16 @@ def _largest(setup: Setup) -> tuple[Portion, bool, float]:
     )
     looked_at = range(min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _LOOKED_AT))
     steps = [[_portion(rows, places) for places in batches.places(step)] for step in looked_at]
-    largest = max((portion for step in steps for portion in step), key=lambda portion: portion.tokens)
-    mean = sum(portion.tokens for step in steps for portion in step) / len(steps)
+    largest = max((micro_batch for step in steps for micro_batch in step), key=lambda micro_batch: micro_batch.tokens)
+    mean = sum(micro_batch.tokens for step in steps for micro_batch in step) / len(steps)
     return largest, any(len(step) > 1 for step in steps), mean
 
 
-def _portion(rows: RowLengths, places: list[int]) -> Portion:
+def _portion(rows: RowLengths, places: list[int]) -> MicroBatchShape:
     """A micro-batch of these rows."""
     shared_prefix = rows.shared_prefix if len(places) > 1 else 0
-    return Portion(rows.token_counts[places].tolist(), max(1, int(rows.target_counts[places].sum())), shared_prefix)
+    targets = max(1, int(rows.target_counts[places].sum()))
+    return MicroBatchShape(rows.token_counts[places].tolist(), targets, shared_prefix)
 
 
 def _kernels_of(setup: Setup) -> str | None:
@@ -172,22 +173,22 @@ def _kernels_of(setup: Setup) -> str | None:
 
 def _weighing(setup: Setup) -> int:
     """Bytes while a method looks at rows one by one with the model in full, and has one layer's gradient at a time."""
-    rows, count = setup.rows, setup.peft.weighing_rows
+    rows, count = setup.rows, setup.peft.calibration_rows
     if not count:
         return 0
     longest = int(rows.token_counts[:count].argmax())
-    portion = Portion([int(rows.token_counts[longest])], max(1, int(rows.target_counts[longest])))
+    micro_batch = MicroBatchShape([int(rows.token_counts[longest])], max(1, int(rows.target_counts[longest])))
     model = empty_model(setup.shape).to(setup.dtype)
     freeze(model)
     peaks: list[Peak] = []
 
     def step() -> None:
-        peaks.append(rehearse(model, portion, fused=_kernels_of(setup)))
+        peaks.append(rehearse(model, micro_batch, fused=_kernels_of(setup)))
 
     mean_squares(model, decoder_linears(model), [Pass(torch.empty(0), step)])
     (peak,) = peaks
     used, kind = stored_bytes(model) + peak.activations + peak.logits + peak.backward, setup.device.type
-    return used + _unused(setup, padded(portion.tokens, kind), peak) + _PROCESS_BYTES.get(kind, 0)
+    return used + _unused(setup, padded(micro_batch.tokens, kind), peak) + _PROCESS_BYTES.get(kind, 0)
 
 
 def _unused(setup: Setup, tokens: int, peak: Peak) -> int:
@@ -230,9 +231,9 @@ def _product_rate(dtype: torch.dtype, device: torch.device, width: int, inner: i
 @lru_cache(maxsize=1)
 def _seconds_per_moved() -> float:
     """That AdamW with 8-bit moments takes for a number here and now, on the CPU; takes a fraction of a second."""
-    trainables = Trainables(nn.ParameterList([torch.ones(_MOVED)]))
-    optimizer = build_optimizer(OptimizerConfig(name="adamw8bit"), trainables)
-    for master in trainables.masters.values():
+    master_weights = MasterWeights(nn.ParameterList([torch.ones(_MOVED)]))
+    optimizer = build_optimizer(OptimizerConfig(name="adamw8bit"), master_weights)
+    for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
     times = []
     for _ in range(4):

@@ -24,11 +24,11 @@ from lit_lora import IGNORE_INDEX, kernels
 from lit_lora.model import CausalLM
 from lit_lora.train.loss import backward
 
-__all__ = ["Peak", "Portion", "on_paper", "rehearse"]
+__all__ = ["Peak", "MicroBatchShape", "on_paper", "rehearse"]
 
 
 @dataclass(frozen=True)
-class Portion:
+class MicroBatchShape:
     """A micro-batch as far as memory knows it; one that :func:`lit_lora.train.loss.backward` takes."""
 
     lengths: list[int]
@@ -85,12 +85,14 @@ def on_paper(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def rehearse(model: CausalLM, portion: Portion, *, fused: str | None, masters: Iterable[Tensor] = ()) -> Peak:
+def rehearse(
+    model: CausalLM, micro_batch: MicroBatchShape, *, fused: str | None, masters: Iterable[Tensor] = ()
+) -> Peak:
     """Run one micro-batch and note what exists when.
 
     Args:
         model: On the meta device, or any other; gradients are added to it.
-        portion: The largest micro-batch.
+        micro_batch: The largest micro-batch.
         fused: Take the kernels for this type of device, cpu or cuda.
         masters: Those whose gradients exist already, from an earlier micro-batch of the step.
     """
@@ -103,7 +105,7 @@ def rehearse(model: CausalLM, portion: Portion, *, fused: str | None, masters: I
         ledger.phase = "backward"
         for master in masters:
             master.grad = torch.empty_like(master)
-        backward(model, portion, 1.0)
+        backward(model, micro_batch, 1.0)
     peak = ledger.peak
     return Peak(peak["forward"], peak["head"], peak["backward"], ledger.operations)
 

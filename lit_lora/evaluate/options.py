@@ -82,7 +82,7 @@ def evaluate_options(
     chat = tokenizer.has_own_template if chat is None else chat
     encode = _encode_chat if chat else _encode_plain
     encoded = [encode(tokenizer, row, option, shots) for row in rows for option in row.options]
-    tokenised = Rows.from_tokens((each.ids, each.learn) for each in encoded)
+    tokenised = Rows.from_tokens((each.ids, each.loss_mask) for each in encoded)
     groups = [len(row.options) for row in rows]
     sums = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options", groups=groups)
     right_sum = right_mean = place = 0
@@ -113,8 +113,8 @@ def _encode_plain(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Sequ
     before = "".join(f"{shot.prompt} {shot.options[shot.answer]}\n\n" for shot in shots)
     encoded = encode_completion(tokenizer, before + row.prompt.rstrip(), f" {option.lstrip()}")
     # the text may go on after the option, so its end does not count
-    ended = encoded.learn[-1:] == [True] and encoded.ids[-1] == tokenizer.eos_id
-    return EncodedChat(encoded.ids[:-1], encoded.learn[:-1]) if ended else encoded
+    ended = encoded.loss_mask[-1:] == [True] and encoded.ids[-1] == tokenizer.eos_id
+    return EncodedChat(encoded.ids[:-1], encoded.loss_mask[:-1]) if ended else encoded
 
 
 def has_options(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:

@@ -48,8 +48,8 @@ def encode_after_shots(
     if not shots:
         return alone
     encoded = encode_chat(tokenizer, with_shots(conversation, shots).messages, tools=conversation.tools)
-    places = [place for place, learned in enumerate(encoded.learn) if learned]
-    learn = [False] * len(encoded.learn)
-    for place in places[len(places) - sum(alone.learn) :]:
-        learn[place] = True
-    return EncodedChat(encoded.ids, learn)
+    places = [place for place, learned in enumerate(encoded.loss_mask) if learned]
+    loss_mask = [False] * len(encoded.loss_mask)
+    for place in places[len(places) - sum(alone.loss_mask) :]:
+        loss_mask[place] = True
+    return EncodedChat(encoded.ids, loss_mask)

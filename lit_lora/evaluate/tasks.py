@@ -98,7 +98,7 @@ def loss(subject: Subject) -> list[Metric]:
     encoded = [
         encode_after_shots(tokenizer, each, subject.shots.conversations) for each in subject.dataset.conversations
     ]
-    documents: list[tuple[Sequence[int], Sequence[bool]]] = [(each.ids, each.learn) for each in encoded]
+    documents: list[tuple[Sequence[int], Sequence[bool]]] = [(each.ids, each.loss_mask) for each in encoded]
     for ids in (encode_text(tokenizer, text) for text in subject.dataset.texts):
         # pieces overlap by one token, so that every token but the first is predicted once
         pieces = [ids[start : start + context] for start in range(0, max(len(ids) - 1, 1), context - 1)]

@@ -2,7 +2,7 @@
 
 from lit_lora.generate.answer import Answer, AnswerStream, answer_all, stream_answer
 from lit_lora.generate.chat import ChatSession
-from lit_lora.generate.decoding import Generation, Memory, generate
+from lit_lora.generate.decoding import Generation, PrefixCache, generate
 from lit_lora.generate.sample import Sampling, choose, draw, probabilities
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "AnswerStream",
     "ChatSession",
     "Generation",
-    "Memory",
+    "PrefixCache",
     "Sampling",
     "answer_all",
     "choose",

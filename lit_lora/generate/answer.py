@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_lora.generate.decoding import Generation, Memory, generate
+from lit_lora.generate.decoding import Generation, PrefixCache, generate
 from lit_lora.generate.sample import Sampling
 from lit_lora.model import CausalLM
 from lit_lora.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def stream_answer(
     sampling: Sampling,
     *,
     stop: Sequence[str] = (),
-    memory: Memory | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> AnswerStream:
     """Answer one prompt, piece by piece.
 
@@ -125,12 +125,12 @@ def stream_answer(
         prompt: Ids, as of ``encode_prompt``.
         sampling: How to draw.
         stop: Strings that also end the answer; they may lie across tokens.
-        memory: What was read before, see :func:`lit_lora.generate.generate`.
+        prefix_cache: What was read before, see :func:`lit_lora.generate.generate`.
 
     Raises:
         InputError: The prompt is empty or leaves no room in the model's context.
     """
-    generation = generate(model, [prompt], sampling, stop_ids=tokenizer.stop_ids, memory=memory)
+    generation = generate(model, [prompt], sampling, stop_ids=tokenizer.stop_ids, prefix_cache=prefix_cache)
     return AnswerStream(generation, AnswerText(tokenizer, stop))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 
 from lit_lora.errors import InputError
 from lit_lora.generate.answer import Answer, stream_answer
-from lit_lora.generate.decoding import Memory
+from lit_lora.generate.decoding import PrefixCache
 from lit_lora.generate.sample import Sampling
 from lit_lora.model import CausalLM
 from lit_lora.tokenizer import Message, Tokenizer, encode_prompt
@@ -37,7 +37,7 @@ class ChatSession:
         self.sampling = sampling
         self.messages: list[Message] = []
         """The history, the system prompt included."""
-        self.memory = Memory()
+        self.prefix_cache = PrefixCache()
         """What the model has read."""
         self.last = Answer("", [], "interrupted")
         """The last answer, as far as it came."""
@@ -49,7 +49,7 @@ class ChatSession:
         """Go on with another model, such as the same one with another adapter; the history stays."""
         self._model = model
         self._tokenizer = tokenizer
-        self.memory = Memory()
+        self.prefix_cache = PrefixCache()
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Say something and give the answer piece by piece. A cut-off answer stays as far as it came.
@@ -66,7 +66,9 @@ class ChatSession:
                 f"the conversation has {len(prompt)} tokens, the model reads at most {context}",
                 hint="/undo takes the last turn back, /reset starts anew",
             )
-        stream = stream_answer(self._model, self._tokenizer, prompt, self.sampling, stop=self._stop, memory=self.memory)
+        stream = stream_answer(
+            self._model, self._tokenizer, prompt, self.sampling, stop=self._stop, prefix_cache=self.prefix_cache
+        )
         try:
             yield from stream
         finally:

@@ -11,7 +11,7 @@ from lit_lora.errors import InputError
 from lit_lora.generate.sample import Sampling, choose
 from lit_lora.model import CausalLM, KVCache
 
-__all__ = ["Generation", "Memory", "generate"]
+__all__ = ["Generation", "PrefixCache", "generate"]
 
 # A prompt is read in pieces of this many tokens, which bounds the memory that a long one takes.
 _PIECE = 1024
@@ -19,7 +19,7 @@ _PIECE = 1024
 _SHARED = 16
 
 
-class Memory:
+class PrefixCache:
     """The tokens that a key/value cache holds, so that the next prompt is read from where it begins to differ.
 
     Valid as long as the model's weights are the same.
@@ -65,7 +65,7 @@ class Generation(Iterator[list[int | None]]):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         stop_ids: Collection[int],
-        memory: Memory | None,
+        prefix_cache: PrefixCache | None,
     ) -> None:
         self._model = model
         self._sampling = sampling
@@ -76,15 +76,15 @@ class Generation(Iterator[list[int | None]]):
         self._running = [True] * len(prompts)
         context = model.context
         self._left = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self._memory = memory
-        if memory is not None:
-            waiting = [memory.keep_beginning(model, prompts[0], max(self._left))]
-            assert memory.cache is not None
-            self._cache = memory.cache
+        self._memory = prefix_cache
+        if prefix_cache is not None:
+            waiting = [prefix_cache.keep_beginning(model, prompts[0], max(self._left))]
+            assert prefix_cache.cache is not None
+            self._cache = prefix_cache.cache
         else:
             waiting, self._cache = _padded(model, prompts, max(self._left))
         self._waiting = torch.tensor(waiting, device=self._device)  # (B, T), not yet read
-        if memory is None and len(prompts) > 1:
+        if prefix_cache is None and len(prompts) > 1:
             self._read_common_beginning()
         self._seen: Tensor | None = None
         self._generators = [self._generator() for _ in prompts] if sampling.temperature else []
@@ -185,7 +185,7 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: Collection[int] = (),
-    memory: Memory | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generation:
     """Answer prompts token by token. The rows do not influence one another.
 
@@ -194,13 +194,13 @@ def generate(
         prompts: Ids of each prompt.
         sampling: How to draw.
         stop_ids: Tokens that end an answer; they are given too.
-        memory: With one prompt: what was read before. Its common beginning is not read again.
+        prefix_cache: With one prompt: what was read before. Its common beginning is not read again.
 
     Raises:
         InputError: A prompt is empty or leaves no room in the model's context.
         ValueError: A memory was given for several prompts.
     """
-    if memory is not None and len(prompts) != 1:
+    if prefix_cache is not None and len(prompts) != 1:
         raise ValueError("a memory serves one prompt")
     context = model.context
     for prompt in prompts:
@@ -211,7 +211,7 @@ def generate(
                 f"the prompt has {len(prompt)} tokens, the model reads at most {context}, its answer included",
                 hint="shorten the prompt",
             )
-    return Generation(model, prompts, sampling, stop_ids, memory)
+    return Generation(model, prompts, sampling, stop_ids, prefix_cache)
 
 
 def _device(model: CausalLM) -> torch.device:

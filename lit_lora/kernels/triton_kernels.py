@@ -190,7 +190,7 @@ def _cross_entropy(logits, labels, losses, scale, vocabulary, SIZE: tl.constexpr
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)
-    learned = label >= 0
+    is_target = label >= 0
     most = tl.full((), -float("inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, vocabulary, SIZE):
@@ -200,15 +200,15 @@ def _cross_entropy(logits, labels, losses, scale, vocabulary, SIZE: tl.constexpr
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(x - higher))
         most = higher
     normaliser = most + tl.log(total)
-    chosen = tl.load(logits + tl.where(learned, label, 0)).to(tl.float32)
-    tl.store(losses + row, tl.where(learned, normaliser - chosen, 0.0))
+    chosen = tl.load(logits + tl.where(is_target, label, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(is_target, normaliser - chosen, 0.0))
     tl.debug_barrier()  # the label's logit is read before it is overwritten
-    factor = tl.where(learned, tl.load(scale), 0.0)
+    factor = tl.where(is_target, tl.load(scale), 0.0)
     for start in range(0, vocabulary, SIZE):
         place = start + tl.arange(0, SIZE)
         x = tl.load(logits + place, mask=place < vocabulary, other=-float("inf")).to(tl.float32)
         gradient = (tl.exp(x - normaliser) - tl.where(place == label, 1.0, 0.0)) * factor
-        gradient = tl.where(learned, gradient, 0.0)  # also of a row that is not finite
+        gradient = tl.where(is_target, gradient, 0.0)  # also of a row that is not finite
         tl.store(logits + place, gradient.to(logits.dtype.element_ty), mask=place < vocabulary)
 
 

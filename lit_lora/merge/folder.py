@@ -199,7 +199,7 @@ def _token_ids(plan: MergePlan, folder: Path) -> list[int]:
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
     adapter = plan.adapter
-    figures = {
+    metrics = {
         "Rounding error of the update": f"{report.totals.relative_error:.2%}",
         "Lost of what the adapter does": f"{report.proof.lost:.2%}",
         "Same most likely token as base + adapter": f"{report.proof.logits.agreement:.0%}",
@@ -207,4 +207,4 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     method = f"{adapter.config.about}, merged ({plan.config.dtype})"
     title = f"{plan.folder.name} with {adapter.folder.parent.name}/{adapter.folder.name} merged"
     base, data = adapter.base or str(plan.folder), card_row(adapter.folder, "Data")
-    return model_card(title, base=base, method=method, data=data, figures=figures, adapter=False)
+    return model_card(title, base=base, method=method, data=data, metrics=metrics, adapter=False)

@@ -51,11 +51,11 @@ class ComposedConfig(AddedMethod):
         """These settings with all texts as token ids."""
         return self.model_copy(update={"methods": [method.with_text(encode) for method in self.methods]})
 
-    def on(self, model: nn.Module) -> ComposedConfig:
+    def with_module_names_of(self, model: nn.Module) -> ComposedConfig:
         """These settings with the default names of each as ``model`` calls these places."""
-        return self.model_copy(update={"methods": [method.on(model) for method in self.methods]})
+        return self.model_copy(update={"methods": [method.with_module_names_of(model) for method in self.methods]})
 
-    def with_whole(self, names: Sequence[str]) -> ComposedConfig:
+    def with_modules_to_save(self, names: Sequence[str]) -> ComposedConfig:
         """These settings with ``names`` among the modules that train in full, by the first method that can.
 
         Raises:
@@ -63,7 +63,7 @@ class ComposedConfig(AddedMethod):
         """
         able = [number for number, method in enumerate(self.methods) if "modules_to_save" in type(method).model_fields]
         chosen = able[0] if able else 0
-        methods = [m.with_whole(names) if number == chosen else m for number, m in enumerate(self.methods)]
+        methods = [m.with_modules_to_save(names) if number == chosen else m for number, m in enumerate(self.methods)]
         return self.model_copy(update={"methods": methods})
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
@@ -73,7 +73,7 @@ class ComposedConfig(AddedMethod):
         for method in self.methods:
             own = method.lr_factors(model)
             mine = (method.lr or self.default_lr) / self.default_lr
-            factors |= {name: mine * own.get(name, 1.0) for name in own_state(model, _label(method))}
+            factors |= {name: mine * own.get(name, 1.0) for name in own_state(model, method.name)}
         return {name: factor for name, factor in factors.items() if factor != 1}
 
     def add(self, model: nn.Module) -> None:
@@ -87,7 +87,7 @@ class ComposedConfig(AddedMethod):
             method.apply(model)
             for module in own_modules(model).values():
                 if module not in before:
-                    module.owner = _label(method)
+                    module.owner = method.name
 
     def apply(self, model: nn.Module) -> None:
         """Put all in, in order; each stays marked as its own method's."""
@@ -108,10 +108,6 @@ class ComposedConfig(AddedMethod):
         fill(own_state(model), tensors)
 
 
-def _label(method: Method) -> str:
-    return str(method.model_dump()["name"])
-
-
 def _parsed(items: list[Any]) -> list[Method]:
     """Settings of every method by its name.
 
@@ -130,12 +126,12 @@ def _parsed(items: list[Any]) -> list[Method]:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"{number}: {name}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
-    names = [_label(method) for method in found]
-    looking = next((method for method in found if method.rows_to_start), None)
+    names = [method.name for method in found]
+    looking = next((method for method in found if method.init_rows), None)
     if looking is not None:
-        raise ValueError(f"{_label(looking)}: a start that looks at rows (eva, lora-ga) is for recipe: lora or qlora")
+        raise ValueError(f"{looking.name}: a start that looks at rows (eva, lora-ga) is for recipe: lora or qlora")
     if len(set(names)) < len(names):
         raise ValueError(f"a method is there twice: {', '.join(names)}")
-    if any(method.kind == "low-rank" for method in found[1:]):
+    if any(method.kind == "mergeable" for method in found[1:]):
         raise ValueError("expected at most one low-rank method, and that first")
     return found

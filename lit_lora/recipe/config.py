@@ -23,7 +23,7 @@ from lit_lora.train.schedule import ScheduleConfig
 __all__ = [
     "FinetuneConfig",
     "ModelSettings",
-    "QuantizedConfig",
+    "QLoRAConfig",
     "RECIPES",
     "RunConfig",
     "config_schema",
@@ -66,7 +66,7 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("low-rank",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("mergeable",)
     """Which methods the recipe runs; the first of these kinds is the default."""
 
     @model_validator(mode="before")
@@ -96,7 +96,7 @@ class FinetuneConfig(RunConfig):
     data: DataConfig = Field(description="The rows to learn from.")
 
 
-class QuantizedConfig(FinetuneConfig):
+class QLoRAConfig(FinetuneConfig):
     """A run over a quantised base."""
 
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")

@@ -64,7 +64,7 @@ def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
 
 def _sample(row: Row) -> tuple[list[int], list[int]]:
     """The first answer of a row and what stands before it; plain text is to be continued after a few words."""
-    ids, learned = row.input_ids.tolist(), row.learn.tolist()
+    ids, learned = row.input_ids.tolist(), row.loss_mask.tolist()
     start = learned.index(True, 1)
     if start == 1:
         start = min(len(ids) // 2, 32)

@@ -20,7 +20,7 @@ from lit_lora.recipe import Run, RunData
 from lit_lora.train.loss import backward
 from lit_lora.train.validation import validation_loss
 
-__all__ = ["apply_method", "passes", "settle"]
+__all__ = ["apply_method", "passes", "finalize"]
 
 
 def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Method:
@@ -41,31 +41,32 @@ def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Me
         InputError: What a run to resume has kept is broken.
         UsageError: The settings do not fit the model or the rows, or validation rows are needed and there are none.
     """
-    if method.settles and not data.validation:
+    if method.finalizes and not data.validation:
         raise UsageError(
             "peft.search: selections are scored on validation rows, and there are none",
             hint="data.validation=0.1 holds a tenth of the rows out",
         )
     kept = kept_method(run.folder / "start", method) if run.options.resume else None
-    if kept is not None or run.options.dry_run or not method.rows_to_start:
+    if kept is not None or run.options.dry_run or not method.init_rows:
         method = method if kept is None else kept
         method.apply(model)
         return method
-    seen = list(first_batches(data.batches, method.rows_to_start))
-    return method.start_from(model, log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch"))
+    seen = list(first_batches(data.batches, method.init_rows))
+    looks = log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch")
+    return method.init_from_data(model, looks)
 
 
-def settle(method: Method, model: CausalLM, data: RunData) -> Method:
-    """Choose in place what training has left open, by the validation loss; see :meth:`lit_lora.peft.Method.settle`.
+def finalize(method: Method, model: CausalLM, data: RunData) -> Method:
+    """Choose in place what training has left open, by the validation loss; see :meth:`lit_lora.peft.Method.finalize`.
 
     Returns:
         The method as it is now.
     """
-    if not method.settles:
+    if not method.finalizes:
         return method
     model.eval()
     before = count_parameters(model).trainable
-    settled = method.settle(model, partial(validation_loss, model, data.validation))
+    settled = method.finalize(model, partial(validation_loss, model, data.validation))
     now, loss = count_parameters(model).trainable, validation_loss(model, data.validation)
     log.note(f"chose forms: {now:,} of {before:,} trained numbers are kept, validation loss {loss:.4f}")
     return settled

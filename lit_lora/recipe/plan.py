@@ -19,12 +19,12 @@ from lit_lora.recipe.data import RunData, lengths_of
 from lit_lora.recipe.run import Run
 from lit_lora.train.device import free_memory_bytes
 from lit_lora.train.objectives.next_token import NextToken
-from lit_lora.train.validation import check_figures
+from lit_lora.train.validation import check_best_metric
 
 __all__ = [
     "duration",
     "in_words",
-    "note_larger_portions",
+    "note_larger_micro_batches",
     "plan",
     "planned_rows",
     "planned_steps",
@@ -44,34 +44,34 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
         UsageError: The best weights are to be picked by what is not measured.
     """
     config, rows = run.config, data.prepared.train
-    check_figures(config.train, NextToken())
+    check_best_metric(config.train, NextToken())
     show_what_trains(model)
     total = config.train.total_steps(data.batches.steps_per_epoch)
     warn_of(config, total, validated=bool(data.validation))
     _warn_of_length(model, data)
     lengths, shared_prefix = lengths_of(rows, config.peft), data.batches.shared_prefix
     setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
-    figures = estimate(setup, on_paper(model))
-    _warn_of_memory(setup, figures)
-    note_larger_portions(setup)
-    tokens, learned = int(rows.token_counts.sum()), int(rows.target_counts.sum())
+    estimated = estimate(setup, on_paper(model))
+    _warn_of_memory(setup, estimated)
+    note_larger_micro_batches(setup)
+    tokens, targets = int(rows.token_counts.sum()), int(rows.target_counts.sum())
     table = [
         *planned_rows(run, model),
         *_base_row(model),
-        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {learned:,} of them learned"],
+        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them learned"],
         *(
             [["all rows begin with", f"the same {shared_prefix} tokens, computed once a micro-batch"]]
             if shared_prefix
             else []
         ),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
-        ["memory, about", human_bytes(figures.peak_bytes)],
-        ["time, about", f"{duration((figures.seconds_per_step or 0) * total)}, without validation"],
-        ["disk, about", human_bytes(figures.disk_bytes)],
+        ["memory, about", human_bytes(estimated.peak_bytes)],
+        ["time, about", f"{duration((estimated.seconds_per_step or 0) * total)}, without validation"],
+        ["disk, about", human_bytes(estimated.disk_bytes)],
         ["run folder", str(run.folder)],
     ]
     log.table("Plan", ["what", "figure"], table)
-    require_free_space(run.folder, figures.disk_bytes, "this run")
+    require_free_space(run.folder, estimated.disk_bytes, "this run")
 
 
 def show_what_trains(model: nn.Module) -> None:
@@ -115,9 +115,9 @@ def _base_row(model: CausalLM) -> list[list[str]]:
     return [["base", f"{name}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
 
 
-def _warn_of_memory(setup: Setup, figures: Estimate) -> None:
+def _warn_of_memory(setup: Setup, estimated: Estimate) -> None:
     """Say it when a loaded model will not fit while it trains, and what would."""
-    free, memory = free_memory_bytes(setup.device), figures.memory
+    free, memory = free_memory_bytes(setup.device), estimated.memory
     there = _there(setup, memory)
     if free is None or memory.total - there <= free:
         return
@@ -132,7 +132,7 @@ def _there(setup: Setup, memory: Memory) -> int:
     return memory.process + (memory.weights if setup.device.type == "cuda" else 0)
 
 
-def note_larger_portions(setup: Setup) -> None:
+def note_larger_micro_batches(setup: Setup) -> None:
     """Say it where a GPU would get too little to do at once, and has the memory for more."""
     now, free = setup.train.micro_batch_tokens, free_memory_bytes(setup.device)
     step = int(setup.rows.token_counts.mean()) * min(setup.train.batch_size, len(setup.rows))

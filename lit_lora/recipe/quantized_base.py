@@ -19,7 +19,7 @@ from lit_lora.peft import Method, base_tensors, freeze, model_card
 from lit_lora.peft.core.passes import mean_squares
 from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import stored_bytes
-from lit_lora.recipe import QuantizedConfig, Run, RunData
+from lit_lora.recipe import QLoRAConfig, Run, RunData
 from lit_lora.recipe.method import apply_method, passes
 
 __all__ = ["keep_base", "load_base"]
@@ -27,7 +27,7 @@ __all__ = ["keep_base", "load_base"]
 _BASE = "base"
 
 
-def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
+def load_base(run: Run, config: QLoRAConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
     """The quantised base with the method applied to it; a resumed run takes the base that it kept.
 
     Args:
@@ -48,7 +48,7 @@ def load_base(run: Run, config: QuantizedConfig, method: Method, data: RunData) 
         decomposer, quantize, path = None, None, kept
     else:
         quantize = config.quantize
-        weights = _weights(run, method, data) if method.weighing_rows else None
+        weights = _weights(run, method, data) if method.calibration_rows else None
         stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
         decomposer = method.decomposer(
             skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
@@ -68,7 +68,7 @@ def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
     """
     model = load_model(run.config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    rows, count = data.prepared.train, min(method.weighing_rows, len(data.prepared.train))
+    rows, count = data.prepared.train, min(method.calibration_rows, len(data.prepared.train))
     one_by_one = (collate(rows, [number]) for number in range(count))
     looks = log.progress(passes(model, one_by_one), total=count, what="weighing", unit=" rows")
     means = mean_squares(model, decoder_linears(model), looks)

@@ -95,7 +95,7 @@ def claim_folder(run: Run, model: nn.Module, method: Method | None = None) -> No
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
     keep_frozen(model, run.folder / "start", resume=run.options.resume)
-    if method is not None and method.rows_to_start and not run.options.resume:
+    if method is not None and method.init_rows and not run.options.resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
 
@@ -176,23 +176,23 @@ def finish(run: Run, result: FitResult, written: Path, next_command: str) -> Non
             "the validation loss did not fall: try a lower optimizer.lr, and look at the rows with "
             "lit-lora prepare FILE --show 3"
         )
-    figures = {**asdict(result), "tokens_per_second": result.tokens_per_second}
+    metrics = {**asdict(result), "tokens_per_second": result.tokens_per_second}
     weights = sum(path.stat().st_size for path in written.glob("*.safetensors"))
-    write_text(run.folder / "result.json", json.dumps({**figures, "written_bytes": weights}, indent=1) + "\n")
+    write_text(run.folder / "result.json", json.dumps({**metrics, "written_bytes": weights}, indent=1) + "\n")
     log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
     log.say(f"next: {next_command}")
 
 
 def summary(result: FitResult) -> dict[str, object]:
     """The figures of a run for its model card and its closing lines."""
-    figures = {
+    metrics = {
         "Steps": result.steps,
         "Best step": result.best_step,
         "Training loss": result.loss,
         "Validation loss before training": result.untrained_validation_loss,
         "Validation loss": result.validation_loss,
-        **{f"Validation {name.replace('_', ' ')}": value for name, value in result.figures.items()},
+        **{f"Validation {name.replace('_', ' ')}": value for name, value in result.metrics.items()},
         "Tokens per second": round(result.tokens_per_second),
         "Peak memory": human_bytes(result.peak_memory_bytes),
     }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    return {name: figure for name, figure in metrics.items() if figure is not None}

@@ -47,7 +47,7 @@ class EncodedChat:
 
     ids: list[int]
     """Token ids."""
-    learn: list[bool]
+    loss_mask: list[bool]
     """As long as ``ids``."""
 
 
@@ -99,14 +99,14 @@ def encode_rendered(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> list
     encodings = tokenizer.encode_many_with_offsets([chat.text for chat in chats], [chat.literal for chat in chats])
     encoded = []
     for chat, (ids, offsets) in zip(chats, encodings, strict=True):
-        learn = [False] * len(ids)
+        loss_mask = [False] * len(ids)
         for start, end in chat.learned:
             first = bisect_right(offsets, start, key=lambda place: place[1])
             last = bisect_left(offsets, end, first, key=lambda place: place[0])
-            learn[first:last] = [True] * (last - first)
+            loss_mask[first:last] = [True] * (last - first)
         if chat.needs_eos and tokenizer.eos_id is not None:
-            ids, learn = [*ids, tokenizer.eos_id], [*learn, True]
-        encoded.append(EncodedChat(ids, learn))
+            ids, loss_mask = [*ids, tokenizer.eos_id], [*loss_mask, True]
+        encoded.append(EncodedChat(ids, loss_mask))
     return encoded
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lit_lora.config import Settings
 
-__all__ = ["Figure", "TrainConfig"]
+__all__ = ["MetricName", "TrainConfig"]
 
-Figure = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
+MetricName = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
 
 
 class TrainConfig(Settings):
-    """How long and in what portions to train."""
+    """Length, micro-batches, validation and checkpoints of a run."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"best_by": "best_metric"}
 
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 1 when max_steps is not given either.")
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps, instead of epochs.")
@@ -36,7 +39,7 @@ class TrainConfig(Settings):
     save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; as eval_every when omitted.")
     keep_last: int = Field(1, gt=0, description="Newest checkpoints kept, beside the best one.")
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better one.")
-    best_by: Figure = Field(
+    best_metric: MetricName = Field(
         "loss",
         description="Which figure of the validation picks the best weights: loss, or one that the recipe measures: "
         "classify has accuracy, f1 and matthews of labels, pearson and spearman of numbers, exact_match of texts.",

@@ -18,7 +18,7 @@ from lit_lora.model.attention import flash as varlen_attention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_of
 
-__all__ = ["Given", "Recorder"]
+__all__ = ["Given", "GraphRunner"]
 
 _MOST = 32
 """Recordings kept, each in some memory of the driver's; the one unused for longest goes first, and is made anew when it
@@ -28,7 +28,7 @@ _DOCUMENTS = 16
 """The number of documents is rounded up to a multiple of this."""
 
 
-class Recorder:
+class GraphRunner:
     """The micro-batches of one model in training, recorded.
 
     Every step must do the same operations on it: what Python decides while a micro-batch is recorded stays decided.

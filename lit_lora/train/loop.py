@@ -17,7 +17,7 @@ from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reus
 from lit_lora.train.objectives.base import Batch, Batches, Objective
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import OptimizerConfig
-from lit_lora.train.run_log import Metrics, plot_losses, read_metrics
+from lit_lora.train.run_log import RunLog, plot_losses, read_metrics
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.signals import stop_signals
 from lit_lora.train.step import TrainingRun
@@ -37,7 +37,7 @@ class FitResult:
     """Of the weights that the model now has; ``None`` without validation rows."""
     untrained_validation_loss: float | None
     """Before the first step."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     """What else the validation measured of these weights."""
     tokens: int
     """Tokens trained on in the whole run, prompts included."""
@@ -71,7 +71,7 @@ def fit(
     """Train whatever of ``model`` requires a gradient, in place; at the end the model has the best weights.
 
     The loss is the mean over all units of a step, however it is split into micro-batches. Checkpoints,
-    ``metrics.jsonl`` and ``loss.png`` are written into ``folder``.
+    ``run_log.jsonl`` and ``loss.png`` are written into ``folder``.
 
     Args:
         model: What the objective can compute with, with all parameters on one device.
@@ -88,7 +88,7 @@ def fit(
         objective: The loss and the validation's figures; next-token prediction when omitted.
 
     Raises:
-        UsageError: ``folder`` holds checkpoints, and ``resume`` is false; or ``best_by`` is not measured.
+        UsageError: ``folder`` holds checkpoints, and ``resume`` is false; or ``best_metric`` is not measured.
         InputError: The checkpoint to resume from is broken or of another run, or the training rows have changed.
         NumericalError: A loss or gradient is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
@@ -109,36 +109,36 @@ def fit(
         run.resume(saved[-1])
         left = "nothing is left to train" if run.finished else f"{run.total - saved[-1]} are left"
         log.note(f"resumed after step {saved[-1]} of {run.total}: {left}")
-    metrics = Metrics(run.folder, first_step=run.progress.step)
+    run_log = RunLog(run.folder, first_step=run.progress.step)
     model.train()
     try:
         with stop_signals() as stop, report_lack_of_memory(f"train.micro_batch_tokens is {config.micro_batch_tokens}"):
-            _steps(run, metrics, sample, stop)
+            _steps(run, run_log, sample, stop)
     finally:
         model.eval()
-        run.trainables.release()
-        metrics.close()
-        plot_losses(metrics.path, run.folder / "loss.png", unit=objective.unit)
+        run.master_weights.release()
+        run_log.close()
+        plot_losses(run_log.path, run.folder / "loss.png", unit=objective.unit)
     best = run.progress.best_step or run.progress.step
     if best != run.progress.step:
-        run.store.load(best, run.trainables)
-    records = read_metrics(metrics.path)
+        run.store.load(best, run.master_weights)
+    records = read_metrics(run_log.path)
     steps = [record for record in records if "tokens" in record]
     return FitResult(
         steps=run.progress.step,
         best_step=best,
         loss=steps[-1]["loss"] if steps else None,
-        validation_loss=run.progress.best_figures.get("loss"),
+        validation_loss=run.progress.best_metrics.get("loss"),
         untrained_validation_loss=next((r["validation_loss"] for r in records if r["step"] == 0), None),
-        figures={name: value for name, value in run.progress.best_figures.items() if name != "loss"},
+        metrics={name: value for name, value in run.progress.best_metrics.items() if name != "loss"},
         tokens=sum(record["tokens"] for record in steps),
         seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
         peak_memory_bytes=peak_memory_bytes(run.device),
-        trainable=sum(master.numel() for master in run.trainables.masters.values()),
+        trainable=sum(master.numel() for master in run.master_weights.masters.values()),
     )
 
 
-def _steps(run: TrainingRun, metrics: Metrics, sample: Callable[[int], None], stop: list[int]) -> None:
+def _steps(run: TrainingRun, run_log: RunLog, sample: Callable[[int], None], stop: list[int]) -> None:
     """All steps that are left, with validation, checkpoints and samples between them.
 
     Raises:
@@ -148,16 +148,16 @@ def _steps(run: TrainingRun, metrics: Metrics, sample: Callable[[int], None], st
     eval_interval = run.config.eval_interval(run.total)
     save_interval = run.config.save_every or eval_interval
     if run.validation and run.progress.step == 0:
-        run.validate(metrics)
+        run.validate(run_log)
         sample(0)
     with log.progress(total=run.total, what="training", unit="step", initial=run.progress.step) as bar:
         while not run.finished:
-            bar.set_postfix_str(run.train_step(metrics), refresh=False)
+            bar.set_postfix_str(run.train_step(run_log), refresh=False)
             bar.update()
             step, last = run.progress.step, run.progress.step == run.total
             validated = bool(run.validation) and (last or step % eval_interval == 0)
             if validated:
-                run.validate(metrics)
+                run.validate(run_log)
             if last or stop or step % save_interval == 0 or run.progress.best_step == step:
                 run.save()
             if stop:

@@ -11,10 +11,10 @@ from typing import Any
 from lit_lora import log
 from lit_lora.files import disk_errors, write_text
 
-__all__ = ["Metrics", "plot_losses", "read_metrics"]
+__all__ = ["RunLog", "plot_losses", "read_metrics"]
 
 
-class Metrics:
+class RunLog:
     """Appends to ``metrics.jsonl`` of a run folder, one flushed line per record.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["CheckpointStore"]
 
@@ -37,12 +37,14 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep_last = keep_last
 
-    def save(self, step: int, trainables: Trainables, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, master_weights: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
         """Write the checkpoint of ``step`` finished steps, then remove those that are no longer kept.
 
         Args:
             step: Finished optimizer steps.
-            trainables: The masters.
+            master_weights: The masters.
             optimizer: Over the masters.
             state: JSON values; ``state["best_step"]`` names a checkpoint that is never removed.
 
@@ -51,9 +53,9 @@ class CheckpointStore:
         """
         target = self.folder / f"{_PREFIX}{step:08d}"
         with atomic_folder(target, replace=True) as temporary:
-            masters = {name: tensor.detach().contiguous() for name, tensor in trainables.masters.items()}
+            masters = {name: tensor.detach().contiguous() for name, tensor in master_weights.masters.items()}
             save_file(masters, temporary / "trainable.safetensors")
-            save_file(_moments(trainables, optimizer), temporary / "optimizer.safetensors")
+            save_file(_moments(master_weights, optimizer), temporary / "optimizer.safetensors")
             text = json.dumps({"step": step, **state}, indent=1)
             (temporary / "state.json").write_text(text, encoding="utf-8")
         kept = {*self.steps()[-self.keep_last :], state.get("best_step")}
@@ -70,7 +72,9 @@ class CheckpointStore:
         names = [path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def load(self, step: int, trainables: Trainables, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    def load(
+        self, step: int, master_weights: MasterWeights, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any]:
         """Put the checkpoint's values into the masters, the model and, when given, the optimizer, in place.
 
         Returns:
@@ -81,15 +85,15 @@ class CheckpointStore:
         """
         folder = self.folder / f"{_PREFIX}{step:08d}"
         masters = _read(folder / "trainable.safetensors")
-        _same_names(folder, set(masters), set(trainables.masters))
+        _same_names(folder, set(masters), set(master_weights.masters))
         with torch.no_grad():
-            for name, master in trainables.masters.items():
+            for name, master in master_weights.masters.items():
                 if masters[name].shape != master.shape:
                     raise InputError(f"{folder}: {name} has another shape than in this run, use the same config")
                 master.copy_(masters[name])
-        trainables.publish()
+        master_weights.copy_to_model()
         if optimizer is not None:
-            _restore(folder, trainables, optimizer)
+            _restore(folder, master_weights, optimizer)
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -97,22 +101,22 @@ class CheckpointStore:
         return state
 
 
-def _moments(trainables: Trainables, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as ``<kind>/<parameter>``."""
     moments: dict[str, Tensor] = {}
-    for name, master in trainables.masters.items():
+    for name, master in master_weights.masters.items():
         for kind, value in optimizer.state.get(master, {}).items():
             if value is not None:
                 moments[f"{kind}/{name}"] = torch.as_tensor(value).detach().contiguous()
     return moments
 
 
-def _restore(folder: Path, trainables: Trainables, optimizer: torch.optim.Optimizer) -> None:
+def _restore(folder: Path, master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> None:
     for key, value in _read(folder / "optimizer.safetensors").items():
         kind, _, name = key.partition("/")
-        if name not in trainables.masters:
+        if name not in master_weights.masters:
             raise InputError(f"{folder}: optimizer state of {name}, which does not train in this run")
-        master = trainables.masters[name]
+        master = master_weights.masters[name]
         there = optimizer.state[master].get(kind)
         if there is None:  # torch's optimizers make their state in the first step
             # The step count of fused AdamW is a float32 scalar that stays where its kernel expects it.

@@ -18,11 +18,11 @@ from lit_lora.errors import InputError, NumericalError
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.objectives.base import Batch, Batches, Objective
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
-from lit_lora.train.optim.master_weights import Trainables
-from lit_lora.train.run_log import Metrics
+from lit_lora.train.optim.master_weights import MasterWeights
+from lit_lora.train.run_log import RunLog
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.state import CheckpointStore
-from lit_lora.train.validation import check_figures, validate
+from lit_lora.train.validation import check_best_metric, validate
 
 __all__ = ["TrainingRun"]
 
@@ -33,7 +33,7 @@ class _Progress:
 
     step: int = 0
     best_step: int | None = None
-    best_figures: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)
     waited: int = 0
     loss_scale: float = 1.0
     good_steps: int = 0
@@ -67,11 +67,11 @@ class TrainingRun:
         lr_factors: Mapping[str, float] | None,
         objective: Objective,
     ) -> None:
-        check_figures(config, objective)
+        check_best_metric(config, objective)
         self.model, self.batches, self.config, self.objective = model, batches, config, objective
         self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
-        self.trainables = Trainables(model)
-        self.optimizer = build_optimizer(optimizer, self.trainables, lr_factors)
+        self.master_weights = MasterWeights(model)
+        self.optimizer = build_optimizer(optimizer, self.master_weights, lr_factors)
         self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
         self.total = config.total_steps(batches.steps_per_epoch)
         self.device = next(model.parameters()).device
@@ -98,16 +98,18 @@ class TrainingRun:
         Raises:
             InputError: The checkpoint is broken or of another run, or the training rows are not the same.
         """
-        state = self.store.load(step, self.trainables, self.optimizer)
+        state = self.store.load(step, self.master_weights, self.optimizer)
         if state.get("rows") != self.fingerprint:
             raise InputError(
                 f"{self.folder}: the training rows are not those that the run began with: the data or its tokenizer "
                 "has changed",
                 hint="put the data back as it was, or start a new run in another folder",
             )
+        if "best_figures" in state:  # written before they were called metrics
+            state["best_metrics"] = state.pop("best_figures")
         self.progress = _Progress(**{key: value for key, value in state.items() if key in vars(self.progress)})
 
-    def train_step(self, metrics: Metrics) -> str:
+    def train_step(self, run_log: RunLog) -> str:
         """One optimizer step; returns its loss and speed in words.
 
         Raises:
@@ -130,7 +132,7 @@ class TrainingRun:
             self._clip(norm)
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
             self.optimizer.step()
-            self.trainables.publish()
+            self.master_weights.copy_to_model()
             self._grow_scale()
             self.progress.bad_steps = 0
         elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
@@ -146,13 +148,13 @@ class TrainingRun:
         seconds = time.perf_counter() - started
         self.loss, speed = sum(losses) / max(targets, 1), tokens / seconds
         values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
-        metrics.record(step + 1, **values, tokens_per_second=speed)
+        run_log.record(step + 1, **values, tokens_per_second=speed)
         if problem is not None:
             self._leave_out(problem)
         return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
 
     def _gradients(self) -> list[Tensor]:
-        return [master.grad for master in self.trainables.masters.values() if master.grad is not None]
+        return [master.grad for master in self.master_weights.masters.values() if master.grad is not None]
 
     def _gradient_norm(self) -> Tensor:
         """Of the whole gradient, with the loss scale in it."""
@@ -193,7 +195,7 @@ class TrainingRun:
         rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
         names = [
             name
-            for name, master in self.trainables.masters.items()
+            for name, master in self.master_weights.masters.items()
             if master.grad is not None and not bool(master.grad.isfinite().all())
         ]
         where = f", first in the gradient of {names[0]}" if names else ""
@@ -202,39 +204,39 @@ class TrainingRun:
             f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}"
         )
 
-    def validate(self, metrics: Metrics) -> None:
+    def validate(self, run_log: RunLog) -> None:
         """Record loss and figures of the validation of the current weights, and remember the best trained ones.
 
         Raises:
             NumericalError: The loss is not finite.
         """
-        figures, progress = validate(self.model, self.validation, self.objective), self.progress
-        metrics.record(progress.step, **{f"validation_{name}": value for name, value in figures.items()})
-        loss = figures["loss"]
+        metrics, progress = validate(self.model, self.validation, self.objective), self.progress
+        run_log.record(progress.step, **{f"validation_{name}": value for name, value in metrics.items()})
+        loss = metrics["loss"]
         if not math.isfinite(loss):
             raise NumericalError(
                 f"step {progress.step}: the validation loss {loss} is not finite",
                 hint="lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
             )
-        shown = ", ".join(f"validation {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+        shown = ", ".join(f"validation {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         if progress.step == 0:
             log.note(f"before training: {shown}")
             return
         log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, {shown}")
-        if not progress.best_figures or self._rank(figures) > self._rank(progress.best_figures):
-            progress.best_figures, progress.best_step, progress.waited = figures, progress.step, 0
+        if not progress.best_metrics or self._rank(metrics) > self._rank(progress.best_metrics):
+            progress.best_metrics, progress.best_step, progress.waited = metrics, progress.step, 0
         else:
             progress.waited += 1
 
-    def _rank(self, figures: Mapping[str, float]) -> tuple[float, ...]:
+    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """Larger for better weights; of equal figures the lower loss decides."""
-        by, loss = self.config.best_by, -figures["loss"]
-        return (loss,) if by == "loss" else (figures[by], loss)
+        by, loss = self.config.best_metric, -metrics["loss"]
+        return (loss,) if by == "loss" else (metrics[by], loss)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
         state = {**self.progress.to_json(), "rows": self.fingerprint}
-        self.store.save(self.progress.step, self.trainables, self.optimizer, state)
+        self.store.save(self.progress.step, self.master_weights, self.optimizer, state)
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -11,27 +11,27 @@ from lit_lora.train.config import TrainConfig
 from lit_lora.train.objectives.base import Batch, Objective
 from lit_lora.train.objectives.next_token import NextToken
 
-__all__ = ["check_figures", "validate", "validation_loss"]
+__all__ = ["check_best_metric", "validate", "validation_loss"]
 
 
-def check_figures(config: TrainConfig, objective: Objective) -> None:
+def check_best_metric(config: TrainConfig, objective: Objective) -> None:
     """Make sure that the figure which picks the best weights is measured.
 
     Raises:
         UsageError: It is not.
     """
-    if config.best_by not in ("loss", *objective.figures):
-        known = ", ".join(("loss", *objective.figures))
-        raise UsageError(f"train.best_by: {config.best_by!r} is not measured in this run, expected: {known}")
+    if config.best_metric not in ("loss", *objective.metrics):
+        known = ", ".join(("loss", *objective.metrics))
+        raise UsageError(f"train.best_metric: {config.best_metric!r} is not measured in this run, expected: {known}")
 
 
 def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
     """The mean ``loss`` and the objective's figures over all ``batches``; leaves the model's mode as it was."""
     training = model.training
     model.eval()
-    figures = objective.validate(model, log.progress(batches, what="validating", unit="batch"))
+    metrics = objective.validate(model, log.progress(batches, what="validating", unit="batch"))
     model.train(training)
-    return figures
+    return metrics
 
 
 def validation_loss(model: Any, batches: Sequence[Batch]) -> float:

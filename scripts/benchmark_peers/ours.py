@@ -68,7 +68,7 @@ def kept_rows(rows: list[Row]) -> Rows:
     encoded = [
         EncodedRow(
             ids=row.ids,
-            learn=[position >= row.prompt for position in range(len(row.ids))],
+            loss_mask=[position >= row.prompt for position in range(len(row.ids))],
             status=Status.KEPT,
             length=len(row.ids),
             file="benchmark",
@@ -117,7 +117,7 @@ def main() -> None:
             optimizer=OptimizerConfig(lr=orders.learning_rate),
             schedule=ScheduleConfig(name="constant", warmup=0),
             folder=Path(folder),
-            objective=NextToken(steady=method.steady),
+            objective=NextToken(graph_safe=method.graph_safe),
         )
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]

@@ -214,16 +214,16 @@ def test_pain_28_a_folder_that_another_process_trains_in_is_left_alone(task, cal
 
 INTERRUPTED = """
 import os, signal, sys, threading
-from lit_lora.train import run_log as metrics
+from lit_lora.train import run_log
 
-record = metrics.Metrics.record
+record = run_log.RunLog.record
 
 def record_and_stop(self, step, **values):
     record(self, step, **values)
     if step == 5 and "loss" in values:
         os.kill(os.getpid(), int(sys.argv[1]))
 
-metrics.Metrics.record = record_and_stop
+run_log.RunLog.record = record_and_stop
 from lit_lora.cli import main
 main(sys.argv[2:])
 """
@@ -525,7 +525,7 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch)
 def test_a_gpu_that_gets_little_to_do_at_once_is_told(monkeypatch, capsys, device, free, tokens, said):
     monkeypatch.setattr(planning, "free_memory_bytes", lambda _: free)
     setup = setup_of(tokens=500, train={"micro_batch_tokens": tokens})
-    planning.note_larger_portions(replace(setup, device=torch.device(device)))
+    planning.note_larger_micro_batches(replace(setup, device=torch.device(device)))
     assert ("sooner with train.micro_batch_tokens=8192" in capsys.readouterr().err) == said
 
 

@@ -22,7 +22,7 @@ def adapted(case: str, seed: int = 2) -> CausalLM:
     model = make_model()
     peft.freeze(model)
     torch.manual_seed(seed)
-    method(case).start_from(model, rows(model))
+    method(case).init_from_data(model, rows(model))
     return model
 
 

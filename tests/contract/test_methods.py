@@ -61,10 +61,10 @@ CASES = {
     "full": {"name": "full"},
     "full part": {"name": "full", "train": ["layers.1", "lm_head"]},
 }
-LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "low-rank"]
+LOW_RANK = [name for name, settings in CASES.items() if peft.METHODS[settings["name"]][0] == "mergeable"]
 
 
-KINDS = ("low-rank", "quantized", "added", "full")
+KINDS = ("mergeable", "quantized", "added", "full")
 
 
 def method(case: str) -> peft.Method:

@@ -126,7 +126,7 @@ def test_collating_leaves_the_rows_as_they_are() -> None:
     rows = Rows.from_tokens([([1, 2], [True, True]), ([3, 4], [True, True])])
     first = collate(rows, [0, 1])
     assert first.labels.tolist() == [[2, IGNORE_INDEX, 4, IGNORE_INDEX]]
-    assert rows[1].learn.tolist() == [True, True]
+    assert rows[1].loss_mask.tolist() == [True, True]
     assert collate(rows, [0, 1]).labels.equal(first.labels)
 
 
@@ -157,7 +157,7 @@ def test_tokens_that_all_rows_begin_with_stand_in_a_micro_batch_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "common"),
+    ("rows", "shared_prefix"),
     [
         (TALKS[:1] * 2, 4),  # the fifth predicts a learned token
         ([([7, 8], [False, True]), ([7, 8, 9], [False, False, True])], 0),

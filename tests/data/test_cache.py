@@ -29,7 +29,7 @@ def test_pain_30_the_second_start_reads_the_cache_and_says_so(run: Prepare, writ
     first, second = run(path), run(path)
     assert [first.report.files[0].from_cache, second.report.files[0].from_cache] == [False, True]
     assert _ids(first.train) == _ids(second.train)
-    assert [row.learn.tolist() for row in first.train] == [row.learn.tolist() for row in second.train]
+    assert [row.loss_mask.tolist() for row in first.train] == [row.loss_mask.tolist() for row in second.train]
     assert first.train.fingerprint == second.train.fingerprint
     assert "tokens from the cache" in second.report.lines()[0]
     assert first.report.as_dict()["train"] == second.report.as_dict()["train"]

@@ -33,12 +33,12 @@ def _encode(tokenizer: Tokenizer, sample: Sample, **settings: Any) -> list[Encod
 
 
 def _learned(tokenizer: Tokenizer, row: EncodedRow) -> list[str]:
-    groups = groupby(zip(row.ids, row.learn, strict=True), key=lambda pair: pair[1])
+    groups = groupby(zip(row.ids, row.loss_mask, strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in group], skip_special=False) for learned, group in groups if learned]
 
 
 def _unlearned_stretches(row: EncodedRow) -> list[int]:
-    return [len(list(group)) for learned, group in groupby(row.learn) if not learned]
+    return [len(list(group)) for learned, group in groupby(row.loss_mask) if not learned]
 
 
 def _qa(question: str, answer: str) -> Conversation:
@@ -53,9 +53,9 @@ def test_answers_and_their_end_of_turn_are_learned(tokenizer: Tokenizer) -> None
 
 def test_everything_is_learned_when_asked_for(tokenizer: Tokenizer) -> None:
     (row,) = _encode(tokenizer, CHAT, learn="all")
-    assert all(row.learn)
+    assert all(row.loss_mask)
     (alone,) = _encode(tokenizer, Conversation([{"role": "user", "content": "x"}]), learn="all")
-    assert (alone.status, all(alone.learn)) == (Status.KEPT, True)
+    assert (alone.status, all(alone.loss_mask)) == (Status.KEPT, True)
     assert list(row.ids) == _encode(tokenizer, CHAT)[0].ids
 
 
@@ -156,7 +156,7 @@ def test_pieces_of_a_long_text_predict_every_token_but_the_first_once(
     pieces = _encode(tokenizer, text, max_seq_length=most)
     assert all(2 <= len(piece.ids) <= most for piece in pieces)
     assert [token for piece in pieces for token in piece.ids[1:]] == list(whole.ids)[1:]
-    assert all(all(piece.learn) for piece in pieces)
+    assert all(all(piece.loss_mask) for piece in pieces)
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Tokenizer) -> None:

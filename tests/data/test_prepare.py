@@ -137,7 +137,7 @@ def test_counts_of_tokens_and_targets_are_those_of_the_rows(run: Prepare, write_
     for rows in (prepared.train, prepared.validation):
         assert rows is not None
         assert rows.token_counts.tolist() == [len(row.input_ids) for row in rows]
-        assert rows.target_counts.tolist() == [int(row.learn[1:].sum()) for row in rows]
+        assert rows.target_counts.tolist() == [int(row.loss_mask[1:].sum()) for row in rows]
     assert sum(prepared.report.train.lengths.values()) == len(prepared.train)
 
 

@@ -76,7 +76,9 @@ def test_public_rows_are_learned_from_end_to_end(real_data: Path, tokenizer: Tok
     assert kept + len(file.too_long) + len(file.nothing_to_learn) == file.rows == 300
     assert len(prepared.validation) == round(0.1 * kept)
     for row in prepared.train:
-        text = tokenizer.decode([int(i) for i, learned in zip(row.input_ids, row.learn, strict=True) if learned], False)
+        text = tokenizer.decode(
+            [int(i) for i, learned in zip(row.input_ids, row.loss_mask, strict=True) if learned], False
+        )
         assert text.endswith("<|im_end|>")
         assert text.count("<|im_end|>") == 1
 

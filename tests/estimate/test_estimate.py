@@ -14,7 +14,7 @@ from lit_lora.estimate import SHAPES, RowLengths, Setup, estimate, model_shape, 
 from lit_lora.estimate.advice import advise
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer, state_bytes
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 GB = 1e9
 
@@ -116,14 +116,14 @@ def test_parts_are_the_bytes_of_what_they_name() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_state_bytes_are_those_of_the_optimizer(name: str, momentum: float) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(70, 90), torch.nn.Linear(90, 3))
-    trainables = Trainables(model)
+    master_weights = MasterWeights(model)
     config = OptimizerConfig(name=name, momentum=momentum)
-    optimizer = build_optimizer(config, trainables)
-    for master in trainables.masters.values():
+    optimizer = build_optimizer(config, master_weights)
+    for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
     optimizer.step()
     tensors = [v for s in optimizer.state.values() for k, v in s.items() if isinstance(v, torch.Tensor) and k != "step"]
-    assert state_bytes(config, trainables.masters.values()) == sum(tensor.nbytes for tensor in tensors)
+    assert state_bytes(config, master_weights.masters.values()) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_time_counts_what_eight_bit_moments_cost_on_a_cpu() -> None:

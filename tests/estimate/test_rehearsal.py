@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lit_lora import peft
-from lit_lora.estimate.rehearsal import Peak, Portion, on_paper, rehearse
+from lit_lora.estimate.rehearsal import MicroBatchShape, Peak, on_paper, rehearse
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.train.loss import padded
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 CONFIG = ModelConfig(
     vocab_size=515,
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
-PORTION = Portion([70, 300, 33], 211)
+PORTION = MicroBatchShape([70, 300, 33], 211)
 
 
 def model_of(method: str, dtype: torch.dtype, **settings: object) -> CausalLM:
@@ -42,9 +42,11 @@ def test_checkpointing_is_seen_without_being_known(dtype, level):
     assert got.operations > plain.operations
 
 
-def peak_of(model: CausalLM, *, fused: str | None = "cpu", several: bool = False, portion: Portion = PORTION) -> Peak:
-    masters = Trainables(model).masters.values()
-    return rehearse(model, portion, fused=fused, masters=masters if several else ())
+def peak_of(
+    model: CausalLM, *, fused: str | None = "cpu", several: bool = False, micro_batch: MicroBatchShape = PORTION
+) -> Peak:
+    masters = MasterWeights(model).masters.values()
+    return rehearse(model, micro_batch, fused=fused, masters=masters if several else ())
 
 
 CASES = {
@@ -100,7 +102,9 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_longer_micro_batches_keep_more():
-    short, long = (peak_of(on_paper(model_of("lora", torch.bfloat16)), portion=Portion([n], n)) for n in (256, 512))
+    short, long = (
+        peak_of(on_paper(model_of("lora", torch.bfloat16)), micro_batch=MicroBatchShape([n], n)) for n in (256, 512)
+    )
     assert long.activations == pytest.approx(2 * short.activations, rel=0.02)
     assert 1.99 * short.operations < long.operations < 3 * short.operations
 

@@ -66,9 +66,9 @@ def test_only_the_own_answer_counts_after_shots(tokenizer: Tokenizer) -> None:
     own = talk("What is it?", "a refund", system="mine")
     encoded = encode_after_shots(tokenizer, own, [talk("q1", "a1"), talk("q2", "a2")])
     alone = encode_chat(tokenizer, own.messages)
-    learned = [token for token, learn in zip(encoded.ids, encoded.learn, strict=True) if learn]
-    assert learned == [token for token, learn in zip(alone.ids, alone.learn, strict=True) if learn]
-    assert encoded.ids[-sum(alone.learn) - 1 :] == alone.ids[-sum(alone.learn) - 1 :]
+    learned = [token for token, learn in zip(encoded.ids, encoded.loss_mask, strict=True) if learn]
+    assert learned == [token for token, learn in zip(alone.ids, alone.loss_mask, strict=True) if learn]
+    assert encoded.ids[-sum(alone.loss_mask) - 1 :] == alone.ids[-sum(alone.loss_mask) - 1 :]
     assert tokenizer.decode(encoded.ids).count("a1") == 1
 
 

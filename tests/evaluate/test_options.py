@@ -86,7 +86,7 @@ def test_the_likeliest_option_is_the_answer(model: CausalLM, tokenizer: Tokenize
                 encoded = encode_chat(
                     tokenizer, [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": option}]
                 )
-                sums.append(chances(model, encoded.ids, encoded.learn))
+                sums.append(chances(model, encoded.ids, encoded.loss_mask))
             else:
                 start, end = tokenizer.encode(row.prompt), tokenizer.encode(" " + option)
                 sums.append(chances(model, start + end, [False] * len(start) + [True] * len(end)))
@@ -110,7 +110,7 @@ def test_shots_stand_before_the_question_with_their_answers(
     def look(model: object, rows: Any, **_: object) -> Any:
         for row in rows:
             seen.append(tokenizer.decode(row.input_ids.tolist()))
-            learned.append(tokenizer.decode(row.input_ids[row.learn].tolist()))
+            learned.append(tokenizer.decode(row.input_ids[row.loss_mask].tolist()))
         return torch.zeros(len(rows)).numpy()
 
     monkeypatch.setattr("lit_lora.evaluate.options.log_likelihoods", look)

@@ -67,7 +67,7 @@ def predictions(call: Call, folder: Path, *options: object, rows: Path | None = 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_learns_and_its_saved_adapter_predicts_what_the_run_measured(call, tmp_path, family):
     before = (save_base(family, tmp_path / "base"), contents(tmp_path / "base"))[1]
-    train = {"max_steps": 80, "eval_every": 20, "batch_size": 16, "best_by": "accuracy"}
+    train = {"max_steps": 80, "eval_every": 20, "batch_size": 16, "best_metric": "accuracy"}
     data = {"validation": str(write_rows(tmp_path / "held.jsonl", 40, seed=1))}
     run = trained(call, tmp_path, family, rows=144, data=data, peft=WITH_WORDS, train=train, optimizer={"lr": 1e-2})
     assert contents(tmp_path / "base") == before
@@ -88,7 +88,7 @@ def test_an_encoder_learns_and_its_saved_adapter_predicts_what_the_run_measured(
 
 
 def test_an_encoder_decoder_learns_to_write_the_label(call, tmp_path):
-    more = {"max_steps": 150, "eval_every": 30, "best_by": "exact_match"}
+    more = {"max_steps": 150, "eval_every": 30, "best_metric": "exact_match"}
     data = {"columns": {"text": "film : {sentence}"}}
     run = trained(call, tmp_path, "t5", peft={"name": "lora", "rank": 8}, train=more, data=data)
     records = [record for record in metrics(run) if "validation_exact_match" in record]
@@ -161,7 +161,7 @@ def test_numbers_are_learned_where_asked(call, tmp_path):
     given = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     rows.write_text("sentence\tscore\n" + "".join(f"{r['sentence']}\t{r['label'] * 2 - 0.5}\n" for r in given))
     data = {"path": str(rows), "task": "regression", "values": {}}
-    train = {"max_steps": 100, "eval_every": 25, "batch_size": 16, "best_by": "pearson"}
+    train = {"max_steps": 100, "eval_every": 25, "batch_size": 16, "best_metric": "pearson"}
     run = trained(call, tmp_path, "bert", data=data, peft=WITH_WORDS, train=train, optimizer={"lr": 1e-2})
     assert max(r.get("validation_pearson", 0) for r in metrics(run)) > 0.8
     found = predictions(call, run, rows=rows)
@@ -220,7 +220,7 @@ BAD = {
     "too long": (["data.max_seq_length=6", "data.too_long=error"], 3, "more than the 6 allowed"),
     "more positions than there are": (["data.max_seq_length=64"], 2, "has positions for 32 tokens"),
     "a text of an encoder": (["data.task=seq2seq"], 2, "is an encoder: it cannot write texts"),
-    "a figure of another task": (["train.best_by=pearson"], 2, "'pearson' is not measured in this run"),
+    "a figure of another task": (["train.best_metric=pearson"], 2, "'pearson' is not measured in this run"),
     "a method without a head": (
         ["peft={name: prompt}"],
         2,

@@ -142,7 +142,7 @@ def test_a_start_from_rows_is_made_saved_merged_and_resumed(task, recipe, init, 
     for step in checkpoints(parts):
         if step > 4:
             shutil.rmtree(parts / "checkpoints" / f"step-{step:08d}")
-    monkeypatch.setattr(LoRAConfig, "start_from", None)  # a resumed run does not look at rows again
+    monkeypatch.setattr(LoRAConfig, "init_from_data", None)  # a resumed run does not look at rows again
     again = finetuned(parts / "config.yaml", resume=True)
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
         whole / "adapter" / "adapter_model.safetensors"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_lora.errors import InputError
-from lit_lora.generate import Memory, Sampling, answer_all, generate, stream_answer
+from lit_lora.generate import PrefixCache, Sampling, answer_all, generate, stream_answer
 from lit_lora.generate.answer import AnswerText
 from lit_lora.model import CausalLM
 from lit_lora.tokenizer import Tokenizer
@@ -82,10 +82,10 @@ def test_a_beginning_that_prompts_share_is_read_once(model: CausalLM) -> None:
 def test_a_memory_gives_the_same_answer_and_keeps_the_common_beginning(
     model: CausalLM, first: list[int], second: list[int], common: int
 ) -> None:
-    memory = Memory()
-    said = tokens(model, first, memory=memory)
-    assert memory.ids == first + said[:-1]  # the last token was never read
-    second = [*memory.ids[:common], *second]
+    prefix_cache = PrefixCache()
+    said = tokens(model, first, prefix_cache=prefix_cache)
+    assert prefix_cache.ids == first + said[:-1]  # the last token was never read
+    second = [*prefix_cache.ids[:common], *second]
     read: list[int] = []
     original = model.hidden_states
 
@@ -95,7 +95,7 @@ def test_a_memory_gives_the_same_answer_and_keeps_the_common_beginning(
 
     model.hidden_states = spy  # type: ignore[method-assign]
     try:
-        answer = tokens(model, second, memory=memory)
+        answer = tokens(model, second, prefix_cache=prefix_cache)
     finally:
         model.hidden_states = original  # type: ignore[method-assign]
     assert answer == tokens(model, second)
@@ -103,11 +103,11 @@ def test_a_memory_gives_the_same_answer_and_keeps_the_common_beginning(
 
 
 def test_a_memory_is_right_after_an_answer_was_broken_off(model: CausalLM) -> None:
-    memory = Memory()
-    generation = generate(model, [[5, 6, 7]], GREEDY, memory=memory)
+    prefix_cache = PrefixCache()
+    generation = generate(model, [[5, 6, 7]], GREEDY, prefix_cache=prefix_cache)
     next(generation)
     next(generation)
-    assert tokens(model, [5, 6, 7, 8], memory=memory) == tokens(model, [5, 6, 7, 8])
+    assert tokens(model, [5, 6, 7, 8], prefix_cache=prefix_cache) == tokens(model, [5, 6, 7, 8])
 
 
 def test_stop_ids_end_an_answer_and_are_given(model: CausalLM) -> None:

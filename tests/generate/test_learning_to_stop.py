@@ -22,7 +22,7 @@ def test_pain_04_after_overfitting_four_rows_every_answer_ends_by_itself(model: 
     for _ in range(60):
         optimizer.zero_grad()
         for row in rows:
-            labels = torch.tensor([i if learn else -100 for i, learn in zip(row.ids, row.learn, strict=True)])
+            labels = torch.tensor([i if learn else -100 for i, learn in zip(row.ids, row.loss_mask, strict=True)])
             logits = student(torch.tensor([row.ids]))[0]
             torch.nn.functional.cross_entropy(logits[:-1], labels[1:]).backward()
         optimizer.step()

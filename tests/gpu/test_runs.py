@@ -17,7 +17,7 @@ from lit_lora.data.batches import Batches
 from lit_lora.generate import Sampling, generate
 from lit_lora.model import CausalLM
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.train.cuda_graphs import Recorder
+from lit_lora.train.cuda_graphs import GraphRunner
 from lit_lora.train.objectives.next_token import NextToken
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 from tests.train.tiny_run import adapted, losses, make_rows, same, stored, train, with_beginning
@@ -72,9 +72,9 @@ def test_finetune_merge_and_generate(task: Path, call: Call, sections: dict, dty
     call("generate", task / "run", "colour 1?", "--device", "cuda", "--dtype", dtype, "--max-new-tokens", 4)
 
 
-@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("graph_safe", [False, True])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str, steady: bool) -> None:
+def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str, graph_safe: bool) -> None:
     settings = {"save_every": 4, "keep_last": 9}
     rows = make_rows(24)
 
@@ -82,7 +82,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, checkpointing: str, steady: bool) -
         model = wide_model()
         model.checkpoint_activations(checkpointing)
         train(model, tmp_path / folder, rows=rows, schedule={"name": "constant", "warmup": 0}, max_steps=steps,
-              objective=NextToken(steady=steady), micro_batch_tokens=40, **settings, **more)  # fmt: skip
+              objective=NextToken(graph_safe=graph_safe), micro_batch_tokens=40, **settings, **more)  # fmt: skip
 
     run("whole", 8)
     run("parts", 4)
@@ -119,9 +119,9 @@ def test_answers_are_those_of_the_cpu() -> None:
     assert there == list(generate(model.cpu(), prompts, Sampling(max_new_tokens=12)))
 
 
-def train_recorded(folder: Path, model: CausalLM, *, steady: bool = True, **settings: object) -> list[float]:
-    train(model, folder, rows=make_rows(24), objective=NextToken(steady=steady), max_steps=8, micro_batch_tokens=40,
-          **settings)  # fmt: skip
+def train_recorded(folder: Path, model: CausalLM, *, graph_safe: bool = True, **settings: object) -> list[float]:
+    objective = NextToken(graph_safe=graph_safe)
+    train(model, folder, rows=make_rows(24), objective=objective, max_steps=8, micro_batch_tokens=40, **settings)
     return losses(folder)
 
 
@@ -130,9 +130,9 @@ def test_recorded_kernels_compute_what_launched_ones_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     recorded = []
-    record = Recorder._record
-    monkeypatch.setattr(Recorder, "_record", lambda *given: recorded.append(1) or record(*given))
-    plain = train_recorded(tmp_path / "plain", wide_model(dtype, dropout=0.0), steady=False)
+    record = GraphRunner._record
+    monkeypatch.setattr(GraphRunner, "_record", lambda *given: recorded.append(1) or record(*given))
+    plain = train_recorded(tmp_path / "plain", wide_model(dtype, dropout=0.0), graph_safe=False)
     assert recorded == []
     assert train_recorded(tmp_path / "recorded", wide_model(dtype, dropout=0.0)) == plain
     assert 0 < len(recorded) < 8
@@ -143,11 +143,13 @@ def test_what_begins_all_rows_is_recorded_too(tmp_path: Path) -> None:
     rows = with_beginning(make_rows(24), [7, 8, 9])
     assert rows.shared_prefix == 3
     found = []
-    for steady in (False, True):
+    for graph_safe in (False, True):
         batches = Batches(rows, batch_size=8, micro_batch_tokens=60, seed=0, shared_prefix=3)
         model = wide_model(dropout=0.0)
-        train(model, tmp_path / str(steady), batches=batches, objective=NextToken(steady=steady), max_steps=6)
-        found.append(losses(tmp_path / str(steady)))
+        train(
+            model, tmp_path / str(graph_safe), batches=batches, objective=NextToken(graph_safe=graph_safe), max_steps=6
+        )
+        found.append(losses(tmp_path / str(graph_safe)))
     assert found[0] == found[1]
 
 
@@ -163,7 +165,7 @@ print(train_recorded(Path(sys.argv[1]), model))
 
 
 def test_a_model_that_waits_for_the_gpu_is_not_recorded(tmp_path: Path) -> None:
-    plain = train_recorded(tmp_path / "plain", wide_model(dropout=0.0), steady=False)
+    plain = train_recorded(tmp_path / "plain", wide_model(dropout=0.0), graph_safe=False)
     # In a process of its own: PyTorch's random numbers on the GPU do not recover from a recording that failed.
     command = [sys.executable, "-c", WAITING, str(tmp_path / "tried")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

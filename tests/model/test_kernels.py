@@ -110,7 +110,8 @@ def test_a_linear_layer_equals_pytorch(shape: tuple[int, int, int], bias: bool) 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 300])
 @pytest.mark.parametrize(
-    ("lengths", "common"), [([1], 0), ([33, 7, 1], 0), ([300, 31], 0), ([530], 0), ([70, 38, 45], 37), ([99, 3], 2)]
+    ("lengths", "shared_prefix"),
+    [([1], 0), ([33, 7, 1], 0), ([300, 31], 0), ([530], 0), ([70, 38, 45], 37), ([99, 3], 2)],
 )
 @pytest.mark.parametrize(("groups", "size"), [(1, 16), (2, 80), (6, 16)])
 def test_packed_attention_equals_pytorch(

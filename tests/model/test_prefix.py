@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.generate import Sampling, generate
-from lit_lora.generate.decoding import Memory
+from lit_lora.generate.decoding import PrefixCache
 from lit_lora.model import CausalLM, KVCache, ModelConfig
 
 PREFIX = [5, 9, 11]
@@ -101,9 +101,9 @@ def test_answers_behind_tokens_are_those_to_prompts_that_begin_with_them():
     batch = list(generate(behind, prompts, sampling))
     for row, one in enumerate(expected):
         assert [step[row] for step in batch] == [token for (token,) in one]
-    memory = Memory()
+    prefix_cache = PrefixCache()
     for prompt, one in zip(prompts, expected, strict=True):  # each keeps some of the tokens before it
-        assert list(generate(behind, [prompt], sampling, memory=memory)) == one
+        assert list(generate(behind, [prompt], sampling, prefix_cache=prefix_cache)) == one
 
 
 def test_the_context_is_shorter_by_the_tokens_before_and_answers_end_there():

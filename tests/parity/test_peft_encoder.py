@@ -32,8 +32,8 @@ CASES = {
 def ours(family: str, settings: dict) -> tuple[torch.nn.Module, peft.Method]:
     model = make_model(family)
     peft.freeze(model)
-    method = peft.methods()[settings["name"]].model_validate(settings).on(model)
-    method = method.with_whole(head_of(model, [], TASK))
+    method = peft.methods()[settings["name"]].model_validate(settings).with_module_names_of(model)
+    method = method.with_modules_to_save(head_of(model, [], TASK))
     method.apply(model)
     return model, method
 

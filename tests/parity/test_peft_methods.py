@@ -198,7 +198,7 @@ def test_peft_opens_an_adapter_that_started_elsewhere_on_the_original_base(bases
     model = our_model(bases[False])
     ours.freeze(model)
     config = ours.methods()["lora"].model_validate({"init": init, "rank": 4, "use_rslora": init == "olora"})
-    config = config.start_from(model, rows(model))
+    config = config.init_from_data(model, rows(model))
     shake(model)
     ours.save_adapter(model, config, tmp_path / "adapter", base=bases[False])
     theirs = open_in_peft(theirs_of(bases[False]), tmp_path / "adapter")

@@ -25,7 +25,7 @@ def started(**settings: object) -> tuple[CausalLM, peft.Method]:
     model = make_model()
     peft.freeze(model)
     torch.manual_seed(2)
-    return model, lora(**settings).start_from(model, rows(model, 8))
+    return model, lora(**settings).init_from_data(model, rows(model, 8))
 
 
 def principal(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def test_layers_of_one_input_share_its_components_at_learned_positions_only():
     assert found[f"{attention}q_proj"] is found[f"{attention}v_proj"] is not found[f"{attention}o_proj"]
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    learned = torch.cat([one.learned for one in rows(model)])
+    learned = torch.cat([one.target_positions for one in rows(model)])
     with torch.no_grad():
         for one in rows(model):
             one.run()
@@ -183,7 +183,7 @@ def test_eva_starts_at_the_directions_of_peft():
     theirs.initialize_lora_eva_weights(model, **settings, **plain)
     peft.freeze(ours)
     passes = [Pass(torch.ones(64, dtype=torch.bool), lambda: ours(inputs))] * 2
-    lora(init="eva", rank=2, alpha=8.0, target_modules=["0", "2"]).start_from(ours, passes)
+    lora(init="eva", rank=2, alpha=8.0, target_modules=["0", "2"]).init_from_data(ours, passes)
     found = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
     assert {name: layer.r["default"] for name, layer in found.items()} == {
         name: layer.rank for name, layer in own_modules(ours).items()
@@ -225,7 +225,7 @@ def test_lora_ga_takes_the_vectors_of_peft():
 def test_a_start_that_does_not_fit_is_refused(settings, message):
     model = make_model()
     with pytest.raises((UsageError, ValueError), match=message):
-        lora(**settings).start_from(model, rows(model, 1))
+        lora(**settings).init_from_data(model, rows(model, 1))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_dora_can_start_from_eva():
     model = make_model()
     peft.freeze(model)
     method = peft.methods()["dora"].model_validate({"name": "dora", "init": "eva", "rank": 3})
-    method.start_from(model, rows(model, 8))
+    method.init_from_data(model, rows(model, 8))
     with torch.no_grad():
         torch.testing.assert_close(model(token_ids()), make_model()(token_ids()), atol=1e-5, rtol=1e-5)
 
@@ -258,4 +258,4 @@ def test_lora_ga_over_codes_is_refused():
     packed = quantize(layer.weight.detach(), QuantizeConfig(name="int8"), name=name)
     model.model.layers[0].mlp.up_proj = QuantizedLinear(packed, layer.bias, torch.float32)
     with pytest.raises(UsageError, match=r"lora-ga starts from gradients of the weights, but .*up_proj is quantised"):
-        lora(init="lora-ga", rank=3, target_modules=["up_proj"]).start_from(model, rows(model))
+        lora(init="lora-ga", rank=3, target_modules=["up_proj"]).init_from_data(model, rows(model))

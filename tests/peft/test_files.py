@@ -53,9 +53,9 @@ def test_the_folder_holds_pefts_two_files_and_a_model_card(folder):
 
 def test_the_model_card_names_base_data_method_and_figures_but_no_private_path(tmp_path):
     model = adapted(make_model(), lora())
-    figures = {"Validation loss": 1.23456, "Exact | match": "0 % → 71 %"}
+    metrics = {"Validation loss": 1.23456, "Exact | match": "0 % → 71 %"}
     folder = tmp_path / "adapter"
-    peft.save_adapter(model, lora(), folder, base=tmp_path / "SmolLM2", data="tickets.jsonl, 800 rows", figures=figures)
+    peft.save_adapter(model, lora(), folder, base=tmp_path / "SmolLM2", data="tickets.jsonl, 800 rows", metrics=metrics)
     card = (folder / "README.md").read_text()
     for text in (
         "SmolLM2",

@@ -57,7 +57,7 @@ def test_narrower_forms_are_parts_of_the_same_numbers():
         fresh = adapted(make_model(), method(C="lora", D="vector", E="constant"))
         copy = own_modules(fresh)["model.layers.0.self_attn.q_proj"]
         copy.load_state_dict(layer.state_dict())
-        copy.settle(forms)
+        copy.finalize(forms)
         torch.testing.assert_close(copy.eval()(x), expected, atol=1e-6, rtol=1e-6)
         assert sum(p.numel() for n, p in copy.named_parameters() if "base_layer" not in n) == size
 

@@ -14,6 +14,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.merge import Places, merge, plan_merge
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.model.rope import inverse_frequencies
+from lit_lora.peft.core.modules import own_modules
 from tests.peft.tiny import VOCABULARY, adapted, make_model, save_base, shake
 
 LENGTHS = [13, 5, 8]
@@ -146,7 +147,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     model.config = model.config.extended(2, "yarn")
     with pytest.raises(UsageError, match="scaled by 'yarn' already"):
         method(factor=2, rope_type="linear").apply(model)
-    assert not peft.base.own_modules(model)
+    assert not own_modules(model)
     with pytest.raises(UsageError, match="no positions to stretch"):
         method(target_modules=["0"], modules_to_save=[]).apply(nn.Sequential(nn.Linear(16, 16)))
     with pytest.raises(ValueError, match="unknown name 'longlora'"):

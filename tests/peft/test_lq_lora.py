@@ -132,6 +132,6 @@ def test_a_budget_that_cannot_be_met_is_one_line(folder, settings, message):
 def test_a_type_beside_the_budget_is_refused():
     chosen = peft.methods()["lq-lora"].model_validate({"name": "lq-lora"})
     with pytest.raises(UsageError, match="chooses a type for each layer: quantize has no effect"):
-        chosen.over(QuantizeConfig(name="int8"))
+        chosen.for_quantized_base(QuantizeConfig(name="int8"))
     with pytest.raises(ValueError, match="bits and gib are two budgets"):
         peft.methods()["lq-lora"].model_validate({"name": "lq-lora", "bits": 2.5, "gib": 1})

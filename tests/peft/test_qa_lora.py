@@ -96,7 +96,7 @@ def test_groups_of_equal_weights_are_exact():
 def test_a_saved_adapter_gives_the_same_logits(folder, tmp_path):
     model, chosen = over(folder, method()), method()
     shake(model)
-    peft.save_adapter(model, chosen.over(INT4), tmp_path / "adapter", base=folder)
+    peft.save_adapter(model, chosen.for_quantized_base(INT4), tmp_path / "adapter", base=folder)
     again = load_model(folder, quantize=peft.quantization_of(tmp_path / "adapter"))
     report = peft.load_adapter(again, tmp_path / "adapter")
     assert report.adapter.config.group_size == 32
@@ -110,4 +110,4 @@ def test_a_base_without_groups_is_refused(folder):
     with pytest.raises(UsageError, match="trains over a base in groups, this one is nf4-dq"):
         over(folder, method(), QuantizeConfig())
     with pytest.raises(UsageError, match="this one is int8"):
-        method().over(QuantizeConfig(name="int8"))
+        method().for_quantized_base(QuantizeConfig(name="int8"))

@@ -59,7 +59,7 @@ def lora(**settings: object) -> peft.Method:
 def adapted(model: CausalLM, config: peft.Method) -> CausalLM:
     peft.freeze(model)
     torch.manual_seed(2)
-    config.start_from(model, rows(model))
+    config.init_from_data(model, rows(model))
     return model
 
 

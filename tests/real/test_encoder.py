@@ -45,7 +45,7 @@ def best_accuracy(out: Path, minilm: Path, data: Path, **sections: Any) -> float
             "validation": str(data / "evals" / "sst2_validation.jsonl"),
             "values": {"label": {"0": "negative", "1": "positive"}},
         },
-        "train": {"epochs": 1, "batch_size": 32, "eval_every": 100, "best_by": "accuracy"},
+        "train": {"epochs": 1, "batch_size": 32, "eval_every": 100, "best_metric": "accuracy"},
         "optimizer": {"lr": LR},
         "out": str(out),
         **sections,

@@ -16,7 +16,7 @@ from lit_lora.recipe.method import passes
 from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 pytestmark = pytest.mark.slow
 
@@ -54,16 +54,16 @@ class Trained:
         self.model = load_model(folder, dtype=torch.bfloat16)
         peft.freeze(self.model)
         method = peft.methods()[settings["name"]].model_validate(settings)
-        method.start_from(self.model, passes(self.model, [batch()]))
+        method.init_from_data(self.model, passes(self.model, [batch()]))
         self.model.train()
-        self.trainables = Trainables(self.model)
-        self.optimizer = build_optimizer(OptimizerConfig(lr=1e-6), self.trainables)
+        self.master_weights = MasterWeights(self.model)
+        self.optimizer = build_optimizer(OptimizerConfig(lr=1e-6), self.master_weights)
 
     def step(self, rows: MicroBatch) -> float:
         began = time.perf_counter()
         backward(self.model, rows, 1 / rows.target_count)
         self.optimizer.step()
-        self.trainables.publish()
+        self.master_weights.copy_to_model()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - began
 

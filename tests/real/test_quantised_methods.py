@@ -19,7 +19,7 @@ from lit_lora.model import CausalLM
 from lit_lora.peft import base_tensors, freeze, methods, remove, trainable_state
 from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, stored_bytes
-from lit_lora.recipe import Options, QuantizedConfig, Run, RunData, load_data, load_recipe, start
+from lit_lora.recipe import Options, QLoRAConfig, Run, RunData, load_data, load_recipe, start
 from lit_lora.recipe.quantized_base import load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.config import TrainConfig
@@ -73,9 +73,9 @@ def started(*where: Path, peft: dict[str, Any], **sections: Any) -> tuple[Causal
     """The model as a run starts with it, its data, and its loss on held-out rows."""
     run, data = opened(*where, peft, **sections)
     settings = run.config
-    assert isinstance(settings, QuantizedConfig)
+    assert isinstance(settings, QLoRAConfig)
     began = time.perf_counter()
-    made, _ = load_base(run, settings, settings.peft.over(settings.quantize), data)
+    made, _ = load_base(run, settings, settings.peft.for_quantized_base(settings.quantize), data)
     seconds = time.perf_counter() - began
     held = sum(stored_bytes(module) for module in made.modules() if isinstance(module, Quantized))
     loss = validation_loss(made, data.validation)

@@ -35,7 +35,7 @@ def learned(tokenizer: Tokenizer, encoded: EncodedChat) -> list[str]:
     """The text of each learned run, special tokens shown."""
     runs: list[list[int]] = []
     previous = False
-    for token, learn in zip(encoded.ids, encoded.learn, strict=True):
+    for token, learn in zip(encoded.ids, encoded.loss_mask, strict=True):
         if learn and not previous:
             runs.append([])
         if learn:
@@ -91,7 +91,7 @@ def test_pain_03_training_and_prompt_ids_agree_up_to_the_answer(make: MakeTokeni
     prompt = encode_prompt(tokenizer, messages[:-1])
     # Zephyr's generation prompt lacks the line end that its conversations have: the model has to produce it.
     assert encoded.ids[: len(prompt)] == prompt
-    assert encoded.learn.index(True) == len(prompt)
+    assert encoded.loss_mask.index(True) == len(prompt)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -99,7 +99,7 @@ def test_pain_04_the_end_is_learned_and_stops_where_padding_is_the_same_token(ma
     tokenizer = Tokenizer.load(make(style))
     assert tokenizer.pad_id == tokenizer.eos_id
     encoded = encode_chat(tokenizer, conversation(style, turns=1))
-    last = max(position for position, learn in enumerate(encoded.learn) if learn)
+    last = max(position for position, learn in enumerate(encoded.loss_mask) if learn)
     assert encoded.ids[last] == tokenizer.token_id(STYLES[style].end_of_turn)
     assert encoded.ids[last] in tokenizer.stop_ids
     assert tokenizer.eos_id in tokenizer.stop_ids
@@ -411,6 +411,6 @@ def test_a_completion_begins_where_generation_begins(
     encoded = encode_completion(tokenizer, prompt, completion)
     start = encode_text(tokenizer, prompt)
     assert encoded.ids[: len(start)] == start
-    assert encoded.learn == [False] * len(start) + [True] * (len(encoded.ids) - len(start))
+    assert encoded.loss_mask == [False] * len(start) + [True] * (len(encoded.ids) - len(start))
     assert encoded.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(encoded.ids) == prompt + completion

@@ -57,7 +57,7 @@ def test_pain_06_every_answer_of_real_conversations_is_learned_whole(
     tokenizer = Tokenizer.load(folder)
     for chat in conversations:
         encoded = encode_chat(tokenizer, chat)
-        learned = [token for token, learn in zip(encoded.ids, encoded.learn, strict=True) if learn]
+        learned = [token for token, learn in zip(encoded.ids, encoded.loss_mask, strict=True) if learn]
         answers = [str(message["content"]) + "<|im_end|>" for message in chat if message["role"] == "assistant"]
         # Blanks alone may differ: a token may hold the header's line end and the answer's first ones together.
         text = tokenizer.decode(learned, skip_special=False)

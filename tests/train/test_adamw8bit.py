@@ -8,7 +8,7 @@ import torch
 from lit_lora.errors import InputError
 from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 from tests.train.tiny_run import losses, stored, train, unfrozen
 
 CPU = torch.device("cpu")
@@ -124,12 +124,12 @@ def test_bytes_of_state_per_number(name: str, expected: float) -> None:
     model = unfrozen(wide=5)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.numel() >= SMALL)
-    trainables = Trainables(model)
-    optimizer = build_optimizer(OptimizerConfig(name=name), trainables)
-    for master in trainables.masters.values():
+    master_weights = MasterWeights(model)
+    optimizer = build_optimizer(OptimizerConfig(name=name), master_weights)
+    for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
     optimizer.step()
-    numbers = sum(master.numel() for master in trainables.masters.values())
+    numbers = sum(master.numel() for master in master_weights.masters.values())
     assert state_bytes(optimizer) / numbers == pytest.approx(expected, rel=2e-3)
 
 
@@ -195,7 +195,7 @@ def test_a_gpu_trains_as_the_cpu_does_and_resumes_bit_for_bit(tmp_path, name: st
 @pytest.mark.gpu
 def test_paged_moments_lie_in_managed_memory() -> None:
     model = unfrozen(wide=24).to("cuda")
-    optimizer = build_optimizer(OptimizerConfig(name="paged_adamw8bit"), Trainables(model))
+    optimizer = build_optimizer(OptimizerConfig(name="paged_adamw8bit"), MasterWeights(model))
     large = [state for tensor, state in optimizer.state.items() if tensor.numel() >= 100_000]
     assert large
     assert all(getattr(state["exp_avg"], "is_paged", False) for state in large)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("common", [0, 3])
+@pytest.mark.parametrize("shared_prefix", [0, 3])
 def test_it_adds_the_gradients_of_the_loss(shared_prefix: int, dtype: torch.dtype) -> None:
     model = adapted(dtype, shaken=True)
     batch = collate(with_beginning(make_rows(5), [7, 8, 9]), range(5), shared_prefix)
@@ -42,5 +42,5 @@ def test_few_sizes_occur_on_a_gpu() -> None:
 
 def test_where_nothing_can_be_recorded_it_is_the_plain_loss() -> None:
     batch = collate(make_rows(5), range(5))
-    losses = [float(NextToken(steady=steady).backward(adapted(), batch, 1.0)) for steady in (False, True)]
+    losses = [float(NextToken(graph_safe=graph_safe).backward(adapted(), batch, 1.0)) for graph_safe in (False, True)]
     assert losses[0] == losses[1]

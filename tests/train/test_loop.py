@@ -35,7 +35,7 @@ def plain_losses(model, rows) -> tuple[torch.Tensor, int]:
     """Sum of the token losses, and their count, one row at a time with whole logits."""
     total, count = torch.zeros(()), 0
     for row in rows:
-        ids, learn = torch.tensor(row.input_ids.tolist())[None], torch.tensor(row.learn[1:])
+        ids, learn = torch.tensor(row.input_ids.tolist())[None], torch.tensor(row.loss_mask[1:])
         chosen = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="none")[learn]
         total, count = total + chosen.sum(), count + len(chosen)
     return total, count
@@ -270,7 +270,7 @@ def test_one_model_can_be_trained_twice(tmp_path):
 class Counted(NextToken):
     """Next-token prediction whose validation also measures what a test says."""
 
-    figures = ("accuracy",)
+    metrics = ("accuracy",)
 
     def __init__(self, accuracies):
         super().__init__()
@@ -282,16 +282,16 @@ class Counted(NextToken):
 
 def test_the_best_weights_are_those_of_the_figure_that_was_asked_for(tmp_path):
     rows, held_out = make_rows(), make_rows(3, seed=9)
-    settings = {"max_steps": 4, "eval_every": 1, "validation": held_out, "best_by": "accuracy"}
+    settings = {"max_steps": 4, "eval_every": 1, "validation": held_out, "best_metric": "accuracy"}
     result = train(adapted(), tmp_path, rows=rows, objective=Counted([0.9, 0.5, 0.7, 0.7, 0.6]), **settings)
     by_step = {r["step"]: r for r in metrics(tmp_path) if r.get("validation_loss")}
     equal = min((2, 3), key=lambda step: by_step[step]["validation_loss"])  # the lower loss decides
-    assert (result.best_step, result.figures) == (equal, {"accuracy": 0.7})
+    assert (result.best_step, result.metrics) == (equal, {"accuracy": 0.7})
     assert [by_step[step]["validation_accuracy"] for step in range(5)] == [0.9, 0.5, 0.7, 0.7, 0.6]
     assert checkpoints(tmp_path) == sorted({equal, 4})
 
 
 def test_a_figure_that_is_not_measured_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UsageError, match=r"best_by: 'f1' is not measured in this run, expected: loss$"):
-        train(adapted(), tmp_path / "run", validation=make_rows(3), best_by="f1")
+    with pytest.raises(UsageError, match=r"best_metric: 'f1' is not measured in this run, expected: loss$"):
+        train(adapted(), tmp_path / "run", validation=make_rows(3), best_metric="f1")
     assert not (tmp_path / "run").exists()

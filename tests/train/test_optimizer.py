@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 from tests.train.tiny_run import adapted, losses, metrics, tiny_model, train, unfrozen
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_only_matrices_decay(name):
-    trainables = Trainables(unfrozen())
-    optimizer = build_optimizer(OptimizerConfig(name=name, weight_decay=0.1), trainables)
+    master_weights = MasterWeights(unfrozen())
+    optimizer = build_optimizer(OptimizerConfig(name=name, weight_decay=0.1), master_weights)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {id(tensor) for tensor in trainables.masters.values() if tensor.ndim == 2}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trainables.masters)
+    assert decayed == {id(tensor) for tensor in master_weights.masters.values() if tensor.ndim == 2}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(master_weights.masters)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -34,9 +34,9 @@ def test_parameters_with_an_lr_factor_learn_at_that_rate(name, tmp_path):
 
 def test_float32_parameters_are_their_own_masters_and_others_get_one():
     model = adapted(torch.bfloat16)
-    assert all(master is model.get_parameter(name) for name, master in Trainables(model).masters.items())
+    assert all(master is model.get_parameter(name) for name, master in MasterWeights(model).masters.items())
     model = tiny_model(torch.bfloat16).requires_grad_(True)
-    masters = Trainables(model).masters
+    masters = MasterWeights(model).masters
     assert "lm_head.weight" not in masters  # tied: the embedding's
     for name, master in masters.items():
         assert master.dtype == torch.float32
@@ -47,10 +47,10 @@ def test_gradients_of_bfloat16_parameters_add_up_in_float32():
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     model = torch.nn.Module()
     model.weight = parameter
-    trainables = Trainables(model)
+    master_weights = MasterWeights(model)
     for value in (1.0, 2**-9, 2**-9):  # in bfloat16 the small ones would be rounded away
         (parameter * torch.tensor(value, dtype=torch.bfloat16)).sum().backward()
-    assert trainables.masters["weight"].grad.tolist() == [1 + 2**-8] * 3
+    assert master_weights.masters["weight"].grad.tolist() == [1 + 2**-8] * 3
     assert parameter.grad is None
 
 

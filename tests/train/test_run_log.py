@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_lora.errors import DiskError
-from lit_lora.train.run_log import Metrics, plot_losses, read_metrics
+from lit_lora.train.run_log import RunLog, plot_losses, read_metrics
 from tests.train.tiny_run import adapted, make_rows, train
 
 
@@ -27,7 +27,7 @@ def test_a_run_records_each_step_and_validation_as_a_json_line(tmp_path):
 
 
 def test_pain_12_values_that_are_not_finite_are_null(tmp_path):
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = RunLog(tmp_path, tensorboard=False)
     metrics.record(1, loss=math.nan, grad_norm=math.inf, lr=0.1)
     metrics.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -38,11 +38,11 @@ def test_records_after_the_checkpoint_are_dropped_and_a_cut_line_is_left_out(tmp
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
-    metrics = Metrics(tmp_path, first_step=2, tensorboard=False)
+    metrics = RunLog(tmp_path, first_step=2, tensorboard=False)
     metrics.record(3, loss=0.5)
     metrics.close()
     assert [record["loss"] for record in read_metrics(path)] == [3, 2, 0.5]
-    Metrics(tmp_path, tensorboard=False).close()
+    RunLog(tmp_path, tensorboard=False).close()
     assert path.read_text() == ""
 
 
@@ -73,7 +73,7 @@ def test_a_plot_that_cannot_be_written_is_a_warning(tmp_path, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_said_plainly(tmp_path):
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = RunLog(tmp_path, tensorboard=False)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, metrics._file.fileno())
     os.close(full)
@@ -87,7 +87,7 @@ def test_a_full_disk_is_said_plainly(tmp_path):
 def test_tensorboard_gets_the_same_figures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = Metrics(tmp_path)
+    metrics = RunLog(tmp_path)
     for step in (1, 2):
         metrics.record(step, loss=3.0 / step)
     metrics.close()

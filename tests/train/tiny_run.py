@@ -75,7 +75,9 @@ def make_rows(count: int = 8, *, seed: int = 0, stride: int = 7, without_targets
 
 def with_beginning(rows: Rows, beginning: list[int]) -> Rows:
     """The rows behind tokens that all of them begin with."""
-    documents = [(beginning + row.input_ids.tolist(), [False] * len(beginning) + row.learn.tolist()) for row in rows]
+    documents = [
+        (beginning + row.input_ids.tolist(), [False] * len(beginning) + row.loss_mask.tolist()) for row in rows
+    ]
     return Rows.from_tokens(documents)
 
 

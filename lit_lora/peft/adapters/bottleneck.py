@@ -33,7 +33,7 @@ from lit_lora.peft.core.method import Method
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_embedding
 from lit_lora.peft.core.targeted import translated
-from lit_lora.peft.core.with_modules_to_save import WholeModules
+from lit_lora.peft.core.with_modules_to_save import WithModulesToSave
 
 __all__ = [
     "Bottleneck",
@@ -168,7 +168,7 @@ class TaskEmbedding(AddedModule):
         return output + self.vector.to(output.dtype)
 
 
-class BottleneckConfig(WholeModules):
+class BottleneckConfig(WithModulesToSave):
     """What the bottleneck adapters share."""
 
     default_lr: ClassVar[float | None] = 1e-3
@@ -183,7 +183,7 @@ class BottleneckConfig(WholeModules):
     )
 
     @property
-    def steady(self) -> bool:
+    def graph_safe(self) -> bool:
         """Unless it is drawn for every batch which layers have an adapter."""
         return self.drop_layers != "random"
 
@@ -227,7 +227,7 @@ class HoulsbyConfig(BottleneckConfig):
             raise ValueError("drop_layers: random leaves out adapters and not norms, expected train_norms: false")
         return self
 
-    def on(self, model: nn.Module) -> Method:
+    def with_module_names_of(self, model: nn.Module) -> Method:
         """These settings with the default targets as ``model`` calls these places."""
         return translated(self, model, "target_modules")
 
@@ -243,7 +243,7 @@ class HoulsbyConfig(BottleneckConfig):
         if self.train_norms:
             for name in norms(model, self._first_layer(len(blocks(model)))):
                 replace_module(model, name, TrainedCopy(model.get_submodule(name)))
-        self.train_whole(model)
+        self.train_modules_to_save(model)
 
 
 class ParallelConfig(BottleneckConfig):
@@ -256,7 +256,7 @@ class ParallelConfig(BottleneckConfig):
     init_zero: bool = Field(True, description="Start with up at zero, which changes nothing at first.")
     scale: float = Field(4.0, gt=0, description="Factor of the adapter's output.")
 
-    def on(self, model: nn.Module) -> Method:
+    def with_module_names_of(self, model: nn.Module) -> Method:
         """These settings with the default targets as ``model`` calls these places."""
         return translated(self, model, "target_modules")
 
@@ -272,7 +272,7 @@ class ParallelConfig(BottleneckConfig):
         for module in own_modules(model).values():
             if isinstance(module, ParallelAdapter):
                 module.scale = self.scale
-        self.train_whole(model)
+        self.train_modules_to_save(model)
 
 
 class LinConfig(BottleneckConfig):
@@ -298,7 +298,7 @@ class LinConfig(BottleneckConfig):
             embedding = model.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             TaskEmbedding(embedding.embedding_dim).join(embedding)
-        self.train_whole(model)
+        self.train_modules_to_save(model)
 
 
 def drop_layers(model: nn.Module, first: int) -> None:
@@ -321,7 +321,7 @@ def drop_layers(model: nn.Module, first: int) -> None:
         raise UsageError(f"drop_layers: {first}, expected 0 to {len(names)}, the layers that there are")
     for name, module in own.items():
         if module.owner in owners and 0 <= _layer_of(name, names) < first:
-            if "base_layer" in module._modules:
+            if module.wraps:
                 replace_module(model, name, module.base_layer)
             else:
                 module.leave(model.get_submodule(name.rpartition(".")[0]))

@@ -22,7 +22,7 @@ from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.matching import select
 from lit_lora.peft.core.modules import replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
-from lit_lora.peft.core.with_modules_to_save import WholeModules
+from lit_lora.peft.core.with_modules_to_save import WithModulesToSave
 
 __all__ = ["ResidualAdapter", "ResidualConfig"]
 
@@ -57,7 +57,7 @@ class TrainedBatchNorm(TrainedCopy):
         return self
 
 
-class ResidualConfig(WholeModules):
+class ResidualConfig(WithModulesToSave):
     """Residual adapters: 1×1 convolutions beside the filters of a convolutional net."""
 
     default_lr: ClassVar[float | None] = 1e-3
@@ -80,4 +80,4 @@ class ResidualConfig(WholeModules):
         for name in batch_norms:
             if self.train_norms:
                 replace_module(model, name, TrainedBatchNorm(model.get_submodule(name)))
-        self.train_whole(model)
+        self.train_modules_to_save(model)

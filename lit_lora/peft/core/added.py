@@ -98,7 +98,7 @@ class AddedMethod(Method):
     @property
     def label(self) -> str:
         """The method's name, which marks the modules that it puts in."""
-        return str(self.model_dump()["name"])
+        return self.name
 
     def apply(self, model: nn.Module) -> None:
         """Put the method's modules in, in place, and mark them as its own."""
@@ -194,7 +194,7 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
         UsageError: There is none.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "front") and hasattr(module, "embed_tokens"):
+        if hasattr(module, "prefix_length") and hasattr(module, "embed_tokens"):
             return name, module
     raise UsageError("peft: this method needs a decoder of this package, whose attention takes what stands before")
 

@@ -68,7 +68,7 @@ def base_tensors(model: nn.Module) -> BaseTensors:
 
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
     if isinstance(module, OwnModule):
-        if "base_layer" in module._modules:
+        if module.wraps:
             yield from _base_tensors(module.base_layer, prefix)
         return
     if isinstance(module, QuantizedLinear):

@@ -63,7 +63,7 @@ def matched_table(model: nn.Module) -> list[MatchedRow]:
 
 
 def _shape(module: nn.Module) -> str:
-    if isinstance(module, OwnModule) and "base_layer" not in module._modules:
+    if isinstance(module, OwnModule) and not module.wraps:
         return module.extra_repr()
     base = module.base_layer if isinstance(module, OwnModule) else module
     if isinstance(base, QuantizedLinear):

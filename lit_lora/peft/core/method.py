@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol, TypeVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.config import Settings
@@ -23,13 +24,14 @@ __all__ = ["AnyConfig", "Decomposer", "Kind", "Method"]
 
 AnyConfig = TypeVar("AnyConfig")
 
-Kind = Literal["low-rank", "quantized", "added", "full"]
+Kind = Literal["mergeable", "quantized", "added", "full"]
 
 
 class Method(Settings):
     """Settings of one finetuning method; ``apply`` changes a model in place into one that trains by it."""
 
     kind: ClassVar[Kind]
+    name: str = Field("", description="The method.")
     default_lr: ClassVar[float | None] = None
     """The learning rate where the config gives none; ``None`` for that of the optimizer's settings."""
     own_base: ClassVar[bool] = False
@@ -50,17 +52,17 @@ class Method(Settings):
         """
 
     @property
-    def steady(self) -> bool:
+    def graph_safe(self) -> bool:
         """Whether every training step does the same operations, so that a GPU's may be recorded once and repeated."""
         return False
 
     @property
-    def rows_to_start(self) -> int:
+    def init_rows(self) -> int:
         """Rows of the data that the method looks at before it starts."""
         return 0
 
-    def start_from(self, model: nn.Module, passes: Iterable[Pass]) -> Method:
-        """As :meth:`apply`, starting from what the model does with the rows that ``rows_to_start`` asks for.
+    def init_from_data(self, model: nn.Module, passes: Iterable[Pass]) -> Method:
+        """As :meth:`apply`, starting from what the model does with the rows that ``init_rows`` asks for.
 
         Returns:
             Settings by which ``apply`` gives modules of the same shapes.
@@ -72,11 +74,11 @@ class Method(Settings):
         return self
 
     @property
-    def settles(self) -> bool:
-        """Whether :meth:`settle` has something to choose, by the loss on validation rows."""
+    def finalizes(self) -> bool:
+        """Whether :meth:`finalize` has something to choose, by the loss on validation rows."""
         return False
 
-    def settle(self, model: nn.Module, score: Callable[[], float]) -> Method:
+    def finalize(self, model: nn.Module, score: Callable[[], float]) -> Method:
         """Choose, in place, what training has left open.
 
         Args:
@@ -96,7 +98,7 @@ class Method(Settings):
         """Factors of the learning rate by parameter name, of an adapted model, where they are not 1."""
         return {}
 
-    def over(self, quantize: QuantizeConfig) -> Method:
+    def for_quantized_base(self, quantize: QuantizeConfig) -> Method:
         """These settings as they are over a base quantised so.
 
         Raises:
@@ -105,7 +107,7 @@ class Method(Settings):
         return self
 
     @property
-    def weighing_rows(self) -> int:
+    def calibration_rows(self) -> int:
         """Rows of the data whose gradients say how much errors of the base matter."""
         return 0
 
@@ -126,7 +128,7 @@ class Method(Settings):
             model: Without values, such as on the meta device, and without an adapter.
             quantize: How the base is quantised.
             read: Gives the weight (out, in) of a linear layer by its name.
-            weights: How much errors matter, by layer, where ``weighing_rows`` asks for it.
+            weights: How much errors matter, by layer, where ``calibration_rows`` asks for it.
 
         Raises:
             UsageError: The settings do not fit this model.
@@ -149,11 +151,11 @@ class Method(Settings):
         """These settings with texts turned into token ids; a method without texts stays as it is."""
         return self
 
-    def on(self, model: nn.Module) -> Method:
+    def with_module_names_of(self, model: nn.Module) -> Method:
         """These settings with the places that are named by default as ``model`` calls them."""
         return self
 
-    def with_whole(self, names: Sequence[str]) -> Method:
+    def with_modules_to_save(self, names: Sequence[str]) -> Method:
         """These settings with modules that train in full beside the method, such as a new head.
 
         Raises:
@@ -162,15 +164,14 @@ class Method(Settings):
         if not names:
             return self
         raise UsageError(
-            f"peft.name: {self.model_dump()['name']} trains nothing beside its own modules, and {', '.join(names)} "
-            "must train too",
+            f"peft.name: {self.name} trains nothing beside its own modules, and {', '.join(names)} must train too",
             hint="take lora, another low-rank method, houlsby or full",
         )
 
     @property
     def about(self) -> str:
         """The method and its main settings in a few words."""
-        return str(self.model_dump()["name"])
+        return self.name
 
     @property
     def lr(self) -> float | None:
@@ -180,7 +181,7 @@ class Method(Settings):
     @property
     def title(self) -> str:
         """The method's name as one writes it."""
-        return str(self.model_dump()["name"]).replace("-", " ").capitalize()
+        return self.name.replace("-", " ").capitalize()
 
 
 class Decomposer(Protocol):

@@ -39,6 +39,11 @@ class OwnModule(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    @property
+    def wraps(self) -> bool:
+        """Whether it stands in the place of a module, its ``base_layer``, rather than within one."""
+        return "base_layer" in self._modules
+
     @abstractmethod
     def updates(self) -> dict[str, Update]:
         """What merging does to the parameters of ``base_layer``, by their names in it."""
@@ -87,7 +92,7 @@ def model_updates(model: nn.Module) -> dict[str, Update]:
 def remove(model: nn.Module) -> None:
     """Take the adapter out: every wrapped module goes back to its place, as it was."""
     for name, module in own_modules(model).items():
-        if "base_layer" in module._modules:
+        if module.wraps:
             replace_module(model, name, module.base_layer)
         else:
             module.leave(model.get_submodule(name.rpartition(".")[0]))

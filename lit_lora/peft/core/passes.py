@@ -14,7 +14,7 @@ __all__ = ["Pass", "each_gradient", "mean_squares"]
 class Pass(NamedTuple):
     """One micro-batch of the user's rows."""
 
-    learned: Tensor
+    target_positions: Tensor
     """(T,) bool: the positions whose next token is learned."""
     run: Callable[[], None]
     """Runs it through the model: forward, and backward to whatever requires a gradient. Rows of padding may follow."""

@@ -33,7 +33,7 @@ class TargetedMethod(Method):
     matches nothing is an error.
     """
 
-    kind: ClassVar[Kind] = "low-rank"
+    kind: ClassVar[Kind] = "mergeable"
     peft_type: ClassVar[str]
     """``peft_type`` of its adapter files, PEFT's where PEFT has the method."""
     peft_keys: ClassVar[frozenset[str]] = frozenset()
@@ -41,7 +41,6 @@ class TargetedMethod(Method):
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     """Kinds of modules that can be named; without names, the linear ones are meant."""
 
-    name: str = Field("", description="The method.")
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
         "all-linear",
         description="Modules to adapt: all-linear (every linear layer but the output head), q,v (the LoRA paper's "
@@ -52,15 +51,15 @@ class TargetedMethod(Method):
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
 
     @property
-    def steady(self) -> bool:
+    def graph_safe(self) -> bool:
         """What wraps a module computes the same with it in every step."""
         return True
 
-    def on(self, model: nn.Module) -> Method:
+    def with_module_names_of(self, model: nn.Module) -> Method:
         """These settings with the names that are the method's defaults as ``model`` calls these places."""
         return translated(self, model, "target_modules", "feedforward_modules")
 
-    def with_whole(self, names: Sequence[str]) -> Method:
+    def with_modules_to_save(self, names: Sequence[str]) -> Method:
         """These settings with ``names`` among the modules that train in full."""
         return self.model_copy(update={"modules_to_save": list(dict.fromkeys([*self.modules_to_save, *names]))})
 

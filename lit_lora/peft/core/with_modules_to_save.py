@@ -13,19 +13,19 @@ from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.targeted import with_parameters
 
-__all__ = ["WholeModules"]
+__all__ = ["WithModulesToSave"]
 
 
-class WholeModules(AddedMethod):
-    """An added method beside which other modules can train; its ``add`` ends with :meth:`train_whole`."""
+class WithModulesToSave(AddedMethod):
+    """An added method beside which other modules can train; its ``add`` ends with :meth:`train_modules_to_save`."""
 
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
 
-    def with_whole(self, names: Sequence[str]) -> WholeModules:
+    def with_modules_to_save(self, names: Sequence[str]) -> WithModulesToSave:
         """These settings with ``names`` among the modules that train in full."""
         return self.model_copy(update={"modules_to_save": list(dict.fromkeys([*self.modules_to_save, *names]))})
 
-    def train_whole(self, model: nn.Module) -> None:
+    def train_modules_to_save(self, model: nn.Module) -> None:
         """Let the named modules train, in place; those that train already, such as norms, stay so.
 
         Raises:

@@ -126,7 +126,7 @@ def save_adapter(
     *,
     base: str | Path,
     data: str = "",
-    figures: Mapping[str, object] | None = None,
+    metrics: Mapping[str, object] | None = None,
     task: Mapping[str, Any] | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> Path:
@@ -138,7 +138,7 @@ def save_adapter(
         folder: The adapter folder.
         base: Folder or Hub id of the base model.
         data: What it was trained on, for the model card.
-        figures: Numbers for the model card.
+        metrics: Numbers for the model card.
         task: What a head in it predicts, as plain data.
         task_type: PEFT's name of what the model is for.
 
@@ -166,7 +166,7 @@ def save_adapter(
     quantize = found_config(model)
     if quantize is not None:
         extras["quantize"] = quantize.model_dump(mode="json")
-        figures = {"Base held as": str(quantize), **(figures or {})}
+        metrics = {"Base held as": str(quantize), **(metrics or {})}
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, settings)
@@ -176,7 +176,7 @@ def save_adapter(
             base=str(base),
             method=config.about,
             data=data,
-            figures=figures,
+            metrics=metrics,
             adapter=True,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -236,7 +236,9 @@ def _targeted(folder: Path, raw: Mapping[str, Any]) -> type[TargetedMethod]:
     Raises:
         InputError: None does.
     """
-    known = {cls.peft_type: cls for cls in methods("low-rank", "quantized").values() if issubclass(cls, TargetedMethod)}
+    known = {
+        cls.peft_type: cls for cls in methods("mergeable", "quantized").values() if issubclass(cls, TargetedMethod)
+    }
     kind = str(raw.get("peft_type"))
     # One of ours may carry the name of PEFT's: the same method, in a form that PEFT does not have.
     method = known.get(kind) or known.get(kind.removeprefix(OWN))

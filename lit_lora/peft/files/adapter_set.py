@@ -71,7 +71,7 @@ class Adapters:
             remove(self.model)
         self.active = name
         for place, module in self._modules.get(name or "", {}).items():
-            if "base_layer" in module._modules:
+            if module.wraps:
                 replace_module(self.model, place, module)
             elif isinstance(module, AddedModule):
                 module.join(self.model.get_submodule(place.rpartition(".")[0]))

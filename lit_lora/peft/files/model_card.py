@@ -12,7 +12,7 @@ __all__ = ["card_row", "model_card"]
 
 
 def model_card(
-    title: str, *, base: str, method: str, data: str = "", figures: Mapping[str, object] | None = None, adapter: bool
+    title: str, *, base: str, method: str, data: str = "", metrics: Mapping[str, object] | None = None, adapter: bool
 ) -> str:
     """A README.md with the front matter that the Hub reads.
 
@@ -21,7 +21,7 @@ def model_card(
         base: Folder or Hub id of the base model; of a folder only the name is shown.
         method: How it was made.
         data: What it was trained on.
-        figures: Numbers worth knowing, such as the loss before and after.
+        metrics: Numbers worth knowing, such as the loss before and after.
         adapter: An adapter, or else a whole model.
     """
     local = Path(base).is_absolute() or Path(base).exists() or base.startswith(".")
@@ -29,7 +29,7 @@ def model_card(
     front = ["library_name: peft" if adapter else "library_name: transformers", "tags: [lit-lora]"]
     if not local and base.count("/") == 1:
         front.append(f"base_model: {base}")
-    rows = {"Base model": shown, "Method": method, "Data": data, **(figures or {})}
+    rows = {"Base model": shown, "Method": method, "Data": data, **(metrics or {})}
     table = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in ("", None)]
     lines = ["---", *front, "---", "", f"# {title}", "", "| | |", "|---|---|", *table, ""]
     return "\n".join([*lines, f"Written by lit-lora {__version__}.", ""])

@@ -90,14 +90,14 @@ class LoRAConfig(TargetedMethod):
         starts_so = self.name == "lora" or (self.name == "dora" and self.init == "eva")
         if self.init not in ("kaiming", "gaussian") and not starts_so:
             raise ValueError(f"init {self.init!r} is for lora, {self.title} starts at kaiming or gaussian")
-        if self.start_rows is not None and not self.rows_to_start:
+        if self.start_rows is not None and not self.init_rows:
             raise ValueError(f"start_rows has no effect with init {self.init!r}, it is for eva and lora-ga")
         if self.rho is not None and self.init != "eva":
             raise ValueError(f"rho has no effect with init {self.init!r}, it is for eva")
         return self
 
     @property
-    def rows_to_start(self) -> int:
+    def init_rows(self) -> int:
         """Rows of the data that EVA and LoRA-GA look at."""
         return (self.start_rows or 64) if self.init in ("eva", "lora-ga") else 0
 
@@ -247,7 +247,7 @@ class LoRAConfig(TargetedMethod):
         """What takes the place of a linear layer."""
         return LoRALinear(base, rank, scaling, **settings)
 
-    def start_from(self, model: nn.Module, passes: Iterable[Pass]) -> LoRAConfig:
+    def init_from_data(self, model: nn.Module, passes: Iterable[Pass]) -> LoRAConfig:
         """As :meth:`apply`; EVA and LoRA-GA start from what the model, yet without adapter, does with the rows.
 
         Returns:
@@ -256,7 +256,7 @@ class LoRAConfig(TargetedMethod):
         Raises:
             UsageError: A name matches no module, or the settings do not fit the model or the rows.
         """
-        if not self.rows_to_start:
+        if not self.init_rows:
             self.apply(model)
             return self
         ranks = self.ranks_and_alphas(self.targets(model))

@@ -50,19 +50,19 @@ class Components:
 
     def add(self, vectors: Tensor) -> None:
         """Take a portion in, (n, D)."""
-        portion, n = vectors.float(), len(vectors)
+        batch, n = vectors.float(), len(vectors)
         if n == 0:
             return
-        mean = portion.mean(0)
-        portion = portion - mean
-        self._squares += float(portion.square().sum(dtype=torch.float64))
+        mean = batch.mean(0)
+        batch = batch - mean
+        self._squares += float(batch.square().sum(dtype=torch.float64))
         if self.seen == 0:
-            self._mean, rows = mean, portion
+            self._mean, rows = mean, batch
         else:
             shift = (self._mean - mean) * (self.seen * n / (self.seen + n)) ** 0.5
             self._squares += float(shift.square().sum(dtype=torch.float64))
             self._mean = (self._mean * self.seen + mean * n) / (self.seen + n)
-            rows = torch.cat([self._rows, portion, shift[None]])
+            rows = torch.cat([self._rows, batch, shift[None]])
         self.seen += n
         sizes, directions = _largest(rows, self.count + _OVERSAMPLING)  # more than asked for: less is lost on the way
         real = sizes > 1e-6 * sizes[:1]  # n vectors span less than n directions beside their mean
@@ -94,7 +94,7 @@ def principal_inputs(
         passes: The rows.
     """
     found: dict[str, Components] = {}
-    learned = latest = torch.empty(0)
+    target_positions = latest = torch.empty(0)
     latest_components = Components(count)
 
     def look(name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -103,13 +103,13 @@ def principal_inputs(
         if x is not latest:
             latest, latest_components = x, found.get(name) or Components(count)
             flat = x.detach().reshape(-1, x.shape[-1])
-            latest_components.add(flat[: len(learned)][learned.to(x.device)])
+            latest_components.add(flat[: len(target_positions)][target_positions.to(x.device)])
         found[name] = latest_components
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in names]
     try:
         for one in passes:
-            learned = one.learned
+            target_positions = one.target_positions
             with torch.no_grad():
                 one.run()
     finally:

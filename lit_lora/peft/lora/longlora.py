@@ -94,7 +94,7 @@ class LongLoRAConfig(LoRAConfig):
     )
 
     @property
-    def steady(self) -> bool:
+    def graph_safe(self) -> bool:
         """Groups are cut by the documents' lengths."""
         return False
 

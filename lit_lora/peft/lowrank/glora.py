@@ -185,7 +185,7 @@ class GLoRALinear(OwnModule):
         super().train(mode)
         return self
 
-    def settle(self, forms: Mapping[str, str]) -> None:
+    def finalize(self, forms: Mapping[str, str]) -> None:
         """Keep these forms and drop all other numbers, in place."""
         self.searching = False
         for name, form in forms.items():
@@ -241,7 +241,7 @@ class GLoRAConfig(TargetedMethod, Forms):
     )
 
     @property
-    def steady(self) -> bool:
+    def graph_safe(self) -> bool:
         """Without a search, which draws forms for every step."""
         return self.search is None
 
@@ -277,11 +277,11 @@ class GLoRAConfig(TargetedMethod, Forms):
         return wrapped
 
     @property
-    def settles(self) -> bool:
+    def finalizes(self) -> bool:
         """Whether forms are chosen after training."""
         return self.search is not None
 
-    def settle(self, model: nn.Module, score: Callable[[], float]) -> GLoRAConfig:
+    def finalize(self, model: nn.Module, score: Callable[[], float]) -> GLoRAConfig:
         """Choose the forms of every layer, in place, and return the settings that name them.
 
         Raises:
@@ -302,7 +302,7 @@ class GLoRAConfig(TargetedMethod, Forms):
         pattern = {}
         for (name, layer), gene in zip(layers.items(), genes, strict=True):
             forms = choices[name][gene]
-            layer.settle(forms)
+            layer.finalize(forms)
             pattern[name] = Forms.model_validate({**dict.fromkeys(Forms.model_fields, "none"), **forms})
             if not layer.terms:
                 replace_module(model, name, layer.base_layer)

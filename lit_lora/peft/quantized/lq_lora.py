@@ -64,11 +64,11 @@ class LQLoRAConfig(LoftQConfig):
         return "LQ-LoRA"
 
     @property
-    def weighing_rows(self) -> int:
+    def calibration_rows(self) -> int:
         """Rows of the data whose gradients say how much errors of the base matter."""
         return self.fisher_rows
 
-    def over(self, quantize: QuantizeConfig) -> LQLoRAConfig:
+    def for_quantized_base(self, quantize: QuantizeConfig) -> LQLoRAConfig:
         """These settings; the types are theirs to choose.
 
         Raises:

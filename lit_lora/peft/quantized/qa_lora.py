@@ -79,7 +79,7 @@ class QALoRAConfig(LoRAConfig):
         """The method's name as one writes it."""
         return "QA-LoRA"
 
-    def over(self, quantize: QuantizeConfig) -> QALoRAConfig:
+    def for_quantized_base(self, quantize: QuantizeConfig) -> QALoRAConfig:
         """These settings over a base: its blocks are the groups, unless given.
 
         Raises:
@@ -104,7 +104,7 @@ class QALoRAConfig(LoRAConfig):
         """
         quantized = base.quantized if isinstance(base, QuantizedLinear) else None
         if quantized is not None and not isinstance(quantized, Groups):
-            self.over(quantized.config)
+            self.for_quantized_base(quantized.config)
         group = self.group_size or (quantized.config.block_size if quantized is not None else None)
         if group is None:
             raise UsageError(f"peft.name: qa-lora trains over a base in groups, {name} is not quantised")

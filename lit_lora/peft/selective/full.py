@@ -25,7 +25,7 @@ class FullConfig(Method):
         "all", description="all, or names of the modules that train, such as mlp, lm_head or model.layers.29.*."
     )
 
-    def with_whole(self, names: Sequence[str]) -> FullConfig:
+    def with_modules_to_save(self, names: Sequence[str]) -> FullConfig:
         """These settings with ``names`` among the modules that train."""
         if self.train == "all":
             return self

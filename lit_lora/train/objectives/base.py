@@ -67,7 +67,7 @@ class Objective(Protocol):
         """What the loss is divided by the number of, in one word or two."""
 
     @property
-    def figures(self) -> tuple[str, ...]:
+    def metrics(self) -> tuple[str, ...]:
         """What :meth:`validate` measures beside the loss; of each, more is better."""
 
     def count(self, batch: Any) -> int:

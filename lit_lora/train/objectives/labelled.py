@@ -46,7 +46,7 @@ class Classification:
     """
 
     unit: ClassVar[str] = "row"
-    figures: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
 
     def __init__(self, labels: int) -> None:
         self.labels = labels
@@ -80,7 +80,7 @@ class Regression:
     """Squared error of a number, averaged over rows."""
 
     unit: ClassVar[str] = "row"
-    figures: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
 
     def count(self, batch: Inputs) -> int:
         """Rows."""
@@ -113,7 +113,7 @@ class Seq2Seq:
     """
 
     unit: ClassVar[str] = "target token"
-    figures: ClassVar[tuple[str, ...]] = ("exact_match",)
+    metrics: ClassVar[tuple[str, ...]] = ("exact_match",)
 
     def count(self, batch: Inputs) -> int:
         """Target tokens."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lit_lora import IGNORE_INDEX
-from lit_lora.train.cuda_graphs import Recorder
+from lit_lora.train.cuda_graphs import GraphRunner
 from lit_lora.train.loss import backward, evaluate
 
 __all__ = ["NextToken"]
@@ -18,14 +18,14 @@ class NextToken:
     """Every learned token is predicted from those before it; the batches are those of :mod:`lit_lora.train.loss`.
 
     Args:
-        steady: Every step does the same operations on the model, so that a GPU's may be recorded and repeated.
+        graph_safe: Every step does the same operations on the model, so that a GPU's may be recorded and repeated.
     """
 
     unit: ClassVar[str] = "learned token"
-    figures: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, *, steady: bool = False) -> None:
-        self._backward = Recorder().backward if steady else backward
+    def __init__(self, *, graph_safe: bool = False) -> None:
+        self._backward = GraphRunner().backward if graph_safe else backward
 
     def count(self, batch: Any) -> int:
         """Learned tokens."""

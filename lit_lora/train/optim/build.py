@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_lora import log
 from lit_lora.config import Settings
 from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW
-from lit_lora.train.optim.master_weights import Trainables
+from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["OptimizerConfig", "build_optimizer", "state_bytes"]
 
@@ -38,18 +38,18 @@ class OptimizerConfig(Settings):
 
 
 def build_optimizer(
-    config: OptimizerConfig, trainables: Trainables, lr_factors: Mapping[str, float] | None = None
+    config: OptimizerConfig, master_weights: MasterWeights, lr_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer over all masters: matrices with weight decay, vectors without.
 
     Args:
         config: Its settings.
-        trainables: The masters.
+        master_weights: The masters.
         lr_factors: Parameter name: factor of its learning rate, where that is not 1. Each group of the optimizer
             carries its own as ``lr_factor``.
     """
     factors, members = lr_factors or {}, dict[tuple[float, float], list[Tensor]]()
-    for name, tensor in trainables.masters.items():
+    for name, tensor in master_weights.masters.items():
         decay = config.weight_decay if tensor.dim() >= 2 else 0.0
         members.setdefault((decay, factors.get(name, 1.0)), []).append(tensor)
     groups = [
@@ -60,7 +60,7 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     bits = 8 if config.name.endswith("8bit") else 32
-    paged = config.name.startswith("paged") and next(iter(trainables.masters.values())).device.type == "cuda"
+    paged = config.name.startswith("paged") and next(iter(master_weights.masters.values())).device.type == "cuda"
     if config.name.startswith("paged") and not paged:
         plain = config.name.removeprefix("paged_")
         log.warn(f"optimizer.name={config.name}: only a CUDA device pages; here it is the same as {plain}")

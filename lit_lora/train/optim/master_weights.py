@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 
-__all__ = ["Trainables"]
+__all__ = ["MasterWeights"]
 
 
-class Trainables:
+class MasterWeights:
     """The parameters that train, each with the float32 tensor that the optimizer moves.
 
     A float32 parameter is its own master. A bfloat16 or float16 one (full finetuning, trained norms) gets a float32
     master, because an update smaller than its rounding would be lost: its gradients are added up in the master's, and
-    :meth:`publish` rounds the master into the parameter.
+    :meth:`copy_to_model` rounds the master into the parameter.
 
     Raises:
         UsageError: Nothing requires a gradient.
@@ -42,7 +42,7 @@ class Trainables:
         if not self.masters:
             raise UsageError("no parameter requires a gradient: the method trains nothing of this model")
 
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the masters into the model's parameters, in place."""
         with torch.no_grad():
             for parameter, master in self._rounded:
