@@ -118,7 +118,7 @@ def fit(
         model.eval()
         run.master_weights.release()
         run_log.close()
-        plot_losses(run_log.path, run.folder / "loss.png", unit=objective.unit)
+        plot_losses(run_log.path, run.folder / "loss.png", unit=objective.unit, best_step=run.progress.best_step)
     best = run.progress.best_step or run.progress.step
     if best != run.progress.step:
         run.store.load(best, run.master_weights)

@@ -8,10 +8,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lit_lora import log
 from lit_lora.files import disk_errors, write_text
 
-__all__ = ["RunLog", "plot_losses", "read_metrics"]
+__all__ = ["RunLog", "loss_figure", "plot_losses", "read_metrics"]
+
+_LOG_FROM = 10
+"""Times by which losses fall before their axis is logarithmic."""
+
+_LOG_TO = 1e4
+"""Times the highest loss is above the lowest that a logarithmic axis shows."""
 
 
 class RunLog:
@@ -77,50 +85,111 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_losses(path: Path, target: Path, *, unit: str = "learned token") -> None:
+def plot_losses(path: Path, target: Path, *, unit: str = "learned token", best_step: int | None = None) -> None:
     """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file, and what else validations measured.
 
-    Nothing is drawn of nothing; and since all figures are in the other file, a disk that cannot take it is a warning.
-    """
-    records = read_metrics(path)
-    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
-    if not training and not validation:
-        return
-    # matplotlib takes a second to import: only when there is something to draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    Nothing is drawn without losses; and since all numbers are in the other file, a disk that cannot take the plot is
+    only a warning.
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    if training:
-        axes.plot(*zip(*training, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
-        axes.plot(*zip(*_smooth(training), strict=True), color="#08519c", linewidth=2, label="training, smoothed")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", label="validation")
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"loss per {unit}")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    lines = [*axes.get_lines(), *_plot_figures(axes, records)]
-    axes.legend(lines, [line.get_label() for line in lines])
+    Args:
+        path: The ``metrics.jsonl``.
+        target: The PNG file.
+        unit: What the loss is a mean over.
+        best_step: The step whose weights the run keeps, to be marked.
+    """
+    figure = loss_figure(read_metrics(path), title=f"Run {path.absolute().parent.name}", unit=unit, best_step=best_step)
+    if figure is None:
+        return
     try:
         figure.savefig(target, dpi=120)
     except OSError as error:
         log.warn(f"{target}: the plot could not be written: {error.strerror}")
 
 
-def _plot_figures(axes: Any, records: list[dict[str, Any]]) -> list[Any]:
-    """Lines of the validation's other figures on a scale of their own, at the right."""
+def loss_figure(records: list[dict[str, Any]], *, title: str, unit: str, best_step: int | None = None) -> Any:
+    """The matplotlib figure of :func:`plot_losses`; ``None`` without losses."""
+    training = _points(records, "loss")
+    validation = _points(records, "validation_loss")
+    if not training and not validation:
+        return None
+    # matplotlib takes a second to import: only when there is something to draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    smoothed = _smooth(training)
+    if smoothed != training:
+        axes.plot(*zip(*training, strict=True), color="#9ecae1", linewidth=1, label="training, each step")
+        axes.plot(*zip(*smoothed, strict=True), color="#08519c", linewidth=2, label="training, smoothed")
+    elif training:
+        axes.plot(*zip(*training, strict=True), color="#08519c", marker=".", label="training, each step")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#d94801", marker="o", label="validation")
+    if best_step is not None:
+        axes.axvline(best_step, color="#636363", linewidth=1, linestyle=":", label=f"best weights, step {best_step}")
+
+    _scale_losses(axes, [loss for _, loss in [*smoothed, *validation]], [loss for _, loss in training])
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss per {unit}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    lines = [*axes.get_lines(), *_plot_metrics(axes, records)]
+    # Below the plot, where it covers no curve.
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _points(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Step and value of the records that have this value."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+
+
+def _scale_losses(axes: Any, curves: list[float], each_step: list[float]) -> None:
+    """Choose the scale of the loss: logarithmic where the curves fall by more than ten times.
+
+    A logarithmic axis has no place for 0, and a single tiny loss would stretch it over many decades: where there are
+    such, it is linear below a floor, down to 0. Negative losses leave it linear everywhere.
+    """
+    lowest = min([*curves, *each_step])
+    top = max([*curves, *each_step])
+    lowest_positive = min((loss for loss in curves if loss > 0), default=top)
+    if lowest < 0 or max(curves) <= _LOG_FROM * lowest_positive:
+        # From 0 only where that leaves the curves room: 1.9 to 1.7 would be a flat line at the top.
+        if 0 <= lowest < top / 2:
+            axes.set_ylim(bottom=0)
+        return
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: PLC0415
+
+    # A label at 1, 2 and 5 of each decade; matplotlib's own locators crowd the linear part, or label powers of 10 only.
+    ticks = [digit * 10.0**decade for decade in range(-12, 13) for digit in (1, 2, 5)]
+    if lowest >= top / _LOG_TO:
+        axes.set_yscale("log")
+        axes.set_ylim(lowest / 1.3, top * 1.3)
+    else:
+        floor = max(lowest_positive / 2, top / _LOG_TO)
+        axes.set_yscale("symlog", linthresh=floor, linscale=0.3)
+        # A little below 0, so that points at 0 show whole.
+        axes.set_ylim(-floor / 8, top * 1.3)
+        ticks = [0.0, *(tick for tick in ticks if tick >= floor)]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+
+
+def _plot_metrics(axes: Any, records: list[dict[str, Any]]) -> list[Any]:
+    """Lines of the validation's other metrics on a scale of their own, at the right."""
     last: dict[str, Any] = next((record for record in reversed(records) if "validation_loss" in record), {})
     names = [name for name in last if name.startswith("validation_") and name != "validation_loss"]
     if not names:
         return []
     right = axes.twinx()
-    right.set_ylabel("validation figures")
-    for name, colour in zip(names, ("#31a354", "#756bb1", "#636363", "#e6550d"), strict=False):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    right.set_ylabel("validation metrics")
+    for name, colour in zip(names, ("#31a354", "#756bb1", "#636363", "#c51b8a"), strict=False):
+        points = _points(records, name)
         if points:
             label = name.removeprefix("validation_").replace("_", " ")
             right.plot(*zip(*points, strict=True), color=colour, marker=".", linestyle="--", label=label)
@@ -129,9 +198,14 @@ def _plot_figures(axes: Any, records: list[dict[str, Any]]) -> list[Any]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential moving average with its start corrected."""
-    smoothed, average, weight, decay = [], 0.0, 0.0, 0.9
-    for step, value in points:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append((step, average / weight))
+    """Mean over a window around each step, a twentieth of the run wide.
+
+    At the start the window is narrower, so that the curve begins where the run does.
+    """
+    losses = np.array([loss for _, loss in points])
+    reach = len(points) // 40
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        half = min(index, reach)
+        smoothed.append((step, float(losses[index - half : index + half + 1].mean())))
     return smoothed

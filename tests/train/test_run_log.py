@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_lora.errors import DiskError
-from lit_lora.train.run_log import RunLog, plot_losses, read_metrics
+from lit_lora.train.run_log import RunLog, loss_figure, plot_losses, read_metrics
 from tests.train.tiny_run import adapted, make_rows, train
 
 
@@ -47,7 +47,7 @@ def test_records_after_the_checkpoint_are_dropped_and_a_cut_line_is_left_out(tmp
 
 
 def test_the_plot_is_an_image_with_curves(tmp_path):
-    lines = [{"step": n, "loss": 3 / n} for n in range(1, 30)] + [{"step": 10, "validation_loss": 1.0}]
+    lines = [{"step": n, "loss": 3 / n} for n in range(1, 60)] + [{"step": 10, "validation_loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
@@ -56,6 +56,74 @@ def test_the_plot_is_an_image_with_curves(tmp_path):
         assert image.width > 600
     for colour in ((0x9E, 0xCA, 0xE1), (0x08, 0x51, 0x9C), (0xD9, 0x48, 0x01)):
         assert (np.abs(pixels.astype(int) - colour).sum(axis=1) < 30).sum() > 20
+
+
+def figure_of(losses, *, validation=(), **options):
+    """The figure of a run with these losses per step, validated from step 0 on every ten steps."""
+    records = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    records += [{"step": 10 * number, "validation_loss": loss} for number, loss in enumerate(validation)]
+    return loss_figure(records, title="Run mine", unit="row", **options)
+
+
+def labels(axes):
+    """The labels at the axis of losses, as far as they are in sight."""
+    axes.figure.canvas.draw()
+    low, high = axes.get_ylim()
+    return [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+@pytest.mark.parametrize(
+    ("losses", "validation", "scale"),
+    [
+        ([3 * 0.98**step for step in range(250)], [3.0, 0.02], "log"),
+        ([1.9 - step / 500 for step in range(100)], [1.9, 1.7], "linear"),
+        ([2.1, 1.4, 0.9], [], "linear"),
+        ([3.0, 0.2, 0.02], [], "log"),
+        ([2.0], [2.0, 1.9, 0.1], "log"),
+        ([3 * 0.95**step for step in range(100)] + [0.0] * 100, [3.0, 0.1, 0.0], "symlog"),
+        ([3 * 0.95**step for step in range(100)] + [1e-9], [], "symlog"),
+        ([2.0, 1.0, 0.0], [], "linear"),
+        ([0.0] * 50, [0.0], "linear"),
+        ([2.0, 0.1, -1.0], [], "linear"),
+    ],
+)
+def test_losses_that_fall_by_ten_times_have_a_logarithmic_axis(losses, validation, scale):
+    (axes,) = figure_of(losses, validation=validation).axes
+    assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    for loss in [*losses, *validation]:
+        assert low <= loss <= high
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_a_place_for_zero():
+    falling = [3 * 0.95**step for step in range(60)]
+    (axes,) = figure_of(falling).axes
+    assert labels(axes) == ["0.2", "0.5", "1", "2"]
+    (axes,) = figure_of([*falling, 0.0, 0.0, 0.0]).axes
+    assert labels(axes)[:2] == ["0", "0.05"]
+
+
+def test_an_axis_of_small_changes_does_not_begin_at_zero():
+    (axes,) = figure_of([1.9, 1.8, 1.7]).axes
+    assert axes.get_ylim()[0] > 1.6
+    (axes,) = figure_of([1.9, 0.8, 0.7]).axes
+    assert axes.get_ylim()[0] == 0
+
+
+def test_smoothing_grows_with_the_run_and_begins_where_it_does():
+    noisy = [2.0 + (-1) ** step for step in range(400)]
+    short, long = figure_of(noisy[:20]).axes[0], figure_of(noisy).axes[0]
+    assert [line.get_label() for line in short.get_lines()] == ["training, each step"]
+    each_step, smoothed = long.get_lines()
+    assert list(each_step.get_ydata()) == noisy
+    assert smoothed.get_ydata()[0] == noisy[0]
+    assert np.ptp(smoothed.get_ydata()[10:]) < 0.2
+
+
+def test_the_plot_names_its_run_and_marks_the_best_step():
+    figure = figure_of([2.0, 1.0], validation=[2.0, 1.5], best_step=10)
+    assert figure.axes[0].get_title() == "Run mine"
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "best weights, step 10"
 
 
 def test_nothing_is_plotted_of_nothing(tmp_path):
