@@ -12,7 +12,7 @@ from lit_lora.finetune import full, lora
 from lit_lora.checkpoint.load import load_model
 from lit_lora.config import dump_yaml, load_config, shipped_configs
 from lit_lora.errors import UsageError
-from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, plan, start
+from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, plan, start, step_duration
 from lit_lora.tokenizer import Tokenizer
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 
@@ -190,3 +190,19 @@ def test_a_former_key_is_accepted_with_a_line_that_names_the_present_one(
     path.write_text("model: {path: base}\ndata: {path: rows.jsonl}\ntrain: {best_by: f1, best_metric: loss}\n")
     with pytest.raises(UsageError, match=r"config.yaml:3: train: best_by is the former name of best_metric: give best"):
         load_config(path, lora.Config, [])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.00004, "1 ms"),
+        (0.034, "34 ms"),
+        (0.1234, "0.12 s"),
+        (1.0, "1 s"),
+        (1.62, "1.6 s"),
+        (9.99, "10 s"),
+        (75.2, "1 min 15 s"),
+    ],
+)
+def test_the_time_of_a_step_has_two_digits(seconds, shown):
+    assert step_duration(seconds) == shown

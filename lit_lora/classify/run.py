@@ -257,7 +257,7 @@ def plan_labelled(run: Run, model: nn.Module, data: LabelledData) -> None:
         ["padding", f"{padding:.1%} of what is computed, {len(micro_batches) / len(looked_at):.3g} portions a step"],
         *planned_steps(config, data.batches.steps_per_epoch, len(data.held_out or ())),
         ["best weights by", config.train.best_metric],
-        ["disk, about", human_bytes(disk)],
+        ["estimated disk space", human_bytes(disk)],
         ["run folder", str(run.folder)],
     ]
     log.table("Plan", ["what", "figure"], table)

@@ -83,7 +83,7 @@ def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Se
         rates = " ".join(f"{rate:g}" for rate in variant.rates)
         own, takes = variant.config, duration(its_time) if its_time else "done"
         rows.append([variant.name, own.recipe, own.peft.about, rates, str(count), takes])
-    columns = ["run", "recipe", "method", "learning rates", "runs", "time, about"]
+    columns = ["run", "recipe", "method", "learning rates", "runs", "estimated time"]
     log.table("What will run", columns, rows, right=(4, 5))
     seeds = " ".join(map(str, settings.seeds))
     measured = "" if settings.evaluate is None else f", without measuring on {settings.evaluate.data}"

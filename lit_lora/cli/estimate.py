@@ -106,7 +106,7 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
 
 
 def _show_parts(setup: Setup, estimated: Estimate) -> None:
-    from lit_lora.recipe import duration
+    from lit_lora.recipe import step_duration
 
     memory, trained = estimated.memory, f"{estimated.trainable:,} numbers in float32"
     names = {
@@ -124,16 +124,12 @@ def _show_parts(setup: Setup, estimated: Estimate) -> None:
     if estimated.weighing_bytes:
         what = f"once, before the first step: {setup.peft.calibration_rows} rows through the model in full"
         rows.append(["weighing", human_bytes(estimated.weighing_bytes), what])
-    log.table("Memory, about", ["part", "bytes", "what"], rows, right=(1,))
+    log.table("Estimated memory", ["part", "bytes", "what"], rows, right=(1,))
     seconds = estimated.seconds_per_step
-    time = (
-        "not known: the device is not here"
-        if seconds is None
-        else duration(seconds)
-        if seconds > 1
-        else f"{seconds:.2f} s"
-    )
-    log.say(f"time per step of {setup.train.batch_size} rows, about: {time}")
+    if seconds is None:
+        log.say(f"estimated time per step: unknown, device {setup.device.type!r} is not available")
+    else:
+        log.say(f"estimated time per step of {setup.train.batch_size} rows: {step_duration(seconds)}")
 
 
 def _held(setup: Setup) -> str:

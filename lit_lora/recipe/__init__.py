@@ -18,7 +18,16 @@ from lit_lora.recipe.config import (
 )
 from lit_lora.recipe.data import RunData, answer_samples, lengths_of, load_data, row_lengths
 from lit_lora.recipe.entry import execute, main
-from lit_lora.recipe.plan import duration, in_words, plan, planned_rows, planned_steps, show_what_trains, warn_of
+from lit_lora.recipe.plan import (
+    duration,
+    in_words,
+    plan,
+    planned_rows,
+    planned_steps,
+    show_what_trains,
+    step_duration,
+    warn_of,
+)
 from lit_lora.recipe.run import Options, Run, claim_folder, finish, start, summary
 
 __all__ = [
@@ -50,6 +59,7 @@ __all__ = [
     "row_lengths",
     "show_what_trains",
     "start",
+    "step_duration",
     "summary",
     "warn_of",
 ]

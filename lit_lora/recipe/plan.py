@@ -29,6 +29,7 @@ __all__ = [
     "planned_rows",
     "planned_steps",
     "show_what_trains",
+    "step_duration",
     "warn_of",
 ]
 
@@ -65,9 +66,9 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
             else []
         ),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
-        ["memory, about", human_bytes(estimated.peak_bytes)],
-        ["time, about", f"{duration((estimated.seconds_per_step or 0) * total)}, without validation"],
-        ["disk, about", human_bytes(estimated.disk_bytes)],
+        ["estimated memory", human_bytes(estimated.peak_bytes)],
+        ["estimated time", _planned_time(estimated.seconds_per_step, total)],
+        ["estimated disk space", human_bytes(estimated.disk_bytes)],
         ["run folder", str(run.folder)],
     ]
     log.table("Plan", ["what", "figure"], table)
@@ -101,6 +102,13 @@ def planned_steps(config: RunConfig, steps_per_epoch: int, held_out: int) -> lis
             f"{config.optimizer.lr:g}, {config.schedule.name}, {config.schedule.warmup_steps(total)} steps of warm-up",
         ],
     ]
+
+
+def _planned_time(seconds_per_step: float | None, steps: int) -> str:
+    """Time of the whole run and of one step; ``unknown`` on a device that is not available."""
+    if seconds_per_step is None:
+        return "unknown"
+    return f"{duration(seconds_per_step * steps)} ({step_duration(seconds_per_step)} per step), without validation"
 
 
 def _base_row(model: CausalLM) -> list[list[str]]:
@@ -190,3 +198,13 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def step_duration(seconds: float) -> str:
+    """``1.62`` as ``1.6 s``, ``0.034`` as ``34 ms``; from 10 seconds on as :func:`duration`."""
+    if seconds >= 10:
+        return duration(seconds)
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s"
+    # At least 1, so that a tiny model does not take no time at all.
+    return f"{max(1, round(1000 * seconds))} ms"

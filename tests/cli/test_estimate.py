@@ -54,6 +54,7 @@ def test_lq_lora_counts_its_budget(task: Path, call: Call, bits: float, total: f
     path = write_config(task, recipe="qlora", peft={"name": "lq-lora", "bits": bits, "rank": 2})
     code, out, err = call("estimate", "--config", path, "--shape", "llama-7b", "--device", "cuda", "model.dtype=bf16")
     assert code == 0, err
+    assert "estimated time per step: unknown, device 'cuda' is not available" in out
     table = rows(out)
     held = 6_476_005_376 * total / 8 + 2 * (2 * 32_000 * 4096 + 65 * 4096)
     assert size(table["weights"][0]) == pytest.approx(held, rel=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -71,6 +72,7 @@ def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     assert plan["all rows begin with"] == "the same 10 tokens, computed once a micro-batch"
     assert plan["validation rows"] == "4, every 3 steps"
     assert plan["steps"] == "8 of 4 rows each, 1.6 passes over the rows"
+    assert re.fullmatch(r"(\d+ s|less than a second) \(\d+ ms per step\), without validation", plan["estimated time"])
     assert plan["run folder"] == str(task / "run")
     result = table(out, "Result")
     assert float(result["Validation loss"]) < float(result["Validation loss before training"])
