@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,10 +63,10 @@ def command(
         before = _score(config.model.path, rows)
     with steps("Finetune"):
         finetune(config, Options(overwrite=True))
-    with steps("Ask the finetuned model the same"):
+    with steps("Ask the finetuned model the same questions"):
         after = _score(config.out, rows)
     _show(before, after)
-    with steps("Merge the adapter into the model, and prove it"):
+    with steps("Merge the adapter into the model and verify the result"):
         from lit_lora.cli.merge import command as merge
 
         merged = config.out / "merged"
@@ -85,23 +86,25 @@ class _Steps:
 
     @contextmanager
     def __call__(self, title: str) -> Iterator[None]:
+        from lit_lora.recipe import duration
+
         log.say(f"\n[{len(self.seconds) + 1}/{self.total}] {title}", style="bold cyan")
         started = time.perf_counter()
         yield
         self.seconds[title] = round(time.perf_counter() - started, 1)
-        log.say(f"    {self.seconds[title]:.0f} s")
+        log.say(f"done in {duration(self.seconds[title])}", style="dim")
 
 
 def _fetch(source: str, target: Path) -> None:
-    """Fetch and convert the model into ``target``, unless it is there."""
+    """Fetch and convert the model into ``target``, unless it is already there."""
     from lit_lora.cli.download import command as download
 
     if (target / "config.json").is_file():
-        log.say(f"{target} is here already")
+        log.say(f"using {target}, already fetched and converted")
         return
     download(source, out=target if source.count("/") == 1 else None, convert=True, revision=None)
     if not (target / "config.json").is_file():
-        raise InputError(f"{source}: did not give {target}", hint="see lit-lora download --help")
+        raise InputError(f"{source}: no model in {target} after the download", hint="see lit-lora download --help")
 
 
 class _Score:
@@ -153,10 +156,11 @@ def _show(before: _Score, after: _Score) -> None:
         ("loss per learned token", lambda score: f"{score.loss:.3f}"),
     ]
     table = [[name, str(figure(before)), str(figure(after))] for name, figure in lines]
-    log.table(f"{after.scores.rows} held-out messages", ["", "before", "after"], table, right=(1, 2))
+    title = f"{after.scores.rows} held-out messages, 95% intervals in brackets"
+    log.table(title, ["metric", "before", "after"], table, right=(1, 2))
     for old, new in list(zip(before.scores.answers, after.scores.answers, strict=True))[:3]:
         log.say(f"\n{new.messages[-1]['content']}", style="bold")
-        log.say(f"  before   {' '.join(old.answer.split())[:160]}")
+        log.say(f"  before   {textwrap.shorten(old.answer, 160, placeholder=' …')}")
         log.say(f"  after    {new.answer}", style="green" if new.right else "red")
         if not new.right:
             log.say(f"  expected {new.reference}")
@@ -185,6 +189,7 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
     """Write the figures, and say what to type next."""
     import torch
 
+    from lit_lora.recipe import duration
     from lit_lora.train.run_log import read_metrics
 
     records = [record for record in read_metrics(run / "metrics.jsonl") if "tokens" in record]
@@ -209,11 +214,12 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
     write_text(path, json.dumps(figures, indent=1) + "\n")
     log.say(
         f"\nexact match {before.scores.exact_match.value:.1%} → {after.scores.exact_match.value:.1%} "
-        f"in {total / 60:.1f} minutes, {human_bytes(peak)} of memory; "
-        f"figures {path}, loss plot {run / 'loss.png'}",
+        f"in {duration(total)}, peak memory {human_bytes(peak)}",
         style="bold green",
     )
-    log.say(f"next: lit-lora chat {run / 'merged'}   or your own data: lit-lora init MYFILE")
+    log.say(f"report: {path}, loss plot: {run / 'loss.png'}")
+    log.say(f"next: lit-lora chat {run / 'merged'}")
+    log.say("with your own data: lit-lora init MYFILE")
 
 
 def _peak() -> int:
