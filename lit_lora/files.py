@@ -9,11 +9,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lit_lora.errors import DiskError
+from lit_lora.errors import DiskError, InputError
 
 try:
     import fcntl
@@ -30,6 +31,7 @@ __all__ = [
     "lock_folder",
     "require_free_space",
     "require_new",
+    "require_safe_names",
     "sha256_file",
     "write_text",
 ]
@@ -200,6 +202,68 @@ def require_new(path: Path, hint: str = "choose another --out, or remove it firs
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+# Windows opens a device under these names, in any folder and with any ending.
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
+_LONGEST_NAME = 200  # bytes of 255, which leaves room for the endings of temporary files
+
+
+def require_safe_names(names: Iterable[object], where: str | Path) -> None:
+    """Check names from a listing, an archive or an index before any of them becomes a path.
+
+    A safe name stays below the folder that it is joined to, on every operating system. Its parts are separated by
+    ``/``.
+
+    Args:
+        names: All that go into one folder.
+        where: What lists them, for the message.
+
+    Raises:
+        InputError: A name is not safe, or two of them are one file where upper and lower case are not told apart.
+    """
+    hint = "do not trust this source; get the model from another one"
+    same: dict[str, object] = {}
+    for name in names:
+        if reason := _why_unsafe(name):
+            raise InputError(
+                f"{where}: the file name {_shown(name)} {reason}, expected one such as 'model.safetensors'", hint
+            )
+        key = unicodedata.normalize("NFD", str(name)).casefold()
+        if key in same:
+            raise InputError(
+                f"{where}: the file names {_shown(same[key])} and {_shown(name)} mean one file on some systems, "
+                "expected different ones",
+                hint,
+            )
+        same[key] = name
+
+
+def _why_unsafe(name: object) -> str | None:
+    """Why ``name`` must not become a path; ``None`` if it may."""
+    if not isinstance(name, str):
+        return "is not text"
+    if not name.isprintable():
+        return "contains a control or invisible character"
+    if name.startswith("/"):
+        return "is an absolute path"
+    for part in name.split("/"):
+        if part in ("", ".", ".."):
+            return f"has the part {part!r}"
+        if any(character in '\\:*?"<>|' for character in part):
+            return 'contains one of \\ : * ? " < > |'
+        if part.endswith((".", " ")):
+            return "has a part that ends with a dot or a space"
+        if _DEVICE.fullmatch(part):
+            return "is reserved for a device on Windows"
+        if len(part.encode()) > _LONGEST_NAME:
+            return f"has a part of more than {_LONGEST_NAME} bytes"
+    return None
+
+
+def _shown(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def free_bytes(path: Path) -> int:

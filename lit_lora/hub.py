@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from lit_lora import log
 from lit_lora.errors import DiskError, InputError, UsageError
-from lit_lora.files import disk_errors, human_bytes, require_free_space, sha256_file
+from lit_lora.files import disk_errors, human_bytes, require_free_space, require_safe_names, sha256_file
 
 __all__ = ["RemoteFile", "fetch_file", "fetch_repo", "fetch_wheel", "list_repo"]
 
@@ -105,7 +105,7 @@ def list_repo(repo: str, *, revision: str | None = None, endpoint: str | None = 
 
     Raises:
         UsageError: Not a repository name.
-        InputError: No such repository, no access, or the Hub cannot be reached.
+        InputError: No such repository, no access, the Hub cannot be reached, or lists what is no hash.
     """
     with _explained(repo):
         info = _patiently(
@@ -115,6 +115,12 @@ def list_repo(repo: str, *, revision: str | None = None, endpoint: str | None = 
     for entry in info.siblings or []:
         url = hf_hub_url(repo, entry.rfilename, revision=info.sha, endpoint=endpoint)
         sha256 = entry.lfs.sha256 if entry.lfs else None
+        digest = sha256 or entry.blob_id  # which becomes part of the name of an unfinished file
+        if digest is not None and not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(digest)):
+            raise InputError(
+                f"{repo}: the Hub lists {entry.rfilename!r} with the hash {digest!r}, expected 40 or 64 hex digits",
+                hint="a proxy or mirror may be at fault",
+            )
         files.append(RemoteFile(entry.rfilename, entry.size or 0, url, sha256, entry.blob_id))
     return files
 
@@ -141,8 +147,8 @@ def fetch_repo(
 
     Raises:
         UsageError: Not a repository name.
-        InputError: No such repository, no access, no weights in it, the Hub cannot be reached, or it sends a file
-            whose hash is wrong, several times.
+        InputError: No such repository, no access, no weights in it, the name of a file is not safe, the Hub cannot be
+            reached, or it sends a file whose hash is wrong, several times.
         DiskError: ``out`` exists with other content, or the disk is full.
     """
     files = _checkpoint_files(repo, list_repo(repo, revision=revision, endpoint=endpoint))
@@ -176,9 +182,11 @@ def fetch_file(repo: str, name: str, out: Path, *, revision: str | None = None, 
 
     Raises:
         UsageError: Not a repository name.
-        InputError: No such repository or file, no access, the Hub cannot be reached, or it sends wrong bytes.
+        InputError: The name is not safe, no such repository or file, no access, the Hub cannot be reached, or it sends
+            wrong bytes.
         DiskError: ``out`` exists with other content, or the disk is full.
     """
+    require_safe_names([name], repo)
     listed = list_repo(repo, revision=revision, endpoint=endpoint)
     found = [file for file in listed if file.name == name]
     if not found:
@@ -213,6 +221,7 @@ def _checkpoint_files(repo: str, listed: list[RemoteFile]) -> list[RemoteFile]:
     indices = ["*.safetensors.index.json", "*.bin.index.json"]
     unused = indices[1] if weights[0].name.endswith(".safetensors") else indices[0]
     others = [file for file in matching(_OTHERS) if file in top and not fnmatch.fnmatch(file.name, unused)]
+    require_safe_names([file.name for file in (*others, *weights)], repo)
     return [*others, *weights]
 
 

@@ -46,6 +46,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.redirect_to: str | None = None
         self.ranges = True
+        self.hashes: dict[str, str] = {}  # listed in the place of the true ones
 
     @property
     def url(self) -> str:
@@ -86,7 +87,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob}
             if name.endswith((".safetensors", ".bin", ".gguf")):
-                sha256 = hashlib.sha256(content).hexdigest()
+                sha256 = self.server.hashes.get(name, hashlib.sha256(content).hexdigest())
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
         return json.dumps({"id": "some/model", "sha": "c0ffee" + "0" * 34, "siblings": siblings}).encode()
@@ -356,6 +357,48 @@ def test_one_file_is_fetched_by_name(server: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no file model\.Q8_0\.gguf in it") as caught:
         hub.fetch_file("some/model", "model.Q8_0.gguf", out, endpoint=server.url)
     assert caught.value.hint == "it has model.Q4_0.gguf"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "additional_chat_templates/../../../settings.json",
+        "additional_chat_templates//settings.json",
+        "..\\settings.json",
+        "C:settings.json",
+        "set\0tings.json",
+        "CONFIG.json",
+    ],
+)
+def test_a_listing_cannot_lead_out_of_the_folder(server: FakeHub, tmp_path: Path, name: str) -> None:
+    (tmp_path / "settings.json").write_text("mine")
+    server.files[name] = b"{}"
+    with pytest.raises(InputError, match=r"^some/model: the file name"):
+        fetch(server, tmp_path / "a" / "out")
+    assert not server.asked("resolve")
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_other_files_of_a_repository_may_be_called_anything(server: FakeHub, tmp_path: Path) -> None:
+    server.files |= {"logs/12:30.json": b"{}", "../config.json": b"{}"}
+    fetch(server, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["config.json", "model.safetensors", "tokenizer.json"]
+    )
+
+
+def test_a_listed_hash_that_is_none_does_not_become_a_path(server: FakeHub, tmp_path: Path) -> None:
+    server.hashes["model.safetensors"] = "../../../../x"
+    with pytest.raises(InputError, match=r"with the hash '\.\./\.\./\.\./\.\./x', expected 40 or 64 hex digits"):
+        fetch(server, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_by_a_name_that_leads_elsewhere_is_refused(server: FakeHub, tmp_path: Path) -> None:
+    server.files["a/../x.gguf"] = WEIGHTS
+    with pytest.raises(InputError, match=r"the file name 'a/\.\./x\.gguf' has the part '\.\.'"):
+        hub.fetch_file("some/model", "a/../x.gguf", tmp_path / "x.gguf", endpoint=server.url)
+    assert not server.requests
 
 
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_come(server: FakeHub, tmp_path: Path) -> None:

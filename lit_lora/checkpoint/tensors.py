@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_lora.errors import InputError
+from lit_lora.files import require_safe_names
 
 __all__ = ["INDEX", "TensorReader", "Tensors", "check_tensors", "open_tensors", "read_weight_map"]
 
@@ -174,8 +175,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
         shards = dict.fromkeys(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of shards, expected JSON with a 'weight_map'") from error
+    require_safe_names(shards, index)
     for name in shards:
-        if not isinstance(name, str) or Path(name).name != name:
+        if "/" in name:
             raise InputError(f"{index}: shard name {name!r} is not a plain file name")
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:

@@ -12,7 +12,7 @@ from lit_lora import log
 from lit_lora.config import did_you_mean
 from lit_lora.data.read import READERS, is_data_file
 from lit_lora.errors import InputError, UsageError
-from lit_lora.files import atomic_folder
+from lit_lora.files import atomic_folder, require_safe_names
 
 __all__ = ["NAMES", "Source", "locate"]
 
@@ -23,7 +23,7 @@ _BY_HAND = {
     "tatsu-lab/alpaca": "alpaca_data.json from github.com/tatsu-lab/stanford_alpaca",
     "databricks/databricks-dolly-15k": "databricks-dolly-15k.jsonl from that dataset's page on huggingface.co",
 }
-_HUB = re.compile(r"hub:(?P<repo>[\w.-]+(/[\w.-]+)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?\Z")
+_HUB = re.compile(r"hub:(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?\Z")
 _VALIDATION = ("validation", "valid", "val", "dev", "heldout")
 
 
@@ -107,7 +107,9 @@ def _fetch(repo: str, name: str | None, revision: str | None, cache: Path) -> Pa
             f"hub:{repo}: cannot be fetched: {reason[:160]}",
             hint=f"get {file} and give its path instead (a gated dataset needs HF_TOKEN in the environment)",
         ) from error
+    files = {f"{split}.parquet": rows for split, rows in found.items()}
+    require_safe_names(files, f"hub:{repo}")
     with atomic_folder(folder) as temporary:
-        for split, rows in found.items():
-            rows.to_parquet(str(temporary / f"{split}.parquet"))
+        for file, rows in files.items():
+            rows.to_parquet(str(temporary / file))
     return folder

@@ -89,9 +89,21 @@ def test_a_broken_index_is_an_error(folder: Path, text: str) -> None:
         open_tensors(folder)
 
 
-def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    with pytest.raises(InputError, match="not a plain file name"):
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        ("../model.safetensors", r"'\.\./model\.safetensors' has the part '\.\.'"),
+        ("/etc/model.safetensors", "is an absolute path"),
+        ("..", r"has the part '\.\.'"),
+        ("a\0b", "control or invisible"),
+        ("C:model.safetensors", "contains one of"),
+        (5, "is not text"),
+        ("a/model.safetensors", "is not a plain file name"),
+    ],
+)
+def test_an_index_cannot_lead_out_of_its_folder(folder: Path, shard: object, words: str) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(InputError, match=words):
         open_tensors(folder)
 
 

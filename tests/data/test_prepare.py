@@ -188,6 +188,7 @@ def test_pain_44_a_row_that_differs_from_the_first_is_named_with_file_and_line(
         ("nowhere.jsonl", InputError, "no such file or folder"),
         ("alpacca", InputError, "did you mean 'alpaca'"),
         ("hub:a/b/c", UsageError, "expected hub:OWNER/NAME"),
+        ("hub:..", UsageError, "expected hub:OWNER/NAME"),
         ("rows.jsnol", InputError, r"did you mean 'rows\.jsonl'"),
     ],
 )
