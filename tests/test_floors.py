@@ -36,11 +36,12 @@ class Source(NamedTuple):
         return f"{self.path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
-def sources() -> list[Source]:
+def sources(*, peers: bool = False) -> list[Source]:
+    """The package's, or the benchmark's programs of other environments, which are started by path."""
     found = []
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if "benchmark_peers" in path.parts:  # programs of other environments, started by path
+            if ("benchmark_peers" in path.parts) != peers:
                 continue
             names = [*package.split("."), *path.relative_to(ROOT / folder).with_suffix("").parts]
             module = ".".join(names).removesuffix(".__init__")
@@ -171,6 +172,10 @@ def test_the_ground_floor_knows_no_torch() -> None:
     assert wrong == []
 
 
+# What opens a checkpoint by what its files say: without an explicit no it asks whether to run their code, and runs it.
+OPENERS = {"from_pretrained", "from_config", "pipeline"}
+
+
 def dangers(source: Source) -> Iterator[str]:
     """Whatever could run code out of a file: unpickling, eval, exec, YAML objects, a shell, remote code."""
     for node in ast.walk(source.tree):
@@ -193,10 +198,10 @@ def dangers(source: Source) -> Iterator[str]:
             yield f"{source.at(node)}: {called}"
         if keywords.get("shell", "False") != "False":
             yield f"{source.at(node)}: shell={keywords['shell']}"
-        if "trust_remote_code" in keywords or any(
-            isinstance(part, ast.Constant) and part.value == "trust_remote_code" for part in ast.walk(node)
-        ):
-            yield f"{source.at(node)}: trust_remote_code"
+        opens = any(ast.unparse(part).rpartition(".")[2] in OPENERS for part in (node.func, *node.args))
+        hides = any(isinstance(part, ast.Constant) and part.value == "trust_remote_code" for part in ast.walk(node))
+        if keywords.get("trust_remote_code", None if opens or hides else "False") != "False":
+            yield f"{source.at(node)}: {called} without trust_remote_code=False"
         if called in {"torch.save", "np.save", "numpy.save"} or keywords.get("allow_pickle", "False") != "False":
             yield f"{source.at(node)}: {called} writes or reads pickle"
         if called == "torch.load":
@@ -206,7 +211,7 @@ def dangers(source: Source) -> Iterator[str]:
 
 
 def test_pain_48_nothing_can_run_code_out_of_a_file() -> None:
-    assert [danger for source in SOURCES for danger in dangers(source)] == []
+    assert [danger for source in (*SOURCES, *sources(peers=True)) for danger in dangers(source)] == []
     (loader,) = [source for source in SOURCES if source.module == "lit_lora.checkpoint.torch_file"]
     calls = [node for node in ast.walk(loader.tree) if isinstance(node, ast.Call)]
     assert [ast.unparse(call.func) for call in calls].count("torch.load") == 1
@@ -220,8 +225,16 @@ def test_pain_48_nothing_can_run_code_out_of_a_file() -> None:
         "eval(text)",
         "yaml.load(text, Loader=yaml.SafeLoader)",
         "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(name)",
+        "transformers.AutoModel.from_config(config)",
+        "functools.partial(AutoModel.from_pretrained, local_files_only=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=flag)",
+        "AutoModel.from_pretrained(name, trust_remote_code=None)",
         "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
+        "AutoModel.from_pretrained(name, **{'trust_remote_code': False})",
+        "load(name, trust_remote_code=flag)",
+        "load(name, **{'trust_remote_code': True})",
         "torch.load(path, weights_only=True)",
         "np.load(path, allow_pickle=True)",
         "torch.save(state, path)",

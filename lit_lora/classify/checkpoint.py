@@ -123,9 +123,13 @@ def read_pretrained(folder: Path) -> Pretrained:
     transformers = _transformers()
     try:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # of the file formats of a dozen tokenizers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "contains custom code" in reason or "references custom code" in reason:
+            raise _needs_code(f"{folder}: its tokenizer") from error
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason[:160]}") from error
     return Pretrained(folder, config, tokenizer)
 
@@ -162,6 +166,7 @@ def load_with_head(
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -220,20 +225,24 @@ def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {what}, expected a checkpoint folder", hint="lit-lora download fetches a model")
-    kind = _model_type(folder)
+    data = _read_json(folder / "config.json")
+    kind = str(data["model_type"])
     if kind in FAMILIES:
         raise InputError(
             f"{folder}: a decoder ({kind}); recipe classify is for encoders and encoder-decoders",
             hint="recipe: lora learns the label as an answer: columns: {prompt: …, completion: label}",
         )
     transformers = _transformers()
+    if kind not in transformers.CONFIG_MAPPING:
+        if "auto_map" in data:
+            raise _needs_code(f"{folder}: model_type {kind!r}")
+        raise InputError(f"{folder}: model_type {kind!r} is not known to transformers {transformers.__version__}")
     try:
         with _quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: model_type {kind!r} is not known to transformers {transformers.__version__}"
-        ) from error
+            config = transformers.CONFIG_MAPPING[kind].from_dict(_without_code(data), name_or_path=str(folder))
+    except Exception as error:  # of the checks of a hundred models
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {reason[:160]}") from error
     if _class(config) is None:
         raise InputError(
             f"{folder}: transformers has no classification head for model_type {kind!r}, nor is it an encoder-decoder "
@@ -243,12 +252,33 @@ def _read_config(folder: Path) -> Any:
     return config
 
 
-def _model_type(folder: Path) -> str:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(data["model_type"])
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**data, "model_type": data["model_type"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: names no model_type") from error
+        raise InputError(f"{path}: names no model_type") from error
+
+
+def _without_code(data: Any) -> Any:
+    """A config.json without the keys by which it names Python code or kernels to fetch and run.
+
+    At every depth: a model made of others opens these by AutoModel, which then asks about their code again.
+    """
+    if isinstance(data, dict):
+        return {
+            key: _without_code(value)
+            for key, value in data.items()
+            if key != "auto_map" and not key.endswith("_implementation")
+        }
+    return [_without_code(value) for value in data] if isinstance(data, list) else data
+
+
+def _needs_code(what: str) -> InputError:
+    return InputError(
+        f"{what} needs Python code from the checkpoint (auto_map), which lit-lora never runs",
+        hint="use a checkpoint of a type built into transformers, such as bert, roberta, deberta-v2 or t5",
+    )
 
 
 def _transformers() -> Any:

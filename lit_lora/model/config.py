@@ -118,9 +118,12 @@ class ModelConfig(Settings):
         family = data.get("model_type")
         if family not in FAMILIES:
             known = ", ".join(FAMILIES)
+            hint = "encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify"
+            if "auto_map" in data:
+                hint = f"lit-lora never runs Python code from a checkpoint (auto_map); {hint}"
             raise InputError(
                 f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}",
-                hint="encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify",
+                hint=hint,
             )
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
             raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")

@@ -51,8 +51,10 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(asked.seed)
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    base = AutoModelForSequenceClassification.from_pretrained(asked.model, num_labels=2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(asked.model, trust_remote_code=False)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        asked.model, num_labels=2, dtype=torch.float32, trust_remote_code=False
+    )
     linears = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "classifier"]
     settings = LoraConfig(r=asked.rank, lora_alpha=2 * asked.rank, target_modules=linears, task_type="SEQ_CLS")
     model = get_peft_model(base, settings)

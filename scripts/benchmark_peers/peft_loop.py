@@ -93,6 +93,7 @@ def load(orders: Orders) -> torch.nn.Module:
         dtype=torch.bfloat16 if variant["precision"].startswith("bf16") else torch.float32,
         attn_implementation=variant.get("attention", "sdpa"),
         device_map=None if orders.device == "cpu" else {"": orders.device},
+        trust_remote_code=False,
         **settings,
     )
     if variant.get("prepared"):

@@ -84,13 +84,15 @@ def main() -> None:
         rows: list[Row] = [row for step in orders.steps for row in step]
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(
-                orders.model, dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32
+                orders.model,
+                dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32,
+                trust_remote_code=False,
             ),
             args=config,
             train_dataset=Dataset.from_dict(
                 {"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]}
             ),
-            processing_class=AutoTokenizer.from_pretrained(orders.model),
+            processing_class=AutoTokenizer.from_pretrained(orders.model, trust_remote_code=False),
             peft_config=LoraConfig(
                 r=orders.rank,
                 lora_alpha=orders.alpha,
