@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -29,9 +30,11 @@ __all__ = [
     "free_bytes",
     "human_bytes",
     "lock_folder",
+    "remove_folder",
     "require_free_space",
     "require_new",
     "require_safe_names",
+    "restore_replaced",
     "sha256_file",
     "write_text",
 ]
@@ -43,16 +46,20 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Every file is fsynced before the rename, and the parent folder after it, so after a power cut the folder
     is complete or absent. On an error the temporary folder is removed and ``target`` is untouched; one that a killed
-    process left behind goes when ``target`` is written the next time.
+    process left behind goes when ``target`` is written the next time. A folder that is replaced trades places with the
+    new one in one step, so that one of the two always has the name; where the system cannot do that, it is moved aside
+    in between, and :func:`restore_replaced` puts it back.
 
     Args:
         target: The folder to create. Its parents are created.
-        replace: Replace an existing ``target`` (it is moved aside first and removed last).
+        replace: Replace an existing ``target``, which is removed last.
 
     Raises:
         DiskError: ``target`` exists and ``replace`` is false, or the disk is full or read-only.
     """
     target = Path(target)
+    with disk_errors(target):
+        restore_replaced(target)
     if not replace:
         require_new(target)
     with disk_errors(target):
@@ -72,18 +79,68 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     path.chmod(0o666 & ~_umask())
                     _fsync(path)
             _fsync(temporary)
-            aside = target.with_name(f".old-{temporary.name}")
-            if target.exists():
-                target.rename(aside)
-            temporary.rename(target)
-            _fsync(target.parent)
-            shutil.rmtree(aside, ignore_errors=True)
+            _put(temporary, target)
+            shutil.rmtree(temporary, ignore_errors=True)  # what was replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         if held is not None:
             os.close(held)
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Give ``temporary`` the name of ``target``; what had it is then called ``temporary``, or gone."""
+    try:
+        if not (target.exists() and _exchange(temporary, target)):
+            if target.exists():
+                target.rename(_aside(target))
+            temporary.rename(target)
+        _fsync(target.parent)
+    finally:
+        restore_replaced(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders trade names in one step; false, and nothing done, where the system or the disk cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    # Paths from the root, so that the handles of folders to start from do not count; the 2 is RENAME_EXCHANGE.
+    return bool(rename(0, os.fsencode(one.absolute()), 0, os.fsencode(other.absolute()), 2) == 0)
+
+
+def restore_replaced(target: Path) -> None:
+    """Put back the folder that a killed process had moved aside to replace it; or remove it, where the new one came.
+
+    To be called by who writes ``target``, or keeps others from writing it: between its two renames a live process looks
+    like a killed one.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
+        remove_folder(aside)
+    else:
+        aside.rename(target)
+
+
+def _aside(target: Path) -> Path:
+    """The name of a folder while another takes its place."""
+    return target.with_name(f".old-{target.name}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, as far as the disk allows; if the process is killed meanwhile, no half folder has its name."""
+    gone = folder.with_name(f".tmp-{folder.name}-old")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove_left(target: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_lora.errors import InputError
-from lit_lora.files import atomic_folder
+from lit_lora.files import atomic_folder, restore_replaced
 from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["CheckpointStore"]
@@ -36,6 +36,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = Path(folder)
         self.keep_last = keep_last
+        for aside in self.folder.glob(".old-*"):  # by a process that was killed between two renames
+            restore_replaced(aside.with_name(aside.name.removeprefix(".old-")))
 
     def save(
         self, step: int, master_weights: MasterWeights, optimizer: torch.optim.Optimizer, state: dict[str, Any]
@@ -62,7 +64,7 @@ class CheckpointStore:
         for old in self.steps():
             if old not in kept:
                 shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
-        for left in (*self.folder.glob(".tmp-*"), *self.folder.glob(".old-*")):  # of a process that was killed
+        for left in self.folder.glob(".tmp-*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:

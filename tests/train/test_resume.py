@@ -106,6 +106,15 @@ def test_pain_26_a_save_that_was_killed_leaves_the_checkpoint_before_it(tmp_path
     assert metrics(killed) == metrics(tmp_path / "whole")
 
 
+def test_a_checkpoint_that_was_moved_aside_when_the_process_was_killed_is_resumed_from(tmp_path, capsys):
+    train(adapted(), tmp_path, max_steps=4, save_every=2, keep_last=9)
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    newest.rename(newest.with_name(".old-step-00000004"))
+    train(adapted(), tmp_path, max_steps=6, save_every=2, keep_last=9, resume=True)
+    assert sorted(path.name for path in newest.parent.iterdir()) == [f"step-{n:08d}" for n in (2, 4, 6)]
+    assert "resumed after step 4 of 6" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_pain_27_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
