@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import disk_errors, human_bytes, lock_folder, write_text
+from lit_lora.files import disk_errors, human_bytes, lock_folder, remove_folder, write_text
 from lit_lora.peft import Method
 from lit_lora.peft.files.frozen_state import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
@@ -160,7 +159,7 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 def _remove_run(folder: Path) -> None:
     """Remove what a former run wrote into ``folder``, and nothing else."""
     for name in ("checkpoints", "start", "adapter", "base", "model", "merged"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_folder(folder / name)
     files = [folder / name for name in ("metrics.jsonl", "loss.png", "result.json")]
     for path in [*files, *folder.glob("events.out.tfevents.*")]:
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_lora.errors import InputError
-from lit_lora.files import atomic_folder, restore_replaced
+from lit_lora.files import atomic_folder, remove_folder, restore_replaced
 from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["CheckpointStore"]
@@ -63,7 +63,7 @@ class CheckpointStore:
         kept = {*self.steps()[-self.keep_last :], state.get("best_step")}
         for old in self.steps():
             if old not in kept:
-                shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}", ignore_errors=True)
+                remove_folder(self.folder / f"{_PREFIX}{old:08d}")
         for left in self.folder.glob(".tmp-*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
 
