@@ -144,9 +144,10 @@ def _pack(counts: Integers, budget: int) -> list[list[int]]:
     budget the first packing stays.
     """
     order = [int(i) for i in np.argsort(-counts, kind="stable")]
-    bins, loads = _fill(order, counts, budget, bins=0)
+    bins, _ = _fill(order, counts, budget, bins=0)
     even, even_loads = _fill(order, counts, 0, bins=len(bins))
-    return even if max(even_loads) <= max(budget, max(loads)) else bins
+    fits = all(load <= budget or len(rows) == 1 for rows, load in zip(even, even_loads, strict=True))
+    return even if fits else bins
 
 
 def _fill(order: Sequence[int], counts: Integers, budget: int, *, bins: int) -> tuple[list[list[int]], list[int]]:

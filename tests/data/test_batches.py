@@ -74,6 +74,13 @@ def test_micro_batches_keep_to_the_budget_unless_a_row_alone_breaks_it(rows: lis
         assert micro.target_count == len(_pairs(micro)) == packed.target_counts[micro.rows].sum()
 
 
+def test_a_row_beyond_the_budget_does_not_raise_it_for_the_others() -> None:
+    lengths = [11, 9, 9, 9, 9, 7, 7, 3, 2, 2, 2, 2, 2, 2]  # evened out, a 9 and a 2 would meet
+    rows = Rows.from_tokens([(list(range(n)), [True] * n) for n in lengths])
+    for micro in Batches(rows, batch_size=len(lengths), micro_batch_tokens=10, seed=0).step(0):
+        assert sum(micro.lengths) <= 10 or micro.lengths == [11]
+
+
 def test_packing_takes_few_micro_batches_of_even_size() -> None:
     lengths = [90, 80, 70, 30, 20, 10, 10, 10]
     rows = Rows.from_tokens([(list(range(n)), [True] * n) for n in lengths])
