@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -18,13 +19,14 @@ import pytest
 import torch
 
 from lit_lora.cli import main
-from lit_lora.recipe import plan as planning
 from lit_lora.train.objectives import next_token as objective
 from tests.estimate.test_estimate import setup_of
 from tests.finetune.tiny_task import contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, metrics
 
 Call = Callable[..., tuple[int, str, str]]
+# The package also exports the function of that name, which hides the module.
+PLAN = importlib.import_module("lit_lora.recipe.plan")
 
 
 @pytest.fixture
@@ -509,7 +511,7 @@ def test_the_metrics_file_can_be_read_line_by_line(task, call):
 
 
 def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch):
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda _: 1_000)
+    monkeypatch.setattr(PLAN, "free_memory_bytes", lambda _: 1_000)
     code, _, err = call("--dry-run")
     assert code == 0  # a warning: the estimate may be wrong
     assert "this run needs about" in err
@@ -525,9 +527,9 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch)
     [("cuda", 1e12, 1024, True), ("cuda", 1e6, 1024, False), ("cuda", 1e12, 8192, False), ("cpu", 1e12, 1024, False)],
 )
 def test_a_gpu_that_gets_little_to_do_at_once_is_told(monkeypatch, capsys, device, free, tokens, said):
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda _: free)
+    monkeypatch.setattr(PLAN, "free_memory_bytes", lambda _: free)
     setup = setup_of(tokens=500, train={"micro_batch_tokens": tokens})
-    planning.note_larger_micro_batches(replace(setup, device=torch.device(device)))
+    PLAN.note_larger_micro_batches(replace(setup, device=torch.device(device)))
     assert ("sooner with train.micro_batch_tokens=8192" in capsys.readouterr().err) == said
 
 

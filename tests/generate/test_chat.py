@@ -25,8 +25,8 @@ def test_pain_54_what_the_model_reads_is_the_template_of_the_whole_history(
         history = [*chat.messages, {"role": "user", "content": f"hello {turn}"}]
         said = "".join(chat.ask(f"hello {turn}"))
         prompt = encode_prompt(tokenizer, history)  # type: ignore[arg-type]
-        assert chat.memory.ids[: len(prompt)] == prompt
-        assert chat.memory.ids[len(prompt) :] == chat.last.ids[:-1]
+        assert chat.prefix_cache.ids[: len(prompt)] == prompt
+        assert chat.prefix_cache.ids[len(prompt) :] == chat.last.ids[:-1]
         assert chat.messages == [*history, {"role": "assistant", "content": said}]
     assert [message["role"] for message in chat.messages].count("system") == 1
 
@@ -100,6 +100,6 @@ def test_another_model_goes_on_with_the_history_and_reads_it_itself(model: Causa
     fresh.messages = list(chat.messages)
     chat.use(other, tokenizer)
     assert "".join(chat.ask("and?")) == "".join(fresh.ask("and?"))
-    assert chat.memory.cache is not None
-    assert fresh.memory.cache is not None
-    torch.testing.assert_close(chat.memory.cache.keys, fresh.memory.cache.keys)
+    assert chat.prefix_cache.cache is not None
+    assert fresh.prefix_cache.cache is not None
+    torch.testing.assert_close(chat.prefix_cache.cache.keys, fresh.prefix_cache.cache.keys)
