@@ -7,11 +7,12 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import typer.main
@@ -22,20 +23,38 @@ from lit_lora.peft import METHODS
 from lit_lora.recipe import RECIPES, load_recipe
 from scripts.docs import pages
 from tests.cli.answering import make_base
+from tests.encoder.tiny import save_base
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<why>.+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?:[^\n]*`(?P<file>[\w-]+\.\w+)`:\n\n)?(?:<!-- not run: (?P<why>[^\n]+) -->\n)?"
+    r"```(?P<kind>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 MODEL = "checkpoints/SmolLM2-135M-Instruct"
+RUN_ELSEWHERE = {"images.md": "tests/test_images.py"}
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Kind, text and why it is not run of every fenced block."""
+class Block(NamedTuple):
+    """A fenced block: its kind, its text, why it is not run, and the file that the line before it names."""
+
+    kind: str
+    text: str
+    why: str | None
+    file: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Every fenced block of a page, in order."""
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        yield match["kind"], match["text"], match["why"]
+        yield Block(match["kind"], match["text"], match["why"], match["file"])
+
+
+def page_id(page: Path) -> str:
+    """A page by its path in the repository."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def command_lines(text: str) -> list[str]:
@@ -44,18 +63,26 @@ def command_lines(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def prototype(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model under the name of a real one."""
-    return make_base(tmp_path_factory.mktemp("checkpoints") / "tiny", endless=True)
+def prototypes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models under the names of real ones: a chat model, its base without a chat template, an encoder."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    chat = make_base(folder / Path(MODEL).name, endless=True, hidden_size=64)  # a block of nf4 has 64 columns
+    shutil.rmtree(folder / f"{chat.name}-tokenizer")
+    base = folder / "SmolLM2-135M"
+    shutil.copytree(chat, base)
+    (base / "chat_template.jinja").unlink()
+    save_base("bert", folder / "all-MiniLM-L6-v2")
+    return folder
 
 
 @pytest.fixture
-def world(prototype: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the documents take for granted: a model, rows, the files of the checkout."""
+def world(prototypes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documents take for granted: models, rows, the files of the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
     Path("checkpoints").mkdir()
-    Path(MODEL).symlink_to(prototype)
+    for model in prototypes.iterdir():
+        (Path("checkpoints") / model.name).symlink_to(model)
     for name in ("finetune", "scripts", "configs", "Makefile"):
         Path(name).symlink_to(ROOT / name)
     for name, count in {"my_data.jsonl": 40, "heldout.jsonl": 4}.items():
@@ -81,13 +108,20 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(done.value.code or 0)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_pain_47_every_command_of_a_page_runs(
     page: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for kind, text, why in blocks(page):
+    namespace: dict[str, Any] = {"__name__": "__main__"}  # of the page's Python, which is one program
+    for kind, text, why, file in blocks(page):
         if kind == "yaml" and (name := re.match(r"# (\w+\.yaml)\n", text)):
-            Path(name[1]).write_text(text)
+            file = name[1]
+        if file is not None and kind not in ("bash", "text"):
+            Path(file).write_text(text, encoding="utf-8")
+        elif kind == "python" and why is None and page.name not in RUN_ELSEWHERE:
+            exec(compile(text, page.name, "exec"), namespace)
         for line in command_lines(text) if kind == "bash" and why is None else []:
             code = run(line, monkeypatch)
             assert code == 0, f"{page.name}: {line}: exit code {code}\n{capsys.readouterr().err}"
@@ -103,7 +137,7 @@ def parse(line: str) -> None:
 NOT_RUN = [
     line
     for page in PAGES
-    for kind, text, why in blocks(page)
+    for kind, text, why, _ in blocks(page)
     if (kind == "bash" and why) or page.name == "commands.md"
     for line in command_lines(text)
 ]
@@ -169,7 +203,7 @@ def test_the_tables_of_the_readme_are_those_of_the_code() -> None:
 
 
 def test_the_example_config_of_the_readme_is_valid(tmp_path: Path) -> None:
-    (text,) = [text for kind, text, _ in blocks(ROOT / "README.md") if kind == "yaml"]
+    (text,) = [text for kind, text, *_ in blocks(ROOT / "README.md") if kind == "yaml"]
     path = tmp_path / "example.yaml"
     path.write_text(text)
     _, config = load_recipe(path, [])
@@ -177,7 +211,7 @@ def test_the_example_config_of_the_readme_is_valid(tmp_path: Path) -> None:
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:
-    (tree,) = [text for kind, text, _ in blocks(ROOT / "README.md") if kind == "text" and "lit_lora/" in text]
+    (tree,) = [text for kind, text, *_ in blocks(ROOT / "README.md") if kind == "text" and "lit_lora/" in text]
     top = [line.split()[0] for line in tree.splitlines() if not line.startswith(" ")]
     inside = [line.split()[0] for line in tree.splitlines() if line.startswith("  ") and not line.startswith("   ")]
     assert [name for name in top if not (ROOT / name).exists()] == []

@@ -20,16 +20,16 @@ from tests.tiny import random_model, tiny_tokenizer
 __all__ = ["Terminal", "make_base", "make_run"]
 
 
-def make_base(folder: Path, *, endless: bool = False) -> Path:
+def make_base(folder: Path, *, endless: bool = False, hidden_size: int = 32) -> Path:
     """A random model with sharp logits, so that its choices are no ties; an endless one never ends an answer."""
     config = ModelConfig(
         vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=hidden_size // 4,
         max_position_embeddings=100_000 if endless else 256,
         tie_word_embeddings=not endless,
     )
