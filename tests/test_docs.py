@@ -127,6 +127,76 @@ def test_pain_47_every_command_of_a_page_runs(
             assert code == 0, f"{page.name}: {line}: exit code {code}\n{capsys.readouterr().err}"
 
 
+# What goes wrong, in an order in which each has what it needs; every line gives a message of docs/troubleshooting.md.
+BROKEN_FILES = {
+    "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b"\n',
+    "empty.jsonl": "\n",
+    "no_answers.jsonl": '{"prompt": "a", "completion": ""}\n' * 4,
+    "repeated.jsonl": '{"prompt": "a", "completion": "b"}\n' * 8,
+    "reviews.csv": "review,label\nA charming film,1\n",
+    "tab.yaml": "model:\n\tpath: checkpoints\n",
+}
+PREPARE = f"lit-lora prepare --model {MODEL}"
+FINETUNE = "lit-lora finetune --config lora data.validation=4"
+BROKEN = [
+    f"{FINETUNE} peft.rnk=8",
+    "lit-lora finetune --config tab.yaml",
+    "lit-lora finetune --config loar",
+    f"{FINETUNE} train.epochs=1 train.max_steps=2",
+    f"{FINETUNE} peft.name=prefix",
+    f"{FINETUNE} peft.target_modules=[q_prj]",
+    f"{FINETUNE} peft.rank=1000",
+    "lit-lora finetune --config compare",
+    f"{FINETUNE} model.path=checkpoints/nothing",
+    f"{FINETUNE} model.device=cuda",
+    f"{PREPARE}/../SmolLM2-135M my_data.jsonl",
+    "lit-lora estimate --config lora data.validation=4 --memory 100MB",
+    f"{PREPARE} my_dta.jsonl",
+    f"{PREPARE} broken.jsonl",
+    f"{PREPARE} reviews.csv",
+    f"{PREPARE} reviews.csv --columns prompt=revew --columns completion=label",
+    f"{PREPARE} my_data.jsonl --max-seq-length 8",
+    f"{PREPARE} no_answers.jsonl",
+    f"{PREPARE} empty.jsonl",
+    f"{PREPARE} repeated.jsonl --validation 2",
+    "lit-lora finetune --config lora data.validation=null --dry-run",
+    f"{FINETUNE} train.max_steps=1 optimizer.lr=1e-9 out=out/mine",
+    f"{FINETUNE} train.max_steps=1 optimizer.lr=1e-9 out=out/mine",
+    f"{FINETUNE} train.max_steps=1 optimizer.lr=1e-9 out=out/mine peft.rank=4 --resume",
+    f"{FINETUNE} train.max_steps=2 optimizer.lr=1e30 out=out/nan",
+    "lit-lora chat out/mine/merged",
+    "lit-lora merge out/mine --dtype bf16",
+    "lit-lora merge out/mine --base checkpoints/other",
+    "lit-lora evaluate out/mine",
+    "lit-lora evaluate out/mine --data heldout.jsonl --task acuracy",
+]
+BROKEN_RESULTS = {
+    "lit-lora finetune --config prefix data.validation=4 train.max_steps=1 out=out/prefix": "lit-lora merge out/prefix",
+    "lit-lora finetune --config full data.validation=4 train.max_steps=1 out=out/full": "lit-lora merge out/full",
+}
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_commands(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `(.+?)` \|", page, flags=re.MULTILINE)
+    assert len(messages) > 15
+    patterns = {message: re.compile(".*".join(map(re.escape, message.split("…")))) for message in messages}
+    for name, text in BROKEN_FILES.items():
+        Path(name).write_text(text, encoding="utf-8")
+    make_base(Path("checkpoints/other"), hidden_size=64)
+    for before in BROKEN_RESULTS:
+        assert run(before, monkeypatch) == 0
+    capsys.readouterr()
+    said: dict[str, str] = {}
+    for line in (*BROKEN, *BROKEN_RESULTS.values()):
+        run(line, monkeypatch)
+        said[line] = said.get(line, "") + capsys.readouterr().err
+    assert [m for m, pattern in patterns.items() if not any(map(pattern.search, said.values()))] == []
+    assert [line for line, err in said.items() if not any(p.search(err) for p in patterns.values())] == []
+
+
 def parse(line: str) -> None:
     """Check the words of a command line as the command itself would, without running it."""
     words = shlex.split(line[line.index("lit-lora ") :])
