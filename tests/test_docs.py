@@ -258,6 +258,12 @@ def test_links_within_the_project_lead_to_files(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_index_of_the_documents_has_one_line_for_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- \[[^\]]+\]\(([\w-]+\.md)\): .", index, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
 def first_cells(heading: str) -> list[str]:
     """The first column of the table after a heading or line of the README, without its backquotes."""
     table = README.partition(heading)[2].partition("\n|---")[2]
