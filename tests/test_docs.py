@@ -22,8 +22,8 @@ from lit_lora.data.formats import FORMATS
 from lit_lora.peft import METHODS
 from lit_lora.recipe import RECIPES, load_recipe
 from scripts.docs import pages
+from tests.classify.tiny import save_base
 from tests.cli.answering import make_base
-from tests.encoder.tiny import save_base
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
