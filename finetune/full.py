@@ -25,11 +25,11 @@ from lit_lora.recipe import (
 )
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.build import AdamWConfig
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("full", "full", optimizer=OptimizerConfig(lr=2e-5))
+Config = finetune_config("full", "full", optimizer=AdamWConfig(lr=2e-5))
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Path:

@@ -14,16 +14,28 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from lit_lora import log
 from lit_lora.errors import UsageError
 
 __all__ = [
     "Document",
+    "OneOf",
     "Settings",
     "did_you_mean",
     "dump_yaml",
@@ -57,6 +69,37 @@ class Settings(BaseModel):
                 raise ValueError(f"{key} is the former name of {now}: give {now} alone")
             log.note(f"config: {key} is now called {now}")
         return {cls.renamed.get(key, key): value for key, value in data.items()} if former else data
+
+
+class OneOf:
+    """Marks a section whose key ``name`` picks one of several settings models; the first one where it is omitted.
+
+    ``Annotated[Base, OneOf(models)]`` is a ``Base`` to the type checker, and to pydantic the union of ``models``.
+
+    Args:
+        models: Name: the settings model, whose field ``name`` has this name as its default.
+    """
+
+    def __init__(self, models: Mapping[str, type[Settings]]) -> None:
+        self.models = models
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        first = next(iter(self.models))
+
+        def name_of(section: Any) -> str:
+            """The name in plain data, or that of settings which are already validated."""
+            name = section.get("name", first) if isinstance(section, dict) else getattr(section, "name", first)
+            return str(name)
+
+        tagged = tuple(Annotated[model, Tag(name)] for name, model in self.models.items())
+        return handler.generate_schema(Annotated[Union[tagged], Discriminator(name_of)])  # noqa: UP007
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Without a ``name`` only the first model fits; else ``{lr: 1e-3}`` would fit all, which ``oneOf`` forbids."""
+        json_schema = handler(schema)
+        for part in json_schema["oneOf"][1:]:
+            part["required"] = ["name"]
+        return json_schema
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -88,11 +88,16 @@ def config_page() -> str:
         _table({**_plain(first), "recipe": {**first["recipe"], "enum": list(recipes)}}),
     ]
     for section, reference in first.items():
-        if "$ref" not in reference or section == "peft":
+        if not {"$ref", "oneOf"} & reference.keys() or section == "peft":
             continue
-        model = _resolve(schema, reference)
         defaults = {name: recipe["properties"][section].get("default", {}) for name, recipe in recipes.items()}
-        lines += [f"## {section}", model["description"], _table(model["properties"], defaults, model.get("required"))]
+        for model in _choices(schema, reference):
+            title, its_defaults = f"## {section}", defaults
+            if "oneOf" in reference:  # the default of the section is settings of one of its models
+                chosen = model["properties"]["name"]["const"]
+                title += f", name: {chosen}"
+                its_defaults = {recipe: values for recipe, values in defaults.items() if values["name"] == chosen}
+            lines += [title, model["description"], _table(model["properties"], its_defaults, model.get("required"))]
     for name, recipe in recipes.items():  # a section of one recipe that is another's under the same name
         for section, reference in recipe["properties"].items():
             other = first.get(section, reference)
@@ -102,7 +107,7 @@ def config_page() -> str:
                 lines.append(_table(model["properties"], required=model.get("required")))
     of: dict[str, list[str]] = {}
     for name, recipe in recipes.items():
-        for method in _methods(schema, recipe["properties"]["peft"]):
+        for method in _choices(schema, recipe["properties"]["peft"]):
             of.setdefault(json.dumps(method), []).append(f"`{name}`")
     for text, names in of.items():
         method = json.loads(text)
@@ -146,8 +151,8 @@ def _with_inner(schema: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def _methods(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
-    """The settings of each method that a recipe can run: one, or the members of a union."""
+def _choices(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings models that a section can be: one, or the members of a union."""
     return [_resolve(schema, part) for part in ([node] if "$ref" in node else node["oneOf"])]
 
 

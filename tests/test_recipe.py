@@ -35,7 +35,7 @@ CHANGED = {
             "trainable_tokens": ["<a>", "no", "1e3"],
         },
         "train": {"epochs": 0.5, "patience": 2},
-        "optimizer": {"name": "sgd", "lr": 1e-05, "betas": [0.5, 0.25]},
+        "optimizer": {"name": "adamw8bit", "lr": 1e-05, "betas": [0.5, 0.25]},
         "schedule": {"name": "linear", "warmup": 10},
     },
     full: {

@@ -10,6 +10,7 @@ from lit_lora.errors import UsageError
 from lit_lora.estimate import Setup, estimate
 from lit_lora.peft import methods
 from lit_lora.quantize import QuantizeConfig
+from lit_lora.train.optim import optimizers
 
 __all__ = ["Advice", "Change", "advise"]
 
@@ -82,12 +83,13 @@ def _checkpointing(change: Change) -> Iterator[Change]:
         yield _train(change, activation_checkpointing=level)
 
 
-def _eight_bit_moments(change: Change) -> Iterator[Change]:
+def _smaller_optimizer_state(change: Change) -> Iterator[Change]:
     """Nearly the same results."""
     optimizer = change.setup.optimizer
-    if optimizer.name in ("adamw", "paged_adamw"):
-        settings = optimizer.model_copy(update={"name": f"{optimizer.name}8bit"})
-        yield _with(change, f"optimizer.name={settings.name}", optimizer=settings)
+    name = optimizer.smaller_state
+    if name is not None:
+        settings = optimizers()[name].model_validate(optimizer.model_dump(exclude={"name"}))
+        yield _with(change, f"optimizer.name={name}", optimizer=settings)
 
 
 def _without_weighing(change: Change) -> Iterator[Change]:
@@ -130,7 +132,7 @@ def _shorter_rows(change: Change) -> Iterator[Change]:
 _KINDS: tuple[Callable[[Change], Iterator[Change]], ...] = (
     _smaller_micro_batches,
     _checkpointing,
-    _eight_bit_moments,
+    _smaller_optimizer_state,
     _without_weighing,
     _fewer_bits,
     _lower_rank,

@@ -20,7 +20,8 @@ from lit_lora.peft import freeze
 from lit_lora.peft.core.passes import Pass, mean_squares
 from lit_lora.quantize import stored_bytes
 from lit_lora.train.loss import padded
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer, state_bytes
+from lit_lora.train.optim import optimizers
+from lit_lora.train.optim.build import build_optimizer, state_bytes
 from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["Estimate", "Memory", "estimate", "outline"]
@@ -202,14 +203,14 @@ def _unused(setup: Setup, tokens: int, peak: Peak) -> int:
 def _seconds(setup: Setup, operations: float, trained: int) -> float | None:
     """Of one step, by a matrix product that is measured here and now; ``None`` where the device is not here.
 
-    On a CPU moving a number takes less than a nanosecond, which is left out; with 8-bit moments ten, measured too.
+    On a CPU most optimizers take less than a nanosecond per parameter, which is left out; the others are measured too.
     """
     if setup.device.type == "cuda" and not torch.cuda.is_available():
         return None
     rate = _product_rate(setup.dtype, setup.device, setup.shape.hidden_size, setup.shape.intermediate_size)
     products = operations / (rate * _EFFICIENCY.get(setup.device.type, _OTHER_EFFICIENCY))
-    eight = setup.device.type == "cpu" and setup.optimizer.name.endswith("8bit")
-    return products + (trained * _seconds_per_moved() if eight else 0.0)
+    slow_optimizer = setup.optimizer.cpu_time_of if setup.device.type == "cpu" else None
+    return products + (trained * _seconds_per_parameter(slow_optimizer) if slow_optimizer else 0.0)
 
 
 @lru_cache(maxsize=8)
@@ -228,11 +229,11 @@ def _product_rate(dtype: torch.dtype, device: torch.device, width: int, inner: i
     return best
 
 
-@lru_cache(maxsize=1)
-def _seconds_per_moved() -> float:
-    """That AdamW with 8-bit moments takes for a number here and now, on the CPU; takes a fraction of a second."""
+@lru_cache(maxsize=8)
+def _seconds_per_parameter(optimizer_name: str) -> float:
+    """Time of an optimizer's step on this CPU, measured now; takes a fraction of a second."""
     master_weights = MasterWeights(nn.ParameterList([torch.ones(_MOVED)]))
-    optimizer = build_optimizer(OptimizerConfig(name="adamw8bit"), master_weights)
+    optimizer = build_optimizer(optimizers()[optimizer_name](), master_weights)
     for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
     times = []

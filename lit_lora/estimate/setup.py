@@ -13,7 +13,7 @@ from lit_lora.model import ModelConfig
 from lit_lora.peft import Method
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.config import TrainConfig
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.base import OptimizerConfig
 
 __all__ = ["RowLengths", "Setup"]
 

@@ -17,7 +17,7 @@ from lit_lora.errors import UsageError
 from lit_lora.peft import METHODS, Kind, Method, methods
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.config import TrainConfig
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
 from lit_lora.train.schedule import ScheduleConfig
 
 __all__ = [
@@ -61,7 +61,7 @@ class RunConfig(Settings):
     data: RowsConfig = Field(description="The rows to learn from.")
     peft: Method = Field(description="The method and its settings; name picks it.")
     train: TrainConfig = Field(TrainConfig(), description="How long and in what portions.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    optimizer: AnyOptimizer = Field(AdamWConfig(), description="The optimizer and its settings; name picks it.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over the run.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
@@ -140,7 +140,7 @@ def finetune_config(
     }
     for name, default in defaults.items():
         known = base.model_fields[name]
-        fields[name] = (known.annotation, Field(default, description=known.description))
+        fields[name] = (known.rebuild_annotation(), Field(default, description=known.description))
     config = create_model(f"{recipe.capitalize()}Config", __base__=base, **fields)
     config.kinds = kinds
     return config

@@ -16,7 +16,7 @@ from lit_lora.train.config import TrainConfig
 from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reuse_memory
 from lit_lora.train.objectives.base import Batch, Batches, Objective
 from lit_lora.train.objectives.next_token import NextToken
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.base import OptimizerConfig
 from lit_lora.train.run_log import RunLog, plot_losses, read_metrics
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.signals import stop_signals

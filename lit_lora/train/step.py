@@ -17,7 +17,8 @@ from lit_lora import log
 from lit_lora.errors import InputError, NumericalError
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.objectives.base import Batch, Batches, Objective
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.base import OptimizerConfig
+from lit_lora.train.optim.build import build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
 from lit_lora.train.run_log import RunLog
 from lit_lora.train.schedule import ScheduleConfig

@@ -25,7 +25,7 @@ from lit_lora.train.config import TrainConfig
 from lit_lora.train.device import choose_device
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.build import AdamWConfig
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.validation import validation_loss
 
@@ -114,7 +114,7 @@ def main() -> None:
                 micro_batch_tokens=batches.micro_batch_tokens,
                 max_grad_norm=1e9,  # no contender clips
             ),
-            optimizer=OptimizerConfig(lr=orders.learning_rate),
+            optimizer=AdamWConfig(lr=orders.learning_rate),
             schedule=ScheduleConfig(name="constant", warmup=0),
             folder=Path(folder),
             objective=NextToken(graph_safe=method.graph_safe),

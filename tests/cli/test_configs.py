@@ -12,6 +12,7 @@ from lit_lora.cli import main
 from lit_lora.compare import load_comparison
 from lit_lora.config import load_config, read_yaml, shipped_configs
 from lit_lora.recipe import RECIPES, load_recipe
+from lit_lora.train.optim import OPTIMIZERS
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +98,15 @@ def test_the_schema_knows_every_key_of_every_shipped_config(capsys: Any) -> None
     assert cases.keys() == RECIPES.keys() == set(schema["properties"]["recipe"]["enum"])
     assert [name for name, case in cases.items() if "required" not in case["if"]] == ["lora"]
 
+    # Without a name a section is of the first model only: `oneOf` refuses what fits several.
+    optimizers = cases["lora"]["then"]
+    optimizers = schema["$defs"][optimizers["$ref"].rpartition("/")[2]]["properties"]["optimizer"]["oneOf"]
+    assert [part.get("required") for part in optimizers] == [None] + [["name"]] * (len(OPTIMIZERS) - 1)
+
     def section(reference: dict[str, Any], name: str = "") -> dict[str, Any]:
         choices = [schema["$defs"][choice["$ref"].rpartition("/")[2]] for choice in reference.get("oneOf", [reference])]
-        found: dict[str, Any] = next(
-            choice for choice in choices if len(choices) == 1 or choice["properties"]["name"]["const"] == name
-        )
+        named = {choice["properties"]["name"]["const"]: choice for choice in choices if len(choices) > 1}
+        found: dict[str, Any] = named[name] if name and named else choices[0]
         assert found["additionalProperties"] is False
         properties: dict[str, Any] = found["properties"]
         return properties

@@ -331,7 +331,7 @@ def test_pain_12_nan_is_left_out_with_its_rows_and_stops_with_exit_code_5(task, 
         (
             "model: {path: base}\ndata: {path: rows.jsonl}\noptimizer: {learning_rat: 1e-4}\npefft: {rank: 4}\n",
             [
-                "c.yaml:3: unknown key 'optimizer.learning_rat', known: name, lr, weight_decay, betas, eps, momentum",
+                "c.yaml:3: unknown key 'optimizer.learning_rat', known: name, lr, weight_decay, betas, eps",
                 "c.yaml:4: unknown key 'pefft' (did you mean 'peft'?)",
             ],
         ),

@@ -13,8 +13,10 @@ from lit_lora.checkpoint.load import empty_model
 from lit_lora.estimate import SHAPES, RowLengths, Setup, estimate, model_shape, outline
 from lit_lora.estimate.advice import advise
 from lit_lora.quantize import QuantizeConfig
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer, state_bytes
+from lit_lora.train.optim import OPTIMIZERS
+from lit_lora.train.optim.build import build_optimizer, state_bytes
 from lit_lora.train.optim.master_weights import MasterWeights
+from tests.train.tiny_run import optimizer_config
 
 GB = 1e9
 
@@ -112,12 +114,12 @@ def test_parts_are_the_bytes_of_what_they_name() -> None:
     assert lora.total == sum(vars(lora).values())
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_state_bytes_are_those_of_the_optimizer(name: str, momentum: float) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(70, 90), torch.nn.Linear(90, 3))
     master_weights = MasterWeights(model)
-    config = OptimizerConfig(name=name, momentum=momentum)
+    config = optimizer_config(name, **({"momentum": momentum} if name == "sgd" else {}))
     optimizer = build_optimizer(config, master_weights)
     for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
@@ -128,13 +130,13 @@ def test_state_bytes_are_those_of_the_optimizer(name: str, momentum: float) -> N
 
 def test_time_counts_what_eight_bit_moments_cost_on_a_cpu() -> None:
     plain = setup_of(method="full")
-    eight = replace(plain, optimizer=OptimizerConfig(name="adamw8bit"))
+    eight = replace(plain, optimizer=optimizer_config("adamw8bit"))
     without, counted = estimate(plain), estimate(eight)
     assert without.seconds_per_step is not None
     assert counted.seconds_per_step is not None
     per_number = (counted.seconds_per_step - without.seconds_per_step) / counted.trainable
     assert 1e-10 < per_number < 1e-6  # of a slow, busy machine too; measured once, as the rate of products is
-    lora = replace(setup_of(), optimizer=OptimizerConfig(name="paged_adamw8bit"))
+    lora = replace(setup_of(), optimizer=optimizer_config("paged_adamw8bit"))
     more = [estimate(setup).seconds_per_step or 0 for setup in (lora, setup_of())]
     assert more[0] - more[1] == pytest.approx(per_number * estimate(lora).trainable)
 

@@ -58,7 +58,7 @@ def test_without_it_there_is_none_and_paging_is_refused_in_one_line(tmp_path: Pa
 import torch
 from lit_lora.errors import UsageError
 from lit_lora.quantize.bitsandbytes import load
-from lit_lora.train.optim.adamw8bit import SmallStateAdamW
+from lit_lora.train.optim.small_state import SmallStateAdamW
 print(load())
 torch.cuda.is_available = lambda: True
 settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -15,7 +15,7 @@ from lit_lora.data.batches import MicroBatch
 from lit_lora.recipe.method import passes
 from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.build import AdamWConfig, build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ class Trained:
         method.init_from_data(self.model, passes(self.model, [batch()]))
         self.model.train()
         self.master_weights = MasterWeights(self.model)
-        self.optimizer = build_optimizer(OptimizerConfig(lr=1e-6), self.master_weights)
+        self.optimizer = build_optimizer(AdamWConfig(lr=1e-6), self.master_weights)
 
     def step(self, rows: MicroBatch) -> float:
         began = time.perf_counter()

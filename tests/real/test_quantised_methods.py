@@ -24,7 +24,7 @@ from lit_lora.recipe.quantized_base import load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim.build import AdamWConfig
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.validation import validation_loss
 from tests.peft.tiny import shake
@@ -183,7 +183,7 @@ class Trained:
             self.model,
             batches,
             TrainConfig(max_steps=STEPS, batch_size=ROWS, eval_every=STEPS),
-            optimizer=OptimizerConfig(lr=4e-4),
+            optimizer=AdamWConfig(lr=4e-4),
             schedule=ScheduleConfig(),
             folder=self.folder / f"seed{seed}",
             seed=seed,

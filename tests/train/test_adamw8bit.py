@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lit_lora.errors import InputError
-from lit_lora.train.optim.adamw8bit import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.train.optim.build import build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
-from tests.train.tiny_run import losses, stored, train, unfrozen
+from lit_lora.train.optim.small_state import BLOCK, SMALL, SmallStateAdamW, dequantize, dynamic_map, quantize
+from tests.train.tiny_run import losses, optimizer_config, stored, train, unfrozen
 
 CPU = torch.device("cpu")
 both_maps = pytest.mark.parametrize("signed", [True, False])
@@ -99,11 +99,11 @@ def test_a_step_is_that_of_adamw_with_the_moments_rounded_in_between() -> None:
 
 
 def test_a_tensor_larger_than_one_piece_moves_like_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_lora.train.optim import adamw8bit
+    from lit_lora.train.optim import small_state
 
     results = []
-    for chunk in (adamw8bit._CHUNK, 2 * BLOCK):
-        monkeypatch.setattr(adamw8bit, "_CHUNK", chunk)
+    for chunk in (small_state._CHUNK, 2 * BLOCK):
+        monkeypatch.setattr(small_state, "_CHUNK", chunk)
         draw = torch.Generator().manual_seed(2)
         tensor = torch.randn(9, 1001, generator=draw).requires_grad_()
         optimizer = SmallStateAdamW([{"params": [tensor], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
@@ -125,7 +125,7 @@ def test_bytes_of_state_per_number(name: str, expected: float) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.numel() >= SMALL)
     master_weights = MasterWeights(model)
-    optimizer = build_optimizer(OptimizerConfig(name=name), master_weights)
+    optimizer = build_optimizer(optimizer_config(name), master_weights)
     for master in master_weights.masters.values():
         master.grad = torch.ones_like(master)
     optimizer.step()
@@ -157,7 +157,7 @@ def test_pages_are_the_gpus_and_a_cpu_run_says_so(name: str, tmp_path, capsys: p
     if torch.cuda.is_available():
         pytest.skip("is about machines without a GPU")
     train(unfrozen(wide=5), tmp_path / "paged", max_steps=3, optimizer={"name": name})
-    assert f"only a CUDA device pages; here it is the same as {name.removeprefix('paged_')}" in capsys.readouterr().err
+    assert f"paging needs a CUDA device; using {name.removeprefix('paged_')}" in capsys.readouterr().err
     train(unfrozen(wide=5), tmp_path / "plain", max_steps=3, optimizer={"name": name.removeprefix("paged_")})
     assert losses(tmp_path / "paged") == losses(tmp_path / "plain")
 
@@ -195,7 +195,7 @@ def test_a_gpu_trains_as_the_cpu_does_and_resumes_bit_for_bit(tmp_path, name: st
 @pytest.mark.gpu
 def test_paged_moments_lie_in_managed_memory() -> None:
     model = unfrozen(wide=24).to("cuda")
-    optimizer = build_optimizer(OptimizerConfig(name="paged_adamw8bit"), MasterWeights(model))
+    optimizer = build_optimizer(optimizer_config("paged_adamw8bit"), MasterWeights(model))
     large = [state for tensor, state in optimizer.state.items() if tensor.numel() >= 100_000]
     assert large
     assert all(getattr(state["exp_avg"], "is_paged", False) for state in large)

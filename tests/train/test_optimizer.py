@@ -2,16 +2,60 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lit_lora.finetune import lora
 
-from lit_lora.train.optim.build import OptimizerConfig, build_optimizer
+from lit_lora.config import load_config
+from lit_lora.errors import UsageError
+from lit_lora.train.optim import OPTIMIZERS, optimizers
+from lit_lora.train.optim.build import build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
-from tests.train.tiny_run import adapted, losses, metrics, tiny_model, train, unfrozen
+from tests.train.tiny_run import adapted, losses, metrics, optimizer_config, tiny_model, train, unfrozen
+
+
+def written(folder, optimizer):
+    path = folder / "c.yaml"
+    path.write_text(f"model: {{path: base}}\ndata: {{path: rows.jsonl}}\noptimizer: {optimizer}\n")
+    return path
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_name_picks_an_entry_of_the_table(tmp_path, name):
+    config = load_config(written(tmp_path, f"{{name: {name}, lr: 0.5}}"), lora.Config).optimizer
+    assert type(config) is optimizers()[name]
+    assert (config.name, config.lr) == (name, 0.5)
+    assert config.smaller_state in (None, *OPTIMIZERS)
+    assert config.cpu_time_of in (None, *OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("{name: sgd, betas: [0.8, 0.9]}", "unknown key 'optimizer.betas', known: name, lr, weight_decay, momentum"),
+        ("{momentum: 0.9}", "unknown key 'optimizer.momentum', known: name, lr, weight_decay, betas, eps"),
+        ("{name: sgd, momentun: 0.9}", "unknown key 'optimizer.momentun' (did you mean 'momentum'?)"),
+        ("{name: adamv}", "optimizer.name: unknown name 'adamv' (did you mean 'adamw'?), known: adamw, adamw8bit, "),
+        ("{name: sgd, momentum: 2}", "optimizer.momentum: input should be less than 1, got 2"),
+    ],
+)
+def test_an_option_of_another_optimizer_is_an_error_with_its_line(tmp_path, optimizer, message):
+    with pytest.raises(UsageError) as error:
+        load_config(written(tmp_path, optimizer), lora.Config)
+    assert str(error.value).startswith(f"{tmp_path}/c.yaml:3: {message}")
+
+
+def test_the_config_of_an_older_run_folder_lists_options_of_all_optimizers_and_still_loads(tmp_path, capsys):
+    listed = "{name: %s, lr: 0.1, weight_decay: 0.0, betas: [0.9, 0.999], eps: 1.0e-08, momentum: 0.0}"
+    assert load_config(written(tmp_path, listed % "sgd"), lora.Config).optimizer == optimizer_config("sgd", lr=0.1)
+    told = [f"config: optimizer.{key} is not an option of sgd, ignored" for key in ("betas", "eps")]
+    assert capsys.readouterr().err.splitlines() == told
+    assert load_config(written(tmp_path, listed % "adamw"), lora.Config).optimizer == optimizer_config("adamw", lr=0.1)
+    assert capsys.readouterr().err == "config: optimizer.momentum is not an option of adamw, ignored\n"
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_only_matrices_decay(name):
     master_weights = MasterWeights(unfrozen())
-    optimizer = build_optimizer(OptimizerConfig(name=name, weight_decay=0.1), master_weights)
+    optimizer = build_optimizer(optimizer_config(name, weight_decay=0.1), master_weights)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(tensor) for tensor in master_weights.masters.values() if tensor.ndim == 2}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(master_weights.masters)

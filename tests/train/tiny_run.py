@@ -18,7 +18,8 @@ from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import FitResult, fit
 from lit_lora.train.objectives.base import Objective
-from lit_lora.train.optim.build import OptimizerConfig
+from lit_lora.train.optim import optimizers
+from lit_lora.train.optim.base import OptimizerConfig
 from lit_lora.train.schedule import ScheduleConfig
 from tests.tiny import random_model
 
@@ -106,7 +107,7 @@ def train(
         model,
         portions,
         config,
-        optimizer=OptimizerConfig(**{"lr": 1e-2, **(optimizer or {})}),
+        optimizer=optimizer_config(**{"lr": 1e-2, **(optimizer or {})}),
         schedule=ScheduleConfig(**(schedule or {})),
         folder=folder,
         seed=seed,
@@ -116,6 +117,11 @@ def train(
         lr_factors=lr_factors,
         objective=objective,
     )
+
+
+def optimizer_config(name: str = "adamw", **settings: Any) -> OptimizerConfig:
+    """The settings of one optimizer of the table."""
+    return optimizers()[name](name=name, **settings)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
