@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lit_lora.train.objectives import objective_class
 from lit_lora.train.objectives.base import Objective
-from lit_lora.train.objectives.labelled import Classification, Regression, Seq2Seq
 
 __all__ = ["Kind", "Task"]
 
@@ -25,9 +25,7 @@ class Task:
     @property
     def objective(self) -> Objective:
         """The loss and the figures of a validation."""
-        if self.kind == "classification":
-            return Classification(len(self.labels))
-        return Regression() if self.kind == "regression" else Seq2Seq()
+        return objective_class(self.kind)()
 
     @property
     def config(self) -> dict[str, Any]:

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lit_lora.config import Settings
+from lit_lora.config import Settings, did_you_mean
+from lit_lora.train.objectives import metric_names
 
 __all__ = ["MetricName", "TrainConfig"]
 
-MetricName = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match"]
+
+def _measured(name: str) -> str:
+    """The name, if some objective measures it; whether that of this run does is checked when it is known.
+
+    Raises:
+        ValueError: None does.
+    """
+    known = metric_names()
+    if name not in known:
+        raise ValueError(f"unknown metric {name!r}{did_you_mean(name, known)}, known: {', '.join(known)}")
+    return name
+
+
+MetricName = Annotated[
+    str, AfterValidator(_measured), Field(json_schema_extra=lambda schema: schema.update(enum=metric_names()))
+]
+"""``loss``, or a metric of an objective of the table."""
 
 
 class TrainConfig(Settings):
@@ -41,8 +58,8 @@ class TrainConfig(Settings):
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better one.")
     best_metric: MetricName = Field(
         "loss",
-        description="Which figure of the validation picks the best weights: loss, or one that the recipe measures: "
-        "classify has accuracy, f1 and matthews of labels, pearson and spearman of numbers, exact_match of texts.",
+        description="Validation metric that selects the best weights: loss, or one that the recipe measures. classify "
+        "has accuracy, f1 and matthews for labels, pearson and spearman for numbers, exact_match for texts.",
     )
     samples: int = Field(1, ge=0, description="Validation prompts answered at each validation, to watch it learn.")
 

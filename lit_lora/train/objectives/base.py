@@ -6,7 +6,7 @@ The loop knows steps, gradients and checkpoints; an objective knows what is in a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -62,13 +62,10 @@ class Batches(Protocol):
 class Objective(Protocol):
     """A loss that is a sum over units (tokens, rows), and the figures of a validation."""
 
-    @property
-    def unit(self) -> str:
-        """What the loss is divided by the number of, in one word or two."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What :meth:`validate` measures beside the loss; of each, more is better."""
+    unit: ClassVar[str]
+    """What the loss is divided by the number of, in one word or two."""
+    metrics: ClassVar[tuple[str, ...]]
+    """What :meth:`validate` measures beside the loss; of each, more is better."""
 
     def count(self, batch: Any) -> int:
         """Units in a micro-batch."""
