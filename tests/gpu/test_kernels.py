@@ -15,6 +15,7 @@ from lit_lora.model.attention.attend import Attend
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.ops import add_rms_norm, rotate, swiglu
 from lit_lora.model.products import sum_of_products
+from lit_lora.peft.lora.longlora import in_groups
 from lit_lora.quantize import QuantizeConfig, quantize
 from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
 
@@ -115,7 +116,7 @@ def attend_by(config: ModelConfig, lengths: list[int], how: str, device: str) ->
     if how == "common":
         return PackedAttention(config, [5 + length for length in lengths], place, shared_prefix=5)
     plain = PackedAttention(config, lengths, place)
-    return {"plain": lambda: plain, "behind": lambda: plain.with_prefix(5), "groups": lambda: plain.in_groups(16)}[
+    return {"plain": lambda: plain, "behind": lambda: plain.with_prefix(5), "groups": lambda: in_groups(plain, 16)}[
         how
     ]()
 

@@ -5,9 +5,6 @@ A layer knows neither of positions, nor of documents, nor of caches; these are k
 ``with_prefix(P)``  gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
 they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
 is with tokens that all documents begin with, such as a system prompt: a model computes them once.
-
-``in_groups(G)``  is for training on long documents: tokens attend within groups of ``G``, and in half of the
-heads the groups are shifted by half of that, so that neighbours meet.
 """
 
 from __future__ import annotations
@@ -41,6 +38,3 @@ class Attend(Protocol):
         Returns:
             Its :attr:`prefix_length` says how many of these rows are to be given: none if a cache holds them already.
         """
-
-    def in_groups(self, size: int) -> Attend:
-        """The same within groups of ``size`` tokens, for training; decoding sees everything."""

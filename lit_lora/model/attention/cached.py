@@ -67,10 +67,6 @@ class CachedAttention:
         """The same, with ``prefix_length`` tokens before every row; see :class:`Attend`."""
         return _CachedWithPrefix(self, prefix_length, rotated)
 
-    def in_groups(self, size: int) -> Attend:
-        """Itself: groups are for training."""
-        return self
-
 
 class _CachedWithPrefix:
     """Rows behind common tokens, whose keys and values the cache keeps before those of the first tokens read."""
@@ -102,7 +98,3 @@ class _CachedWithPrefix:
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: something stands before every row already."""
         raise ValueError(f"{self.prefix_length} tokens stand before every row already")
-
-    def in_groups(self, size: int) -> Attend:
-        """Itself: groups are for training."""
-        return self

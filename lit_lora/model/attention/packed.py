@@ -47,12 +47,12 @@ class PackedAttention:
         self.layout = Layout(self.lengths, self.window, shared_prefix)
         self.positions = to_device(self.layout.positions(), device)
         self.rope = rope_table(config, self.positions, max(self.lengths))
-        self._grouped: dict[int, Attend] = {}
 
     def copy(self, rope: tuple[Tensor, Tensor], places: Sequence[Tensor]) -> PackedAttention:
         """The same with other tensors: those of ``rope``, and of the layout's places."""
         twin = copy(self)
-        twin.rope, twin.layout, twin._grouped = rope, self.layout.copy(Places(*places)), {}
+        twin.rope = rope
+        twin.layout = self.layout.copy(Places(*places))
         return twin
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -93,62 +93,6 @@ class PackedAttention:
         """The same, with ``prefix_length`` tokens before every document; see :class:`Attend`."""
         return _PackedWithPrefix(self, prefix_length, rotated)
 
-    def in_groups(self, size: int) -> Attend:
-        """The same within groups of ``size`` tokens; all layers of a pass share the result.
-
-        Raises:
-            ValueError: Documents share their first tokens, which would be in groups of different sizes.
-        """
-        if self.layout.shared_prefix:
-            raise ValueError(f"{self.layout.shared_prefix} tokens that all documents begin with do not go with groups")
-        if size not in self._grouped:
-            self._grouped[size] = _InGroups(self, size)
-        return self._grouped[size]
-
-
-class _InGroups:
-    """Documents cut into groups that do not see each other; half of the key/value heads cut them half a group earlier.
-
-    A group is to attention what a document is, only that positions go on. So nobody sees what comes later, and nobody
-    another document. A document of at most one group stays whole in all heads. With one key/value head, the query heads
-    are halved.
-
-    Source: arXiv:2309.12307 section 3.2, without the wrap of the last group around to the first tokens.
-    """
-
-    prefix_length = 0
-
-    def __init__(self, tokens: PackedAttention, size: int) -> None:
-        self.tokens = tokens
-        self.halves = [
-            Layout([piece for length in tokens.lengths for piece in _groups(length, size, first)], tokens.window)
-            for first in (size, max(1, size // 2))
-        ]
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
-        kept = -(-key.shape[1] // 2)
-        shared = query.shape[1] // key.shape[1]
-        cuts = [kept * shared if key.shape[1] > 1 else -(-shared // 2), kept, kept]
-        first, second = [], []
-        for tensor, cut in zip((query, key, value), cuts, strict=True):
-            first.append(tensor[:, :cut].contiguous())
-            second.append((tensor[:, cut:] if cut < tensor.shape[1] else tensor).contiguous())
-        early, late = self.halves
-        return torch.cat([self.tokens.within(early, *first), self.tokens.within(late, *second)], dim=1)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H) turned by the positions of its rows."""
-        return self.tokens.rotate(x)
-
-    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
-        """Refused: tokens before a document would be in its first group only."""
-        raise ValueError("tokens before every document do not go with groups")
-
-    def in_groups(self, size: int) -> Attend:
-        """Refused: these are groups already."""
-        raise ValueError("these are groups already")
-
 
 class _PackedWithPrefix(PackedAttention):
     """Documents behind given tokens, which are common to all of them as well."""
@@ -171,11 +115,3 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     """(T, T) bool: causal, and at most ``window`` tokens back."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return mask if window is None else mask.triu(1 - window)
-
-
-def _groups(length: int, size: int, first: int) -> list[int]:
-    """A document's length in groups of ``size``, the first of ``first`` tokens; one that fits into a group is one."""
-    if length <= size:
-        return [length]
-    whole, rest = divmod(length - first, size)
-    return [first, *[size] * whole, *([rest] if rest else [])]

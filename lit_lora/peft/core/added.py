@@ -36,9 +36,6 @@ class Attend(Protocol):
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document."""
 
-    def in_groups(self, size: int) -> Attend:
-        """The same within groups of ``size`` tokens, for training."""
-
 
 class AddedModule(OwnModule):
     """Base of the added modules; every parameter in it is the method's own, float32, and trains."""

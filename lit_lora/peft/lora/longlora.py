@@ -10,17 +10,21 @@ the interpolation is Chen et al. 2023, arXiv:2306.15595, or YaRN, arXiv:2309.000
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.core.added import AddedModule
+from lit_lora.model.attention.documents import Layout
+from lit_lora.model.attention.packed import PackedAttention
+from lit_lora.peft.core.added import AddedModule, Attend
 from lit_lora.peft.core.method import AnyConfig
 from lit_lora.peft.lora.config import LoRAConfig
 
-__all__ = ["LongContext", "LongLoRAConfig", "ShiftedGroups"]
+__all__ = ["GroupedAttention", "LongContext", "LongLoRAConfig", "ShiftedGroups", "in_groups"]
 
 
 class LongContext(AddedModule):
@@ -63,8 +67,87 @@ class ShiftedGroups(AddedModule):
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The tokens as they are, and attention in groups."""
+        if not host.training:
+            return None
         x, attend = args
-        return (x, attend.in_groups(self.size)) if host.training else None
+        return x, in_groups(attend, self.size)
+
+
+@lru_cache(maxsize=1)  # all layers of a pass are given the same attention, and share what is built from it
+def in_groups(attend: Attend, size: int) -> Attend:
+    """Attention within groups of ``size`` tokens; over a cache it stays as it is, for decoding sees everything.
+
+    Raises:
+        ValueError: Documents share their first tokens, which would be in groups of different sizes.
+    """
+    if not isinstance(attend, PackedAttention):
+        return attend
+    if attend.layout.shared_prefix:
+        raise ValueError(f"{attend.layout.shared_prefix} tokens that all documents begin with do not go with groups")
+    return GroupedAttention(attend, size)
+
+
+class GroupedAttention:
+    """Documents cut into groups that do not see each other; half of the key/value heads cut them half a group earlier.
+
+    A group is to attention what a document is, only that positions go on. So nobody sees what comes later, and nobody
+    another document. A document of at most one group stays whole in all heads. With one key/value head, the query heads
+    are halved.
+
+    Source: arXiv:2309.12307 section 3.2, without the wrap of the last group around to the first tokens.
+
+    Args:
+        tokens: Attention over the documents.
+        size: Tokens of a group.
+    """
+
+    prefix_length = 0
+
+    def __init__(self, tokens: PackedAttention, size: int) -> None:
+        self.tokens = tokens
+        self.aligned = self._layout(size, first=size)
+        self.shifted = self._layout(size, first=max(1, size // 2))
+
+    def _layout(self, size: int, first: int) -> Layout:
+        """All documents in groups, the first group of each with ``first`` tokens."""
+        groups = [group for length in self.tokens.lengths for group in _groups(length, size, first)]
+        return Layout(groups, self.tokens.window)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+        query_heads, kv_heads = query.shape[1], key.shape[1]
+        queries_per_kv = query_heads // kv_heads
+        if kv_heads > 1:
+            kv_cut = -(-kv_heads // 2)
+            query_cut = kv_cut * queries_per_kv
+            late_key, late_value = key[:, kv_cut:], value[:, kv_cut:]
+        else:  # both halves of the queries read the one key/value head
+            kv_cut = 1
+            query_cut = -(-queries_per_kv // 2)
+            late_key, late_value = key, value
+
+        early = (query[:, :query_cut], key[:, :kv_cut], value[:, :kv_cut])
+        late = (query[:, query_cut:], late_key, late_value)
+        # The kernels take contiguous tensors only.
+        early_out = self.tokens.within(self.aligned, *(tensor.contiguous() for tensor in early))
+        late_out = self.tokens.within(self.shifted, *(tensor.contiguous() for tensor in late))
+        return torch.cat([early_out, late_out], dim=1)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H) turned by the positions of its rows."""
+        return self.tokens.rotate(x)
+
+    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
+        """Refused: tokens before a document would be in its first group only."""
+        raise ValueError("tokens before every document do not go with groups")
+
+
+def _groups(length: int, size: int, first: int) -> list[int]:
+    """A document's length in groups of ``size``, the first of ``first`` tokens; one that fits into a group is one."""
+    if length <= size:
+        return [length]
+    whole, rest = divmod(length - first, size)
+    return [first, *[size] * whole, *([rest] if rest else [])]
 
 
 class LongLoRAConfig(LoRAConfig):

@@ -12,6 +12,7 @@ from lit_lora.model.attention.cpu_kernel import usable
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.ops import rotate
+from lit_lora.peft.lora.longlora import in_groups
 
 
 def config(heads: int, keys: int, window: int | None = None) -> ModelConfig:
@@ -66,16 +67,16 @@ def test_groups_are_what_the_mask_says(heads, keys, size, window):
     lengths = [13, 4, 1, 8]
     q, k, v = tensors(sum(lengths), heads, keys)
     attend = PackedAttention(config(heads, keys, window), lengths, q.device)
-    got = attend.in_groups(size)(0, q, k, v)
+    got = in_groups(attend, size)(0, q, k, v)
     torch.testing.assert_close(got, by_mask(attend, q, k, v, lengths, size), atol=1e-5, rtol=1e-5)
-    assert attend.in_groups(size) is attend.in_groups(size)
+    assert in_groups(attend, size) is in_groups(attend, size)
 
 
 def test_a_group_as_long_as_the_document_is_plain_attention():
     q, k, v = tensors(20, 4, 2)
     attend = PackedAttention(config(4, 2), [12, 8], q.device)
-    torch.testing.assert_close(attend.in_groups(12)(0, q, k, v), attend(0, q, k, v), atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(attend.in_groups(6)(0, q, k, v), attend(0, q, k, v), atol=1e-3)
+    torch.testing.assert_close(in_groups(attend, 12)(0, q, k, v), attend(0, q, k, v), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(in_groups(attend, 6)(0, q, k, v), attend(0, q, k, v), atol=1e-3)
 
 
 def test_the_kernel_gives_the_same_with_gradients():
@@ -87,7 +88,7 @@ def test_the_kernel_gives_the_same_with_gradients():
     outputs = []
     for q, k, v in (exact, rounded):
         attend = PackedAttention(config(6, 3), lengths, q.device)
-        outputs.append(attend.in_groups(16)(0, q, k, v))
+        outputs.append(in_groups(attend, 16)(0, q, k, v))
         outputs[-1].float().square().sum().backward()
     torch.testing.assert_close(outputs[1].float(), outputs[0], atol=0.04, rtol=0.04)
     for wide, narrow in zip(exact, rounded, strict=True):
@@ -98,8 +99,8 @@ def test_what_stands_before_documents_and_a_cache():
     q = tensors(6, 2, 2)[0]
     attend = PackedAttention(config(2, 2), [6], q.device)
     with pytest.raises(ValueError, match="do not go with groups"):
-        attend.with_prefix(2).in_groups(4)
+        in_groups(attend.with_prefix(2), 4)
     with pytest.raises(ValueError, match="do not go with groups"):
-        attend.in_groups(4).with_prefix(2)
+        in_groups(attend, 4).with_prefix(2)
     cached = CachedAttention(config(2, 2), KVCache(config(2, 2), 1, 8), 1, 6)
-    assert cached.in_groups(4) is cached
+    assert in_groups(cached, 4) is cached
