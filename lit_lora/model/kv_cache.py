@@ -1,4 +1,12 @@
-"""Keys and values of the tokens seen so far, so that decoding computes each token once."""
+"""Keys and values of the tokens seen so far, so that decoding computes each token once.
+
+The slots of one row, with a prefix of 2 tokens and, because another prompt is longer, 3 tokens of padding::
+
+    slot      | P P | . . . t t t t | …        P prefix, . padding, t tokens
+    position  | 0 1 | 2 2 2 2 3 4 5 |          padding has no positions of its own and nobody attends to it
+
+Padding at the left lets all rows end in the same slot, so a step of decoding writes one slot of every row.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +19,16 @@ __all__ = ["KVCache"]
 
 
 class KVCache:
-    """Room for ``max_length`` tokens of ``batch_size`` rows; the decoder appends to it in place.
+    """Room for ``max_length`` tokens in each of ``batch_size`` rows; the decoder appends to it in place.
 
     Args:
         config: The model's.
         batch_size: Rows B.
         max_length: Tokens per row, left padding included.
-        dtype: Of the stored keys and values; the model's dtype.
-        device: Where they live.
+        dtype: The model's, in which keys and values are stored.
+        device: The model's.
         padding: (B,) int64, how many tokens at the left of each row are padding: they are never attended to, and
-            positions count from the first token after them. ``None`` means none.
+            positions count from the first token after them. ``None`` for no padding.
     """
 
     def __init__(
@@ -40,29 +48,28 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         self.prefix_length = 0
-        """Slots before all tokens, for what every row begins with: see :meth:`reserve`. Filled once length > 0."""
+        """Slots before all tokens, for a prefix of every row: see :meth:`reserve`. Filled once there are tokens."""
 
     def reserve(self, prefix_length: int) -> None:
-        """Keep ``prefix_length`` slots before the tokens, beside ``max_length``, for what stands before every document.
+        """Add ``prefix_length`` slots before the tokens, beyond ``max_length``, for what stands before every row.
 
         Raises:
-            ValueError: There are tokens already, and they were stored without it.
+            ValueError: Tokens are already stored behind a prefix of another length.
         """
         if prefix_length == self.prefix_length:
             return
         if self.length:
             raise ValueError(
-                f"{self.length} tokens are stored behind {self.prefix_length} others, not behind {prefix_length}"
+                f"{self.length} tokens are stored behind a prefix of {self.prefix_length}, not of {prefix_length}"
             )
-        shape = (*self.keys.shape[:3], prefix_length + self.max_length, self.keys.shape[4])
-        self.keys, self.values, self.prefix_length = (
-            self.keys.new_zeros(shape),
-            self.values.new_zeros(shape),
-            prefix_length,
-        )
+        layers, batch_size, heads, _, head_size = self.keys.shape
+        shape = (layers, batch_size, heads, prefix_length + self.max_length, head_size)
+        self.keys = self.keys.new_zeros(shape)
+        self.values = self.values.new_zeros(shape)
+        self.prefix_length = prefix_length
 
     def positions(self, tokens: int) -> Tensor:
-        """Positions of the next ``tokens`` tokens, (B, T) int64; padding has that of the first token."""
+        """Positions of the next ``tokens`` tokens, (B, T) int64; padding has the position of the first token."""
         batch_size, device = self.keys.shape[1], self.keys.device
         positions = torch.arange(self.length, self.length + tokens, device=device).expand(batch_size, -1)
         if self.padding is not None:
@@ -73,21 +80,25 @@ class KVCache:
         """Which stored tokens the next ``tokens`` tokens may see.
 
         Returns:
-            (B or 1, 1, T, S) bool with S = front + length + tokens; ``None`` when all of them.
+            (B or 1, 1, T, S) bool with S = prefix_length + length + tokens; ``None`` when all of them.
         """
         end = self.length + tokens
-        if tokens == 1 and self.padding is None and (window is None or self.prefix_length + end <= window):
+        window_holds_all = window is None or self.prefix_length + end <= window
+        if tokens == 1 and self.padding is None and window_holds_all:
             return None
-        seen = self._among_tokens(tokens, window)
+
+        among_tokens = self._among_tokens(tokens, window)
         if not self.prefix_length:
-            return seen
-        # Padding lies between the front and the first token, so distances to the front are counted in positions.
-        distance = self.positions(tokens)[:, None, :, None] - torch.arange(self.prefix_length, device=self.keys.device)
-        near = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window  # (B, 1, T, P)
-        return torch.cat([near, seen.expand(near.shape[0], -1, -1, -1)], dim=-1)
+            return among_tokens
+
+        # Padding lies between the prefix and the first token, so distances to the prefix are counted in positions.
+        prefix_positions = torch.arange(self.prefix_length, device=self.keys.device)
+        distance = self.positions(tokens)[:, None, :, None] - prefix_positions  # (B, 1, T, P)
+        to_prefix = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
+        return torch.cat([to_prefix, among_tokens.expand(len(to_prefix), -1, -1, -1)], dim=-1)
 
     def _among_tokens(self, tokens: int, window: int | None) -> Tensor:
-        """(B or 1, 1, T, length + tokens) bool."""
+        """Which tokens the next ones may see, without the prefix: (B or 1, 1, T, length + tokens) bool."""
         end = self.length + tokens
         source = torch.arange(end, device=self.keys.device)  # (S,)
         target = source[self.length :, None]  # (T, 1)
@@ -96,14 +107,14 @@ class KVCache:
             seen &= source > target - window
         if self.padding is None:
             return seen[None, None]
-        # A padding token sees itself: a row of a softmax without any entry would be NaN.
+        # A padding token sees itself: a softmax over nothing would be NaN, and 0 times NaN spoils what comes after it.
         real = (source >= self.padding[:, None])[:, None, None, :]  # (B, 1, 1, S)
         return (seen & real) | (source == target)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, H) keys and values of one layer; return all so far, the front's first, (B, K, S, H) views.
+        """Store (B, K, T, H) keys and values of one layer; returns all so far, the prefix first, as (B, K, S, H) views.
 
-        :attr:`length` does not move: the decoder calls :meth:`advance` after the last layer.
+        :attr:`length` stays, as all layers write to the same slots: the decoder calls :meth:`advance` after the last.
         """
         start = self.prefix_length + self.length
         end = start + key.shape[2]
@@ -117,17 +128,27 @@ class KVCache:
         self.values[layer, :, :, : self.prefix_length] = value
 
     def copy_row(self, other: KVCache, row: int, tokens: int, start: int = 0) -> None:
-        """Copy the front and ``tokens`` tokens of the first row of ``other`` to ``row``, from ``start`` on."""
-        self.reserve(other.prefix_length)
-        for own, others in ((self.keys, other.keys), (self.values, other.values)):
-            own[:, row, :, : self.prefix_length] = others[:, 0, :, : self.prefix_length]
-            first = self.prefix_length + start
-            own[:, row, :, first : first + tokens] = others[:, 0, :, other.prefix_length : other.prefix_length + tokens]
+        """Copy the prefix and the first ``tokens`` tokens of the first row of ``other`` to ``row``.
+
+        Args:
+            other: The cache to copy from.
+            row: The row to write.
+            tokens: How many tokens to copy.
+            start: The token of ``row`` that the first of them becomes; those before it are padding.
+        """
+        prefix = other.prefix_length
+        self.reserve(prefix)
+        first = prefix + start
+        for target, source in ((self.keys, other.keys), (self.values, other.values)):
+            target[:, row, :, :prefix] = source[:, 0, :, :prefix]
+            target[:, row, :, first : first + tokens] = source[:, 0, :, prefix : prefix + tokens]
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.padding = None if self.padding is None else self.padding[rows]
+        """Keep only these rows, given as (rows,) int64 or a mask (B,)."""
+        self.keys = self.keys[:, rows]
+        self.values = self.values[:, rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` tokens as stored."""

@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Linear(nn.Linear):
-    """A linear layer that decodes one token fast; see :func:`lit_lora.model.ops.linear`."""
+    """A linear layer that is fast for one token, as in decoding; see :func:`lit_lora.model.ops.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -27,7 +27,11 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) * weight``, of the residual stream after adding to it."""
+    """``x / sqrt(mean(x²) + eps) * weight`` of the residual stream, after adding to it.
+
+    The output of attention or an MLP reaches the stream here and not where it is computed: adding and norming are one
+    pass over memory instead of two. So a layer hands on the stream ``x`` and, as ``delta``, what is still to be added.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -60,53 +64,58 @@ class MLP(nn.Module):
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of several layers for one input.
 
-    Layers of one type that has a static ``forward_together(layers, x)`` compute them at once: a seam for modules that a
-    finetuning method puts in the place of linear layers.
+    Layers of one type that has a static ``forward_together(layers, x)`` compute them at once: a seam for the modules by
+    which a finetuning method replaces linear layers.
     """
-    together = getattr(type(layers[0]), "forward_together", None)
-    if together is not None and all(type(layer) is type(layers[0]) for layer in layers):
-        outputs: tuple[Tensor, ...] = together(layers, x)
+    kind = type(layers[0])
+    forward_together = getattr(kind, "forward_together", None)
+    if forward_together is not None and all(type(layer) is kind for layer in layers):
+        outputs: tuple[Tensor, ...] = forward_together(layers, x)
         return outputs
     return tuple(layer(x) for layer in layers)
 
 
 @contextmanager
 def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside the block, ``value`` is not kept for the backward but computed again there.
+    """Inside the block, ``value`` is not saved for the backward pass but computed again there.
 
-    For what is cheap to compute from tensors that are kept anyway: a gate's output, a norm's. It must not be changed in
-    place, and ``compute`` must give the same bits.
+    For what is cheap to compute from tensors that are saved anyway: a gate's output, a norm's. It must not be changed
+    in place, and ``compute`` must give the same bits.
 
     Args:
         value: (..., D).
-        compute: Gives it again, from tensors that the backward holds.
+        compute: Gives it again, from tensors that the backward pass has.
     """
-    place, shape = _place(value), value.shape
-
-    def keep(tensor: Tensor) -> Tensor | tuple[int, ...]:
-        is_value = _place(tensor) == place and tensor.numel() == value_size and tensor.is_contiguous()
-        return tuple(tensor.shape) if is_value else tensor
-
-    def give(kept: Tensor | tuple[int, ...]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return compute().view(kept)
-
-    value_size = shape.numel()
     if not torch.is_grad_enabled() or _CHECKPOINTED.get():
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+
+    # Autograd calls `pack` for each tensor that an operation in the block saves, and `unpack` when the backward pass
+    # wants it. A linear layer that reads `value` saves a view of it, flattened perhaps: another Python object with the
+    # same storage. It is recognised by where it lies, and its shape alone is saved in its place.
+    value_storage, value_size = _storage(value), value.numel()
+
+    def pack(tensor: Tensor) -> Tensor | tuple[int, ...]:
+        is_value = _storage(tensor) == value_storage and tensor.numel() == value_size and tensor.is_contiguous()
+        return tuple(tensor.shape) if is_value else tensor
+
+    def unpack(saved: Tensor | tuple[int, ...]) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        with torch.no_grad():
+            return compute().view(saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
 _CHECKPOINTED: ContextVar[bool] = ContextVar("_CHECKPOINTED", default=False)
-"""Inside a checkpoint nothing is kept anyway, and PyTorch asks only the innermost hooks."""
+"""Whether a checkpoint is open. Its own hooks save nothing, and PyTorch asks only the innermost hooks: with those of
+:func:`recomputed` inside it, tensors that the checkpoint drops would be saved after all."""
 
 
 def checkpointed(function: Callable[..., R], *arguments: Any) -> R:
-    """Call ``function`` and keep only its arguments for the backward, which calls it again.
+    """Call ``function`` and save only its arguments; the backward pass calls it again.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
@@ -124,6 +133,6 @@ def checkpointed(function: Callable[..., R], *arguments: Any) -> R:
     return result
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """Where its first number lies; told apart on the meta device too, where nothing has an address."""
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """The tensor's storage and the offset in it; unlike an address, they exist on the meta device too."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -1,7 +1,7 @@
 """The decoder's arithmetic between its matrix products: by fused kernels where they apply, else in PyTorch.
 
-Every operation has one PyTorch form, which autograd differentiates, and on a CPU in bfloat16 and on a GPU a fused one
-with its backward written out. Both compute in float32.
+Every operation has one form in PyTorch, which autograd differentiates, and a fused one with its backward pass written
+out, on a CPU in bfloat16 and on a GPU. Both compute in float32.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu", "to
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; a GPU goes on with its work meanwhile instead of finishing it first.
+    """``x`` on ``device``, without waiting for the work that a GPU still has to do.
 
     Raises:
-        RuntimeError: The GPU's work is being recorded, and would read these numbers again and again.
+        RuntimeError: A CUDA graph is being captured. Every replay would copy from this same memory, whatever it holds.
     """
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("numbers come from the CPU")
-    return x.pin_memory().to(device, non_blocking=True)
+        raise RuntimeError("a tensor is copied from the CPU")
+    return x.pin_memory().to(device, non_blocking=True)  # only a copy from pinned memory does not block
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,10 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     Source: RMSNorm, arXiv:1910.07467 eq. 4.
     """
     if kernels.usable(x, weight, *([] if delta is None else [delta]), kernel="add_rms_norm"):
-        if not torch.is_grad_enabled():  # a third of the time for one token
+        if not torch.is_grad_enabled():  # without autograd's bookkeeping: a third of the time for one token
             return _added_and_normed(x, delta, weight, eps)[:2]
         return _AddRMSNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+
     total = x if delta is None else x + delta
     wide = total.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -57,9 +58,9 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def _added_and_normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By the kernel: sum, norm, and the reciprocal root of each row, float32."""
+    """By the kernel: the sum, its norm, both (..., D), and per row ``1 / sqrt(mean(s²) + eps)``, (rows,) float32."""
     width = x.shape[-1]
-    total = x if delta is None else torch.empty_like(x)
+    total = x if delta is None else torch.empty_like(x)  # with nothing to add, the kernel leaves x as it is
     normed = torch.empty_like(x)
     roots = x.new_empty(x.numel() // width, dtype=torch.float32)
     kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
@@ -71,31 +72,35 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, normed, roots = _added_and_normed(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, roots)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # the last norm's sum is not used: None instead of a tensor of zeros
         return total, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, roots = ctx.saved_tensors
+        _, needs_delta, needs_weight, _ = ctx.needs_input_grad
         if grad_normed is None:
             return grad_total, grad_total, None, None
+
         grad_weight = None
-        if ctx.needs_input_grad[2]:
+        if needs_weight:
             normal = (total.float().flatten(0, -2) * roots[:, None]).to(total.dtype)
             grad_weight = (grad_normed.flatten(0, -2) * normal).sum(0, dtype=torch.float32).to(weight.dtype)
+
         grad = torch.empty_like(total)
         grad_normed = grad_normed.contiguous()
         grad_total = None if grad_total is None else grad_total.contiguous()
         width = total.shape[-1]
         kernels.call("rms_norm_backward", grad_normed, grad_total, total, weight, roots, grad, roots.numel(), width)
-        return grad, grad if ctx.needs_input_grad[1] else None, grad_weight, None
+        # x and delta were added, so both have the gradient of the sum.
+        return grad, grad if needs_delta else None, grad_weight, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``; one token on a CPU, as in decoding, by a matrix-vector product.
 
-    The library's matrix product costs the same for 1 row as for 16, and twice a matrix-vector product.
+    The library's matrix product takes as long for 1 row as for 16, twice as long as a matrix-vector product.
 
     Args:
         x: (..., in).
@@ -108,7 +113,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             kernels.call("matrix_vector", weight, x, y, *weight.shape)
         else:
             y = torch.mv(weight, x.reshape(-1))
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+        if bias is not None:
+            y = y + bias
+        return y.view(*x.shape[:-1], -1)
+
     if kernels.usable(x, weight, kernel="sum_of_products") and x.numel():
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
     return F.linear(x, weight, bias)
@@ -117,8 +125,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if len(weight) > _LINES_APART:
+        _, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight)  # a frozen weight's gradient would need x
+        if len(weight) > _MOST_COLUMNS:
             return F.linear(x, weight, bias)
         return sum_of_products((x.flatten(0, -2), weight.T), start=bias).view(*x.shape[:-1], -1)
 
@@ -126,28 +135,35 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)  # (tokens, out)
+        rows = grad.flatten(0, -2)  # (tokens, out)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = sum_of_products((flat, weight)).view(*grad.shape[:-1], -1) if needs_x else None
-        grad_weight = flat.T @ x.flatten(0, -2) if needs_weight else None
-        return grad_x, grad_weight, flat.sum(0) if needs_bias else None
+
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = sum_of_products((rows, weight)).view(*grad.shape[:-1], -1)
+        if needs_weight:
+            grad_weight = rows.T @ x.flatten(0, -2)
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
-_LINES_APART = 16384
-"""Of a result with more columns every row is in other pages, and writing it panel by panel takes too long."""
+_MOST_COLUMNS = 16384
+"""Our product writes its result in panels of columns. In a wider result, such as logits, each row lies in pages of its
+own, and every panel would touch all of them again."""
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """``silu(gate) * value`` of two tensors of one shape. Source: arXiv:2002.05202."""
     if kernels.usable(gate, value, kernel="swiglu"):
         if not torch.is_grad_enabled():
-            return _gated(gate, value)
+            return _swiglu(gate, value)
         return _SwiGLU.apply(gate, value)  # type: ignore[no-untyped-call, no-any-return]
     return F.silu(gate) * value
 
 
-def _gated(gate: Tensor, value: Tensor) -> Tensor:
-    """By the kernel."""
+def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """:func:`swiglu` by the kernel."""
     out = torch.empty_like(gate)
     kernels.call("swiglu", gate, value, out, gate.numel())
     return out
@@ -157,14 +173,15 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return _gated(gate, value)
+        return _swiglu(gate, value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
         grad_gate, grad_value = torch.empty_like(gate), torch.empty_like(value)
-        kernels.call("swiglu_backward", grad.contiguous(), gate, value, grad_gate, grad_value, gate.numel())
+        grad = grad.contiguous()
+        kernels.call("swiglu_backward", grad, gate, value, grad_gate, grad_value, gate.numel())
         return grad_gate, grad_value
 
 
@@ -183,6 +200,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _rotated(x, cosine, sine, 1.0)
         return _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call, no-any-return]
+
     first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
@@ -198,31 +216,36 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
+        # A rotation's transpose, which the gradient needs, is the rotation back.
         return _rotated(grad.contiguous(), cosine, sine, -1.0), None, None
 
 
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, turn: float) -> Tensor:
-    """By the kernel: forward, or back with ``turn`` -1."""
-    tokens, heads, size = x.shape
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+    """:func:`rotate` by the kernel: forwards with ``direction`` 1.0, back with -1.0."""
+    tokens, heads, head_size = x.shape
     out = torch.empty_like(x)
-    kernels.call("rotate", x, cosine.contiguous(), sine.contiguous(), out, tokens, heads, size // 2, turn)
+    kernels.call("rotate", x, cosine.contiguous(), sine.contiguous(), out, tokens, heads, head_size // 2, direction)
     return out
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention to the tokens before and to the token itself, by a fused kernel of the device.
+    """Attention of each token to itself and those before it, by a fused kernel of the device.
 
     Args:
         query: (B, N, T, H).
         key: (B, K, T, H).
         value: (B, K, T, H).
-        mask: (T, T) bool in place of the causal one.
+        mask: (T, T) bool, which replaces the causal one.
+
+    Returns:
+        (B, N, T, H).
     """
-    if query.is_meta:  # where PyTorch would write the scores out, as no device does
+    if query.is_meta:
+        # On the meta device, where estimates count memory, PyTorch would write out all scores; no real device does.
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = fused(
-            query, key, value, 0.0, mask is None, attn_mask=None if mask is None else mask.to(query.dtype)
-        )[0]
+        numeric_mask = None if mask is None else mask.to(query.dtype)
+        out: Tensor = fused(query, key, value, 0.0, mask is None, attn_mask=numeric_mask)[0]
         return out
+
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)

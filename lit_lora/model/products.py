@@ -24,7 +24,7 @@ def sum_of_products(
 
     Args:
         terms: Pairs of ``a`` (T, K) and ``b`` (K, N), K their own. Floating point, of one dtype.
-        start: (T, N) or (N,), of the same dtype. One of shape (T, N) may be used up.
+        start: (T, N) or (N,), of the same dtype. One of shape (T, N) may be overwritten.
         dtype: Of the result; that of the terms by default.
 
     Returns:
@@ -34,9 +34,11 @@ def sum_of_products(
         start = start.contiguous()
     if _kernel_takes(terms, start):
         return _by_kernel(terms, start, dtype)
+
     (a, b), *rest = terms
     if dtype == torch.float32 and not rest and start is None and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
+        return torch.mm(a, b, out_dtype=dtype)  # adds in float32 and, unlike `(a @ b).float()`, never rounds
+
     if start is None:
         total = a @ b
     elif start.dim() == 1:
@@ -52,36 +54,53 @@ def _kernel_takes(terms: tuple[tuple[Tensor, Tensor], ...], start: Tensor | None
     if terms[0][0].is_cuda:
         return False
     tensors = [tensor for term in terms for tensor in term]
-    if not kernels.usable(*tensors, *([] if start is None else [start]), kernel="sum_of_products", gaps=True):
+    if start is not None:
+        tensors.append(start)
+    if not kernels.usable(*tensors, kernel="sum_of_products", gaps=True):
         return False
-    return all(
-        a.shape[1] % 2 == a.stride(0) % 2 == 0 and a.stride(1) == 1 and 1 in b.stride() and max(b.stride()) % 2 == 0
-        for a, b in terms
-    )
+    return all(_fits(a, b) for a, b in terms)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    """Whether the strides of a term are those that the kernel reads.
+
+    It takes bfloat16 in pairs, as its instruction does, so inner size and steps between rows are even. ``b`` may be
+    transposed, as the weight of a linear layer is.
+    """
+    row_major = a.stride(1) == 1 and a.stride(0) % 2 == 0
+    either_way = 1 in b.stride() and max(b.stride()) % 2 == 0
+    return a.shape[1] % 2 == 0 and row_major and either_way
 
 
 def _by_kernel(terms: tuple[tuple[Tensor, Tensor], ...], start: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    (rows, columns), numbers = (terms[0][0].shape[0], terms[0][1].shape[1]), list[Tensor | int]()
+    rows, columns = terms[0][0].shape[0], terms[0][1].shape[1]
+
+    # The kernel reads six numbers per term: both addresses, the step of each, the inner size, whether b is transposed.
+    packed_terms: list[Tensor | int] = []
     for a, b in terms:
         transposed = b.stride(1) != 1
-        numbers += [a, a.stride(0), b, b.stride(0 if not transposed else 1), a.shape[1], int(transposed)]
+        b_step = b.stride(1) if transposed else b.stride(0)
+        packed_terms += [a, a.stride(0), b, b_step, a.shape[1], int(transposed)]
+
     out = terms[0][0].new_empty(rows, columns, dtype=dtype)
-    step = 0 if start is None or start.dim() == 1 else columns
+    start_step = 0 if start is None or start.dim() == 1 else columns  # with step 0 every row starts from the same bias
     wide = int(out.dtype == torch.float32)
-    kernels.call("sum_of_products", numbers, len(terms), start, step, out, rows, columns, wide)
+    kernels.call("sum_of_products", packed_terms, len(terms), start, start_step, out, rows, columns, wide)
     return out
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``total += left @ right``, in place.
 
-    oneDNN gives a bfloat16 product of 513 to 1,400 rows and few columns to one of two threads (1.1 instead of 1.7 to
-    2.3 TFLOP/s), so that one goes in parts of at most 512 rows: 8 % of a step of 860 tokens.
+    oneDNN computes a bfloat16 product of 513 to 1,400 rows and few columns in one of two threads (1.1 instead of 1.7 to
+    2.3 TFLOP/s), so such a product is cut into parts of at most 512 rows: 8 % of a step of 860 tokens.
     """
     rows, columns = total.shape
     if total.device.type != "cpu" or not 512 < rows < 1408 or columns >= 1024:
         return total.addmm_(left, right)
-    size = -(-rows // -(-rows // 512))
+
+    parts = -(-rows // 512)
+    size = -(-rows // parts)
     for part, part_left in zip(torch.split(total, size), torch.split(left, size), strict=True):
         part.addmm_(part_left, right)
     return total

@@ -21,9 +21,9 @@ def rope_table(config: ModelConfig, positions: Tensor, length: int) -> tuple[Ten
     """Cosine and sine of every position's rotations.
 
     Args:
-        config: The model.
+        config: The model's.
         positions: (T,) int64.
-        length: Longest sequence among them; it chooses the frequencies of ``dynamic`` and ``longrope``.
+        length: The longest sequence among them; ``dynamic`` and ``longrope`` choose the frequencies by it.
 
     Returns:
         Two (T, H/2) float32 tensors, with the attention factor of ``yarn`` and ``longrope`` multiplied in.
@@ -54,16 +54,20 @@ def inverse_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, f
 
 
 def _context(config: ModelConfig) -> int:
+    """Tokens that the model was trained on, before its context was lengthened."""
     return config.rope.original_max_position_embeddings or config.max_position_embeddings
 
 
 def _factor(config: ModelConfig) -> float:
+    """How many times longer the context has become."""
     return config.rope.factor or config.max_position_embeddings / _context(config)
 
 
 def _dynamic(config: ModelConfig, exponents: Tensor, length: int) -> Tensor:
     """NTK-aware base that grows with the sequence beyond the trained context."""
-    factor, context, size = _factor(config), config.max_position_embeddings, config.head_dim
+    factor = _factor(config)
+    context = config.max_position_embeddings
+    size = config.head_dim
     stretch = factor * max(length, context) / context - (factor - 1)
     base: float = config.rope.rope_theta * stretch ** (size / (size - 2))
     return 1.0 / base**exponents
@@ -75,6 +79,7 @@ def _llama3(rope: Rope, plain: Tensor) -> Tensor:
     assert rope.low_freq_factor
     assert rope.high_freq_factor
     assert rope.original_max_position_embeddings
+
     wavelengths = 2 * math.pi / plain
     turns = rope.original_max_position_embeddings / wavelengths  # rotations over the original context
     blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
@@ -83,18 +88,24 @@ def _llama3(rope: Rope, plain: Tensor) -> Tensor:
 
 def _yarn(config: ModelConfig, plain: Tensor) -> tuple[Tensor, float]:
     """Interpolation by parts with an attention temperature. Source: YaRN (arXiv:2309.00071) §3."""
-    rope, size = config.rope, config.head_dim
-    factor, context = _factor(config), _context(config)
+    rope = config.rope
+    size = config.head_dim
+    factor = _factor(config)
+    context = _context(config)
 
     def dimension(rotations: float) -> float:
+        """The dimension pair, as a fraction too, that turns this often over the trained context."""
         return size * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    # Pairs below `low` turn fast and stay as they are; those above `high` are interpolated; a ramp lies between.
+    low = dimension(rope.beta_fast or 32)
+    high = dimension(rope.beta_slow or 1)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
+    low = max(low, 0)
+    high = min(high, size - 1)
     if low == high:
-        high += 0.001
+        high += 0.001  # or the ramp would divide by 0
     interpolated = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     frequencies = plain / factor * interpolated + plain * (1 - interpolated)
 
@@ -110,9 +121,13 @@ def _yarn(config: ModelConfig, plain: Tensor) -> tuple[Tensor, float]:
 
 def _longrope(config: ModelConfig, exponents: Tensor, length: int) -> tuple[Tensor, float]:
     """A divisor per dimension, one list within the original context and one beyond. Source: arXiv:2402.13753."""
-    rope, factor, context = config.rope, _factor(config), _context(config)
-    divisors = torch.tensor(rope.long_factor if length > context else rope.short_factor, dtype=torch.float32)
-    attention = rope.attention_factor
-    if attention is None:
-        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
-    return 1.0 / (divisors * rope.rope_theta**exponents), attention
+    rope = config.rope
+    context = _context(config)
+    factor = _factor(config)
+
+    chosen = rope.long_factor if length > context else rope.short_factor
+    divisors = torch.tensor(chosen, dtype=torch.float32)
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return 1.0 / (divisors * rope.rope_theta**exponents), attention_factor

@@ -2,9 +2,9 @@
 
 A layer knows neither of positions, nor of documents, nor of caches; these are known to what it is given.
 
-``with_prefix(P)``  gives one in which every document stands behind the same ``P`` tokens. These are not repeated:
-they are the first rows of queries, keys and values, before those of the documents, and get the first positions. So it
-is with tokens that all documents begin with, such as a system prompt: a model computes them once.
+``with_prefix(P)`` puts the same ``P`` tokens before every document. They are not repeated: they are the first rows of
+queries, keys and values, before those of the documents, and take the first positions. Tokens that all documents begin
+with, such as a system prompt, are handled alike: a model computes them once. ``docs/architecture.md`` has a drawing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Attend(Protocol):
     """How tokens attend: what a layer is given."""
 
     prefix_length: int
-    """The first rows of what is given are this many tokens that stand before every document; mostly 0."""
+    """How many of the first rows are tokens that stand before every document; mostly 0."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
@@ -33,8 +33,8 @@ class Attend(Protocol):
 
         Args:
             prefix_length: How many.
-            rotated: Their keys are in their final form.
+            rotated: Their keys are already rotated, or have no positions, as those of prefix tuning.
 
         Returns:
-            Its :attr:`prefix_length` says how many of these rows are to be given: none if a cache holds them already.
+            Its :attr:`prefix_length` says how many prefix rows the caller passes: none if a cache already holds them.
         """

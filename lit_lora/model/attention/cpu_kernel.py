@@ -40,14 +40,16 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tens
 
 
 class _PackedAttention(torch.autograd.Function):
+    # The order of the kernels' arguments is that of attention.c. The C code writes into tensors made here.
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, layout: Layout
     ) -> Tensor:
         out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        places = (query, key, value, cosine, sine, layout.starts)
-        kernels.call("packed_attention", *places, out, lse, *layout.sizes(query, key))
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (T, N) log-sum-exp of the scores
+        inputs = (query, key, value, cosine, sine, layout.starts)
+        kernels.call("packed_attention", *inputs, out, lse, *layout.sizes(query, key))
         ctx.save_for_backward(query, key, value, cosine, sine, lse)
         ctx.layout = layout
         return out
@@ -57,6 +59,6 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, cosine, sine, lse = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        places = (query, key, value, cosine, sine, ctx.layout.starts, lse, grad.contiguous())
-        kernels.call("packed_attention_backward", *places, *grads, *ctx.layout.sizes(query, key))
+        inputs = (query, key, value, cosine, sine, ctx.layout.starts, lse, grad.contiguous())
+        kernels.call("packed_attention_backward", *inputs, *grads, *ctx.layout.sizes(query, key))
         return *grads, None, None, None

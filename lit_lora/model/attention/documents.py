@@ -21,23 +21,24 @@ class Layout:
     Args:
         lengths: Tokens per document.
         window: A token sees this many tokens, itself included; ``None`` means all before it.
-        shared_prefix: So many tokens that every document begins with come first, once; then the rest of each document.
+        shared_prefix: The number of tokens that every document begins with; they come first, once, and then the rest
+            of each document.
     """
 
     def __init__(self, lengths: Sequence[int], window: int | None, shared_prefix: int = 0) -> None:
         self.lengths = list(lengths)
         self.shared_prefix = shared_prefix
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
-        self.window = window or (1 << 40)
+        self.window = window or (1 << 40)  # without a window, more than any document has
         self._moved: dict[torch.device, Places] = {}
 
     def positions(self) -> Tensor:
-        """Of the rows with the common ones before the rest of every document: which token of its document each is."""
+        """(S,) int64: of the spread rows, which token of its document each is."""
         lengths = torch.tensor(self.lengths)
         return torch.arange(int(self.starts[-1])) - self.starts[:-1].repeat_interleave(lengths)
 
     def on(self, device: torch.device) -> Places:
-        """The places as indices; moved once."""
+        """The indices of :class:`Places` on a device, moved once."""
         if device not in self._moved:
             self._moved[device] = Places(*(to_device(index, device) for index in self._places()))
         return self._moved[device]
@@ -49,63 +50,73 @@ class Layout:
         return twin
 
     def _places(self) -> Places:
-        starts, shared_prefix, place = self.starts.int(), self.shared_prefix, self.positions()
-        if not shared_prefix:
+        starts = self.starts.int()
+        if not self.shared_prefix:
             empty = torch.empty(0, dtype=torch.int64)
             return Places(starts, empty, empty, empty)
+
+        position = self.positions()
+        spread_row = torch.arange(len(position))
         document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        # A document's rest lies where it would lie if all beginnings but the first were left out.
-        given = torch.where(place < shared_prefix, place, torch.arange(len(place)) - shared_prefix * document)
-        kept = ((place >= shared_prefix) | (document == 0)).nonzero()[:, 0]
-        return Places(starts, given, kept, self.starts[:-1, None] + torch.arange(shared_prefix))
+        in_prefix = position < self.shared_prefix
+
+        # The packed row holds one prefix: document d lies d prefixes earlier in it than among the spread rows.
+        sources = torch.where(in_prefix, position, spread_row - self.shared_prefix * document)
+        packed = (~in_prefix | (document == 0)).nonzero()[:, 0]
+        prefixes = self.starts[:-1, None] + torch.arange(self.shared_prefix)
+        return Places(starts, sources, packed, prefixes)
 
     def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
-        """The closing arguments of both kernels."""
-        _, heads, size = query.shape
-        return len(self.starts) - 1, self.shared_prefix, heads, key.shape[1], size, self.window, size**-0.5
+        """The closing arguments of the CPU's kernels, forward and backward, as ``attention.c`` declares them."""
+        _, query_heads, head_size = query.shape
+        key_heads, scale = key.shape[1], head_size**-0.5
+        return len(self.starts) - 1, self.shared_prefix, query_heads, key_heads, head_size, self.window, scale
 
     def spread(self, x: Tensor) -> Tensor:
-        """Rows as they are given to rows with the common ones before the rest of every document."""
+        """(T, …) packed rows to (S, …) spread ones, in which every document has the shared prefix."""
         if not self.shared_prefix:
             return x
         places = self.on(x.device)
-        return _Rows.apply(x, places.given, places.add_up)  # type: ignore[no-untyped-call, no-any-return]
+        return _Rows.apply(x, places.sources, places.gradient_of_spread)  # type: ignore[no-untyped-call, no-any-return]
 
     def gather(self, x: Tensor) -> Tensor:
-        """The other way: what the common rows are in the first document is what they are in all."""
+        """(S, …) spread rows to (T, …) packed ones: the shared prefix is taken from the first document."""
         if not self.shared_prefix:
             return x
         places = self.on(x.device)
-        return _Rows.apply(x, places.kept, places.put_back)  # type: ignore[no-untyped-call, no-any-return]
+        return _Rows.apply(x, places.packed, places.gradient_of_gather)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Places(NamedTuple):
-    """Where the rows of a layout are: of T rows as they are given and S that have the common ones in each document."""
+    """Indices between T packed rows, with the shared prefix once, and S spread rows, with it in every document."""
 
     starts: Tensor
-    """(documents + 1,) int32: where documents begin, and the end, among the S."""
-    given: Tensor
-    """(S,) int64: which of the T rows each is. Empty where nothing is common, as those below."""
-    kept: Tensor
-    """(T,) int64: where each is among the S; of a common one, in the first document."""
-    beginnings: Tensor
-    """(documents, common) int64: where the common rows are among the S."""
+    """(documents + 1,) int32: where documents begin, and the end, among the spread rows."""
+    sources: Tensor
+    """(S,) int64: which packed row each spread row is. Empty without a shared prefix, as those below."""
+    packed: Tensor
+    """(T,) int64: which spread row each packed row is; one of the shared prefix, that of the first document."""
+    prefixes: Tensor
+    """(documents, shared_prefix) int64: the spread rows of the shared prefix."""
 
-    def add_up(self, grad: Tensor) -> Tensor:
-        """Gradients of the S rows to those of the T: what the documents want of a common one, in order, in float32."""
-        out = grad.index_select(0, self.kept)
-        wanted = grad.index_select(0, self.beginnings.flatten()).view(*self.beginnings.shape, *grad.shape[1:])
-        out[: self.beginnings.shape[1]] = wanted.sum(0, dtype=torch.float32)
+    def gradient_of_spread(self, grad: Tensor) -> Tensor:
+        """(S, …) to (T, …): a row of the shared prefix gets the sum over the documents, in order and in float32.
+
+        PyTorch's own gradient of a look-up adds in the dtype of ``grad`` and, on a GPU, in an order that changes.
+        """
+        out = grad.index_select(0, self.packed)
+        by_document = grad.index_select(0, self.prefixes.flatten()).view(*self.prefixes.shape, *grad.shape[1:])
+        out[: self.prefixes.shape[1]] = by_document.sum(0, dtype=torch.float32)
         return out
 
-    def put_back(self, grad: Tensor) -> Tensor:
-        """Gradients of the T rows to those of the S that they were taken from: looked up where PyTorch would add."""
-        out = grad.index_select(0, self.given)
-        return out.index_fill_(0, self.beginnings[1:].flatten(), 0.0)
+    def gradient_of_gather(self, grad: Tensor) -> Tensor:
+        """(T, …) to (S, …): the prefix of the first document gets the gradient, those of the others get 0."""
+        out = grad.index_select(0, self.sources)
+        return out.index_fill_(0, self.prefixes[1:].flatten(), 0.0)
 
 
 class _Rows(torch.autograd.Function):
-    """Rows looked up, with a gradient of our own."""
+    """Rows looked up by an index, with a gradient of our own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:

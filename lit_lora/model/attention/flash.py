@@ -33,7 +33,7 @@ def usable(query: Tensor) -> bool:
 
 
 def longest(layout: Layout) -> int:
-    """No document has more tokens; rounded up to a power of two, so that it stays the same for many layouts."""
+    """A bound on the tokens of a document; a power of two, so that it stays the same for many layouts."""
     return max(128, 1 << (max(layout.lengths) - 1).bit_length())
 
 
@@ -55,37 +55,46 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-        places, window = _places(layout, query.device)
-        given = (query, key, value, *places, 0.0, True, False)
-        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(*given, **window)
-        ctx.save_for_backward(query, key, value, out, lse, state, unused)
+        documents, window = _documents(layout, query.device)
+        dropout, causal, return_mask = 0.0, True, False
+        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *documents, dropout, causal, return_mask, **window
+        )
+        ctx.save_for_backward(query, key, value, out, lse, rng_state, unused)
         ctx.layout = layout
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, state, unused = ctx.saved_tensors
-        places, window = _places(ctx.layout, grad.device)
-        given = (grad, query, key, value, out, lse, *places, 0.0, True, state, unused)
+        query, key, value, out, lse, rng_state, unused = ctx.saved_tensors
+        documents, window = _documents(ctx.layout, grad.device)
+        dropout, causal = 0.0, True
         with _repeatable():
-            grads = torch.ops.aten._flash_attention_backward(*given, **window)
+            grads = torch.ops.aten._flash_attention_backward(
+                grad, query, key, value, out, lse, *documents, dropout, causal, rng_state, unused, **window
+            )
         return *grads, None
 
 
-def _places(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
-    """Where documents begin and how long the longest is, of queries and of keys; the window."""
+def _documents(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
+    """Where documents begin and how long the longest is, of queries and of keys; the window as keyword arguments."""
     starts, most = layout.on(device).starts, longest(layout)
-    window = {"window_size_left": layout.window - 1, "window_size_right": 0} if layout.window < most else {}
+    window = {}
+    if layout.window < most:
+        window = {"window_size_left": layout.window - 1, "window_size_right": 0}  # tokens beside the one itself
     return (starts, starts, most, most), window
 
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Inside the block operators add in a fixed order, and new tensors are not filled for it."""
+    """Inside the block, operators add in a fixed order.
+
+    PyTorch's deterministic mode also fills every new tensor with NaN, which costs a pass over memory: not here.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch._C._get_deterministic_fill_uninitialized_memory()
-    # The public setters import the compiler, too.
+    # The public setters would import torch.compile's packages, which takes seconds.
     torch._C._set_deterministic_algorithms(True, warn_only=False)
     torch._C._set_deterministic_fill_uninitialized_memory(False)
     try:
