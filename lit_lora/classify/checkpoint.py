@@ -17,7 +17,7 @@ from lit_lora.classify.task import Kind, Task
 from lit_lora.data.labelled import Tokens
 from lit_lora.data.padded import Layout
 from lit_lora.errors import InputError, UsageError
-from lit_lora.model.config import FAMILIES
+from lit_lora.model.families import FAMILIES
 
 __all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
 

@@ -5,13 +5,16 @@ width, ``F`` MLP width, ``N`` query heads, ``K`` key/value heads, ``H`` head siz
 
 The rooms of this package, as in the table of ``lit_lora``:
 
-    2  decoder                                           the model: embedding, layers, head
+    3  decoder                                           the model: embedding, layers, head
+    2  interface                                         what the rest of the package asks of any language model
     1  attention layers                                  what a layer is made of
-    0  rope kv_cache > config ops > products             positions, cache, settings, arithmetic
+    0  rope kv_cache > config ops > products families    positions, cache, settings, arithmetic, names
 """
 
-from lit_lora.model.config import DTYPES, FAMILIES, ModelConfig
+from lit_lora.model.config import DTYPES, ModelConfig
 from lit_lora.model.decoder import CausalLM
+from lit_lora.model.families import FAMILIES
+from lit_lora.model.interface import LanguageModel
 from lit_lora.model.kv_cache import KVCache
 
-__all__ = ["DTYPES", "FAMILIES", "CausalLM", "KVCache", "ModelConfig"]
+__all__ = ["DTYPES", "FAMILIES", "CausalLM", "KVCache", "LanguageModel", "ModelConfig"]

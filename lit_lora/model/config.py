@@ -11,20 +11,15 @@ from pydantic import ConfigDict, Field, model_validator
 
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
+from lit_lora.model.families import FAMILIES, DecoderNames
 
-__all__ = ["DTYPES", "FAMILIES", "KEEP_DTYPE", "ModelConfig", "Rope"]
+__all__ = ["DTYPES", "KEEP_DTYPE", "ModelConfig", "Rope"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What weights may be in, by the names that settings and commands use."""
 
 KEEP_DTYPE = "keep_dtype"
 """A key of our own in ``config.json``, see :attr:`ModelConfig.keeps_dtype`."""
-
-# config.json's "model_type" -> what its config.json leaves unsaid. One line a family: the decoder is shared.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-}
 
 
 class Rope(Settings):
@@ -133,7 +128,7 @@ class ModelConfig(Settings):
             raise InputError(
                 f"{name}: this checkpoint is quantised already, by {method}; expected bitsandbytes, or 16 or 32 bits"
             )
-        fields = {**FAMILIES[family], **{key: value for key, value in data.items() if value is not None}}
+        fields = {**FAMILIES[family].defaults, **{key: value for key, value in data.items() if value is not None}}
         if "sliding_window" in data and data["sliding_window"] is None:
             fields.pop("sliding_window", None)
         heads = fields.get("num_attention_heads")
@@ -173,6 +168,11 @@ class ModelConfig(Settings):
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
 
     @property
+    def names(self) -> DecoderNames:
+        """What the family calls its parts."""
+        return FAMILIES[self.model_type].names
+
+    @property
     def keeps_dtype(self) -> bool:
         """Whether the weights are to be read as they are stored: a merge wrote them in what keeps its update."""
         return bool(self.source.get(KEEP_DTYPE))
@@ -184,9 +184,13 @@ class ModelConfig(Settings):
         if self.source:
             return {key: value for key, value in self.source.items() if key != "quantization_config"} | changed
         own = self.model_dump(exclude={"rope", "source"})
-        architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[self.model_type]
         rope = self.rope.model_dump(exclude_none=True)
-        return {"architectures": [architecture], "hidden_act": "silu", **own, "rope_parameters": rope}
+        return {
+            "architectures": [FAMILIES[self.model_type].architecture],
+            "hidden_act": "silu",
+            **own,
+            "rope_parameters": rope,
+        }
 
 
 def _rope(data: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The parts of a decoder layer: RMS norm and gated MLP."""
+"""The parts of a decoder layer: RMS norm and gated MLP.
+
+A module's children have the names that its family gives them, so a parameter is called here what its checkpoint calls
+it. A module keeps these names and looks a child up by them, because methods put other modules in the children's places.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_lora.model.config import ModelConfig
 from lit_lora.model.ops import add_rms_norm, linear, swiglu
 
-__all__ = ["MLP", "Linear", "RMSNorm", "checkpointed", "project", "recomputed"]
+__all__ = ["MLP", "Linear", "RMSNorm", "add_part", "checkpointed", "project", "recomputed"]
 
 R = TypeVar("R")
 
@@ -46,19 +51,27 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``. Source: arXiv:2002.05202 (SwiGLU)."""
 
-    def __init__(self, width: int, inner: int, bias: bool) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, inner, bias=bias)
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
+        names, width, inner = config.names, config.hidden_size, config.intermediate_size
+        self._gate = add_part(self, names.mlp_gate, Linear(width, inner, bias=config.mlp_bias))
+        self._up = add_part(self, names.mlp_in, Linear(width, inner, bias=config.mlp_bias))
+        self._down = add_part(self, names.mlp_out, Linear(inner, width, bias=config.mlp_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        gate, value = project(x, self.gate_proj, self.up_proj)
+        gate, value = project(x, getattr(self, self._gate), getattr(self, self._up))
         inner = swiglu(gate, value)
         with recomputed(inner, lambda: swiglu(gate, value)):
-            out: Tensor = self.down_proj(inner)
+            out: Tensor = getattr(self, self._down)(inner)
         return out
+
+
+def add_part(parent: nn.Module, name: str, part: nn.Module) -> str:
+    """Make ``part`` a child of ``parent``, in place, called by the last part of ``name``; returns what it is called."""
+    last = name.rpartition(".")[2]
+    parent.add_module(last, part)
+    return last
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
