@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lit_lora import IGNORE_INDEX, kernels
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.train.loss import backward
 
 __all__ = ["Peak", "MicroBatchShape", "on_paper", "rehearse"]
@@ -86,7 +86,7 @@ def on_paper(model: nn.Module) -> nn.Module:
 
 
 def rehearse(
-    model: CausalLM, micro_batch: MicroBatchShape, *, fused: str | None, masters: Iterable[Tensor] = ()
+    model: LanguageModel, micro_batch: MicroBatchShape, *, fused: str | None, masters: Iterable[Tensor] = ()
 ) -> Peak:
     """Run one micro-batch and note what exists when.
 
@@ -111,7 +111,7 @@ def rehearse(
 
 
 @contextmanager
-def _phases(model: CausalLM, ledger: _Ledger) -> Iterator[None]:
+def _phases(model: LanguageModel, ledger: _Ledger) -> Iterator[None]:
     """Tell the ledger in which phase of a micro-batch the model is."""
 
     def enter(phase: str) -> None:
@@ -122,9 +122,9 @@ def _phases(model: CausalLM, ledger: _Ledger) -> Iterator[None]:
             hidden.register_hook(lambda _: enter("backward"))  # type: ignore[no-untyped-call]
 
     hooks = [
-        model.model.register_forward_pre_hook(lambda *_: enter("forward")),
-        model.model.register_forward_hook(leave_decoder),
-        model.lm_head.register_forward_pre_hook(lambda *_: enter("head")),
+        model.get_decoder().register_forward_pre_hook(lambda *_: enter("forward")),
+        model.get_decoder().register_forward_hook(leave_decoder),
+        model.get_output_embeddings().register_forward_pre_hook(lambda *_: enter("head")),
     ]
     try:
         yield

@@ -15,7 +15,7 @@ from lit_lora.evaluate.scores import Metric
 from lit_lora.evaluate.shots import draw_shots
 from lit_lora.evaluate.tasks import Dataset, EvaluateSettings, Subject
 from lit_lora.files import sha256_file
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class Result:
 
 def compare(
     candidates: Sequence[Candidate],
-    open_candidate: Callable[[Candidate], tuple[CausalLM, Tokenizer, str]],
+    open_candidate: Callable[[Candidate], tuple[LanguageModel, Tokenizer, str]],
     dataset: Dataset,
     tasks: Sequence[str],
     *,

@@ -11,14 +11,14 @@ from lit_lora.errors import UsageError
 from lit_lora.evaluate.answers import Answer, Scores, score_answers
 from lit_lora.evaluate.shots import with_shots
 from lit_lora.generate import Sampling, answer_all
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.tokenizer import Tokenizer, encode_prompt
 
 __all__ = ["evaluate_generation", "reference"]
 
 
 def evaluate_generation(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     *,

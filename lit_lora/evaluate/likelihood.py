@@ -15,13 +15,13 @@ from lit_lora.data import Rows
 from lit_lora.data.batches import MicroBatch, validation_batches
 from lit_lora.data.padded import CALL
 from lit_lora.evaluate.scores import LossScore
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.train.loss import CHUNK
 
 __all__ = ["evaluate_loss", "log_likelihoods"]
 
 
-def evaluate_loss(model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048) -> LossScore:
+def evaluate_loss(model: LanguageModel, rows: Rows, *, micro_batch_tokens: int = 2048) -> LossScore:
     """Mean loss per learned token over all rows, each token weighing the same whatever row it stands in.
 
     Args:
@@ -36,7 +36,7 @@ def evaluate_loss(model: CausalLM, rows: Rows, *, micro_batch_tokens: int = 2048
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: CausalLM,
+    model: LanguageModel,
     rows: Rows,
     *,
     micro_batch_tokens: int = 2048,
@@ -86,7 +86,7 @@ def _apart(rows: Rows, groups: Sequence[int], micro_batch_tokens: int) -> list[R
     return min(together, apart, key=cost)
 
 
-def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64]:
+def _document_sums(model: LanguageModel, batch: MicroBatch) -> npt.NDArray[np.float64]:
     """Sum of target log-probabilities of each document of one packed micro-batch."""
     device = next(model.parameters()).device
     labels = batch.labels[0]  # (T,)
@@ -96,7 +96,7 @@ def _document_sums(model: CausalLM, batch: MicroBatch) -> npt.NDArray[np.float64
     ]  # (T, D)
     targets, states = labels[positions].to(device), hidden[positions.to(device)]
     losses: list[Tensor] = [
-        functional.cross_entropy(model.lm_head(some).float(), label, reduction="none")
+        functional.cross_entropy(model.logits(some).float(), label, reduction="none")
         for some, label in zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     nats = torch.cat(losses).double().cpu().numpy() if losses else np.zeros(0)

@@ -19,7 +19,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.evaluate.likelihood import log_likelihoods
 from lit_lora.evaluate.scores import Share
 from lit_lora.evaluate.shots import encode_after_shots
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_completion
 
 __all__ = ["OptionRow", "OptionScores", "evaluate_options", "has_options", "read_option_rows"]
@@ -60,7 +60,7 @@ class OptionScores:
 
 
 def evaluate_options(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     rows: Sequence[OptionRow],
     *,

@@ -15,7 +15,7 @@ from lit_lora.evaluate.likelihood import evaluate_loss
 from lit_lora.evaluate.options import OptionRow, evaluate_options
 from lit_lora.evaluate.scores import Metric
 from lit_lora.evaluate.shots import encode_after_shots
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.tokenizer import Tokenizer, encode_text
 
 __all__ = ["Dataset", "EvaluateSettings", "Subject", "default_tasks", "exact_match", "json_fields", "loss", "options"]
@@ -55,7 +55,7 @@ class EvaluateSettings:
 class Subject:
     """One model, as it is asked: with or without examples in the prompt."""
 
-    model: CausalLM
+    model: LanguageModel
     tokenizer: Tokenizer
     dataset: Dataset
     shots: Dataset = Dataset()

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lit_lora.generate.decoding import Generation, PrefixCache, generate
 from lit_lora.generate.sample import Sampling
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["Answer", "AnswerStream", "AnswerText", "answer_all", "stream_answer"]
@@ -109,7 +109,7 @@ class AnswerStream(Iterator[str]):
 
 
 def stream_answer(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     sampling: Sampling,
@@ -135,7 +135,7 @@ def stream_answer(
 
 
 def answer_all(
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -174,7 +174,7 @@ def answer_all(
 
 
 def _answer_batch(
-    model: CausalLM, tokenizer: Tokenizer, prompts: list[Sequence[int]], sampling: Sampling, stop: Sequence[str]
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[Sequence[int]], sampling: Sampling, stop: Sequence[str]
 ) -> list[Answer]:
     generation = generate(model, prompts, sampling, stop_ids=tokenizer.stop_ids)
     texts = [AnswerText(tokenizer, stop) for _ in prompts]

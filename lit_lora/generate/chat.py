@@ -8,7 +8,7 @@ from lit_lora.errors import InputError
 from lit_lora.generate.answer import Answer, stream_answer
 from lit_lora.generate.decoding import PrefixCache
 from lit_lora.generate.sample import Sampling
-from lit_lora.model import CausalLM
+from lit_lora.model import LanguageModel
 from lit_lora.tokenizer import Message, Tokenizer, encode_prompt
 
 __all__ = ["ChatSession"]
@@ -27,7 +27,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,
@@ -45,7 +45,7 @@ class ChatSession:
         self.use(model, tokenizer)
         self.reset(system)
 
-    def use(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+    def use(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         """Go on with another model, such as the same one with another adapter; the history stays."""
         self._model = model
         self._tokenizer = tokenizer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.generate.sample import Sampling, choose
-from lit_lora.model import CausalLM, KVCache
+from lit_lora.model import KVCache, LanguageModel
 
 __all__ = ["Generation", "PrefixCache", "generate"]
 
@@ -29,7 +29,7 @@ class PrefixCache:
         self.cache: KVCache | None = None
         self.ids: list[int] = []
 
-    def keep_beginning(self, model: CausalLM, prompt: Sequence[int], room: int) -> list[int]:
+    def keep_beginning(self, model: LanguageModel, prompt: Sequence[int], room: int) -> list[int]:
         """Keep what ``prompt`` begins with, forget the rest, and give the tokens that are still to be read.
 
         Args:
@@ -61,7 +61,7 @@ class Generation(Iterator[list[int | None]]):
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         stop_ids: Collection[int],
@@ -125,8 +125,7 @@ class Generation(Iterator[list[int | None]]):
                 hidden = self._model.hidden_states(piece, cache=self._cache)  # (B, T, D)
                 if self._memory is not None:
                     self._memory.ids += piece[0].tolist()
-            logits: Tensor = self._model.lm_head(hidden[:, -1])
-            return logits
+            return self._model.logits(hidden[:, -1])
         finally:
             if training:
                 self._model.train()
@@ -180,7 +179,7 @@ class Generation(Iterator[list[int | None]]):
 
 
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -214,11 +213,11 @@ def generate(
     return Generation(model, prompts, sampling, stop_ids, prefix_cache)
 
 
-def _device(model: CausalLM) -> torch.device:
+def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
-def _padded(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tuple[list[list[int]], KVCache]:
+def _padded(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int) -> tuple[list[list[int]], KVCache]:
     """Prompts padded on the left to one length, and a cache that knows of the padding."""
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=_device(model))
@@ -227,8 +226,8 @@ def _padded(model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> tup
 
 
 @torch.no_grad()
-def _new_cache(model: CausalLM, batch_size: int, length: int, padding: Tensor | None = None) -> KVCache:
+def _new_cache(model: LanguageModel, batch_size: int, length: int, padding: Tensor | None = None) -> KVCache:
     device = _device(model)
     # The dtype of what flows through the model: single weights may have another (an adapter's are float32).
-    dtype = model.model.embed_tokens(torch.zeros(1, dtype=torch.int64, device=device)).dtype
+    dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=device)).dtype
     return KVCache(model.config, batch_size, length, dtype=dtype, device=device, padding=padding)

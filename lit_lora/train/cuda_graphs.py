@@ -49,7 +49,7 @@ class GraphRunner:
         if self._usable is None:
             self._usable = _recordable(model)
         if self._usable:
-            device = model.lm_head.weight.device
+            device = next(model.parameters()).device
             with torch.cuda.device(device):  # the one whose work is recorded
                 inputs = inputs_of(batch, device)
                 if inputs is None:
@@ -181,12 +181,12 @@ def _recordable(model: Any) -> bool:
 
     ``LIT_LORA_KERNELS=0``, which leaves all to PyTorch, switches recording off too.
     """
-    if not isinstance(model, CausalLM) or not model.lm_head.weight.is_cuda:
+    if not isinstance(model, CausalLM) or not next(model.parameters()).is_cuda:
         return False
     if model.recomputes or kernels.switched_off():
         return False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config, weight = model.config, model.model.norm.weight
-    head = weight.new_empty(1, config.num_attention_heads, config.head_dim)
+    config, embedding = model.config, model.get_input_embeddings().get_parameter("weight")
+    head = embedding.new_empty(1, config.num_attention_heads, config.head_dim)
     # Gradients of parameters in half precision are handed on by Python, one by one.
     return varlen_attention.usable(head) and all(parameter.dtype == torch.float32 for parameter in trained)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lit_lora import IGNORE_INDEX, kernels
+from lit_lora.model import LanguageModel
 from lit_lora.model.ops import to_device
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "STEP",
     "Batch",
     "Inputs",
-    "LanguageModel",
     "backward",
     "backward_from",
     "cross_entropy_backward",
@@ -82,18 +82,6 @@ class Batch(Protocol):
     @property
     def rows(self) -> list[int]:
         """Dataset row of each document."""
-
-
-class LanguageModel(Protocol):
-    """What the loss needs of a model."""
-
-    lm_head: Any
-
-    def parameters(self) -> Iterator[Tensor]:
-        """All parameters; they are on one device."""
-
-    def hidden_states(self, input_ids: Tensor, *, lengths: list[int], shared_prefix: int) -> Tensor:
-        """(1, T) token ids to (1, T, D)."""
 
 
 class Inputs(NamedTuple):
@@ -159,7 +147,7 @@ def backward_from(model: LanguageModel, hidden: Tensor, inputs: Inputs, scale: f
     leaf = hidden.detach()[inputs.positions].requires_grad_(hidden.requires_grad)
     total = torch.zeros((), device=leaf.device)
     for part, labels in _chunks(leaf, inputs.labels):
-        total += cross_entropy_backward(model.lm_head(part), labels, scale)
+        total += cross_entropy_backward(model.logits(part), labels, scale)
     if leaf.grad is not None:
         gradient = torch.zeros_like(hidden).index_add_(0, inputs.positions, leaf.grad)
         torch.autograd.backward(hidden, gradient)
@@ -173,7 +161,7 @@ def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
     if inputs is None:
         return 0.0, 0
     chunks = _chunks(_hidden_states(model, inputs)[inputs.positions], inputs.labels)
-    total = sum(float(cross_entropy_sum(model.lm_head(part), labels)) for part, labels in chunks)
+    total = sum(float(cross_entropy_sum(model.logits(part), labels)) for part, labels in chunks)
     return total, int((batch.labels != IGNORE_INDEX).sum())
 
 
@@ -189,7 +177,7 @@ def _hidden_states(model: LanguageModel, inputs: Inputs) -> Tensor:
 
 
 def _device(model: LanguageModel) -> torch.device:
-    return next(iter(model.parameters())).device
+    return next(model.parameters()).device
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class Greedy(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lm_head = torch.nn.Linear(4, 61)
+        self.head = torch.nn.Linear(4, 61)
 
     def hidden_states(self, input_ids, *, lengths, shared_prefix):
         return torch.empty(1, 1 << 50, 4)
