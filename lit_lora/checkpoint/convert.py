@@ -26,6 +26,7 @@ from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder, human_bytes, require_free_space, sha256_file, write_text
 from lit_lora.model import ModelConfig
+from lit_lora.model.families import DecoderNames
 from lit_lora.quantize import QuantizeConfig, quantize
 
 __all__ = [
@@ -148,10 +149,11 @@ def plan_conversion(
     where = str(config or source.files[0].parent)
     if described.get("quantization_config"):
         raise InputError(f"{where}: is quantised already", hint="convert the original 16-bit checkpoint")
-    described["tie_word_embeddings"] = _tied(source, described)
+    names = ModelConfig.from_hf(described, name=where).names
+    described["tie_word_embeddings"] = _tied(source, described, names)
     expected, linears = _expected(described, where)
     files = source.files[0].parent if len(source.files) > 1 else source.files[0]
-    check_tensors(files, source.tensors, expected)
+    check_tensors(files, source.tensors, expected, head=names.head)
     dtype = dtype or source.dtype
     dtypes = {name: dtype or source.tensors.dtype(name) for name in expected}
     sizes = {name: torch.Size(shape).numel() for name, shape in expected.items()}
@@ -167,7 +169,7 @@ def plan_conversion(
     total = sum(sizes[name] * dtypes[name].itemsize for name in expected if name not in chosen)
     if quantize is not None:
         total += sum(packed_sizes(name.removesuffix(".weight"), expected[name], quantize) for name in chosen)
-        described["quantization_config"] = quantization_config([quantize], dtypes[widest])
+        described["quantization_config"] = quantization_config([quantize], dtypes[widest], head=names.head)
     return Plan(source, described, dtypes, sum(sizes.values()), total, write, quantize, chosen)
 
 
@@ -297,10 +299,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def _tied(source: Source, config: dict[str, Any]) -> bool:
+def _tied(source: Source, config: dict[str, Any], parts: DecoderNames) -> bool:
     """Whether the head is the embedding in truth: programs that do not tie may have trained the two apart."""
     names, tied = source.tensors.names(), bool(config.get("tie_word_embeddings", False))
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = f"{parts.head}.weight", f"{parts.embedding}.weight"
     if not tied or head not in names or embedding not in names:
         return tied
     if torch.equal(source.tensors.read(head), source.tensors.read(embedding)):

@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
 from lit_lora.errors import InputError
+from lit_lora.model.families import FAMILIES
 
 __all__ = ["ARCHITECTURES", "GGUFReader"]
 
@@ -28,17 +29,18 @@ ARCHITECTURES = ("llama",)
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# What llama.cpp calls a part -> the part. Its names are the same for all architectures.
+_PARTS = {"token_embd": "embedding", "output_norm": "norm", "output": "head"}
+_LAYER_PARTS = {
+    "attn_norm": "attention_norm",
+    "ffn_norm": "mlp_norm",
+    "attn_q": "query",
+    "attn_k": "key",
+    "attn_v": "value",
+    "attn_output": "attention_out",
+    "ffn_gate": "mlp_gate",
+    "ffn_up": "mlp_in",
+    "ffn_down": "mlp_out",
 }
 # Computed from the config, so not part of a checkpoint. rope_freqs turns into rope_scaling, see `rope_scaling`.
 _DERIVED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
@@ -82,6 +84,7 @@ class GGUFReader:
             )
         if self.metadata.get("llama.expert_count", 0):
             raise InputError(f"{self.path}: a mixture of experts, which is not supported")
+        self._parts = FAMILIES["llama"].names  # Mistral's are the same
         self._rope_factors = stored.get("rope_freqs.weight")
         self._stored = {self._hf_name(name): at for name, at in stored.items() if not _DERIVED.fullmatch(name)}
 
@@ -112,9 +115,10 @@ class GGUFReader:
         """
         at = self._stored[name]
         tensor = _dequantise(at, dtype or self.dtype(name))
-        if name.endswith(("q_proj.weight", "q_proj.bias")):
+        module = name.rpartition(".")[0]
+        if module.endswith(self._parts.query):
             return _unpermute(tensor, self._number("attention.head_count"))
-        if name.endswith(("k_proj.weight", "k_proj.bias")):
+        if module.endswith(self._parts.key):
             return _unpermute(tensor, self._kv_heads())
         return tensor
 
@@ -125,7 +129,7 @@ class GGUFReader:
             InputError: A key that a Llama model needs is missing, or its scaling of rope is not known here.
         """
         heads, width = self._number("attention.head_count"), self._number("embedding_length")
-        embedding = self._stored.get("model.embed_tokens.weight")
+        embedding = self._stored.get(f"{self._parts.embedding}.weight")
         if embedding is None:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
         window = self.metadata.get("llama.attention.sliding_window") and self._number("attention.sliding_window")
@@ -144,9 +148,9 @@ class GGUFReader:
             "rope_theta": self._decimal("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(),
             "max_position_embeddings": self._number("context_length"),
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._stored,
-            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._stored,
-            "tie_word_embeddings": "lm_head.weight" not in self._stored,
+            "attention_bias": f"{self._parts.layers}.0.{self._parts.query}.bias" in self._stored,
+            "mlp_bias": f"{self._parts.layers}.0.{self._parts.mlp_gate}.bias" in self._stored,
+            "tie_word_embeddings": f"{self._parts.head}.weight" not in self._stored,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
         }
@@ -176,11 +180,11 @@ class GGUFReader:
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        known = _NAMES if match is None or match[1] is None else _LAYER_NAMES
+        known = _PARTS if match is None or match[1] is None else _LAYER_PARTS
         if match is None or match[2] not in known:
             raise InputError(f"{self.path}: tensor {name} is not part of a Llama model, so it would be lost")
-        layer = "" if match[1] is None else f"model.layers.{match[1]}."
-        return f"{layer}{known[match[2]]}.{match[3]}"
+        layer = "" if match[1] is None else f"{self._parts.layers}.{match[1]}."
+        return f"{layer}{getattr(self._parts, known[match[2]])}.{match[3]}"
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         if self._rope_factors is not None:

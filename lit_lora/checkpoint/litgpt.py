@@ -13,18 +13,26 @@ from torch import Tensor
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError
+from lit_lora.model.families import FAMILIES
 
 __all__ = ["LitGPTReader"]
 
-_NAMES = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
-_LAYER_NAMES = {
-    "norm_1": "input_layernorm",
-    "norm_2": "post_attention_layernorm",
-    "attn.proj": "self_attn.o_proj",
-    "mlp.fc_1": "mlp.gate_proj",
-    "mlp.fc_2": "mlp.up_proj",
-    "mlp.proj": "mlp.down_proj",
+_LLAMA_NAMES = FAMILIES["llama"].names  # Mistral's are the same
+# What LitGPT calls a part -> what Hugging Face calls it.
+_NAMES = {
+    "transformer.wte": _LLAMA_NAMES.embedding,
+    "transformer.ln_f": _LLAMA_NAMES.norm,
+    "lm_head": _LLAMA_NAMES.head,
 }
+_LAYER_NAMES = {
+    "norm_1": _LLAMA_NAMES.attention_norm,
+    "norm_2": _LLAMA_NAMES.mlp_norm,
+    "attn.proj": _LLAMA_NAMES.attention_out,
+    "mlp.fc_1": _LLAMA_NAMES.mlp_gate,
+    "mlp.fc_2": _LLAMA_NAMES.mlp_in,
+    "mlp.proj": _LLAMA_NAMES.mlp_out,
+}
+_QKV = {"q": _LLAMA_NAMES.query, "k": _LLAMA_NAMES.key, "v": _LLAMA_NAMES.value}
 # LitGPT up to 0.5.3 stores attn.attn, its rows group by group: the group's queries, its key, its value.
 # Later versions store attn.qkv, all queries, then all keys, then all values.
 _FUSED = {"attn.attn": True, "attn.qkv": False}
@@ -103,7 +111,7 @@ class LitGPTReader:
         config: dict[str, Any] = {
             "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
             "model_type": "mistral" if window else "llama",
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "vocab_size": self.shape(f"{_LLAMA_NAMES.embedding}.weight")[0],
             "hidden_size": self._number("n_embd"),
             "intermediate_size": self._number("intermediate_size"),
             "num_hidden_layers": self._number("n_layer"),
@@ -115,8 +123,8 @@ class LitGPTReader:
             "rope_theta": float(self._lit_config.get("rope_base", 10000)),
             "rope_scaling": self._rope_scaling(),
             "max_position_embeddings": self._number("block_size"),
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._places,
-            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._places,
+            "attention_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.query}.bias" in self._places,
+            "mlp_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.mlp_gate}.bias" in self._places,
             "tie_word_embeddings": self._tied(),
             **({"sliding_window": window} if window else {}),
         }
@@ -128,9 +136,8 @@ class LitGPTReader:
 
     def _tied(self) -> bool:
         """LitGPT stores a tied head twice; it is one when the two are the same numbers."""
-        if "lm_head.weight" not in self._places:
-            return True
-        return torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight"))
+        head, embedding = f"{_LLAMA_NAMES.head}.weight", f"{_LLAMA_NAMES.embedding}.weight"
+        return head not in self._places or torch.equal(self.read(head), self.read(embedding))
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         adjustments = self._lit_config.get("rope_adjustments")
@@ -165,14 +172,14 @@ class LitGPTReader:
         layer, module, kind = match.groups() if match else (None, name, "")
         if layer is None and module in _NAMES:
             return {f"{_NAMES[module]}.{kind}": (name, None)}
-        place = f"model.layers.{layer}."
+        place = f"{_LLAMA_NAMES.layers}.{layer}."
         if layer is not None and module in _LAYER_NAMES:
             return {f"{place}{_LAYER_NAMES[module]}.{kind}": (name, None)}
         if layer is not None and module in _FUSED:
             rows = (self._number("n_head") + 2 * self._groups()) * self._head_size()
             if self._reader.shape(name)[0] != rows:
                 raise InputError(f"{self.file}: {name} has {self._reader.shape(name)[0]} rows, expected {rows}")
-            return {f"{place}self_attn.{part}_proj.{kind}": (name, part) for part in "qkv"}
+            return {f"{place}{cut}.{kind}": (name, part) for part, cut in _QKV.items()}
         hint = "merge the adapter with litgpt merge_lora first" if "lora_" in name else None
         raise InputError(f"{self.file}: {name} is not part of a Llama model, so it would be lost", hint=hint)
 

@@ -49,7 +49,7 @@ def load_model(
     model = empty_model(config)
     to_quantize = set(decoder_linears(model)) if quantize is not None else set()
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_tensors(folder, stored, expected)
+    check_tensors(folder, stored, expected, head=config.names.head)
     for name in expected:
         parent, _, last = name.rpartition(".")
         if stored.quantized(name):
@@ -88,9 +88,10 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
     return model
 
 
-def decoder_linears(model: nn.Module) -> list[str]:
+def decoder_linears(model: CausalLM) -> list[str]:
     """Names of the layers that are quantised: every linear layer but the head."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
 def _quantized(layer: str, weight: torch.Tensor, quantize: QuantizeConfig | Quantizer) -> Quantized:

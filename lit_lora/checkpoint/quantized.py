@@ -30,22 +30,28 @@ _THEIRS = ("nf4", "fp4", "int8")
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "scale", "zero")
 
 
-def quantization_config(configs: Iterable[QuantizeConfig], dtype: torch.dtype) -> dict[str, Any]:
-    """What ``config.json`` says, by transformers' names where it can read the weights; ``dtype`` is to compute in."""
+def quantization_config(configs: Iterable[QuantizeConfig], dtype: torch.dtype, *, head: str) -> dict[str, Any]:
+    """What ``config.json`` says, by transformers' names where it can read the weights.
+
+    Args:
+        configs: How the layers are quantised.
+        dtype: To compute in.
+        head: Name of the head, which is not quantised.
+    """
     found = list(dict.fromkeys(configs))
     config, eight = found[0], found[0].name == "int8"
     if len(found) > 1 or config.name not in _THEIRS:
         return {"quant_method": "lit_lora", "types": sorted(map(str, found))}
     common = {"quant_method": "bitsandbytes", "load_in_4bit": not eight, "load_in_8bit": eight}
     if eight:
-        return {**common, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": ["lm_head"]}
+        return {**common, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": [head]}
     return {
         **common,
         "bnb_4bit_quant_type": config.name,
         "bnb_4bit_use_double_quant": config.double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": [head],
     }
 
 

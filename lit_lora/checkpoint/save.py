@@ -221,7 +221,8 @@ def save_quantized(
     Raises:
         DiskError: The disk is full or read-only; an older folder is kept.
     """
-    found = {name: tensor for name, tensor in tensors if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    head = config.names.head
+    found = {name: tensor for name, tensor in tensors if not (config.tie_word_embeddings and name == f"{head}.weight")}
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in found.items():
@@ -232,7 +233,8 @@ def save_quantized(
 
     layers = [tensor for tensor in found.values() if isinstance(tensor, QuantizedLinear)]
     described = config.to_hf()
-    described["quantization_config"] = quantization_config((x.quantized.config for x in layers), layers[0].dtype)
+    held = (layer.quantized.config for layer in layers)
+    described["quantization_config"] = quantization_config(held, layers[0].dtype, head=head)
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         with CheckpointWriter(temporary) as writer:
             for name, tensor in stored():

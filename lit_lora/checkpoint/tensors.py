@@ -139,13 +139,14 @@ def _open_index(index: Path) -> TensorReader:
     return reader
 
 
-def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], *, head: str) -> None:
     """Compare names and shapes before anything is read. A tied head's copy and rotary tables are let be.
 
     Args:
         where: The file or folder, for the message.
         tensors: What is stored.
         expected: Shape of every tensor of the model by name.
+        head: Name of the model's head.
 
     Raises:
         InputError: A tensor is missing, unexpected or of another shape.
@@ -153,7 +154,7 @@ def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[in
     stored = set(tensors.names())
     missing = [name for name in expected if name not in stored]
     extra = sorted(
-        name for name in stored - set(expected) if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))
+        name for name in stored - set(expected) if not name.endswith(("rotary_emb.inv_freq", f"{head}.weight"))
     )
     for what, names in (("is missing", missing), ("is not part of the model that its config describes", extra)):
         if names:

@@ -107,7 +107,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
         proofs = _write_tensors(plan, temporary)
         _write_side_files(plan, temporary)
         dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
-        written = BaseTensors(temporary, tied=plan.config.tie_word_embeddings, exact=plan.into == "quantized")
+        written = BaseTensors(temporary, plan.config, exact=plan.into == "quantized")
         proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
         report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
         kept = plan.into == "quantized" and plan.keeps_codes  # in 32 bits, whatever it is then computed in
@@ -179,7 +179,9 @@ def _write_side_files(plan: MergePlan, folder: Path) -> None:
     config = {**plan.config.to_hf(), KEEP_DTYPE: True}
     if plan.into == "quantized" and plan.quantize is not None:
         config["quantization_config"] = quantization_config(
-            plan.base.reader.configs() or [plan.quantize], getattr(torch, plan.config.dtype)
+            plan.base.reader.configs() or [plan.quantize],
+            getattr(torch, plan.config.dtype),
+            head=plan.config.names.head,
         )
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if (plan.adapter.folder / "tokenizer.json").is_file():

@@ -22,8 +22,6 @@ from lit_lora.peft.files.load import check_base
 from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 
 __all__ = [
-    "EMBEDDING",
-    "HEAD",
     "BaseTensors",
     "Into",
     "MergePlan",
@@ -32,9 +30,6 @@ __all__ = [
     "find_places",
     "plan_merge",
 ]
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 
 Into = Literal["dequantized", "original", "quantized"]
 """Onto what an update of a quantised base is added."""
@@ -45,22 +40,28 @@ class BaseTensors(Base):
 
     Args:
         folder: The checkpoint.
-        tied: Its head is its embedding.
+        config: Its config, which says what embedding and head are called, and whether they are one.
         quantize: Tensors that are given as if they had been quantised, and how.
         exact: Give quantised tensors in float32, whatever the model computes in: what the codes say.
     """
 
     def __init__(
-        self, folder: Path, *, tied: bool, quantize: Mapping[str, QuantizeConfig] | None = None, exact: bool = False
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        quantize: Mapping[str, QuantizeConfig] | None = None,
+        exact: bool = False,
     ) -> None:
         self.reader, self.exact = StoredTensors(folder), exact
         self.quantize = quantize or {}
-        self.tied = tied
+        self.tied = config.tie_word_embeddings
+        self.embedding, self.head = f"{config.names.embedding}.weight", f"{config.names.head}.weight"
         names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
-        self.stored = [name for name in names if not (tied and name == HEAD)]
+        self.stored = [name for name in names if not (self.tied and name == self.head)]
 
     def _place(self, name: str) -> str:
-        return EMBEDDING if self.tied and name == HEAD else name
+        return self.embedding if self.tied and name == self.head else name
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
@@ -76,12 +77,12 @@ class BaseTensors(Base):
         return quantize(self.reader.read(name), self.quantize[name], name=name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.stored or (self.tied and name == HEAD)
+        return name in self.stored or (self.tied and name == self.head)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.stored
         if self.tied:
-            yield HEAD
+            yield self.head
 
     def __len__(self) -> int:
         return len(self.stored) + self.tied
@@ -258,14 +259,14 @@ def plan_merge(
         taken = read_adapter(subtract)
         taken.require_updates()
         updates = _subtracted(updates, check_base(taken, base, tied=tied, force=True), taken.folder)
-    untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
-    rows = base.shape(EMBEDDING)[0] if EMBEDDING in base else config.vocab_size
-    if EMBEDDING in updates:
-        rows = updates[EMBEDDING].rows(rows)
+    untied = tied and updates.get(base.embedding) is not updates.get(base.head)
+    rows = base.shape(base.embedding)[0] if base.embedding in base else config.vocab_size
+    if base.embedding in updates:
+        rows = updates[base.embedding].rows(rows)
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
     config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
-    names = base.stored + ([HEAD] if untied else [])
+    names = base.stored + ([base.head] if untied else [])
     return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
 
 
@@ -277,7 +278,7 @@ def _bases(
     Raises:
         UsageError: ``into`` does not apply.
     """
-    stored = BaseTensors(folder, tied=config.tie_word_embeddings)
+    stored = BaseTensors(folder, config)
     packed = next(iter(stored.reader.configs()), None)
     held = packed or adapter.quantize
     if held is None and into is not None:
@@ -289,7 +290,7 @@ def _bases(
             )
         return stored, stored, held
     names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
-    trained = BaseTensors(folder, tied=config.tie_word_embeddings, quantize=dict.fromkeys(names, held))
+    trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, held))
     return trained, stored if into == "original" else trained, held
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import NumericalError
-from lit_lora.merge.plan import EMBEDDING, MergePlan
+from lit_lora.merge.plan import MergePlan
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.core.updates import LowRank, Updates
 
@@ -117,12 +117,12 @@ class _Weights:
         """A bias or the weight of a norm."""
         return self._rows(name, 0, len(self.tensors[name]))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """(T,) token ids to (T, D); tokens that the model does not have count as its last one."""
-        rows = len(self.tensors[EMBEDDING])
-        update = self.updates.get(EMBEDDING)
+    def embed(self, name: str, ids: Tensor) -> Tensor:
+        """(T,) token ids to (T, D) by the matrix of ``name``; tokens that it does not have count as its last one."""
+        weight = f"{name}.weight"
+        rows, update = len(self.tensors[weight]), self.updates.get(weight)
         last = (rows if update is None else update.rows(rows)) - 1
-        return torch.cat([self._rows(EMBEDDING, token, token + 1) for token in ids.clamp(max=last).tolist()])
+        return torch.cat([self._rows(weight, token, token + 1) for token in ids.clamp(max=last).tolist()])
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows with the update in them, float32."""
@@ -140,7 +140,7 @@ class _Streamed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) to (T, out), or (T,) ids to (T, D)."""
-        return self.weights.embed(x) if self.embedding else self.weights.linear(self.name, x)
+        return self.weights.embed(self.name, x) if self.embedding else self.weights.linear(self.name, x)
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def prove(
         )
         known = plain.shape[-1]  # logits of added tokens: the base has none
         effect = torch.hypot((wanted[..., :known] - plain).norm(), wanted[..., known:].norm())
-        place = f"layer {name.rpartition('.')[2]}" if ".layers." in name else name
+        place = f"layer {layers.index(name)}" if name in layers else name
         proof = BlockProof(place, float(wanted.norm()), float(effect), float((got - wanted).norm()))
         if not (proof.error <= TOLERANCES[dtype] or plan.lossy):
             raise NumericalError(
@@ -181,15 +181,14 @@ def prove(
             )
         found[name] = proof
 
-    layers = [f"model.layers.{index}" for index in range(plan.config.num_hidden_layers)]
-    ends = ["model.embed_tokens", "lm_head"]
+    layers, ends = list(adapted.blocks()), [plan.config.names.embedding, plan.config.names.head]
     for name in [*layers, *ends]:
         adapted.get_submodule(name).register_forward_hook(
             lambda _, inputs, output, name=name: compare(name, inputs, output)
         )
     tokens = torch.tensor([list(ids)])
     exact, plain, rounded = (
-        model.lm_head(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, final)
+        model.logits(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, final)
     )
     blocks, both_ends = ([found[name] for name in names] for names in (layers, ends))
     return Proof(blocks, both_ends, _compare_logits(plain, exact, rounded))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
-from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors, find_places, plan_merge
+from lit_lora.merge.plan import BaseTensors, find_places, plan_merge
 from lit_lora.model import ModelConfig
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import Base
@@ -130,8 +130,8 @@ def find_changes(run: Path, *, base: Path | None = None) -> Changes:
         )
     plan = plan_merge(places)
     updates = {name: plan.updates[name] for name in plan.trained if name in plan.updates}
-    if updates.get(HEAD) is updates.get(EMBEDDING):
-        updates.pop(HEAD, None)  # one tensor under two names
+    if updates.get(plan.base.head) is updates.get(plan.base.embedding):
+        updates.pop(plan.base.head, None)  # one tensor under two names
     return Changes(f"{places.adapter} on {places.base}", plan.trained, updates)
 
 
@@ -143,15 +143,13 @@ def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
         UsageError: The base is not known.
     """
     base = base or _base_of(run)
-    before, after = (
-        BaseTensors(folder, tied=ModelConfig.from_folder(folder).tie_word_embeddings) for folder in (base, tuned)
-    )
+    before, after = (BaseTensors(folder, ModelConfig.from_folder(folder)) for folder in (base, tuned))
     updates: dict[str, Update] = {}
     for name in after.stored:
         shape = after.shape(name)
         if name not in before:
             raise InputError(f"{tuned}: {name} has no place in {base}", hint="give the model's own base with --base")
-        if not _fits(name, shape, before.shape(name)):
+        if not _fits(before, name, shape):
             raise InputError(
                 f"{tuned}: {name} has shape {list(shape)}, in {base} it has {list(before.shape(name))}",
                 hint="give the model's own base with --base",
@@ -183,10 +181,11 @@ def _base_of(run: Path) -> Path:
     raise UsageError(f"{run}: its base model{shown} is not a folder here", hint="give it with --base FOLDER")
 
 
-def _fits(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> bool:
-    """Whether a tensor can come of one of another shape: of the same, or of fewer tokens."""
-    grown = name in (EMBEDDING, HEAD) and shape[0] > base[0]
-    return shape == base or (grown and shape[1:] == base[1:])
+def _fits(base: BaseTensors, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape can come of the base's: of the same shape, or of fewer tokens."""
+    before = base.shape(name)
+    grown = name in (base.embedding, base.head) and shape[0] > before[0]
+    return shape == before or (grown and shape[1:] == before[1:])
 
 
 def _measure(name: str, update: Update, weight: Tensor) -> Change:

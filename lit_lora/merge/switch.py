@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.merge.plan import EMBEDDING, HEAD, BaseTensors
+from lit_lora.merge.plan import BaseTensors
 from lit_lora.model import CausalLM
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.core.updates import Update
@@ -41,7 +41,7 @@ class TaskSwitcher:
             raise UsageError(f"{base}: tasks are switched in full weights, these are {held}", hint="load it in 16 bits")
         self.model = model
         self.config = model.config
-        self.tensors = BaseTensors(base, tied=self.config.tie_word_embeddings)
+        self.tensors = BaseTensors(base, self.config)
         self.updates: dict[str, Update] = {}
 
     @torch.no_grad()
@@ -51,24 +51,24 @@ class TaskSwitcher:
         Raises:
             InputError: The adapter is broken or belongs to another base; the model keeps the present task.
         """
-        tied = self.config.tie_word_embeddings
+        tied, embedding, head = self.tensors.tied, self.tensors.embedding, self.tensors.head
         updates: dict[str, Update] = {}
         if adapter is not None:
             task = read_adapter(adapter)
             task.require_updates()
             updates = check_base(task, self.tensors, tied=tied)
         touched = dict.fromkeys([*self.updates, *updates])
-        untied = tied and updates.get(EMBEDDING) is not updates.get(HEAD)
+        untied = tied and updates.get(embedding) is not updates.get(head)
         if untied:
-            touched |= {HEAD: None}
+            touched |= {head: None}
         self._set_tie(tied and not untied)
         for name in touched:
-            if not (name == HEAD and tied and not untied):
+            if not (name == head and tied and not untied):
                 # Assigned, never written in place: the old values may be pages of the base's files.
                 self.model.get_parameter(name).data = self._merged(name, updates.get(name))
         if tied and not untied:
             self.model.tie_weights()
-        rows = len(self.model.model.embed_tokens.weight)
+        rows = len(self.model.get_parameter(embedding))
         self.model.config = self.config.model_copy(
             update={"vocab_size": rows, "tie_word_embeddings": tied and not untied}
         )
@@ -80,6 +80,6 @@ class TaskSwitcher:
         return values.to(device=here.device, dtype=here.dtype)
 
     def _set_tie(self, tied: bool) -> None:
-        head, embedding = self.model.lm_head, self.model.model.embed_tokens
-        if not tied and head.weight is embedding.weight:
-            head.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings().get_parameter("weight")
+        if not tied and head.weight is embedding:
+            head.weight = nn.Parameter(embedding.detach(), requires_grad=False)
