@@ -209,7 +209,7 @@ def apply_with_head(method: Method, model: nn.Module, head: Sequence[str]) -> Me
     """
     if method.init_rows:
         raise UsageError("peft.init: eva and lora-ga look at a decoder's rows before the start", hint="init: pissa")
-    method = method.with_module_names_of(model).with_modules_to_save(head)
+    method = method.with_modules_to_save(head)
     method.apply(model)
     return method
 

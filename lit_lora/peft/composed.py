@@ -51,10 +51,6 @@ class ComposedConfig(AddedMethod):
         """These settings with all texts as token ids."""
         return self.model_copy(update={"methods": [method.with_text(encode) for method in self.methods]})
 
-    def with_module_names_of(self, model: nn.Module) -> ComposedConfig:
-        """These settings with the default names of each as ``model`` calls these places."""
-        return self.model_copy(update={"methods": [method.with_module_names_of(model) for method in self.methods]})
-
     def with_modules_to_save(self, names: Sequence[str]) -> ComposedConfig:
         """These settings with ``names`` among the modules that train in full, by the first method that can.
 

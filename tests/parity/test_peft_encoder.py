@@ -32,7 +32,7 @@ CASES = {
 def ours(family: str, settings: dict) -> tuple[torch.nn.Module, peft.Method]:
     model = make_model(family)
     peft.freeze(model)
-    method = peft.methods()[settings["name"]].model_validate(settings).with_module_names_of(model)
+    method = peft.methods()[settings["name"]].model_validate(settings)
     method = method.with_modules_to_save(head_of(model, [], TASK))
     method.apply(model)
     return model, method

@@ -29,10 +29,9 @@ from torch.nn import functional as F
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedModule, blocks, width_of
 from lit_lora.peft.core.matching import matches, select
-from lit_lora.peft.core.method import Method
+from lit_lora.peft.core.module_names import default_names, with_names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_embedding
-from lit_lora.peft.core.targeted import translated
 from lit_lora.peft.core.with_modules_to_save import WithModulesToSave
 
 __all__ = [
@@ -217,7 +216,9 @@ class HoulsbyConfig(BottleneckConfig):
 
     name: Literal["houlsby"] = Field("houlsby", description="The method.")
     target_modules: list[str] = Field(
-        ["self_attn", "mlp"], min_length=1, description="Modules whose output gets an adapter; [mlp] is Pfeiffer's."
+        default_names("attention", "mlp"),
+        min_length=1,
+        description="Modules whose output gets an adapter; [mlp] is Pfeiffer's.",
     )
     train_norms: bool = Field(True, description="Train the norms of the layers with adapters too.")
 
@@ -227,10 +228,6 @@ class HoulsbyConfig(BottleneckConfig):
             raise ValueError("drop_layers: random leaves out adapters and not norms, expected train_norms: false")
         return self
 
-    def with_module_names_of(self, model: nn.Module) -> Method:
-        """These settings with the default targets as ``model`` calls these places."""
-        return translated(self, model, "target_modules")
-
     def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the norms train.
 
@@ -238,7 +235,7 @@ class HoulsbyConfig(BottleneckConfig):
             UsageError: A target matches nothing, or more layers are dropped than there are.
         """
         names = [name for name, module in model.named_modules() if name and not isinstance(module, OwnModule)]
-        hosts = select(self.target_modules, names, key="peft.target_modules")
+        hosts = select(with_names_of(self, model).target_modules, names, key="peft.target_modules")
         self._join(model, hosts, SerialAdapter)
         if self.train_norms:
             for name in norms(model, self._first_layer(len(blocks(model)))):
@@ -250,15 +247,13 @@ class ParallelConfig(BottleneckConfig):
     """Parallel adapters: beside the MLP of every block, reading its input."""
 
     name: Literal["parallel"] = Field("parallel", description="The method.")
-    target_modules: list[str] = Field(["mlp"], min_length=1, description="Modules that get an adapter beside them.")
+    target_modules: list[str] = Field(
+        default_names("mlp"), min_length=1, description="Modules that get an adapter beside them."
+    )
     activation: Activation = Field("relu", description="Between down and up; none makes the adapter linear.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of down at first.")
     init_zero: bool = Field(True, description="Start with up at zero, which changes nothing at first.")
     scale: float = Field(4.0, gt=0, description="Factor of the adapter's output.")
-
-    def with_module_names_of(self, model: nn.Module) -> Method:
-        """These settings with the default targets as ``model`` calls these places."""
-        return translated(self, model, "target_modules")
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters.
@@ -267,7 +262,7 @@ class ParallelConfig(BottleneckConfig):
             UsageError: A target matches nothing, or more layers are dropped than there are.
         """
         names = [name for name, module in model.named_modules() if name and not isinstance(module, OwnModule)]
-        hosts = select(self.target_modules, names, key="peft.target_modules")
+        hosts = select(with_names_of(self, model).target_modules, names, key="peft.target_modules")
         self._join(model, hosts, ParallelAdapter)
         for module in own_modules(model).values():
             if isinstance(module, ParallelAdapter):
@@ -294,7 +289,7 @@ class LinConfig(BottleneckConfig):
         if self.task_embedding:
             name = find_embedding(model)
             if name is None:
-                raise UsageError("peft.task_embedding: the model has no plain embedding called embed_tokens")
+                raise UsageError("peft.task_embedding: the model has no plain token embedding")
             embedding = model.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             TaskEmbedding(embedding.embedding_dim).join(embedding)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.model import LanguageModel
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.modules import OwnModule, own_modules
 from lit_lora.peft.core.updates import Update
@@ -164,13 +165,15 @@ def own_state(model: nn.Module, *owners: str) -> dict[str, Tensor]:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model by name: the entries of its longest list of modules, or lists (encoder, decoder).
+    """The repeated blocks of a model by name: what it says, or the entries of its longest list of modules.
 
-    Lists within the blocks of another are parts of these blocks.
+    There may be several such lists (encoder, decoder); lists within the blocks of another are parts of these blocks.
 
     Raises:
         UsageError: It has none.
     """
+    if isinstance(model, LanguageModel):
+        return model.blocks()
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     lists = {name: entries for name, entries in lists.items() if not name.startswith(tuple(f"{n}." for n in lists))}
     if not lists:
@@ -190,9 +193,9 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         UsageError: There is none.
     """
-    for name, module in model.named_modules():
-        if hasattr(module, "prefix_length") and hasattr(module, "embed_tokens"):
-            return name, module
+    decoder = model.get_decoder() if isinstance(model, LanguageModel) else None
+    if decoder is not None and hasattr(decoder, "prefix_length"):
+        return next((name, module) for name, module in model.named_modules() if module is decoder)
     raise UsageError("peft: this method needs a decoder of this package, whose attention takes what stands before")
 
 

@@ -151,10 +151,6 @@ class Method(Settings):
         """These settings with texts turned into token ids; a method without texts stays as it is."""
         return self
 
-    def with_module_names_of(self, model: nn.Module) -> Method:
-        """These settings with the places that are named by default as ``model`` calls them."""
-        return self
-
     def with_modules_to_save(self, names: Sequence[str]) -> Method:
         """These settings with modules that train in full beside the method, such as a new head.
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.matching import matches
+from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import OwnModule, replace_module
 from lit_lora.peft.core.updates import Replace, Rows, Update
 
@@ -125,13 +127,13 @@ class TokenHead(OwnModule):
 
 
 def find_embedding(model: nn.Module) -> str | None:
-    """Name of the decoder's token embedding."""
-    return _find(model, "embed_tokens", nn.Embedding)
+    """Name of the token embedding, where it is a plain one."""
+    return _find(model, nn.Embedding, names_of(model).embedding, "get_input_embeddings")
 
 
 def find_head(model: nn.Module) -> str | None:
-    """Name of the decoder's output head."""
-    return _find(model, "lm_head", nn.Linear)
+    """Name of the output head that has a row per token, where it is a plain linear layer."""
+    return _find(model, nn.Linear, names_of(model).head, "get_output_embeddings")
 
 
 def train_tokens(model: nn.Module, ids: Iterable[int]) -> None:
@@ -145,7 +147,7 @@ def train_tokens(model: nn.Module, ids: Iterable[int]) -> None:
     ids = sorted(set(ids))
     embedding, head = find_embedding(model), find_head(model)
     if embedding is None:
-        raise UsageError("peft.trainable_tokens: the model has no plain embedding called embed_tokens")
+        raise UsageError("peft.trainable_tokens: the model has no plain token embedding")
     base = model.get_submodule(embedding)
     assert isinstance(base, nn.Embedding)
     vocabulary = base.weight.shape[0]
@@ -174,6 +176,11 @@ def _start_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:
     return nn.Parameter(rows.clone())
 
 
-def _find(model: nn.Module, last: str, kind: type[nn.Module]) -> str | None:
+def _find(model: nn.Module, kind: type[nn.Module], pattern: str, question: str) -> str | None:
+    """The first module of a kind that a pattern matches; else, if it is of that kind, the answer to a question."""
     found = [name for name, module in model.named_modules() if isinstance(module, kind)]
-    return next((name for name in found if name.rpartition(".")[2] == last), None)
+    named = next((name for name in found if matches(pattern, name)), None)
+    if named is not None or not hasattr(model, question):
+        return named
+    answer = getattr(model, question)()
+    return next((name for name in found if model.get_submodule(name) is answer), None)

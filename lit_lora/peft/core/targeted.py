@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.matching import matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
-from lit_lora.peft.core.module_names import QUERY_VALUE, same_places
+from lit_lora.peft.core.module_names import default_names, same_parts, with_names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
-from lit_lora.peft.core.modules_to_save import TrainedCopy
+from lit_lora.peft.core.modules_to_save import TrainedCopy, find_head
 from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["TargetedMethod", "check_rank", "layer_number", "translated", "whole_modules", "with_parameters"]
+__all__ = ["TargetedMethod", "check_rank", "layer_number", "whole_modules", "with_parameters"]
 
-# Output heads by the last part of their name: "all-linear" leaves them alone.
-_HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
-_PRESETS = {"q,v": QUERY_VALUE}
+# What transformers calls heads of a task: "all-linear" leaves them alone, like the output head.
+_TASK_HEADS = {"score", "classifier", "qa_outputs"}
+_PRESETS = ("q,v",)
 
 
 class TargetedMethod(Method):
@@ -54,10 +54,6 @@ class TargetedMethod(Method):
     def graph_safe(self) -> bool:
         """What wraps a module computes the same with it in every step."""
         return True
-
-    def with_module_names_of(self, model: nn.Module) -> Method:
-        """These settings with the names that are the method's defaults as ``model`` calls these places."""
-        return translated(self, model, "target_modules", "feedforward_modules")
 
     def with_modules_to_save(self, names: Sequence[str]) -> Method:
         """These settings with ``names`` among the modules that train in full."""
@@ -134,9 +130,10 @@ class TargetedMethod(Method):
         """
         if own_modules(model):
             raise UsageError("peft: the model has an adapter already", hint="load the base model again")
-        copies = with_parameters(model, self.modules_to_save)
-        targets = {name: model.get_submodule(name) for name in self.targets(model, copies)}
-        for name, module in self.wrapped(targets).items():
+        method = with_names_of(self, model)
+        copies = with_parameters(model, method.modules_to_save)
+        targets = {name: model.get_submodule(name) for name in method.targets(model, copies)}
+        for name, module in method.wrapped(targets).items():
             replace_module(model, name, module)
         for name in copies:
             replace_module(model, name, TrainedCopy(model.get_submodule(name)))
@@ -155,22 +152,24 @@ class TargetedMethod(Method):
         Raises:
             UsageError: A name matches nothing that can be adapted, or nothing is left.
         """
-        copies = with_parameters(model, self.modules_to_save) if copies is None else copies
+        method = with_names_of(self, model)
+        copies = with_parameters(model, method.modules_to_save) if copies is None else copies
         known = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
-        if isinstance(self.target_modules, list):
-            self._check_names(model, known)
-            targets = select(self.target_modules, known, key="peft.target_modules")
-            named = [pattern for pattern in self.target_modules if "*" not in pattern]
+        if isinstance(method.target_modules, list):
+            method._check_names(model, known)
+            targets = select(method.target_modules, known, key="peft.target_modules")
+            named = [pattern for pattern in method.target_modules if "*" not in pattern]
             both = [name for name in targets if name in copies and any(matches(pattern, name) for pattern in named)]
             if both:
                 raise UsageError(f"peft: {both[0]} is in target_modules and in modules_to_save, expected it in one")
         else:
             linears = [name for name, module in known.items() if isinstance(module, nn.Linear)]
-            patterns = _PRESETS.get(self.target_modules)
-            if patterns is None:
-                targets = [name for name in linears if name.rpartition(".")[2] not in _HEADS]
+            if method.target_modules == "q,v":
+                patterns = same_parts(default_names("query", "value"), model)
+                targets = select(patterns, linears, key="peft.target_modules")
             else:
-                targets = select(same_places(patterns, model), linears, key="peft.target_modules")
+                head = find_head(model)
+                targets = [n for n in linears if n != head and n.rpartition(".")[2] not in _TASK_HEADS]
         targets = [name for name in targets if name not in copies]
         excluded = select(self.exclude_modules, targets, key="peft.exclude_modules")
         targets = self._in_layers([name for name in targets if name not in excluded])
@@ -239,16 +238,6 @@ def with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
         for name, module in known.items()
         if f"{name}.".startswith(inside) and any(True for _ in module.parameters(recurse=False))
     ]
-
-
-def translated(settings: Method, model: nn.Module, *keys: str) -> Method:
-    """Settings whose lists of names, where they are the defaults, are those of the same places in ``model``."""
-    changed: dict[str, list[str]] = {}
-    for key in keys:
-        known, value = type(settings).model_fields.get(key), getattr(settings, key, None)
-        if known is not None and isinstance(value, list) and value == known.default:
-            changed[key] = same_places(value, model)
-    return settings.model_copy(update=changed) if changed else settings
 
 
 def whole_modules(model: nn.Module) -> list[str]:

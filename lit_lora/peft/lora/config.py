@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.matching import matches, select, short_names
+from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.core.passes import Pass
@@ -335,8 +336,9 @@ class LoRAConfig(TargetedMethod):
             raise UsageError("peft.trainable_tokens: tokens given as text, but no tokenizer has turned them into ids")
         if not ids:
             return
+        names = names_of(model)
         for name, module in own_modules(model).items():
-            if name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            if matches(names.embedding, name) or matches(names.head, name):
                 other = "modules_to_save" if isinstance(module, TrainedCopy) else "target_modules"
                 raise UsageError(f"peft: {name} is in {other} and has trainable_tokens, expected one of the two")
         train_tokens(model, ids)

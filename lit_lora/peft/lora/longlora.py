@@ -21,7 +21,9 @@ from lit_lora.errors import UsageError
 from lit_lora.model.attention.documents import Layout
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.peft.core.added import AddedModule, Attend
+from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.method import AnyConfig
+from lit_lora.peft.core.module_names import default_names, names_of
 from lit_lora.peft.lora.config import LoRAConfig
 
 __all__ = ["GroupedAttention", "LongContext", "LongLoRAConfig", "ShiftedGroups", "in_groups"]
@@ -169,10 +171,11 @@ class LongLoRAConfig(LoRAConfig):
         "documents attend in full.",
     )
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj"], description=LoRAConfig.model_fields["target_modules"].description
+        default_names("query", "key", "value", "attention_out"),
+        description=LoRAConfig.model_fields["target_modules"].description,
     )
     modules_to_save: list[str] = Field(
-        ["embed_tokens", "*norm"],
+        [*default_names("embedding"), "*norm"],
         description="Modules trained in full: embedding and norms, of which a longer context needs both.",
     )
 
@@ -217,8 +220,9 @@ class LongLoRAConfig(LoRAConfig):
             return
         LongContext(self).join(model)
         size = self.group or max(2, config.max_position_embeddings // 4)
+        attention = names_of(model).attention
         for name, module in list(model.named_modules()):
-            if name.rpartition(".")[2] == "self_attn":
+            if matches(attention, name):
                 ShiftedGroups(size).join(module)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.adapters.bottleneck import norms
-from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, decoder_of, fill, own_state
+from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, blocks, decoder_of, fill, own_state
+from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.prompts.virtual_tokens import refuse
@@ -62,15 +63,14 @@ class AdaptionPrompt(AddedModule):
 class _Gated:
     """Attention plus gated attention to a layer's prompt."""
 
-    def __init__(self, attend: Attend, adaption: AdaptionPrompt, layer: nn.Module) -> None:
+    def __init__(self, attend: Attend, adaption: AdaptionPrompt, layer: Any) -> None:
         self.attend, self.adaption, self.layer, self.prefix_length = attend, adaption, layer, attend.prefix_length
         self.rotate, self.with_prefix = attend.rotate, attend.with_prefix
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
-        own, base = self.adaption, self.layer
-        prompt, heads = own.adaption_prompt.to(query.dtype), (len(own.adaption_prompt), *key.shape[1:])
-        keys, values = base.k_proj(prompt).view(heads), base.v_proj(prompt).view(heads)  # type: ignore[operator]
+        own = self.adaption
+        keys, values = self.layer.keys_and_values(own.adaption_prompt.to(query.dtype))
         q, k, v = (part.transpose(0, 1)[None] for part in (self.attend.rotate(query), keys, values))
         grouped = query.shape[1] != key.shape[1]
         read = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)[0].transpose(0, 1)
@@ -124,7 +124,8 @@ class LlamaAdapterConfig(AddedMethod):
         """
         decoder_of(model)
         config: Any = model.config
-        layers = [module for name, module in model.named_modules() if name.endswith(".self_attn")]
+        attention = names_of(model).attention
+        layers = [block.get_submodule(attention) for block in blocks(model).values()]
         chosen = max(len(layers) - 2, 1) if self.adapter_layers is None else self.adapter_layers
         if chosen > len(layers):
             raise UsageError(f"peft.adapter_layers: {chosen}, the model has {len(layers)} layers")
@@ -141,7 +142,7 @@ class LlamaAdapterConfig(AddedMethod):
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
-            "target_modules": "self_attn",
+            "target_modules": names_of(model).attention,
             "adapter_len": self.adapter_len,
             "adapter_layers": sum(isinstance(module, AdaptionPrompt) for module in found),
         }

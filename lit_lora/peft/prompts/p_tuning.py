@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.prompts.prompt import Prompt, PromptMethod
-from lit_lora.peft.prompts.virtual_tokens import only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import embedding_of, only_rows, refuse
 
 __all__ = ["EncodedPrompt", "PTuningConfig"]
 
@@ -129,7 +129,7 @@ class PTuningConfig(PromptMethod):
             UsageError: They leave no room in the context, or the model is not one of this package's decoders.
         """
         host = self._host(model)
-        embedding: Tensor = host.embed_tokens.weight.detach()  # type: ignore[union-attr,operator]
+        embedding = embedding_of(model)
         counted = self.model_copy(update={"num_virtual_tokens": self._virtual})
         rows = embedding[counted._start_ids(model).to(embedding.device)]
         template: list[int | Tensor] = []

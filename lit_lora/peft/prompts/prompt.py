@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lit_lora.peft.core.added import AddedModule, decoder_of, fill
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, embedding_of, only_rows, refuse
 
 __all__ = ["Prompt", "PromptConfig", "PromptMethod"]
 
@@ -103,9 +103,9 @@ class PromptConfig(PromptMethod):
             UsageError: They leave no room in the context, or the model is not one of this package's decoders.
         """
         host = self._host(model)
-        embedding: Tensor = host.embed_tokens.weight  # type: ignore[union-attr,assignment]
+        embedding = embedding_of(model)
         if self.init == "tokens":
-            rows = embedding.detach()[self._start_ids(model).to(embedding.device)]
+            rows = embedding[self._start_ids(model).to(embedding.device)]
         else:
             rows = torch.randn(self.length, embedding.shape[1], device=embedding.device)
         Prompt(rows).join(host)

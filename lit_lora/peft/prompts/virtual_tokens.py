@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.added import AddedMethod, decoder_of
 
-__all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "only_rows", "refuse"]
+__all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "embedding_of", "only_rows", "refuse"]
 
 EMBEDDINGS = "prompt_embeddings"
 """PEFT's one tensor of a prefix or prompt: a row per virtual token, whatever network computed it in training."""
@@ -67,8 +67,7 @@ class VirtualTokens(AddedMethod):
         """(P,) int64: the tokens to start from."""
         if isinstance(self.init_text, str):
             raise UsageError("peft.init_text: given as text, but no tokenizer has turned it into ids")
-        embedding = decoder_of(model)[1].embed_tokens.weight  # type: ignore[union-attr]
-        vocabulary = int(embedding.shape[0])  # type: ignore[index]
+        vocabulary = len(embedding_of(model))
         if self.init_text is None:
             return torch.randint(vocabulary, (self.num_virtual_tokens,))
         if not self.init_text or not 0 <= min(self.init_text) <= max(self.init_text) < vocabulary:
@@ -84,6 +83,12 @@ class VirtualTokens(AddedMethod):
             "num_transformer_submodules": 1,
             **more,
         }
+
+
+def embedding_of(model: nn.Module) -> Tensor:
+    """(V, D): the weight of the token embedding, of the base where an adapter is around it."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight.detach()
 
 
 def cycled(ids: Sequence[int], length: int) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.modules import freeze, own_modules
+from lit_lora.peft.core.modules_to_save import find_head
 from lit_lora.peft.core.svd import Weights
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.linear import LoRALinear
@@ -113,10 +114,10 @@ class LoftQConfig(LoRAConfig):
             UsageError: The settings do not fit this model, or adapt no linear layer of the decoder.
         """
         freeze(model)
+        head = find_head(model)
         self.apply(model)
         own = own_modules(model)
-        ranks = {name: module.rank for name, module in own.items() if isinstance(module, LoRALinear)}
-        ranks.pop("lm_head", None)
+        ranks = {n: module.rank for n, module in own.items() if isinstance(module, LoRALinear) and n != head}
         if not ranks:
             raise UsageError(f"peft.target_modules: {self.name} starts from quantised layers, none of them is adapted")
         return ranks

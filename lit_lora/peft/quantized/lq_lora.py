@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.modules_to_save import find_head
 from lit_lora.peft.core.svd import Weights
 from lit_lora.peft.quantized.decompose import Decomposed, decompose
 from lit_lora.peft.quantized.loftq import LoftQConfig, LowRankStart
@@ -143,9 +144,8 @@ class LQLoRAConfig(LoftQConfig):
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder, without the head."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found.pop("lm_head", None)
-    return found
+    head = find_head(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head}
 
 
 def _options(name: str, shape: torch.Size) -> list[tuple[QuantizeConfig, int]]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.peft.core.matching import select, short_names
+from lit_lora.peft.core.module_names import default_names
 from lit_lora.peft.core.modules import OwnModule, device_of, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, whole_modules
 from lit_lora.peft.core.updates import LowRank, Scaled, Update
@@ -70,11 +71,11 @@ class IA3Config(TargetedMethod):
 
     name: Literal["ia3"] = Field("ia3", description="The method.")
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
-        ["k_proj", "v_proj", "down_proj"],
+        default_names("key", "value", "mlp_out"),
         description="Modules to adapt, by name; k_proj, v_proj, down_proj by default.",
     )
     feedforward_modules: list[str] = Field(
-        ["down_proj"], description="Those of the targets whose inputs are multiplied, not their outputs."
+        default_names("mlp_out"), description="Those of the targets whose inputs are multiplied, not their outputs."
     )
 
     @property
