@@ -7,67 +7,51 @@ or embeddings before every document, gated prompts. What they compute depends on
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from lit_lora.checkpoint.load import load_model
-from lit_lora.peft import freeze, save_adapter
-from lit_lora.recipe import (
-    FinetuneConfig,
-    Options,
-    answer_samples,
-    claim_folder,
-    finetune_config,
-    finish,
-    load_data,
-    main,
-    plan,
-    start,
-    summary,
-)
+from lit_lora.config import OneOf
+from lit_lora.peft import Method, freeze, methods
+from lit_lora.peft.adapters.bottleneck import HoulsbyConfig
+from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe.data import answer_samples, load_data
+from lit_lora.recipe.entry import main
+from lit_lora.recipe.plan import show_plan
+from lit_lora.recipe.run import Options, begin, finish, start, write_adapter
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("adapter", "added")
+
+class Config(FinetuneConfig):
+    """A run by a method that adds modules or prompts."""
+
+    recipe: Literal["adapter"] = Field("adapter", description="The recipe that runs.")
+    peft: Annotated[Method, OneOf(methods("added"))] = Field(HoulsbyConfig(), description="The method; name picks it.")
 
 
-def finetune(config: FinetuneConfig, options: Options) -> Path:
-    """Train what the method adds and save it as ``adapter/`` in the run folder, in PEFT's format where it has one.
-
-    Returns:
-        The run folder.
-    """
+def finetune(config: Config, options: Options) -> Path:
+    """Train what the method adds, save it as ``adapter/``, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
     method = config.peft.with_text(tokenizer.encode)
-    data = load_data(run, tokenizer)
+    data = load_data(config, tokenizer)
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     method.apply(model)
     model.checkpoint_activations(config.train.activation_checkpointing)
-    plan(run, model, data)
-    if options.dry_run:
+    show_plan(run, model, data)
+    if not begin(run, model, method):  # a dry run
         return run.folder
-    claim_folder(run, model)
-    result = fit(
-        model,
-        data.batches,
-        config.train,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        folder=run.folder,
-        seed=config.seed,
-        validation=data.validation,
-        sample=answer_samples(model, tokenizer, data),
-        resume=options.resume,
-        lr_factors=method.lr_factors(model),
-        objective=NextToken(graph_safe=method.graph_safe),
-    )
-    adapter = run.folder / "adapter"
-    save_adapter(model, method, adapter, base=config.model.path, data=data.about, metrics=summary(result))
-    finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora evaluate {run.folder} --data FILE")
-    return run.folder
+    objective = NextToken(graph_safe=method.graph_safe)
+    show = answer_samples(model, tokenizer, data)
+    result = fit(run.training, model, data, objective, lr_factors=method.lr_factors(model), sample=show)
+    adapter = write_adapter(run, model, method, tokenizer, result, data=data.about)
+    return finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora evaluate {run.folder} --data FILE")
 
 
 if __name__ == "__main__":

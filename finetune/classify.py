@@ -7,71 +7,60 @@ the label. The models are transformers'; methods, loop and files are those of th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from lit_lora.classify import (
+from pydantic import Field
+
+from lit_lora.classify.checkpoint import head_of, load_with_head, read_pretrained
+from lit_lora.classify.run import (
     ClassifyConfig,
     apply_with_head,
     checkpoint_activations,
-    head_of,
     load_labelled,
-    load_with_head,
     plan_labelled,
     prediction_samples,
-    read_pretrained,
     save_result,
 )
-from lit_lora.peft import freeze
-from lit_lora.recipe import Options, claim_folder, finetune_config, finish, main, start
+from lit_lora.config import OneOf
+from lit_lora.peft import Method, freeze, methods
+from lit_lora.peft.lora.config import LoRAConfig
+from lit_lora.recipe.entry import main
+from lit_lora.recipe.run import Options, begin, finish, start
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config(
-    "classify",
-    "mergeable",
-    "added",
-    "full",
-    base=ClassifyConfig,
-    train=TrainConfig(batch_size=32, micro_batch_tokens=4096),
-)
+
+class Config(ClassifyConfig):
+    """A run on rows with labels."""
+
+    recipe: Literal["classify"] = Field("classify", description="The recipe that runs.")
+    peft: Annotated[Method, OneOf(methods("mergeable", "added", "full"))] = Field(
+        LoRAConfig(), description="The method; name picks it."
+    )
+    train: TrainConfig = Field(
+        TrainConfig(batch_size=32, micro_batch_tokens=4096), description="How long and in what portions."
+    )
 
 
-def finetune(config: ClassifyConfig, options: Options) -> Path:
-    """Train head and method, and save them as ``adapter/``, or of full finetuning the whole model as ``model/``.
-
-    Returns:
-        The run folder.
-    """
+def finetune(config: Config, options: Options) -> Path:
+    """Train head and method, save them as ``adapter/``, or the whole model as ``model/``, and return the run folder."""
     run = start(config, options)
     shape = read_pretrained(config.model.path)
-    data = load_labelled(run, config, shape)
+    data = load_labelled(config, shape)
     model, fresh = load_with_head(shape, data.task, dtype=run.dtype, device=run.device)
     freeze(model)
     method = apply_with_head(config.peft, model, head_of(model, fresh, data.task))
     checkpoint_activations(model, config.train.activation_checkpointing)
     plan_labelled(run, model, data)
-    if options.dry_run:
+    if not begin(run, model, method):  # a dry run
         return run.folder
-    claim_folder(run, model)
-    result = fit(
-        model,
-        data.batches,
-        config.train,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        folder=run.folder,
-        seed=config.seed,
-        validation=data.validation,
-        sample=prediction_samples(model, shape, config, data),
-        resume=options.resume,
-        lr_factors=method.lr_factors(model),
-        objective=data.task.objective,
-    )
+    show = prediction_samples(model, shape, config, data)
+    result = fit(run.training, model, data, data.task.objective, lr_factors=method.lr_factors(model), sample=show)
     written = save_result(run, model, shape, method, data, result)
     use = f"lit-lora classify {run.folder}"
-    finish(run, result, written, f"{use} TEXT   or   {use} --file FILE")
-    return run.folder
+    return finish(run, result, written, f"{use} TEXT   or   {use} --file FILE")
 
 
 if __name__ == "__main__":

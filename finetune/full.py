@@ -6,69 +6,52 @@ Weights in bfloat16 have float32 masters, so that updates smaller than their rou
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.save import save_model
-from lit_lora.peft import freeze, model_card
-from lit_lora.recipe import (
-    FinetuneConfig,
-    Options,
-    answer_samples,
-    claim_folder,
-    finetune_config,
-    finish,
-    load_data,
-    main,
-    plan,
-    start,
-    summary,
-)
+from lit_lora.config import OneOf
+from lit_lora.peft import freeze, methods
+from lit_lora.peft.selective.full import FullConfig
+from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe.data import answer_samples, load_data
+from lit_lora.recipe.entry import main
+from lit_lora.recipe.plan import show_plan
+from lit_lora.recipe.run import Options, begin, card_of_model, finish, start, summary
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
-from lit_lora.train.optim.build import AdamWConfig
+from lit_lora.train.objectives.next_token import NextToken
+from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("full", "full", optimizer=AdamWConfig(lr=2e-5))
+
+class Config(FinetuneConfig):
+    """A run that trains the model's own weights."""
+
+    recipe: Literal["full"] = Field("full", description="The recipe that runs.")
+    peft: Annotated[FullConfig, OneOf(methods("full"))] = Field(FullConfig(), description="Which weights train.")
+    optimizer: AnyOptimizer = Field(AdamWConfig(lr=2e-5), description="The optimizer and its settings; name picks it.")
 
 
-def finetune(config: FinetuneConfig, options: Options) -> Path:
-    """Train the weights and save the whole model as ``model/`` in the run folder.
-
-    Returns:
-        The run folder.
-    """
+def finetune(config: Config, options: Options) -> Path:
+    """Train the weights, save the whole model as ``model/``, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    data = load_data(run, tokenizer)
+    data = load_data(config, tokenizer)
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     config.peft.apply(model)
     model.checkpoint_activations(config.train.activation_checkpointing)
-    plan(run, model, data)
-    if options.dry_run:
+    show_plan(run, model, data)
+    if not begin(run, model, config.peft):  # a dry run
         return run.folder
-    claim_folder(run, model)
-    result = fit(
-        model,
-        data.batches,
-        config.train,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        folder=run.folder,
-        seed=config.seed,
-        validation=data.validation,
-        sample=answer_samples(model, tokenizer, data),
-        resume=options.resume,
-    )
-    target = run.folder / "model"
-    title = f"{config.model.path.name}, finetuned"
-    card = model_card(
-        title, base=str(config.model.path), method="full", data=data.about, metrics=summary(result), adapter=False
-    )
-    save_model(model, target, side_files=config.model.path, card=card)
-    finish(run, result, target, f"lit-lora chat {target}   or   lit-lora evaluate {target} --data FILE")
-    return run.folder
+    result = fit(run.training, model, data, NextToken(), sample=answer_samples(model, tokenizer, data))
+    card = card_of_model(run, data.about, summary(result))
+    whole = save_model(model, run.folder / "model", side_files=config.model.path, card=card)
+    return finish(run, result, whole, f"lit-lora chat {whole}   or   lit-lora evaluate {whole} --data FILE")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Finetune by a low-rank method on a quantised base: ``python finetune/qlora.py --config configs/qlora.yaml``.
+"""Finetune by a low-rank method on a quantized base: ``python finetune/qlora.py --config configs/qlora.yaml``.
 
-``y = deq(codes) x + (alpha / r) B A x``: the base weights are held in about 4 bits and dequantised for each product, in
+``y = deq(codes) x + (alpha / r) B A x``: the base weights are held in about 4 bits and dequantized for each product, in
 the forward and again in the backward; only the small ``A`` and ``B`` train. Source: QLoRA, arXiv:2305.14314, section 3.
 Methods that choose codes and update together (LoftQ, LQ-LoRA) start from the weights in full, one tensor at a time.
 """
@@ -8,71 +8,62 @@ Methods that choose codes and update together (LoftQ, LQ-LoRA) start from the we
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from lit_lora.peft import save_adapter
-from lit_lora.recipe import (
-    Options,
-    QLoRAConfig,
-    answer_samples,
-    claim_folder,
-    finetune_config,
-    finish,
-    load_data,
-    main,
-    plan,
-    start,
-    summary,
-)
+from pydantic import Field
+
+from lit_lora.config import OneOf
+from lit_lora.peft import Method, methods
+from lit_lora.peft.lora.config import LoRAConfig
+from lit_lora.quantize import QuantizeConfig
+from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe.data import answer_samples, load_data
+from lit_lora.recipe.entry import main
 from lit_lora.recipe.method import finalize
+from lit_lora.recipe.plan import show_plan
 from lit_lora.recipe.quantized_base import keep_base, load_base
+from lit_lora.recipe.run import Options, begin, finish, start, write_adapter
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
 __all__ = ["Config", "finetune"]
 
-Config = finetune_config("qlora", "mergeable", "quantized", base=QLoRAConfig)
+
+class Config(FinetuneConfig):
+    """A run by a low-rank method on a quantized base."""
+
+    recipe: Literal["qlora"] = Field("qlora", description="The recipe that runs.")
+    peft: Annotated[Method, OneOf(methods("mergeable", "quantized"))] = Field(
+        LoRAConfig(), description="The method; name picks it."
+    )
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")
+
+    @property
+    def quantization(self) -> QuantizeConfig:
+        """How the base is quantized."""
+        return self.quantize
 
 
-def finetune(config: QLoRAConfig, options: Options) -> Path:
-    """Train an adapter and save it, in PEFT's format, as ``adapter/`` in the run folder.
-
-    Returns:
-        The run folder.
-    """
+def finetune(config: Config, options: Options) -> Path:
+    """Train an adapter, save it as ``adapter/``, in PEFT's format, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    chosen = config.peft.for_quantized_base(config.quantize)  # not every method is for every base
-    method = chosen.with_token_ids(tokenizer.add_tokens)
-    data = load_data(run, tokenizer)
-    model, applied = load_base(run, config, method, data)  # quantised, with the method applied
+    method = config.peft.for_quantized_base(config.quantize)  # not every method is for every base
+    method = method.with_token_ids(tokenizer.add_tokens)
+    data = load_data(config, tokenizer)
+    model, method = load_base(run, config.quantize, method, data)  # quantized, with the method applied
     model.checkpoint_activations(config.train.activation_checkpointing)
-    plan(run, model, data)
-    if options.dry_run:
+    show_plan(run, model, data)
+    if not begin(run, model, method):  # a dry run
         return run.folder
-    claim_folder(run, model, applied)
-    base = keep_base(run, applied, model)
-    result = fit(
-        model,
-        data.batches,
-        config.train,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        folder=run.folder,
-        seed=config.seed,
-        validation=data.validation,
-        sample=answer_samples(model, tokenizer, data),
-        resume=options.resume,
-        lr_factors=applied.lr_factors(model),
-        objective=NextToken(graph_safe=applied.graph_safe),
-    )
-    applied = finalize(applied, model, data)
-    adapter = run.folder / "adapter"
-    save_adapter(model, applied, adapter, base=base, data=data.about, metrics=summary(result))
-    if method is not chosen:  # tokens were added: the adapter needs its own tokenizer
-        tokenizer.save(adapter)
-    finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")
-    return run.folder
+    base = keep_base(run, method, model)
+    objective = NextToken(graph_safe=method.graph_safe)
+    show = answer_samples(model, tokenizer, data)
+    result = fit(run.training, model, data, objective, lr_factors=method.lr_factors(model), sample=show)
+    method = finalize(method, model, data)
+    adapter = write_adapter(run, model, method, tokenizer, result, data=data.about, base=base)
+    return finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         first = next(iter(self.models))
+        if len(self.models) == 1:  # pydantic takes no union of one
+            return handler.generate_schema(self.models[first])
 
         def name_of(section: Any) -> str:
             """The name in plain data, or that of settings which are already validated."""
@@ -97,7 +99,7 @@ class OneOf:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Without a ``name`` only the first model fits; else ``{lr: 1e-3}`` would fit all, which ``oneOf`` forbids."""
         json_schema = handler(schema)
-        for part in json_schema["oneOf"][1:]:
+        for part in json_schema.get("oneOf", [])[1:]:
             part["required"] = ["name"]
         return json_schema
 

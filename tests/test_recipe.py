@@ -12,7 +12,7 @@ from lit_lora.finetune import full, lora
 from lit_lora.checkpoint.load import load_model
 from lit_lora.config import dump_yaml, load_config, shipped_configs
 from lit_lora.errors import UsageError
-from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, plan, start, step_duration
+from lit_lora.recipe import RECIPES, Options, load_data, load_recipe, show_plan, start, step_duration
 from lit_lora.tokenizer import Tokenizer
 from tests.finetune.tiny_task import make_base, write_config, write_rows
 
@@ -122,7 +122,7 @@ def loaded(task: Path, *overrides: str, **sections: object):
     """Run, tokenizer and data of a config."""
     config = load_recipe(write_config(task, **sections), overrides)[1]
     run, tokenizer = start(config, Options(dry_run=True)), Tokenizer.load(config.model.path)
-    return run, tokenizer, load_data(run, tokenizer)
+    return run, tokenizer, load_data(config, tokenizer)
 
 
 def test_samples_are_the_prompts_and_answers_of_held_out_rows(task):
@@ -173,7 +173,7 @@ def test_pain_42_the_plan_warns_of_what_a_user_would_change(task, capsys, overri
     def warnings(*overrides: str) -> list[str]:
         run, _, data = loaded(task, *(override.replace("long.jsonl", str(long)) for override in overrides))
         capsys.readouterr()
-        plan(run, model, data)
+        show_plan(run, model, data)
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
     assert any(line.startswith(f"warning: {warning}") for line in warnings(*overrides))

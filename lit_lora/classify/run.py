@@ -23,8 +23,17 @@ from lit_lora.data.prepare import split_places
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
-from lit_lora.peft import Method, model_card, save_adapter, trainable_state
-from lit_lora.recipe import Run, RunConfig, planned_rows, planned_steps, show_what_trains, summary, warn_of
+from lit_lora.peft import Method, save_adapter, trainable_state
+from lit_lora.recipe import (
+    Run,
+    RunConfig,
+    card_of_model,
+    planned_rows,
+    planned_steps,
+    show_what_trains,
+    summary,
+    warn_of,
+)
 from lit_lora.train.loop import FitResult
 from lit_lora.train.optim.build import state_bytes
 from lit_lora.train.validation import check_best_metric
@@ -70,7 +79,7 @@ class LabelledData:
         return f"{self.file}, {len(self.train):,} rows"
 
 
-def load_labelled(run: Run, config: ClassifyConfig, shape: Pretrained) -> LabelledData:
+def load_labelled(config: ClassifyConfig, shape: Pretrained) -> LabelledData:
     """Read, tokenise, split and portion the rows, and find their labels.
 
     Raises:
@@ -301,14 +310,7 @@ def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: L
         save = partial(save_adapter, model, method, adapter, base=shape.folder, data=data.about, metrics=metrics)
         return save(task=data.task.to_json(), task_type=data.task.peft_type)
     target = run.folder / "model"
-    card = model_card(
-        f"{shape.folder.name}, finetuned",
-        base=str(shape.folder),
-        method="full",
-        data=data.about,
-        metrics=metrics,
-        adapter=False,
-    )
+    card = card_of_model(run, data.about, metrics)
     with atomic_folder(target, replace=True) as temporary, disk_errors(target):
         model.save_pretrained(temporary)
         shape.tokenizer.save_pretrained(temporary)

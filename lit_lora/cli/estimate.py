@@ -83,9 +83,9 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
     """The run of a config, on a model that need not be there."""
     import torch
 
-    from lit_lora.estimate import RowLengths, Setup, model_shape
+    from lit_lora.estimate import RowLengths, model_shape
     from lit_lora.model import ModelConfig
-    from lit_lora.recipe import row_lengths
+    from lit_lora.recipe import row_lengths, setup_for
     from lit_lora.train.device import choose_device, choose_dtype
 
     name = device or config.model.device
@@ -102,7 +102,7 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
         log.note(f"{error}: every row counts as data.max_seq_length={longest} tokens, all of them learned")
         rows = RowLengths.alike(config.train.batch_size, longest)
     found = ModelConfig.from_folder(config.model.path) if shape is None else model_shape(shape)
-    return Setup.of(config, shape=found, rows=rows, dtype=dtype, device=place)
+    return setup_for(config, shape=found, rows=rows, dtype=dtype, device=place)
 
 
 def _show_parts(setup: Setup, estimated: Estimate) -> None:

@@ -8,9 +8,9 @@ from lit_lora.compare.jobs import Job, Outcome, Runner
 from lit_lora.compare.settings import CompareConfig, Variant
 from lit_lora.data import cache_folder, prepare
 from lit_lora.errors import UsageError
-from lit_lora.estimate import Setup, estimate
+from lit_lora.estimate import estimate
 from lit_lora.model import ModelConfig
-from lit_lora.recipe import lengths_of
+from lit_lora.recipe import lengths_of, setup_for
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 
@@ -75,7 +75,7 @@ def _seconds(variant: Variant, seed: int) -> float:
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
     shape = ModelConfig.from_folder(config.model.path)
-    step = estimate(Setup.of(config, shape=shape, rows=lengths, dtype=dtype, device=device)).seconds_per_step or 0.0
+    step = estimate(setup_for(config, shape=shape, rows=lengths, dtype=dtype, device=device)).seconds_per_step or 0.0
     size = min(config.train.batch_size, len(lengths))
     steps = config.train.total_steps(-(-len(lengths) // size))
     held_out = prepared.validation.token_counts.sum() if prepared.validation is not None else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +55,3 @@ class Setup:
     device: torch.device
     seed: int = 0
     quantize: QuantizeConfig | None = None
-
-    @classmethod
-    def of(
-        cls, config: Any, *, shape: ModelConfig, rows: RowLengths, dtype: torch.dtype, device: torch.device
-    ) -> Setup:
-        """From the config of a run; ids stand in for tokens that it gives as text."""
-        peft = config.peft.with_token_ids(lambda tokens: list(range(shape.vocab_size, shape.vocab_size + len(tokens))))
-        peft = peft.with_text(lambda text: [0] * (1 + len(text) // 4))
-        quantize = getattr(config, "quantize", None)  # only some recipes have it
-        return cls(shape, peft, config.train, config.optimizer, rows, dtype, device, config.seed, quantize)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
-from lit_lora.config import Settings, did_you_mean, find_config, load_config, read_yaml
+from lit_lora.config import OneOf, Settings, did_you_mean, find_config, load_config, read_yaml
 from lit_lora.data import DataConfig
 from lit_lora.data.config import RowsConfig
 from lit_lora.errors import UsageError
-from lit_lora.peft import METHODS, Kind, Method, methods
+from lit_lora.peft import METHODS, Method, methods
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
@@ -23,11 +23,9 @@ from lit_lora.train.schedule import ScheduleConfig
 __all__ = [
     "FinetuneConfig",
     "ModelSettings",
-    "QLoRAConfig",
     "RECIPES",
     "RunConfig",
     "config_schema",
-    "finetune_config",
     "load_recipe",
     "load_settings",
     "recipe_for",
@@ -54,7 +52,7 @@ class ModelSettings(Settings):
 
 
 class RunConfig(Settings):
-    """One finetuning run; the YAML file's sections."""
+    """One finetuning run; the YAML file's sections. Each recipe declares a ``Config`` of its own on top of it."""
 
     recipe: str = Field("lora", description="Which recipe runs: lora, qlora, adapter, full or classify.")
     model: ModelSettings = Field(description="The base model.")
@@ -66,19 +64,25 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("mergeable",)
-    """Which methods the recipe runs; the first of these kinds is the default."""
+    @property
+    def quantization(self) -> QuantizeConfig | None:
+        """How the recipe quantizes the base while it loads; ``None`` where it does not."""
+        return None
+
+    @classmethod
+    def method_table(cls) -> Mapping[str, type[Settings]]:
+        """The methods that the recipe runs, by name; the first is the default."""
+        return next(mark.models for mark in cls.model_fields["peft"].metadata if isinstance(mark, OneOf))
 
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_method(cls, data: Any) -> Any:
         """Refuse a method of another recipe by naming that recipe; take the method's learning rate if none is given."""
         section = data.get("peft", {}) if isinstance(data, dict) else None
-        name = section.get("name", next(iter(methods(*cls.kinds)))) if isinstance(section, dict) else None
+        name = section.get("name", next(iter(cls.method_table()))) if isinstance(section, dict) else None
         if name not in METHODS:
             return data  # reported with the section
-        kind = METHODS[name][0]
-        if kind not in cls.kinds:
+        if name not in cls.method_table():
             raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {recipe_for(name)}?)")
         optimizer = data.get("optimizer", {})
         if not isinstance(optimizer, dict) or "lr" in optimizer:
@@ -96,12 +100,6 @@ class FinetuneConfig(RunConfig):
     data: DataConfig = Field(description="The rows to learn from.")
 
 
-class QLoRAConfig(FinetuneConfig):
-    """A run over a quantised base."""
-
-    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")
-
-
 def load_settings(recipe: str) -> type[RunConfig]:
     """The settings class of a recipe."""
     config: type[RunConfig] = importlib.import_module(RECIPES[recipe]).Config
@@ -110,44 +108,11 @@ def load_settings(recipe: str) -> type[RunConfig]:
 
 def recipe_for(method: str) -> str:
     """The first recipe that runs a method of the table."""
-    kind = METHODS[method][0]
-    return next(recipe for recipe in RECIPES if kind in load_settings(recipe).kinds)
+    return next(recipe for recipe in RECIPES if method in load_settings(recipe).method_table())
 
 
-def finetune_config(
-    recipe: str, *kinds: Kind, base: type[RunConfig] = FinetuneConfig, **defaults: Any
-) -> type[RunConfig]:
-    """The config of a recipe: ``peft`` takes the methods of its kinds, and sections may get other defaults.
-
-    Args:
-        recipe: Its name.
-        kinds: Which methods it runs; the first of these kinds is the default.
-        base: A config with further sections.
-        defaults: Section name: default value.
-    """
-    table = methods(*kinds)
-    first = next(iter(table))
-
-    def name_of(value: Any) -> str:
-        return str(value.get("name", first) if isinstance(value, dict) else getattr(value, "name", first))
-
-    tagged = tuple(Annotated[settings, Tag(name)] for name, settings in table.items())
-    one = len(table) == 1
-    union = table[first] if one else Annotated[Union[tagged], Discriminator(name_of)]  # noqa: UP007
-    fields: dict[str, Any] = {
-        "recipe": (Literal[recipe], Field(recipe, description="Which recipe runs.")),
-        "peft": (union, Field(table[first](), description=base.model_fields["peft"].description)),
-    }
-    for name, default in defaults.items():
-        known = base.model_fields[name]
-        fields[name] = (known.rebuild_annotation(), Field(default, description=known.description))
-    config = create_model(f"{recipe.capitalize()}Config", __base__=base, **fields)
-    config.kinds = kinds
-    return config
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], Any]:
-    """The recipe that a config file names, and its config, a :class:`RunConfig` of the recipe's own.
+def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], RunConfig]:
+    """The recipe that a config file names, and its config, of the recipe's own class.
 
     Args:
         source: Path of a YAML file or name of a shipped one.
@@ -166,8 +131,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[
         raise UsageError(
             f"{source}: recipe {name!r} is not known{did_you_mean(name, RECIPES)}, known: {', '.join(RECIPES)}"
         )
-    module = importlib.import_module(RECIPES[name])
-    return module.finetune, load_config(source, module.Config, overrides)
+    config = load_config(source, load_settings(name), overrides)
+    return importlib.import_module(RECIPES[name]).finetune, config
 
 
 def config_schema() -> dict[str, Any]:

@@ -14,7 +14,6 @@ from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
 from lit_lora.peft import Method
 from lit_lora.recipe.config import FinetuneConfig
-from lit_lora.recipe.run import Run
 from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["RunData", "answer_samples", "lengths_of", "load_data", "row_lengths"]
@@ -36,14 +35,12 @@ class RunData:
         return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
 
 
-def load_data(run: Run, tokenizer: Tokenizer) -> RunData:
+def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
     """Tokenise (or take from the cache), report, and portion the rows.
 
     Raises:
         InputError: The data cannot be read, or no row can be learned from.
     """
-    config = run.config
-    assert isinstance(config, FinetuneConfig)
     prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
     for line in prepared.report.lines():
         log.note(line)

@@ -10,12 +10,12 @@ from typing import Any
 
 from lit_lora.config import load_config
 from lit_lora.errors import LitLoraError, OutOfMemoryError, disk_error
-from lit_lora.estimate import Setup, estimate
+from lit_lora.estimate import estimate
 from lit_lora.estimate.advice import advise
 from lit_lora.model import ModelConfig
 from lit_lora.recipe.config import FinetuneConfig, RunConfig
 from lit_lora.recipe.data import row_lengths
-from lit_lora.recipe.plan import in_words
+from lit_lora.recipe.plan import in_words, setup_for
 from lit_lora.recipe.run import Options
 from lit_lora.train.device import choose_device, choose_dtype
 
@@ -35,7 +35,7 @@ def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: 
             raise
         device = choose_device(config.model.device)
         shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
-        setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
+        setup = setup_for(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
         # What was free is not known any more; what was planned was too much.
         tried = advise(setup, 0.8 * estimate(setup).peak_bytes)
         raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lit_lora import log
-from lit_lora.estimate import Estimate, Memory, Setup, estimate, on_paper
+from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_paper
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
-from lit_lora.model import CausalLM
+from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import count_parameters, matched_table
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
@@ -25,9 +26,10 @@ __all__ = [
     "duration",
     "in_words",
     "note_larger_micro_batches",
-    "plan",
+    "show_plan",
     "planned_rows",
     "planned_steps",
+    "setup_for",
     "show_what_trains",
     "step_duration",
     "warn_of",
@@ -37,7 +39,7 @@ _GPU_TOKENS = 8192
 """Computed at once, these keep a large GPU busy (``benchmarks/gpu_lora_202611.md``)."""
 
 
-def plan(run: Run, model: CausalLM, data: RunData) -> None:
+def show_plan(run: Run, model: CausalLM, data: RunData) -> None:
     """Print what will train, on how much, and what it needs, before the first step.
 
     Raises:
@@ -51,7 +53,7 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     warn_of(config, total, validated=bool(data.validation))
     _warn_of_length(model, data)
     lengths, shared_prefix = lengths_of(rows, config.peft), data.batches.shared_prefix
-    setup = Setup.of(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
+    setup = setup_for(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     estimated = estimate(setup, on_paper(model))
     _warn_of_memory(setup, estimated)
     note_larger_micro_batches(setup)
@@ -73,6 +75,15 @@ def plan(run: Run, model: CausalLM, data: RunData) -> None:
     ]
     log.table("Plan", ["what", "figure"], table)
     require_free_space(run.folder, estimated.disk_bytes, "this run")
+
+
+def setup_for(
+    config: RunConfig, *, shape: ModelConfig, rows: RowLengths, dtype: torch.dtype, device: torch.device
+) -> Setup:
+    """What memory and time of a run depend on; placeholder ids stand for tokens that its config gives as text."""
+    peft = config.peft.with_token_ids(lambda tokens: list(range(shape.vocab_size, shape.vocab_size + len(tokens))))
+    peft = peft.with_text(lambda text: [0] * (1 + len(text) // 4))
+    return Setup(shape, peft, config.train, config.optimizer, rows, dtype, device, config.seed, config.quantization)
 
 
 def show_what_trains(model: nn.Module) -> None:

@@ -18,8 +18,8 @@ from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
 from lit_lora.peft.core.passes import mean_squares
 from lit_lora.peft.core.svd import Weights
-from lit_lora.quantize import stored_bytes
-from lit_lora.recipe import QLoRAConfig, Run, RunData
+from lit_lora.quantize import QuantizeConfig, stored_bytes
+from lit_lora.recipe import Run, RunData
 from lit_lora.recipe.method import apply_method, passes
 
 __all__ = ["keep_base", "load_base"]
@@ -27,12 +27,12 @@ __all__ = ["keep_base", "load_base"]
 _BASE = "base"
 
 
-def load_base(run: Run, config: QLoRAConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
+def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
     """The quantised base with the method applied to it; a resumed run takes the base that it kept.
 
     Args:
         run: The run.
-        config: Its config.
+        quantize: How the base is quantized.
         method: Its method, over this base.
         data: The rows, for a method that weighs errors by them or starts from them.
 
@@ -43,17 +43,16 @@ def load_base(run: Run, config: QLoRAConfig, method: Method, data: RunData) -> t
         InputError: The folder is broken.
         UsageError: It is quantised already, or the settings do not fit it.
     """
-    kept, path = run.folder / _BASE, config.model.path
+    kept, path, decomposer = run.folder / _BASE, run.config.model.path, None
     if run.options.resume and (kept / "config.json").is_file():
-        decomposer, quantize, path = None, None, kept
+        model = load_model(kept, dtype=run.dtype, device=run.device)  # quantized already
     else:
-        quantize = config.quantize
         weights = _weights(run, method, data) if method.calibration_rows else None
         stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
         decomposer = method.decomposer(
             skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
         )
-    model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
+        model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
     freeze(model)
     applied = apply_method(run, method, model, data)  # nothing that the model computes changes yet
     if decomposer is not None:

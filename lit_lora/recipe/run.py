@@ -1,8 +1,9 @@
-"""A run from its start to its result: the folder, what is kept there, what the command line asks of it."""
+"""A run from its start to its result: the folder, what is kept and written there, what the command line asks of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import disk_errors, human_bytes, lock_folder, remove_folder, write_text
-from lit_lora.peft import Method
+from lit_lora.peft import Method, model_card, save_adapter
 from lit_lora.peft.files.frozen_state import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
+from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.device import choose_device, choose_dtype
 from lit_lora.train.loop import FitResult
+from lit_lora.train.run import TrainingRun
 
-__all__ = ["Options", "Run", "claim_folder", "finish", "start", "summary"]
+__all__ = ["Options", "Run", "begin", "card_of_model", "finish", "start", "summary", "write_adapter"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Run:
         """Where everything is written."""
         return self.config.out
 
+    @property
+    def training(self) -> TrainingRun:
+        """The run as the loop takes it."""
+        config = self.config
+        return TrainingRun(
+            config.train, config.optimizer, config.schedule, self.folder, config.seed, self.options.resume
+        )
+
 
 def start(config: RunConfig, options: Options) -> Run:
     """Seed, choose device and dtype, and look whether the run folder can be used.
@@ -75,28 +86,34 @@ def start(config: RunConfig, options: Options) -> Run:
     return run
 
 
-def claim_folder(run: Run, model: nn.Module, method: Method | None = None) -> None:
-    """Make the run folder, with the config in it; a run that is to be replaced is removed only now.
+def begin(run: Run, model: nn.Module, method: Method) -> bool:
+    """Take the run folder and write the config into it; a run that is to be replaced is removed only now.
 
     What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
 
     Args:
         run: The run.
         model: With its method applied.
-        method: As it was applied, where a start from rows may have changed its settings.
+        method: As it was applied; a start from rows may have changed its settings.
+
+    Returns:
+        Whether to train: a dry run ends here, with nothing written.
 
     Raises:
         DiskError: The folder cannot be written.
         InputError: What a run to resume has kept does not fit.
         UsageError: Another process is training in it.
     """
+    if run.options.dry_run:
+        return False
     _hold(run.folder)
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
     keep_frozen(model, run.folder / "start", resume=run.options.resume)
-    if method is not None and method.init_rows and not run.options.resume:
+    if method.init_rows and not run.options.resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
+    return True
 
 
 _HELD: dict[tuple[int, int], int] = {}
@@ -165,8 +182,54 @@ def _remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def finish(run: Run, result: FitResult, written: Path, next_command: str) -> None:
-    """Print what came out and what to type next, and write ``result.json``: with it the run is complete."""
+def write_adapter(
+    run: Run,
+    model: nn.Module,
+    method: Method,
+    tokenizer: Tokenizer,
+    result: FitResult,
+    *,
+    data: str,
+    base: Path | None = None,
+) -> Path:
+    """Write the adapter in ``model`` to ``adapter/`` in the run folder, with its own tokenizer where tokens were added.
+
+    Args:
+        run: The run.
+        model: Trained.
+        method: As it was applied.
+        tokenizer: The one that the rows were tokenized with.
+        result: What the training came to, for the model card.
+        data: What the rows are, for the model card.
+        base: The adapter's base, where it is not the model that the config names.
+
+    Returns:
+        The adapter folder.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    folder = run.folder / "adapter"
+    save_adapter(model, method, folder, base=base or run.config.model.path, data=data, metrics=summary(result))
+    if tokenizer.extended:
+        tokenizer.save(folder)
+    return folder
+
+
+def card_of_model(run: Run, data: str, metrics: Mapping[str, object]) -> str:
+    """The model card of a whole model, finetuned on ``data``."""
+    base = run.config.model.path
+    return model_card(
+        f"{base.name}, finetuned", base=str(base), method="full", data=data, metrics=metrics, adapter=False
+    )
+
+
+def finish(run: Run, result: FitResult, written: Path, next_command: str) -> Path:
+    """Print what came out and what to type next, and write ``result.json``: with it the run is complete.
+
+    Returns:
+        The run folder.
+    """
     rows = [[name, f"{value:.4f}" if isinstance(value, float) else value] for name, value in summary(result).items()]
     log.table("Result", ["what", "figure"], rows)
     before, after = result.untrained_validation_loss, result.validation_loss
@@ -180,6 +243,7 @@ def finish(run: Run, result: FitResult, written: Path, next_command: str) -> Non
     write_text(run.folder / "result.json", json.dumps({**metrics, "written_bytes": weights}, indent=1) + "\n")
     log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
     log.say(f"next: {next_command}")
+    return run.folder
 
 
 def summary(result: FitResult) -> dict[str, object]:

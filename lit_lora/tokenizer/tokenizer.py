@@ -64,6 +64,8 @@ class Tokenizer:
         self.template = ChatTemplate(text, self._named, where)
         """The chat template, ready to render."""
         self._literal: tokenizers.Tokenizer | None = None
+        self.extended = False
+        """Whether tokens were added to those of the checkpoint since it was loaded."""
 
     def use_template(self, text: str, where: str) -> None:
         """Use another chat template than the checkpoint's, from now on and in what is saved.
@@ -228,6 +230,7 @@ class Tokenizer:
             raise InputError("a token to add must not be empty")
         known = self._backend.get_vocab(with_added_tokens=True)
         fresh = [token for token in tokens if token not in known]
+        self.extended = self.extended or bool(fresh)
         self._backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in fresh])
         self._literal = None
         ids = [self._backend.token_to_id(token) for token in tokens]

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,15 @@ from torch import Tensor, nn
 
 from lit_lora import log
 from lit_lora.errors import InputError, NumericalError
-from lit_lora.train.config import TrainConfig
-from lit_lora.train.objectives.base import Batch, Batches, Objective
-from lit_lora.train.optim.base import OptimizerConfig
+from lit_lora.train.objectives.base import Batch, Objective
 from lit_lora.train.optim.build import build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
+from lit_lora.train.run import TrainingData, TrainingRun
 from lit_lora.train.run_log import RunLog
-from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.state import CheckpointStore
 from lit_lora.train.validation import check_best_metric, validate
 
-__all__ = ["TrainingRun"]
+__all__ = ["Trainer"]
 
 
 @dataclass
@@ -52,36 +49,32 @@ _GROW_AFTER = 200
 _MOST_BAD_STEPS = 3
 
 
-class TrainingRun:
+class Trainer:
     """One call of :func:`fit`: the pieces and the progress, so that each phase is a short method."""
 
     def __init__(
         self,
+        run: TrainingRun,
         model: Any,
-        batches: Batches,
-        validation: Sequence[Batch],
-        config: TrainConfig,
-        optimizer: OptimizerConfig,
-        schedule: ScheduleConfig,
-        folder: Path,
-        seed: int,
-        lr_factors: Mapping[str, float] | None,
+        data: TrainingData,
         objective: Objective,
+        lr_factors: Mapping[str, float] | None,
     ) -> None:
-        check_best_metric(config, objective)
-        self.model, self.batches, self.config, self.objective = model, batches, config, objective
-        self.schedule, self.seed, self.folder, self.lr = schedule, seed, folder, optimizer.lr
+        check_best_metric(run.train, objective)
+        self.run, self.config = run, run.train
+        self.model = model
+        self.batches = data.batches
+        self.validation = data.validation
+        self.objective = objective
         self.master_weights = MasterWeights(model)
-        self.optimizer = build_optimizer(optimizer, self.master_weights, lr_factors)
-        self.store = CheckpointStore(folder / "checkpoints", config.keep_last)
-        self.total = config.total_steps(batches.steps_per_epoch)
+        self.optimizer = build_optimizer(run.optimizer, self.master_weights, lr_factors)
+        self.store = CheckpointStore(run.folder / "checkpoints", run.train.keep_last)
+        self.total = run.train.total_steps(data.batches.steps_per_epoch)
         self.device = next(model.parameters()).device
-        self.validation = validation
-        half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-        self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if half else 1.0)
-        self.half = half
+        self.half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if self.half else 1.0)
         self.loss = math.nan
-        self.fingerprint = batches.rows.fingerprint
+        self.fingerprint = data.batches.rows.fingerprint
 
     @property
     def out_of_patience(self) -> bool:
@@ -102,8 +95,8 @@ class TrainingRun:
         state = self.store.load(step, self.master_weights, self.optimizer)
         if state.get("rows") != self.fingerprint:
             raise InputError(
-                f"{self.folder}: the training rows are not those that the run began with: the data or its tokenizer "
-                "has changed",
+                f"{self.run.folder}: the training rows are not those that the run began with: the data or its "
+                "tokenizer has changed",
                 hint="put the data back as it was, or start a new run in another folder",
             )
         if "best_figures" in state:  # written before they were called metrics
@@ -118,8 +111,8 @@ class TrainingRun:
         """
         started, step = time.perf_counter(), self.progress.step
         # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
-        torch.manual_seed(_mixed(self.seed, step))
-        lr = self.lr * self.schedule.factor(step, self.total)
+        torch.manual_seed(_mixed(self.run.seed, step))
+        lr = self.run.optimizer.lr * self.run.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         micro_batches = list(self.batches.step(step))

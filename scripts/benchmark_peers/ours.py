@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from lit_lora.train.device import choose_device
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import AdamWConfig
+from lit_lora.train.run import TrainingRun
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.validation import validation_loss
 
@@ -61,6 +63,14 @@ class OrderedBatches(Batches):
         if step == len(self.sizes):
             self.after()
         return super().step(step)
+
+
+@dataclass(frozen=True)
+class OrderedData:
+    """The rows as the loop takes them; it is not to validate, which would be timed with the steps."""
+
+    batches: OrderedBatches
+    validation: tuple[MicroBatch, ...] = ()
 
 
 def kept_rows(rows: list[Row]) -> Rows:
@@ -105,20 +115,18 @@ def main() -> None:
     # One step more than ordered: a step ends where the loop asks for the next one, all bookkeeping included.
     steps = len(orders.steps) + 1
     with tempfile.TemporaryDirectory() as folder:
-        fit(
-            model,
-            batches,
+        run = TrainingRun(
             TrainConfig(
                 max_steps=steps,
                 save_every=steps,
                 micro_batch_tokens=batches.micro_batch_tokens,
                 max_grad_norm=1e9,  # no contender clips
             ),
-            optimizer=AdamWConfig(lr=orders.learning_rate),
-            schedule=ScheduleConfig(name="constant", warmup=0),
-            folder=Path(folder),
-            objective=NextToken(graph_safe=method.graph_safe),
+            AdamWConfig(lr=orders.learning_rate),
+            ScheduleConfig(name="constant", warmup=0),
+            Path(folder),
         )
+        fit(run, model, OrderedData(batches), NextToken(graph_safe=method.graph_safe))
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
     recorder.extra["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -13,6 +13,7 @@ from lit_lora.checkpoint.load import empty_model
 from lit_lora.estimate import SHAPES, RowLengths, Setup, estimate, model_shape, outline
 from lit_lora.estimate.advice import advise
 from lit_lora.quantize import QuantizeConfig
+from lit_lora.recipe import setup_for
 from lit_lora.train.optim import OPTIMIZERS
 from lit_lora.train.optim.build import build_optimizer, state_bytes
 from lit_lora.train.optim.master_weights import MasterWeights
@@ -27,7 +28,7 @@ def setup_of(shape: str = "smollm2-135m", method: str = "lora", *, tokens: int =
     settings = peft.methods()[method].model_validate(sections.get("peft", {}))
     config = config.model_copy(update={"peft": settings})
     rows = RowLengths.alike(config.train.batch_size, tokens)
-    return Setup.of(config, shape=model_shape(shape), rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
+    return setup_for(config, shape=model_shape(shape), rows=rows, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def count(shape: str) -> int:

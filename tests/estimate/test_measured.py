@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_lora.estimate import Setup, estimate
+from lit_lora.estimate import estimate
 from lit_lora.model import ModelConfig
-from lit_lora.recipe import load_recipe, row_lengths
+from lit_lora.recipe import load_recipe, row_lengths, setup_for
 from lit_lora.train.device import choose_dtype
 
 CASES = {
@@ -66,7 +66,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(
     assert process.returncode == 0, (tmp_path / "log").read_text()
     device = torch.device("cpu")
     shape, dtype = ModelConfig.from_folder(Path(weights)), choose_dtype(config.model.dtype, device)
-    setup = Setup.of(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
+    setup = setup_for(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
     found, measured = estimate(setup), 1024 * usage.ru_maxrss
     last = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()][-1]
     seconds = last["tokens"] / last["tokens_per_second"]

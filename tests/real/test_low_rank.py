@@ -15,7 +15,7 @@ from lit_lora.data.batches import validation_batches
 from lit_lora.merge import Places, merge, plan_merge
 from lit_lora.model import CausalLM
 from lit_lora.peft import METHODS
-from lit_lora.recipe import Options, load_data, load_recipe, start
+from lit_lora.recipe import load_data, load_recipe
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.run_log import read_metrics
 from lit_lora.train.validation import validation_loss
@@ -54,7 +54,7 @@ def test_every_method_that_this_model_can_take_is_tried():
 def held_out_loss(folder: Path, model: CausalLM) -> float:
     """On the rows that the run held out."""
     _, settings = load_recipe(folder / "config.yaml", [])
-    data = load_data(start(settings, Options(dry_run=True)), Tokenizer.load(settings.model.path))
+    data = load_data(settings, Tokenizer.load(settings.model.path))
     assert data.prepared.validation is not None
     return validation_loss(model, list(validation_batches(data.prepared.validation, 1024)))
 

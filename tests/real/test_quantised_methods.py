@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lit_lora.finetune.qlora import Config
 
 from lit_lora.checkpoint import load_model
 from lit_lora.data.batches import Batches
@@ -19,7 +20,7 @@ from lit_lora.model import CausalLM
 from lit_lora.peft import base_tensors, freeze, methods, remove, trainable_state
 from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, stored_bytes
-from lit_lora.recipe import Options, QLoRAConfig, Run, RunData, load_data, load_recipe, start
+from lit_lora.recipe import Options, Run, RunData, load_data, load_recipe, start
 from lit_lora.recipe.quantized_base import load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.config import TrainConfig
@@ -65,17 +66,17 @@ def opened(folder: Path, base: Path, rows: Path, peft: dict[str, Any], **section
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    run = start(load_recipe(path, [])[1], Options(dry_run=True))
-    return run, load_data(run, Tokenizer.load(base))
+    config = load_recipe(path, [])[1]
+    return start(config, Options(dry_run=True)), load_data(config, Tokenizer.load(base))
 
 
 def started(*where: Path, peft: dict[str, Any], **sections: Any) -> tuple[CausalLM, RunData, float]:
     """The model as a run starts with it, its data, and its loss on held-out rows."""
     run, data = opened(*where, peft, **sections)
     settings = run.config
-    assert isinstance(settings, QLoRAConfig)
+    assert isinstance(settings, Config)
     began = time.perf_counter()
-    made, _ = load_base(run, settings, settings.peft.for_quantized_base(settings.quantize), data)
+    made, _ = load_base(run, settings.quantize, settings.peft.for_quantized_base(settings.quantize), data)
     seconds = time.perf_counter() - began
     held = sum(stored_bytes(module) for module in made.modules() if isinstance(module, Quantized))
     loss = validation_loss(made, data.validation)

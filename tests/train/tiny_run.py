@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from lit_lora import peft
-from lit_lora.data.batches import Batches, validation_batches
+from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.rows import Rows
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import FitResult, fit
 from lit_lora.train.objectives.base import Objective
+from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim import optimizers
 from lit_lora.train.optim.base import OptimizerConfig
+from lit_lora.train.run import TrainingRun
 from lit_lora.train.schedule import ScheduleConfig
 from tests.tiny import random_model
 
@@ -82,6 +85,14 @@ def with_beginning(rows: Rows, beginning: list[int]) -> Rows:
     return Rows.from_tokens(documents)
 
 
+@dataclass(frozen=True)
+class TinyData:
+    """Rows as the loop takes them."""
+
+    batches: Batches
+    validation: Sequence[MicroBatch]
+
+
 def train(
     model: CausalLM,
     folder: Path,
@@ -103,20 +114,17 @@ def train(
     portions = batches or Batches(
         rows or make_rows(), batch_size=config.batch_size, micro_batch_tokens=config.micro_batch_tokens, seed=0
     )
-    return fit(
-        model,
-        portions,
+    run = TrainingRun(
         config,
-        optimizer=optimizer_config(**{"lr": 1e-2, **(optimizer or {})}),
-        schedule=ScheduleConfig(**(schedule or {})),
-        folder=folder,
-        seed=seed,
-        validation=list(validation_batches(validation, config.micro_batch_tokens)) if validation else [],
-        sample=sample,
-        resume=resume,
-        lr_factors=lr_factors,
-        objective=objective,
+        optimizer_config(**{"lr": 1e-2, **(optimizer or {})}),
+        ScheduleConfig(**(schedule or {})),
+        folder,
+        seed,
+        resume,
     )
+    held_out = list(validation_batches(validation, config.micro_batch_tokens)) if validation else []
+    data = TinyData(portions, held_out)
+    return fit(run, model, data, objective or NextToken(), lr_factors=lr_factors, sample=sample)
 
 
 def optimizer_config(name: str = "adamw", **settings: Any) -> OptimizerConfig:
