@@ -1,6 +1,6 @@
-"""Fused kernels for training: in C for bfloat16 on a CPU, compiled for the machine on first use; by Triton for GPUs.
+"""Fused kernels for training: in C for bfloat16 on a CPU, compiled for the machine on first use; in Triton for GPUs.
 
-Where there is no C compiler, or no Triton, the callers use their PyTorch arithmetic: the same results, more slowly.
+Without a C compiler, or without Triton, the callers use their PyTorch arithmetic: the same results, more slowly.
 """
 
 from lit_lora.kernels.build import device_type, library, rehearsed, usable

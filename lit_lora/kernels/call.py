@@ -14,27 +14,26 @@ __all__ = ["call", "has"]
 
 
 _CAN_FAIL = {"packed_attention", "packed_attention_backward", "sum_of_products"}
-"""These return whether they failed; what the others return means nothing."""
+"""Kernels that return whether they failed. The others return nothing, and what ctypes reads then is arbitrary."""
 
 
 def has(kernel: str) -> bool:
-    """Whether the library for CPUs has this kernel: some are for certain instructions."""
+    """Whether the library for CPUs has this kernel: some need certain instructions, such as AVX-512 BF16."""
     return hasattr(library(), kernel)
 
 
 Argument = Tensor | int | float | Sequence[Tensor | int] | None
+"""What a kernel takes; a sequence becomes an array of addresses and numbers."""
 
 
 def call(kernel: str, *arguments: Argument) -> None:
-    """Run a kernel, on the GPU if its tensors are there.
+    """Run a kernel on the device of its tensors; it writes into tensors that the caller made.
 
-    One for CPUs gets tensors as pointers to their data, ``None`` as a null pointer, ints as long, and a sequence of
-    tensors and ints as a pointer to an array of addresses and longs.
-
-    On the meta device nothing is computed: kernels write into tensors that their callers made.
+    A kernel for CPUs gets tensors as pointers to their data, ``None`` as a null pointer, ints as long, and a sequence
+    of tensors and ints as a pointer to an array of addresses and longs. On the meta device nothing is computed.
 
     Raises:
-        MemoryError: It found no memory to work in.
+        MemoryError: There is no memory for the kernel's work space.
     """
     if (note := rehearsal()) is not None:
         note(kernel, *arguments)
@@ -43,11 +42,13 @@ def call(kernel: str, *arguments: Argument) -> None:
             if not argument.is_meta:
                 gpu.launch(kernel, arguments)
             return
-    loaded = library()
-    assert loaded is not None
-    function = getattr(loaded, kernel)
-    if function(*map(_argument, arguments)) and kernel in _CAN_FAIL:
-        raise MemoryError(f"no memory for {kernel}")
+
+    compiled = library()
+    assert compiled is not None
+    function = getattr(compiled, kernel)
+    failed = function(*map(_argument, arguments))
+    if failed and kernel in _CAN_FAIL:
+        raise MemoryError(f"no memory for the work space of {kernel}")
 
 
 def _argument(value: Argument) -> object:

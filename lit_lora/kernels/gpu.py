@@ -1,4 +1,4 @@
-"""The same kernels for GPUs, compiled by Triton: they take the arguments of those in C, in any floating dtype."""
+"""The kernels for GPUs, compiled by Triton: they take the arguments of those in C, in any floating dtype."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def switched_off() -> bool:
 
 @lru_cache(maxsize=1)
 def usable() -> bool:
-    """Whether Triton is there and compiles for this machine's GPU; tried once."""
+    """Whether Triton is installed and compiles for this machine's GPU; tried once, with a small kernel."""
     if not torch.cuda.is_available() or switched_off():
         return False
     try:
         one = torch.ones(1, device="cuda")
         _kernels().swiglu(one, one, torch.empty_like(one), 1)
     except Exception as error:  # an installation without a compiler, or a GPU of another kind, fails in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        log.note(f"Triton's kernels do not work here, PyTorch's are used, more slowly: {reason}")
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        log.note(f"Triton kernels are unavailable; falling back to slower PyTorch ones: {reason}")
         return False
     return True
 
@@ -47,7 +48,7 @@ def launch(kernel: str, arguments: tuple[Any, ...]) -> None:
     if index == torch.cuda.current_device():
         function(*arguments)
         return
-    with torch.cuda.device(index):
+    with torch.cuda.device(index):  # Triton launches on the current device, wherever the tensors are
         function(*arguments)
 
 
