@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 import lit_lora.model
 import lit_lora.peft
 import lit_lora.train
+from lit_lora.model.families import DecoderNames
 
 ROOT = Path(__file__).resolve().parents[1]
 # The folders of the package, and the name of each in it. data/samples and configs hold no code.
@@ -320,6 +322,43 @@ def test_a_recipe_reads_top_to_bottom_without_loops() -> None:
         if isinstance(node, loops)
     ]
     assert wrong == []
+
+
+# Files that hold names of a model's parts beside the families' tables, and why.
+NAMED_BY_OTHERS = {
+    "lit_lora/checkpoint/litgpt.py": "LitGPT calls its head as a Llama does",
+    "lit_lora/peft/files/load.py": "asks the tensors of files, which have no config",
+}
+
+
+def part_names(tree: ast.AST) -> Iterator[ast.AST]:
+    """Where a name of a Llama's part is written: an attribute, or a text without spaces, which is no message."""
+    defaults = [str(getattr(DecoderNames(), field.name)).rpartition(".")[2] for field in fields(DecoderNames)]
+    words = [name for name in defaults if "_" in name]  # mlp, norm and layers are words too
+    pattern = re.compile(rf"\b({'|'.join(words)})\b|\bmodel\.layers\b")
+    for node in ast.walk(tree):
+        text = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and " " not in text and pattern.search(text):
+            yield node
+
+
+def test_names_of_a_models_parts_are_written_in_the_tables_of_families_only() -> None:
+    places = [
+        source.at(node)
+        for source in SOURCES
+        if not source.module.startswith("lit_lora.model.families")
+        for node in part_names(source.tree)
+    ]
+    assert {place.partition(":")[0] for place in places} == NAMED_BY_OTHERS.keys(), places
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["model.lm_head(x)", "find(model, 'embed_tokens')", "f'model.layers.{index}'", "['k_proj', 'mlp']", "'a.q_proj.b'"],
+)
+def test_a_name_of_a_part_would_be_found(code: str) -> None:
+    assert len(list(part_names(ast.parse(code)))) == 1
+    assert not list(part_names(ast.parse("error('such as lm_head'); lm_head_bias = model.logits(x)")))
 
 
 def test_functions_stay_short() -> None:

@@ -99,8 +99,8 @@ def _sort_tensors(
 
 def _rows(folder: Path, raw: Mapping[str, Any], module: str, values: Tensor) -> Rows:
     indices = raw.get("trainable_token_indices") or {}
-    if isinstance(indices, list):
-        indices = {"embed_tokens": indices}
+    if isinstance(indices, list):  # of the embedding, whose rows are then the only ones in the file
+        indices = {module: indices}
     ids = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)
     if not ids or len(ids) != len(values) or len(set(ids)) != len(ids) or min(ids) < 0:
         raise InputError(f"{_config(folder)}: trainable_token_indices do not fit the {len(values)} rows of {module}")
