@@ -1,4 +1,4 @@
-"""Linear layers whose weights take 2 to 8 bits: NF4 and its like, FP4, groups of int4, rows of int8."""
+"""Linear layers whose weights take 2 to 8 bits: NF4, NF3 and NF2, FP4, groups of int4 or int2, rows of int8."""
 
 from lit_lora.quantize.config import QuantizeConfig
 from lit_lora.quantize.linear import QuantizedLinear, count_quantized, found_config, stored_bytes

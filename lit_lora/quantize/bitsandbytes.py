@@ -1,4 +1,4 @@
-"""bitsandbytes' kernels, where they are best: on CUDA. Imported on first use, and so that no hub is reached."""
+"""bitsandbytes' kernels for CUDA. The package is imported on first use, and kept from reaching the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ __all__ = ["dequantize", "load", "matrix_vector"]
 def load() -> ModuleType | None:
     """The package, or ``None`` where it is not installed or does not work.
 
-    On some CPUs its import fetches kernels from a hub through the package ``kernels`` when that is installed. It does
-    without when it finds none, so ``kernels`` is out of sight during the import.
+    On some CPUs its import downloads kernels from the Hub through the package ``kernels``, where that is installed. It
+    manages without, so ``kernels`` is hidden during the import.
     """
-    hidden, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes")
-    level, was_there = logger.level, "kernels" in sys.modules
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes an import of it fail
-    logger.setLevel(logging.ERROR)  # it warns of the kernels that it does not find
+    kernels_package = sys.modules.get("kernels")
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
+    logger.setLevel(logging.ERROR)  # it warns about the kernels that it does not find
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module("bitsandbytes")
-    except Exception:  # a broken installation fails in many ways, and everything works without
+    except Exception:  # a broken installation fails in many ways, and everything works without it
         return None
     finally:
         logger.setLevel(level)
-        if was_there and hidden is not None:
-            sys.modules["kernels"] = hidden
+        if kernels_package is not None:
+            sys.modules["kernels"] = kernels_package
         else:
             del sys.modules["kernels"]
 
@@ -49,12 +51,12 @@ def dequantize(
         codes: (out * in / 2, 1) uint8.
         scales: (blocks,) float32.
         name: nf4 or fp4.
-        block_size: Values of a block.
+        block_size: Values per block.
         shape: (out, in).
         dtype: Of the result.
     """
-    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, block_size, name, list(shape), dtype)
-    return made.view(shape)
+    matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, block_size, name, list(shape), dtype)
+    return matrix.view(shape)
 
 
 def matrix_vector(

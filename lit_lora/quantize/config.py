@@ -15,23 +15,24 @@ QuantizeName = Literal["nf4", "fp4", "nf3", "nf2", "int4", "int2", "int8"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 _DOUBLE = "-dq"
-_PLAIN = ("int4", "int2", "int8")
+# Types whose scales are never quantised themselves.
+_UNNESTED = ("int4", "int2", "int8")
 
 
 class QuantizeConfig(Settings):
-    """The linear layers of the decoder hold few bits a weight; embedding, norms and head stay as they are."""
+    """Quantise the decoder's linear layers to a few bits per weight; embedding, norms and head stay as they are."""
 
     name: QuantizeName = Field(
         "nf4",
         description="Values of the codes: nf4, nf3, nf2 (16, 8, 4 quantiles of a normal distribution), fp4 (1 sign, 2 "
-        "exponent and 1 mantissa bit), int4, int2 (16, 4 at equal distances from the least to the greatest weight of "
-        "each block), int8 (-127 to 127 for each row, as LLM.int8() stores it).",
+        "exponent and 1 mantissa bit), int4, int2 (16, 4 equal steps from the smallest to the largest weight of each "
+        "block), int8 (-127 to 127 for each row, as LLM.int8() stores it).",
     )
-    block_size: BlockSize = Field(64, description="All but int8: weights that share a scale; divides every row.")
+    block_size: BlockSize = Field(64, description="Weights per scale; must divide the row length. Not for int8.")
     double_quant: bool = Field(
         True,
-        description="nf and fp: scales in 8 bits instead of 32: nf4 at blocks of 64 takes 4.127 instead of 4.5 "
-        "bits a weight.",
+        description="Store the scales of nf and fp in 8 bits instead of 32: nf4 with blocks of 64 takes 4.127 instead "
+        "of 4.5 bits per weight.",
     )
 
     @model_validator(mode="before")
@@ -42,12 +43,12 @@ class QuantizeConfig(Settings):
 
     @model_validator(mode="after")
     def _applies(self) -> QuantizeConfig:
-        unused = self.model_fields_set & {"block_size", "double_quant"}
-        changed = [key for key in sorted(unused) if getattr(self, key) != type(self).model_fields[key].default]
+        optional = self.model_fields_set & {"block_size", "double_quant"}
+        changed = [key for key in sorted(optional) if getattr(self, key) != type(self).model_fields[key].default]
         if self.name == "int8" and changed:
-            raise ValueError(f"int8 has one scale a row: {', '.join(changed)} has no effect, leave it out")
-        if self.name in _PLAIN and "double_quant" in changed:
-            raise ValueError(f"{self.name} keeps its scales as they are: double_quant has no effect, leave it out")
+            raise ValueError(f"int8 has one scale per row: {', '.join(changed)} has no effect, leave it out")
+        if self.name in _UNNESTED and "double_quant" in changed:
+            raise ValueError(f"{self.name} does not quantise its scales: double_quant has no effect, leave it out")
         return self
 
     @property
@@ -57,43 +58,53 @@ class QuantizeConfig(Settings):
 
     @property
     def bits(self) -> float:
-        """Bits a weight takes with its share of the scales of its block; of int8 without the scale of its row."""
+        """Bits per weight, its share of the block's scale included; for int8 without the scale of its row."""
         if self.name == "int8":
             return 8.0
-        if self.name in _PLAIN:
-            return self.code_bits + (16 + 32) / self.block_size
-        scale = 8 + 32 / 256 if self.double_quant else 32
+        if self.name in _UNNESTED:
+            scale_and_zero = 16 + 32
+            return self.code_bits + scale_and_zero / self.block_size
+        scale = 8 + 32 / 256 if self.double_quant else 32  # 256 scales share one of 32 bits
         return self.code_bits + scale / self.block_size
 
     def __str__(self) -> str:
         if self.name == "int8":
             return "int8"
-        double = _DOUBLE if self.double_quant and self.name not in _PLAIN else ""
-        return f"{self.name}{double}" + (f", blocks of {self.block_size}" if self.block_size != 64 else "")
+        double = _DOUBLE if self.double_quant and self.name not in _UNNESTED else ""
+        blocks = "" if self.block_size == 64 else f", blocks of {self.block_size}"
+        return f"{self.name}{double}{blocks}"
 
 
 def _fields(text: str) -> dict[str, object]:
     name = text.removesuffix(_DOUBLE)
-    return {"name": name} if name in _PLAIN else {"name": name, "double_quant": text.endswith(_DOUBLE)}
+    if name in _UNNESTED:
+        return {"name": name}
+    return {"name": name, "double_quant": text.endswith(_DOUBLE)}
 
 
 def parse(text: str, *, option: str, block_size: int | None = None) -> QuantizeConfig:
-    """The settings that ``nf4``, ``nf4-dq``, ``int8`` and the like mean on a command line.
+    """The settings for a name such as ``nf4``, ``nf4-dq`` or ``int8`` on a command line.
 
     Args:
-        text: As above.
+        text: The name.
         option: The option it was given to, for the message.
-        block_size: Another block size.
+        block_size: The default one when omitted.
 
     Raises:
-        UsageError: It is none of these, or the block size is not supported.
+        UsageError: The name is unknown, or the block size is not supported.
     """
-    known = [f"{name}{end}" for name in get_args(QuantizeName) for end in ("", _DOUBLE) if not (end and name in _PLAIN)]
-    if text not in known:
-        raise UsageError(f"{option} {text}: not known{did_you_mean(text, known)}, expected one of {', '.join(known)}")
-    sizes = get_args(BlockSize)
-    if block_size is not None and (text == "int8" or block_size not in sizes):
-        expected = "int8 has one scale a row" if text == "int8" else f"expected one of {', '.join(map(str, sizes))}"
-        raise UsageError(f"--block-size {block_size}: {expected}")
+    names: list[str] = []
+    for name in get_args(QuantizeName):
+        names += [name] if name in _UNNESTED else [name, f"{name}{_DOUBLE}"]
+    if text not in names:
+        raise UsageError(f"{option} {text}: not known{did_you_mean(text, names)}, expected one of {', '.join(names)}")
+
     fields = _fields(text)
-    return QuantizeConfig.model_validate(fields if block_size is None else {**fields, "block_size": block_size})
+    if block_size is not None:
+        sizes = get_args(BlockSize)
+        if text == "int8":
+            raise UsageError(f"--block-size {block_size}: int8 has one scale per row, leave it out")
+        if block_size not in sizes:
+            raise UsageError(f"--block-size {block_size}: expected one of {', '.join(map(str, sizes))}")
+        fields["block_size"] = block_size
+    return QuantizeConfig.model_validate(fields)

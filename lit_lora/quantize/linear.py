@@ -1,4 +1,4 @@
-"""A linear layer over a quantised weight, which exists in full for one layer at a time."""
+"""A linear layer over a quantised weight, dequantised one layer at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["QuantizedLinear", "count_quantized", "found_config", "stored_bytes"]
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is stored in few bits.
 
-    ``weight`` is not a parameter: reading it dequantises the whole matrix, each time. Who only needs its shape takes
+    ``weight`` is not a parameter: every read of it dequantises the whole matrix. For its shape alone, use
     ``out_features`` and ``in_features``.
 
     Args:
         quantized: The weight (out, in).
         bias: (out,) in ``dtype``.
-        dtype: In which ``weight`` is given; the forward pass computes in the dtype of its input.
+        dtype: Dtype of ``weight``; the forward pass computes in the dtype of its input.
     """
 
     def __init__(self, quantized: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -45,6 +45,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
+        # A single token, as in decoding, is multiplied straight from the codes.
         if not torch.is_grad_enabled() and input.numel() == self.in_features:
             y = self.quantized.matrix_vector(input.reshape(-1)).view(*input.shape[:-1], -1)
         else:
@@ -53,6 +54,7 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `.to(dtype)` leaves the codes alone and changes the dtype that they are dequantised to.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quantized.device)).dtype
         return self
 
@@ -63,7 +65,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """``x @ W.T``; the backward keeps nothing and dequantises ``W`` again."""
+    """``x @ W.T``; saves nothing for the backward pass, which dequantises ``W`` again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Quantized) -> Tensor:
@@ -77,17 +79,17 @@ class _Product(torch.autograd.Function):
 
 
 def found_config(model: nn.Module) -> QuantizeConfig | None:
-    """How a model's linear layers are quantised, by most of them; ``None`` if they are not."""
-    found = [module.config for module in model.modules() if isinstance(module, Quantized)]
-    return max(found, key=found.count, default=None)
+    """How most of a model's quantised layers are quantised; ``None`` if it has none."""
+    configs = [module.config for module in model.modules() if isinstance(module, Quantized)]
+    return max(configs, key=configs.count, default=None)
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers that a model holds, shared ones once."""
+    """Bytes of all parameters and buffers of a model, shared ones counted once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def count_quantized(model: nn.Module) -> int:
-    """Weights that are stored quantised, and so are not among ``model.parameters()``."""
+    """Number of weights that are stored quantised, and so are missing from ``model.parameters()``."""
     return sum(module.shape[0] * module.shape[1] for module in model.modules() if isinstance(module, Quantized))

@@ -150,7 +150,7 @@ def test_a_prequantised_folder_trains_as_the_original_does(task: Path, call: Cal
         (["quantize.name=nf5"], 2, r"quantize\.name: .*'nf4', 'fp4', .* or 'int8'"),
         (["quantize.block_size=48"], 2, r"quantize\.block_size: .*32, 64"),
         (["quantize.block_size=64"], 2, r"64 does not divide the 32 columns of .*q_proj.weight, those that do: 32"),
-        (["quantize.name=int8"], 2, r"int8 has one scale a row: block_size has no effect"),
+        (["quantize.name=int8"], 2, r"int8 has one scale per row: block_size has no effect"),
         (["quantize.double=true"], 2, r"quantize\.double"),
         (["recipe=lora"], 2, r"quantize"),
         (["peft.modules_to_save=[mlp]"], 2, r"peft.modules_to_save: .* is quantised"),
