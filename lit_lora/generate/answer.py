@@ -1,4 +1,4 @@
-"""Answers as text: streamed for one prompt, or many prompts in batches; they end where the checkpoint says."""
+"""Answers as text: streamed for one prompt, or in batches for many. The checkpoint's stop tokens end them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Answer:
     ids: list[int]
     """The tokens drawn, the stop token included."""
     ended: Ended
-    """``stop``: by itself; ``length``: cut off at the token limit or at the end of the context."""
+    """``stop``: by a stop token or string; ``length``: cut off at the token limit or at the end of the context."""
 
 
 class AnswerText:
-    """The text of one answer as its tokens come in; text that may become a stop string is held back.
+    """The text of one answer as its tokens arrive; text that may turn out to begin a stop string is withheld.
 
     Args:
-        tokenizer: Decodes; its stop ids end the answer.
+        tokenizer: Decodes the tokens; its stop ids end the answer.
         stop: Strings that also end it.
     """
 
@@ -40,32 +40,32 @@ class AnswerText:
         self._stream = tokenizer.stream()
         self._stop_ids = tokenizer.stop_ids
         self._stop = [string for string in stop if string]
-        self._held = ""
+        self._withheld = ""
         self.text = ""
-        """What was given so far."""
+        """The text returned so far."""
         self.ids: list[int] = []
         """The tokens so far."""
         self.ended: Ended | None = None
         """How it ended, once it has."""
 
     def push(self, token: int) -> str:
-        """Take a token; give the text that is certain now."""
+        """Add a token; returns the text that is now certain."""
         self.ids.append(token)
         if token in self._stop_ids:
             return self.finish("stop")
-        self._held += self._stream.push(token)
+        self._withheld += self._stream.push(token)
         return self._release()
 
     def finish(self, ended: Ended) -> str:
-        """Give what was held back."""
+        """End the answer; returns the text withheld so far. Does nothing if it has already ended."""
         if self.ended is not None:
             return ""
-        self._held += self._stream.flush()
+        self._withheld += self._stream.flush()
         piece = self._release()
-        if self.ended is None:
+        if self.ended is None:  # the text that came last completed no stop string
             self.ended = ended
-            piece += self._held
-            self.text += self._held
+            piece += self._withheld
+            self.text += self._withheld
         return piece
 
     def answer(self) -> Answer:
@@ -73,21 +73,30 @@ class AnswerText:
         return Answer(self.text, self.ids, self.ended or "interrupted")
 
     def _release(self) -> str:
-        found = [at for at in (self._held.find(string) for string in self._stop) if at >= 0]
-        if found:
-            piece, self._held, self.ended = self._held[: min(found)], "", "stop"
+        """Take the certain part off the withheld text, and end at a stop string."""
+        places = [self._withheld.find(string) for string in self._stop]
+        stops = [place for place in places if place >= 0]
+        if stops:
+            piece = self._withheld[: min(stops)]
+            self._withheld = ""
+            self.ended = "stop"
         else:
-            cut = next((i for i in range(len(self._held)) if self._may_stop(self._held[i:])), len(self._held))
-            piece, self._held = self._held[:cut], self._held[cut:]
+            cut = self._first_possible_stop()
+            piece = self._withheld[:cut]
+            self._withheld = self._withheld[cut:]
         self.text += piece
         return piece
 
-    def _may_stop(self, end: str) -> bool:
-        return any(string.startswith(end) for string in self._stop)
+    def _first_possible_stop(self) -> int:
+        """Where the withheld text begins to be the beginning of a stop string."""
+        for place in range(len(self._withheld)):
+            if any(string.startswith(self._withheld[place:]) for string in self._stop):
+                return place
+        return len(self._withheld)
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of one answer as they come; made by :func:`stream_answer`."""
+    """The pieces of one answer as they arrive; made by :func:`stream_answer`."""
 
     def __init__(self, generation: Generation, text: AnswerText) -> None:
         self._generation = generation
@@ -104,7 +113,7 @@ class AnswerStream(Iterator[str]):
 
     @property
     def answer(self) -> Answer:
-        """The answer so far; complete once the stream has ended."""
+        """The answer so far; complete once the iteration has ended."""
         return self._text.answer()
 
 
@@ -122,10 +131,10 @@ def stream_answer(
     Args:
         model: The model.
         tokenizer: Its tokenizer, whose stop ids end the answer.
-        prompt: Ids, as of ``encode_prompt``.
+        prompt: Its ids, such as from ``encode_prompt``.
         sampling: How to draw.
-        stop: Strings that also end the answer; they may lie across tokens.
-        prefix_cache: What was read before, see :func:`lit_lora.generate.generate`.
+        stop: Strings that also end the answer; they may span tokens.
+        prefix_cache: See :func:`lit_lora.generate.generate`.
 
     Raises:
         InputError: The prompt is empty or leaves no room in the model's context.
@@ -145,30 +154,31 @@ def answer_all(
     batch_tokens: int = 16384,
     on_answer: Callable[[int], object] = lambda _: None,
 ) -> list[Answer]:
-    """Answer many prompts in batches of similar length; in the order of the prompts.
+    """Answer many prompts in batches of similar length; the answers come in the order of the prompts.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompts: Ids of each.
+        prompts: Ids of each prompt.
         sampling: How to draw.
         stop: Strings that also end an answer.
-        batch_size: Prompts at once, at most.
-        batch_tokens: Tokens in the cache at once, at most, if one prompt fits.
-        on_answer: Called with the number of prompts answered by each batch.
+        batch_size: Maximum number of prompts per batch.
+        batch_tokens: Maximum number of tokens in a batch's cache; a longer prompt gets a batch of its own.
+        on_answer: Called after each batch with its number of prompts.
 
     Raises:
         InputError: A prompt is empty or leaves no room in the model's context.
     """
     answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    while order:
-        fits = batch_tokens // (len(prompts[order[0]]) + sampling.max_new_tokens)
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    while waiting:
+        longest = len(prompts[waiting[0]])
+        fits = batch_tokens // (longest + sampling.max_new_tokens)
         size = max(1, min(batch_size, fits))
-        batch, order = order[:size], order[size:]
-        answers.update(
-            zip(batch, _answer_batch(model, tokenizer, [prompts[i] for i in batch], sampling, stop), strict=True)
-        )
+        batch = waiting[:size]
+        waiting = waiting[size:]
+        batch_answers = _answer_batch(model, tokenizer, [prompts[index] for index in batch], sampling, stop)
+        answers.update(zip(batch, batch_answers, strict=True))
         on_answer(len(batch))
     return [answers[index] for index in range(len(prompts))]
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, and a cache of what the model has read of it."""
+"""A conversation with a model: its history, and a cache of what the model has already read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["ChatSession"]
 
 
 class ChatSession:
-    """Talk to a model. Every turn renders the whole history anew; the cache only saves reading it again.
+    """Talk to a model. Every turn renders the whole history again; the cache saves computing it again.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer, with the chat template.
         sampling: How to draw.
-        system: The system prompt; the template's own, if it has one, when omitted.
+        system: The system prompt; the template's default, if it has one, when omitted.
         stop: Strings that also end an answer.
     """
 
@@ -38,33 +38,33 @@ class ChatSession:
         self.messages: list[Message] = []
         """The history, the system prompt included."""
         self.prefix_cache = PrefixCache()
-        """What the model has read."""
+        """What the model has already read."""
         self.last = Answer("", [], "interrupted")
-        """The last answer, as far as it came."""
+        """The last answer, complete or not."""
         self._stop = stop
         self.use(model, tokenizer)
         self.reset(system)
 
     def use(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        """Go on with another model, such as the same one with another adapter; the history stays."""
+        """Continue with another model, such as the same one with another adapter; the history stays."""
         self._model = model
         self._tokenizer = tokenizer
         self.prefix_cache = PrefixCache()
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """Say something and give the answer piece by piece. A cut-off answer stays as far as it came.
+        """Send a message and yield the answer piece by piece. An interrupted answer stays in the history.
 
         Raises:
             InputError: The template refuses the conversation, or it is too long for the model. The history is
-                then as before.
+                then unchanged.
         """
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_prompt(self._tokenizer, asked)
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        prompt = encode_prompt(self._tokenizer, messages)
         context = self._model.context
         if len(prompt) >= context:
             raise InputError(
-                f"the conversation has {len(prompt)} tokens, the model reads at most {context}",
-                hint="/undo takes the last turn back, /reset starts anew",
+                f"the conversation has {len(prompt)} tokens, the model's context is {context}",
+                hint="/undo takes back the last turn, /reset starts over",
             )
         stream = stream_answer(
             self._model, self._tokenizer, prompt, self.sampling, stop=self._stop, prefix_cache=self.prefix_cache
@@ -74,7 +74,7 @@ class ChatSession:
         finally:
             self.last = stream.answer
             if self.last.ids:
-                self.messages = [*asked, {"role": "assistant", "content": self.last.text}]
+                self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
     def reset(self, system: str | None = None) -> None:
         """Forget the conversation.
@@ -83,16 +83,16 @@ class ChatSession:
             system: A new system prompt, empty for none; the present one stays when omitted.
 
         Raises:
-            InputError: The template has no place for a system prompt. Everything is then as before.
+            InputError: The template has no place for a system prompt. The history is then unchanged.
         """
-        kept = [message for message in self.messages[:1] if message["role"] == "system"]
+        beginning = [message for message in self.messages[:1] if message["role"] == "system"]
         if system is not None:
-            kept = [{"role": "system", "content": system}] if system else []
-            encode_prompt(self._tokenizer, [*kept, {"role": "user", "content": "x"}])
-        self.messages = kept
+            beginning = [{"role": "system", "content": system}] if system else []
+            encode_prompt(self._tokenizer, [*beginning, {"role": "user", "content": "x"}])  # refused now, not later
+        self.messages = beginning
 
     def undo(self) -> bool:
-        """Take the last question and its answer back; false if there is none."""
+        """Take back the last question and its answer; false if there is none."""
         if len(self.messages) < 2:
             return False
         self.messages = self.messages[:-2]

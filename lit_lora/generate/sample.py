@@ -15,15 +15,23 @@ __all__ = ["Sampling", "choose", "draw", "probabilities"]
 
 
 class Sampling(Settings):
-    """How an answer is drawn. The defaults take the most likely token each time: the same answer every time."""
+    """How tokens are drawn. By default the most likely one each time, so the same prompt gets the same answer."""
 
-    max_new_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0: the most likely token; higher: more variety.")
-    top_k: int | None = Field(None, ge=1, description="Draw among the k most likely tokens.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Draw among the likeliest tokens that sum to this.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Draw among tokens this likely, relative to the best.")
-    repetition_penalty: float = Field(1.0, gt=0, description="Above 1: tokens that already occur become less likely.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="For the same draws again; another each time if absent.")
+    max_new_tokens: int = Field(256, ge=1, description="Maximum length of the answer in tokens.")
+    temperature: float = Field(0.0, ge=0, description="Randomness of the draw; 0 takes the most likely token.")
+    top_k: int | None = Field(None, ge=1, description="Draw only among the k most likely tokens.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Draw only among the most likely tokens whose probabilities add up to this."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Draw only among tokens with at least this share of the best one's probability."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Penalty on tokens that already occur; above 1 makes them less likely."
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Seed for reproducible draws; a different one each time when omitted."
+    )
 
 
 def choose(
@@ -40,8 +48,9 @@ def choose(
     Raises:
         NumericalError: A logit is NaN, or a whole row is infinite.
     """
-    if sampling.temperature == 0:  # one pass over the vocabulary, and no probabilities
-        tokens: list[int] = _scores(logits, sampling, seen)[2].tolist()
+    if sampling.temperature == 0:  # no probabilities needed: one pass over the vocabulary
+        _, _, best_tokens = _scores(logits, sampling, seen)
+        tokens: list[int] = best_tokens.tolist()
         return tokens
     return draw(probabilities(logits, sampling, seen), generators)
 
@@ -53,12 +62,16 @@ def _scores(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> tuple[Te
         NumericalError: A logit is NaN, or a whole row is infinite.
     """
     scores = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1.0:
-        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
-        scores = torch.where(seen, penalised, scores)
+    penalty = sampling.repetition_penalty
+    if seen is not None and penalty != 1.0:
+        # Dividing a negative logit would make its token more likely.
+        penalized = torch.where(scores > 0, scores / penalty, scores * penalty)
+        scores = torch.where(seen, penalized, scores)
     best, tokens = scores.max(dim=-1)
     if not torch.isfinite(best).all():  # NaN anywhere in a row makes its maximum NaN
-        raise NumericalError("the model's output is not a number", hint="check the adapter, or use dtype float32")
+        raise NumericalError(
+            "the model produced NaN or infinite logits", hint="check the adapter, or use dtype float32"
+        )
     return scores, best[:, None], tokens
 
 
@@ -66,7 +79,7 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     """Probabilities of the next token under ``sampling``.
 
     The order of the filters is transformers': repetition penalty, temperature, top-k, top-p, min-p. The most likely
-    token always stays. At temperature 0 it has all the probability.
+    token always stays. At temperature 0 it has probability 1.
 
     Args:
         logits: (B, V), any floating dtype.
@@ -83,14 +96,17 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, tokens[:, None], 1.0)
     scores = (scores - best) / sampling.temperature  # the maximum is 0, so no temperature overflows
-    count = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
-    if count == scores.shape[-1] and sampling.top_p is None and not sampling.min_p:
+    vocabulary = scores.shape[-1]
+    count = min(sampling.top_k or vocabulary, vocabulary)
+    if count == vocabulary and sampling.top_p is None and not sampling.min_p:
         return torch.softmax(scores, dim=-1)
+
     ranked, tokens = scores.topk(count, dim=-1)  # (B, k), best first
     chances = torch.softmax(ranked, dim=-1)
     keep = torch.ones_like(chances, dtype=torch.bool)
     if sampling.top_p is not None and sampling.top_p < 1:
-        keep &= chances.cumsum(dim=-1) - chances < sampling.top_p
+        better = chances.cumsum(dim=-1) - chances  # the sum before each token: the one that reaches top_p stays
+        keep &= better < sampling.top_p
     if sampling.min_p is not None:
         keep &= chances >= sampling.min_p * chances[:, :1]
     keep[:, 0] = True
@@ -99,11 +115,11 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 
 
 def draw(chances: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """Draw one token a row; each row has its own generator, so that its draws do not depend on the other rows.
+    """Draw one token per row; each row has its own generator, so its draws do not depend on the other rows.
 
     Args:
         chances: (B, V) float32.
-        generators: One a row, on the device of ``chances``.
+        generators: One per row, on the device of ``chances``.
     """
     return [
         int(torch.multinomial(row, 1, generator=generator)) for row, generator in zip(chances, generators, strict=True)

@@ -82,7 +82,7 @@ def test_a_conversation_too_long_for_the_model_says_so_and_stays_as_it_was(
     chat = session(model, tokenizer)
     "".join(chat.ask("hello"))
     before = list(chat.messages)
-    with pytest.raises(InputError, match=r"the conversation has .* tokens, the model reads at most 256") as caught:
+    with pytest.raises(InputError, match=r"the conversation has .* tokens, the model's context is 256") as caught:
         "".join(chat.ask("word " * 300))
     assert "/undo" in str(caught.value.hint)
     assert chat.messages == before

@@ -133,7 +133,7 @@ def test_an_answer_ends_where_the_context_ends(model: CausalLM) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_a_clear_error(model: CausalLM) -> None:
-    with pytest.raises(InputError, match="the prompt has 256 tokens, the model reads at most 256"):
+    with pytest.raises(InputError, match="256 tokens, which leaves no room for an answer: the model's context is 256"):
         generate(model, [[5], [5] * 256], GREEDY)
     with pytest.raises(InputError, match="empty"):
         generate(model, [[]], GREEDY)
