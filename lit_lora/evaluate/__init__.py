@@ -1,4 +1,4 @@
-"""Evaluation on a user's data: loss, exact match, JSON fields, multiple choice; for any model that can be opened."""
+"""Evaluation on a user's data: loss, exact match, JSON fields and multiple choice, for any model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "load_task",
 ]
 
-# name -> module:function, from a Subject to the metrics of the comparison
+# name -> module:function that measures a Subject
 TASKS: dict[str, str] = {
     "loss": "lit_lora.evaluate.tasks:loss",
     "exact_match": "lit_lora.evaluate.tasks:exact_match",
@@ -38,7 +38,7 @@ TASKS: dict[str, str] = {
 
 
 def load_task(name: str) -> Callable[[Subject], list[Metric]]:
-    """The task of that name in ``TASKS``."""
+    """The task with this name in ``TASKS``."""
     module, _, attribute = TASKS[name].partition(":")
     task: Callable[[Subject], list[Metric]] = getattr(importlib.import_module(module), attribute)
     return task

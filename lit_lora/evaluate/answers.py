@@ -1,9 +1,9 @@
 """Answers compared with references: exact match, and the fields of a JSON answer.
 
-Before anything is compared, both texts are brought to Unicode NFC, a Markdown code fence around the whole text is
-taken off, and white space at the ends is cut. A reference that is a JSON object or list is compared as JSON: white
-space and the order of keys do not count; types do (``"7"`` is not ``7``). Any other reference is compared as text, with
-every run of white space as one blank; upper and lower case differ.
+Before they are compared, both texts are normalised to Unicode NFC and lose a Markdown code fence around the whole text
+and white space at the ends. A reference that is a JSON object or list is compared as JSON: white space and the order of
+keys do not matter; types do (``"7"`` is not ``7``). Any other reference is compared as text, case-sensitively, with
+every run of white space as one space.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Answer:
     reference: str
     answer: str
     ended: bool
-    """Whether the model ended the answer itself, rather than being cut off."""
+    """Whether the model ended the answer itself instead of being cut off."""
 
     @property
     def right(self) -> bool:
-        """Whether it matches."""
+        """Whether the answer matches the reference."""
         return is_match(self.answer, self.reference)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What generation on a dataset gave."""
+    """The results of generation on a dataset."""
 
     exact_match: Share
     fields: dict[str, Share]
     """Per field of the references that are JSON objects: how often the answer has the same value."""
     valid_json: Share | None
-    """Answers that are JSON, where all references are; ``None`` where they are not."""
+    """Answers that are JSON; ``None`` unless all references are."""
     answers: list[Answer]
     """In the order of the rows."""
     seconds: float
@@ -60,7 +60,7 @@ class Scores:
 
     @property
     def ended(self) -> Share:
-        """Answers that ended by themselves."""
+        """Answers that the model ended itself."""
         return Share(sum(answer.ended for answer in self.answers), self.rows)
 
     @property
@@ -70,14 +70,14 @@ class Scores:
 
 
 def clean(text: str) -> str:
-    """NFC, without a code fence around it and without white space at the ends."""
+    """The text in NFC, without a code fence around it and white space at the ends."""
     text = unicodedata.normalize("NFC", text).strip()
     fenced = _FENCE.match(text)
     return fenced[1].strip() if fenced else text
 
 
 def parse_json(text: str) -> Any:
-    """The JSON value of a cleaned text, ``None`` where it is not JSON."""
+    """The JSON value of a text after :func:`clean`; ``None`` if it is not JSON."""
     try:
         return json.loads(clean(text))
     except (ValueError, RecursionError):
@@ -85,34 +85,41 @@ def parse_json(text: str) -> Any:
 
 
 def is_match(answer: str, reference: str) -> bool:
-    """Whether the answer is the reference, after the normalisation that the module states."""
+    """Whether the answer equals the reference after normalisation, as the module describes it."""
     expected = parse_json(reference)
     if isinstance(expected, dict | list):
-        return _same(parse_json(answer), expected)
+        return _same_json(parse_json(answer), expected)
     return clean(answer).split() == clean(reference).split()
 
 
 def score_answers(answers: Sequence[Answer], seconds: float) -> Scores:
-    """Exact match of every answer, and per field where the references are JSON objects."""
-    references = [parse_json(answer.reference) for answer in answers]
-    given = [parse_json(answer.answer) for answer in answers]
+    """Exact match of the answers, and of each field where the references are JSON objects."""
+    expected_values = [parse_json(answer.reference) for answer in answers]
+    answered_values = [parse_json(answer.answer) for answer in answers]
+
     fields: dict[str, list[bool]] = {}
-    for expected, got in zip(references, given, strict=True):
+    for expected, answered in zip(expected_values, answered_values, strict=True):
         if isinstance(expected, dict):
             for name, value in expected.items():
-                right = isinstance(got, dict) and name in got and _same(got[name], value)
+                right = isinstance(answered, dict) and name in answered and _same_json(answered[name], value)
                 fields.setdefault(name, []).append(right)
-    all_json = bool(answers) and all(isinstance(expected, dict | list) for expected in references)
+
+    valid_json = None
+    if answers and all(isinstance(expected, dict | list) for expected in expected_values):
+        valid_json = Share(sum(isinstance(value, dict | list) for value in answered_values), len(answers))
     return Scores(
         exact_match=Share(sum(answer.right for answer in answers), len(answers)),
         fields={name: Share(sum(right), len(right)) for name, right in fields.items()},
-        valid_json=Share(sum(isinstance(got, dict | list) for got in given), len(given)) if all_json else None,
+        valid_json=valid_json,
         answers=list(answers),
         seconds=seconds,
     )
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Equal as JSON: Python's ``True == 1`` and ``1 == 1.0`` are not."""
-    texts = [json.dumps(value, sort_keys=True, ensure_ascii=False) for value in (one, other)]
-    return unicodedata.normalize("NFC", texts[0]) == unicodedata.normalize("NFC", texts[1])
+def _same_json(one: Any, other: Any) -> bool:
+    """Whether two values are equal as JSON, compared as text because in Python ``True == 1 == 1.0``."""
+    return _canonical(one) == _canonical(other)
+
+
+def _canonical(value: Any) -> str:
+    return unicodedata.normalize("NFC", json.dumps(value, sort_keys=True, ensure_ascii=False))

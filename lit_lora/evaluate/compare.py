@@ -11,7 +11,7 @@ from typing import Any
 from lit_lora import log
 from lit_lora.evaluate import load_task
 from lit_lora.evaluate.answers import Answer
-from lit_lora.evaluate.scores import Metric
+from lit_lora.evaluate.scores import Metric, Share
 from lit_lora.evaluate.shots import draw_shots
 from lit_lora.evaluate.tasks import Dataset, EvaluateSettings, Subject
 from lit_lora.files import sha256_file
@@ -31,16 +31,16 @@ class Candidate:
     adapter: Path | None = None
     shots: int = 0
     quantize: QuantizeConfig | None = None
-    """How a base without an adapter is held: as the adapter beside it was trained."""
+    """How a base without an adapter is quantised: as in the training of the adapter it is compared with."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one candidate reached."""
+    """The measurements of one candidate."""
 
     candidate: Candidate
     description: str
-    """What was opened, in words."""
+    """One line on the model that was opened."""
     adapter_sha256: str | None
     metrics: list[Metric]
     seconds: float
@@ -57,19 +57,19 @@ def compare(
     seed: int = 0,
     settings: EvaluateSettings | None = None,
 ) -> list[Result]:
-    """Run every task on every candidate, one model in memory at a time.
+    """Run every task on every candidate, with one model in memory at a time.
 
     Args:
         candidates: The models.
-        open_candidate: Gives a candidate's model, tokenizer and description.
+        open_candidate: Returns a candidate's model, tokenizer and description.
         dataset: The rows.
         tasks: Names in ``TASKS``.
-        examples: The rows that the shots are drawn from.
-        seed: Decides which.
+        examples: The rows that shots are drawn from.
+        seed: Seeds that draw.
         settings: How the models are asked.
 
     Raises:
-        UsageError: A task does not go with the rows, or there are too few examples.
+        UsageError: A task does not suit the rows, or there are too few examples.
     """
     results = []
     for candidate in candidates:
@@ -78,11 +78,15 @@ def compare(
         model, tokenizer, description = open_candidate(candidate)
         log.note(f"{candidate.label}: {description}")
         subject = Subject(model, tokenizer, dataset, shots, settings or EvaluateSettings())
-        metrics = [metric for task in tasks for metric in load_task(task)(subject)]
+        metrics: list[Metric] = []
+        for task in tasks:
+            metrics += load_task(task)(subject)
+
+        # Answers that a task generated are in the subject's __dict__; reading the property would generate them.
         answers = subject.answers.answers if "answers" in vars(subject) else []
         digest = sha256_file(candidate.adapter / "adapter_model.safetensors") if candidate.adapter else None
         results.append(Result(candidate, description, digest, metrics, time.perf_counter() - start, answers))
-        del model, subject  # before the next one is opened
+        del model, subject  # before the next model is opened: two may not fit into memory
     return results
 
 
@@ -95,34 +99,37 @@ def _draw(examples: Dataset, count: int, seed: int) -> Dataset:
 
 
 def same_scores(results: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Pairs of an earlier and a later model that gave the same scores and the same answers: then something is wrong."""
-    found = []
+    """Pairs of an earlier and a later model with the same scores and answers, which means that something is wrong."""
+    pairs = []
     for index, result in enumerate(results):
         for earlier in results[:index]:
-            both = zip(earlier.metrics, result.metrics, strict=True)
-            same_answers = [a.answer for a in earlier.answers] == [b.answer for b in result.answers]
-            if same_answers and all(one.value == other.value for one, other in both):
-                found.append((earlier, result))
+            if _measured(earlier) == _measured(result):
+                pairs.append((earlier, result))
                 break
-    return found
+    return pairs
+
+
+def _measured(result: Result) -> tuple[list[str], list[Share | float]]:
+    """Everything that a candidate answered and scored."""
+    return [answer.answer for answer in result.answers], [metric.value for metric in result.metrics]
 
 
 def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a metric per line, a candidate per column."""
+    """Header and lines: one line per metric, one column per candidate."""
     header = ["", *(result.candidate.label for result in results)]
-    lines = [
-        [metric.name, *(str(result.metrics[index]) for result in results)]
-        for index, metric in enumerate(results[0].metrics)
-    ]
-    return header, [*lines, ["seconds", *(f"{result.seconds:.0f}" for result in results)]]
+    lines = []
+    for index, metric in enumerate(results[0].metrics):
+        lines.append([metric.name, *(str(result.metrics[index]) for result in results)])
+    lines.append(["seconds", *(f"{result.seconds:.0f}" for result in results)])
+    return header, lines
 
 
 def report(results: Sequence[Result], about: Mapping[str, Any]) -> dict[str, Any]:
     """Everything as plain data for a JSON file.
 
     Args:
-        results: What was measured.
-        about: On what and how.
+        results: The measurements.
+        about: Further entries, such as the data and the settings.
     """
     models = [
         {

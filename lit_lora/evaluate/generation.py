@@ -1,4 +1,4 @@
-"""Let a model answer held-out prompts, and compare."""
+"""Let a model answer held-out prompts, and compare the answers with the references."""
 
 from __future__ import annotations
 
@@ -27,46 +27,51 @@ def evaluate_generation(
     batch_size: int = 50,
     what: str = "answers",
 ) -> Scores:
-    """Answer every conversation's last turn, greedily, and compare with the assistant message that stands there.
+    """Answer the last turn of every conversation, greedily, and compare with its last assistant message.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer: template and stop rules.
+        tokenizer: Its tokenizer, with the chat template and stop tokens.
         conversations: Each ends with the assistant message that is the reference.
-        shots: Conversations that stand before each one as earlier turns.
-        max_new_tokens: Where an answer is cut off; when omitted, a quarter more than the longest reference takes.
-        batch_size: Prompts at once.
+        shots: Conversations put before each one as earlier turns.
+        max_new_tokens: Maximum length of an answer; when omitted, a quarter more than the longest reference.
+        batch_size: Maximum number of prompts per batch.
         what: Title of the progress bar.
 
     Raises:
-        UsageError: There is nothing to compare with, or the shots leave no room for an answer.
+        UsageError: A conversation has no reference, or a prompt leaves no room for an answer.
     """
     references = [reference(conversation) for conversation in conversations]
     if not all(references):
         raise UsageError("exact match needs conversations that end with the assistant's answer")
-    longest = max((len(tokenizer.encode(text)) for text in references), default=1)
-    sampling = Sampling(max_new_tokens=max_new_tokens or longest + longest // 4 + 8)
+    longest_reference = max((len(tokenizer.encode(text)) for text in references), default=1)
+    sampling = Sampling(max_new_tokens=max_new_tokens or longest_reference + longest_reference // 4 + 8)
+
     questions = [Conversation(conversation.messages[:-1], conversation.tools) for conversation in conversations]
-    asked = [with_shots(question, shots) for question in questions]
-    prompts = [encode_prompt(tokenizer, each.messages, tools=each.tools) for each in asked]
-    context, most = model.context, max(map(len, prompts), default=0)
-    if most + longest > context:
+    prompts = []
+    for question in questions:
+        prompted = with_shots(question, shots)
+        prompts.append(encode_prompt(tokenizer, prompted.messages, tools=prompted.tools))
+    longest_prompt = max(map(len, prompts), default=0)
+    if longest_prompt + longest_reference > model.context:
         raise UsageError(
-            f"the longest prompt has {most} tokens and its answer up to {longest}; the model reads at most {context}",
-            hint="take fewer --shots" if shots else "leave the longest rows out",
+            f"the longest prompt has {longest_prompt} tokens and the longest answer {longest_reference}; "
+            f"the model's context is {model.context}",
+            hint="use fewer --shots" if shots else "leave out the longest rows",
         )
+
     start = time.perf_counter()
     with log.progress(total=len(prompts), what=what, unit="row") as bar:
-        given = answer_all(model, tokenizer, prompts, sampling, batch_size=batch_size, on_answer=bar.update)
+        generated = answer_all(model, tokenizer, prompts, sampling, batch_size=batch_size, on_answer=bar.update)
     seconds = time.perf_counter() - start
     answers = [
         Answer(question.messages, text, answer.text, answer.ended == "stop")
-        for question, text, answer in zip(questions, references, given, strict=True)
+        for question, text, answer in zip(questions, references, generated, strict=True)
     ]
     return score_answers(answers, seconds)
 
 
 def reference(conversation: Conversation) -> str:
-    """The text that an answer is compared with: the last message if it is the assistant's, else nothing."""
+    """The text to compare an answer with: the last message if it is the assistant's, else an empty string."""
     last = conversation.messages[-1]
     return str(last.get("content") or "") if last["role"] == "assistant" else ""

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the option to which the model gives the highest probability is its answer."""
+"""Multiple choice by likelihood: the model's answer is the option that it finds most likely."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_completion
 
 __all__ = ["OptionRow", "OptionScores", "evaluate_options", "has_options", "read_option_rows"]
 
-# our column -> names under which it is recognised; several columns with one option each are joined by a comma
+# our column -> the file's columns that are recognised as it; commas join columns that hold one option each
 _ALIASES = {
     "prompt": ("prompt", "question", "ctx", "context", "goal", "query", "sentence"),
     "options": ("options", "choices", "endings", "answers", "sol1,sol2", "option1,option2"),
     "answer": ("answer", "label", "answerKey", "gold", "target"),
 }
-_PLACE = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class OptionRow:
 
 @dataclass(frozen=True)
 class OptionScores:
-    """How often the right option is the likeliest."""
+    """How often the right option is the most likely one."""
 
     by_sum: Share
     """By the sum of its tokens' log-probabilities."""
     by_mean: Share
-    """By that sum divided by the option's length in bytes of UTF-8, so that long options are not at a disadvantage."""
+    """By that sum divided by the option's length in UTF-8 bytes, so that long options are not at a disadvantage."""
     loss: float
-    """Mean of the right option's negative log-likelihood, in nats: falls with every improvement."""
+    """Mean negative log-likelihood of the right option in nats, which also shows changes too small for the shares."""
     chance: float
-    """What guessing gives."""
+    """Expected share when guessing."""
 
 
 def evaluate_options(
@@ -68,41 +68,45 @@ def evaluate_options(
     chat: bool | None = None,
     micro_batch_tokens: int = 2048,
 ) -> OptionScores:
-    """Log-likelihood of every option after its prompt.
+    """Answer every question with the option that is most likely after its prompt.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         rows: The questions.
-        shots: Answered questions that stand before each one.
-        chat: The prompt is a user's message and the option the answer to it, or (false) the prompt and the option are
-            one plain text, a blank between them. By default as the checkpoint has a chat template or not.
-        micro_batch_tokens: The most tokens per forward pass.
+        shots: Answered questions put before each one.
+        chat: Whether the prompt is a user's message and the option the assistant's answer; otherwise the two are one
+            plain text with a space between. By default, whether the checkpoint has a chat template.
+        micro_batch_tokens: Maximum number of tokens per forward pass.
     """
     chat = tokenizer.has_own_template if chat is None else chat
     encode = _encode_chat if chat else _encode_plain
     encoded = [encode(tokenizer, row, option, shots) for row in rows for option in row.options]
     tokenised = Rows.from_tokens((each.ids, each.loss_mask) for each in encoded)
-    groups = [len(row.options) for row in rows]
-    sums = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options", groups=groups)
-    right_sum = right_mean = place = 0
+    option_counts = [len(row.options) for row in rows]
+    sums = log_likelihoods(
+        model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options", groups=option_counts
+    )
+
+    right_by_sum = 0
+    right_by_mean = 0
     loss = 0.0
+    first = 0  # place of the row's first option in `sums`
     for row in rows:
-        own = sums[place : place + len(row.options)]
+        likelihoods = sums[first : first + len(row.options)]
         lengths = np.array([max(len(option.encode()), 1) for option in row.options])
-        right_sum += int(own.argmax()) == row.answer
-        right_mean += int((own / lengths).argmax()) == row.answer
-        loss -= float(own[row.answer]) / len(rows)
-        place += len(row.options)
-    chance = sum(1 / len(row.options) for row in rows) / max(len(rows), 1)
-    return OptionScores(Share(right_sum, len(rows)), Share(right_mean, len(rows)), loss, chance)
+        right_by_sum += int(likelihoods.argmax()) == row.answer
+        right_by_mean += int((likelihoods / lengths).argmax()) == row.answer
+        loss -= float(likelihoods[row.answer]) / len(rows)
+        first += len(row.options)
+    chance = sum(1 / count for count in option_counts) / max(len(rows), 1)
+    return OptionScores(Share(right_by_sum, len(rows)), Share(right_by_mean, len(rows)), loss, chance)
 
 
 def _encode_chat(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Sequence[OptionRow]) -> EncodedChat:
-    """Only the option counts, its end of turn included: the answer has to be complete."""
-    return encode_after_shots(
-        tokenizer, _turns(row, option), [_turns(shot, shot.options[shot.answer]) for shot in shots]
-    )
+    """The option as an answer; its end of turn counts too, because the answer has to be complete."""
+    examples = [_turns(shot, shot.options[shot.answer]) for shot in shots]
+    return encode_after_shots(tokenizer, _turns(row, option), examples)
 
 
 def _turns(row: OptionRow, option: str) -> Conversation:
@@ -110,16 +114,18 @@ def _turns(row: OptionRow, option: str) -> Conversation:
 
 
 def _encode_plain(tokenizer: Tokenizer, row: OptionRow, option: str, shots: Sequence[OptionRow]) -> EncodedChat:
+    """The prompt and the option as one text, which may continue after the option: the end-of-text token is dropped."""
     before = "".join(f"{shot.prompt} {shot.options[shot.answer]}\n\n" for shot in shots)
     encoded = encode_completion(tokenizer, before + row.prompt.rstrip(), f" {option.lstrip()}")
-    # the text may go on after the option, so its end does not count
-    ended = encoded.loss_mask[-1:] == [True] and encoded.ids[-1] == tokenizer.eos_id
-    return EncodedChat(encoded.ids[:-1], encoded.loss_mask[:-1]) if ended else encoded
+    ends_with_eos = encoded.loss_mask[-1:] == [True] and encoded.ids[-1] == tokenizer.eos_id
+    if ends_with_eos:
+        return EncodedChat(encoded.ids[:-1], encoded.loss_mask[:-1])
+    return encoded
 
 
 def has_options(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
     """Whether a row of a file looks like multiple choice."""
-    return all(_find(name, row, columns) is not None for name in _ALIASES)
+    return all(_find_source(name, row, columns) is not None for name in _ALIASES)
 
 
 def read_option_rows(
@@ -129,68 +135,79 @@ def read_option_rows(
 
     Args:
         files: Data files.
-        columns: Our column -> the file's, a text with columns in braces for the prompt, or for the options several
-            columns joined by commas. Common names are recognised without.
-        limit: Only the first rows.
+        columns: Our column -> the file's. For the prompt also a text with columns in braces, for the options also
+            several columns joined by commas. Common names are recognised without a mapping.
+        limit: Maximum number of rows, counted from the first.
 
     Raises:
-        UsageError: The mapping names a column of ours that is none.
-        InputError: A row lacks a column or its answer is not among the options.
+        UsageError: The mapping has an unknown key.
+        InputError: A row lacks a column, or its answer is not among the options.
     """
     columns = columns or {}
     for name in columns:
         if name not in _ALIASES:
             raise UsageError(
-                f"columns: {name!r} is no column of multiple choice{did_you_mean(name, _ALIASES)}",
-                hint=f"known: {', '.join(_ALIASES)}",
+                f"columns: {name!r} is not a column of multiple choice{did_you_mean(name, _ALIASES)}",
+                hint=f"expected {', '.join(_ALIASES)}",
             )
     rows: list[OptionRow] = []
     for file in files:
         for line, row in read_rows(file):
             if limit is not None and len(rows) == limit:
                 return rows
-            rows.append(_read(row, columns, f"{file}:{line}"))
+            rows.append(_read_row(row, columns, f"{file}:{line}"))
     return rows
 
 
-def _read(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> OptionRow:
-    found: dict[str, str] = {}
+def _read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> OptionRow:
+    sources: dict[str, str] = {}
     for name, aliases in _ALIASES.items():
-        source = _find(name, row, columns)
+        source = _find_source(name, row, columns)
         if source is None:
-            wanted = columns.get(name) or " or ".join(aliases[:4])
+            expected = columns.get(name) or " or ".join(aliases[:4])
             raise InputError(
-                f"{where}: no column for {name} ({wanted}), found: {', '.join(row)}",
-                hint="--columns prompt=question --columns options=choices --columns answer=label says which is which",
+                f"{where}: no column for {name} ({expected}), found: {', '.join(row)}",
+                hint="name them: --columns prompt=question --columns options=choices --columns answer=label",
             )
-        found[name] = source
-    template = found["prompt"]
-    prompt = as_text(row[template]) if template in row else _PLACE.sub(lambda m: as_text(row[m[1]]), template)
-    options, labels = _options(row, found["options"], where)
-    return OptionRow(prompt, options, _answer(row[found["answer"]], options, labels, where), where)
+        sources[name] = source
+
+    prompt = _read_prompt(row, sources["prompt"])
+    options, labels = _read_options(row, sources["options"], where)
+    answer = _answer_index(row[sources["answer"]], options, labels, where)
+    return OptionRow(prompt, options, answer, where)
 
 
-def _find(name: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """The file's column for ours: as mapped, else the first that goes by a known name."""
+def _find_source(name: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    """Where a row has our column ``name``: as mapped, else under the first common name; ``None`` if nowhere."""
     for source in [columns[name]] if name in columns else _ALIASES[name]:
-        parts = _PLACE.findall(source) or source.split(",")
+        parts = _PLACEHOLDER.findall(source) or source.split(",")
         if source in row or all(part in row for part in parts):
             return source
     return None
 
 
-def _options(row: Mapping[str, Any], source: str, where: str) -> tuple[tuple[str, ...], list[str]]:
+def _read_prompt(row: Mapping[str, Any], source: str) -> str:
+    """A column's text, or a text with columns in braces filled in."""
+    if source in row:
+        return as_text(row[source])
+    return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]), source)
+
+
+def _read_options(row: Mapping[str, Any], source: str, where: str) -> tuple[tuple[str, ...], list[str]]:
     """The options, and the labels by which the answer may name them."""
-    value = row[source] if source in row else [row[part] for part in source.split(",")]
+    values = row[source] if source in row else [row[column] for column in source.split(",")]
     labels: list[str] = []
-    if isinstance(value, Mapping) and "text" in value:  # ARC as its authors publish it
-        labels, value = [str(label) for label in value.get("label", [])], value["text"]
-    if not isinstance(value, list) or len(value) < 2:
+    if isinstance(values, Mapping) and "text" in values:  # ARC as its authors publish it: {text: [...], label: [...]}
+        labels = [str(label) for label in values.get("label", [])]
+        values = values["text"]
+    if not isinstance(values, list) or len(values) < 2:
         raise InputError(f"{where}: {source}: expected a list of at least two options")
-    return tuple(as_text(option) for option in value), labels or list(string.ascii_uppercase[: len(value)])
+    options = tuple(as_text(option) for option in values)
+    return options, labels or list(string.ascii_uppercase[: len(options)])
 
 
-def _answer(value: Any, options: Sequence[str], labels: Sequence[str], where: str) -> int:
+def _answer_index(value: Any, options: Sequence[str], labels: Sequence[str], where: str) -> int:
+    """The option that an answer names: by label, by index from 0, or by its text, in this order."""
     text = as_text(value).strip()
     if text in labels:
         return labels.index(text)
@@ -202,5 +219,5 @@ def _answer(value: Any, options: Sequence[str], labels: Sequence[str], where: st
         return options.index(text)
     raise InputError(
         f"{where}: answer {text!r} is none of the {len(options)} options",
-        hint="expected the index from 0, a letter from A, or the text of an option",
+        hint="give the index from 0, the letter from A, or the text of an option",
     )

@@ -1,4 +1,4 @@
-"""Examples in the prompt: what a model can do without finetuning, the baseline that finetuning has to beat."""
+"""Examples in the prompt (few-shot): what a model can do without finetuning, the baseline that finetuning must beat."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ T = TypeVar("T")
 
 
 def draw_shots(examples: Sequence[T], count: int, *, seed: int) -> list[T]:
-    """``count`` examples drawn by ``seed`` without repetition.
+    """``count`` different examples, drawn at random by ``seed``.
 
     Raises:
-        UsageError: There are fewer.
+        UsageError: There are fewer examples.
     """
     if count > len(examples):
-        raise UsageError(f"--shots {count}: there are only {len(examples)} examples", hint="--examples names a file")
+        raise UsageError(
+            f"--shots {count}: there are only {len(examples)} examples", hint="use a larger file for --examples"
+        )
     return random.Random(seed).sample(list(examples), count)
 
 
 def with_shots(conversation: Conversation, shots: Sequence[Conversation]) -> Conversation:
-    """The conversation with the shots as earlier turns, after its own system message; theirs are left out."""
+    """The conversation with the shots as earlier turns, after its system message; those of the shots are left out."""
     if not shots:
         return conversation
     messages = conversation.messages
@@ -39,7 +41,7 @@ def with_shots(conversation: Conversation, shots: Sequence[Conversation]) -> Con
 def encode_after_shots(
     tokenizer: Tokenizer, conversation: Conversation, shots: Sequence[Conversation] = ()
 ) -> EncodedChat:
-    """The conversation after its shots; only what is learned of the conversation itself counts.
+    """The conversation after its shots; only the target tokens of the conversation itself count.
 
     Raises:
         InputError: The template refuses the conversation.
@@ -48,8 +50,10 @@ def encode_after_shots(
     if not shots:
         return alone
     encoded = encode_chat(tokenizer, with_shots(conversation, shots).messages, tools=conversation.tools)
-    places = [place for place, learned in enumerate(encoded.loss_mask) if learned]
+
+    # The shots' answers are targets too, but come first: of all targets, the last ones are the conversation's.
+    targets = [place for place, is_target in enumerate(encoded.loss_mask) if is_target]
     loss_mask = [False] * len(encoded.loss_mask)
-    for place in places[len(places) - sum(alone.loss_mask) :]:
+    for place in targets[len(targets) - sum(alone.loss_mask) :]:
         loss_mask[place] = True
     return EncodedChat(encoded.ids, loss_mask)

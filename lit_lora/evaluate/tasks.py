@@ -1,4 +1,4 @@
-"""What is measured of one model on one dataset. A task turns a :class:`Subject` into metrics."""
+"""The tasks: each measures one model on one dataset, and turns a :class:`Subject` into metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_lora.tokenizer import Tokenizer, encode_text
 
 __all__ = ["Dataset", "EvaluateSettings", "Subject", "default_tasks", "exact_match", "json_fields", "loss", "options"]
 
-_SHORT_ANSWER = 300  # characters: exact match of longer answers says nothing and takes long
+_SHORT_ANSWER = 300  # characters; exact match of longer answers is slow and says little
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class EvaluateSettings:
     batch_size: int = 50
     micro_batch_tokens: int = 2048
     plain: bool = False
-    """Multiple choice as plain text even where the checkpoint has a chat template."""
+    """Ask multiple choice as plain text even if the checkpoint has a chat template."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model, as it is asked: with or without examples in the prompt."""
+    """One model and what it is asked, with or without examples in the prompt."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -63,10 +63,10 @@ class Subject:
 
     @cached_property
     def answers(self) -> Scores:
-        """The answers, generated once for all tasks that look at them."""
+        """The answers, generated once for all tasks that use them."""
         conversations = self.dataset.answered
         if not conversations:
-            raise UsageError("exact_match and json_fields need rows with a prompt and an answer; these have none")
+            raise UsageError("exact_match and json_fields need rows with a prompt and an answer, but there are none")
         return evaluate_generation(
             self.model,
             self.tokenizer,
@@ -78,44 +78,54 @@ class Subject:
 
 
 def default_tasks(dataset: Dataset) -> list[str]:
-    """The tasks that make sense for these rows."""
+    """The tasks that suit these rows."""
     if dataset.options:
         return ["options"]
     references = [reference(conversation) for conversation in dataset.answered]
-    if not references or sorted(map(len, references))[len(references) // 2] > _SHORT_ANSWER:
+    if not references:
         return ["loss"]
-    json_answers = all(isinstance(parse_json(text), dict) for text in references)
-    return ["loss", "exact_match", "json_fields"] if json_answers else ["loss", "exact_match"]
+    median_length = sorted(map(len, references))[len(references) // 2]
+    if median_length > _SHORT_ANSWER:
+        return ["loss"]
+    if all(isinstance(parse_json(text), dict) for text in references):
+        return ["loss", "exact_match", "json_fields"]
+    return ["loss", "exact_match"]
 
 
 def loss(subject: Subject) -> list[Metric]:
-    """Loss and perplexity over the learned tokens: the assistant's turns, or all of a plain text.
+    """Loss and perplexity over the target tokens: the assistant's turns, or all of a plain text.
 
     Raises:
         UsageError: There is no token to predict.
     """
-    tokenizer, context = subject.tokenizer, subject.model.context
-    encoded = [
-        encode_after_shots(tokenizer, each, subject.shots.conversations) for each in subject.dataset.conversations
-    ]
-    documents: list[tuple[Sequence[int], Sequence[bool]]] = [(each.ids, each.loss_mask) for each in encoded]
-    for ids in (encode_text(tokenizer, text) for text in subject.dataset.texts):
-        # pieces overlap by one token, so that every token but the first is predicted once
-        pieces = [ids[start : start + context] for start in range(0, max(len(ids) - 1, 1), context - 1)]
-        documents += [(piece, [True] * len(piece)) for piece in pieces]
-    fitting = [document for document in documents if any(document[1][1:]) and len(document[0]) <= context]
+    context = subject.model.context
+    documents: list[tuple[Sequence[int], Sequence[bool]]] = []  # ids and loss mask
+    for conversation in subject.dataset.conversations:
+        encoded = encode_after_shots(subject.tokenizer, conversation, subject.shots.conversations)
+        documents.append((encoded.ids, encoded.loss_mask))
+    for text in subject.dataset.texts:
+        ids = encode_text(subject.tokenizer, text)
+        # Pieces overlap by one token, so that every token but the first is predicted once.
+        for start in range(0, max(len(ids) - 1, 1), context - 1):
+            piece = ids[start : start + context]
+            documents.append((piece, [True] * len(piece)))
+
+    # The first token is never predicted, so a target at its place does not count.
+    fitting = [(ids, mask) for ids, mask in documents if any(mask[1:]) and len(ids) <= context]
     if not fitting:
-        raise UsageError("loss needs conversations or texts that fit the model's context; there is none")
+        raise UsageError("loss needs conversations or texts that fit the model's context, but there are none")
     score = evaluate_loss(
         subject.model, Rows.from_tokens(fitting), micro_batch_tokens=subject.settings.micro_batch_tokens
     )
-    skipped = f", {len(documents) - len(fitting)} rows too long or empty" if len(fitting) < len(documents) else ""
-    about = f"nats per token over {score.tokens:,} tokens{skipped}"
+    skipped = len(documents) - len(fitting)
+    about = f"nats per token over {score.tokens:,} tokens"
+    if skipped:
+        about += f", {skipped} rows skipped as too long or empty"
     return [Metric("loss", score.loss, about), Metric("perplexity", score.perplexity)]
 
 
 def exact_match(subject: Subject) -> list[Metric]:
-    """Share of answers that equal the reference, and of those that end by themselves.
+    """Share of answers that equal the reference, and of those that the model ended itself.
 
     Raises:
         UsageError: No row has an answer to compare with.
@@ -125,10 +135,10 @@ def exact_match(subject: Subject) -> list[Metric]:
 
 
 def json_fields(subject: Subject) -> list[Metric]:
-    """Share of answers that are JSON, and per field of those with the right value.
+    """Share of answers that are JSON, and for each field the share with the right value.
 
     Raises:
-        UsageError: The references are no JSON objects.
+        UsageError: The references are not JSON objects.
     """
     scores = subject.answers
     if not scores.fields:
@@ -144,7 +154,7 @@ def options(subject: Subject) -> list[Metric]:
         UsageError: The rows are not multiple choice.
     """
     if not subject.dataset.options:
-        raise UsageError("options needs rows with a prompt, options and an answer", hint="--columns names them")
+        raise UsageError("options needs rows with a prompt, options and an answer", hint="name them with --columns")
     scores = evaluate_options(
         subject.model,
         subject.tokenizer,

@@ -50,9 +50,9 @@ def test_conversations_must_end_with_a_reference(model: CausalLM, tokenizer: Tok
 
 def test_shots_that_fill_the_context_are_refused(model: CausalLM, tokenizer: Tokenizer) -> None:
     shots = [talk("the quick brown fox " * 20, "yes")] * 3
-    with pytest.raises(UsageError, match="model reads at most 256") as error:
+    with pytest.raises(UsageError, match="the model's context is 256") as error:
         evaluate_generation(model, tokenizer, [talk("hello", "yes")], shots=shots)
-    assert error.value.hint == "take fewer --shots"
+    assert error.value.hint == "use fewer --shots"
 
 
 def test_shots_come_after_the_system_message_and_without_their_own() -> None:

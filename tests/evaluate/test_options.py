@@ -58,7 +58,7 @@ def test_a_bad_row_is_named(row: dict[str, Any], said: str, tmp_path: Path) -> N
 
 
 def test_an_unknown_column_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'option' is no column of multiple choice \(did you mean 'options'\?\)"):
+    with pytest.raises(UsageError, match=r"'option' is not a column of multiple choice \(did you mean 'options'\?\)"):
         read_option_rows([tmp_path / "a.jsonl"], {"option": "x"})
 
 
