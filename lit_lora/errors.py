@@ -1,6 +1,6 @@
-"""The errors a user can cause, each with the exit code that the command line returns for it.
+"""Errors that a user can act on, each with the exit code that the command line returns for it.
 
-Every message is one line: where, what is wrong, what was expected. ``hint`` is how to mend it.
+A message is one line: where, what is wrong, what was expected. The hint says how to fix it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
     "OutOfMemoryError",
     "UsageError",
     "disk_error",
+    "first_line",
 ]
 
 
@@ -23,8 +24,8 @@ class LitLoraError(Exception):
     """A problem that the user can act on; the command line prints it without a traceback.
 
     Args:
-        message: One line, or several lines when several problems are reported at once.
-        hint: How to mend it, one line.
+        message: One line per problem.
+        hint: How to fix it, one line.
     """
 
     exit_code = 1
@@ -34,7 +35,7 @@ class LitLoraError(Exception):
         self.hint = hint
 
     def report(self) -> int:
-        """Print the problems and the hint to stderr; returns the exit code."""
+        """Print the message and the hint to stderr, and return the exit code."""
         for line in str(self).splitlines():
             print(f"error: {line}", file=sys.stderr)
         if self.hint:
@@ -49,34 +50,34 @@ class UsageError(LitLoraError):
 
 
 class InputError(LitLoraError):
-    """Wrong input file: a dataset row, a checkpoint, an adapter that does not belong to this model."""
+    """Wrong input file: a dataset row, a checkpoint, an adapter that does not fit the model."""
 
     exit_code = 3
 
 
 class DiskError(LitLoraError):
-    """The disk is full, read-only or failing. What was there before is still there."""
+    """The disk is full, read-only or failing. Existing files keep their contents."""
 
     exit_code = 4
 
 
 class NumericalError(LitLoraError):
-    """Training stopped because the numbers went wrong: NaN or infinite loss or gradients, a lossy merge."""
+    """Numerical failure: NaN or infinite loss or gradients, or a lossy merge."""
 
     exit_code = 5
 
 
 class OutOfMemoryError(LitLoraError):
-    """The machine's memory is not enough for what was asked."""
+    """The machine does not have enough memory."""
 
     exit_code = 6
 
 
 def disk_error(error: OSError) -> DiskError:
-    """What the operating system refused and nothing nearer the cause told: an unreadable file, a name too long.
+    """An operating system's error that nothing closer to its cause explained: an unreadable file, a long name.
 
     Raises:
-        OSError: ``error``, if it is about no file: a fault of ours.
+        OSError: ``error`` itself, if it names no file: then it is a bug, not the user's.
     """
     if error.filename is None or error.strerror is None:
         raise error
@@ -84,8 +85,14 @@ def disk_error(error: OSError) -> DiskError:
 
 
 class Interrupted(LitLoraError):
-    """A signal stopped the work; the exit code is the shell's convention, 128 + signal."""
+    """A signal stopped the command; the exit code follows the shell's convention, 128 + signal."""
 
     def __init__(self, number: int, message: str, hint: str = "the same command with --resume continues") -> None:
         super().__init__(message, hint=hint)
         self.exit_code = 128 + number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,6 +1,7 @@
-"""Data: files of rows in, token ids with their learned targets out.
+"""Data: files of rows in, token ids with a loss mask out.
 
-:mod:`lit_lora.data.batches` lays rows into training steps; it is the only part that imports torch, so it stands apart.
+:mod:`lit_lora.data.batches` and :mod:`lit_lora.data.padded` turn rows into training steps. They import torch, so this
+file does not import them.
 """
 
 from lit_lora.data.config import DataConfig

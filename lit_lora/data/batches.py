@@ -1,17 +1,17 @@
-"""Rows to training steps: which rows a step takes, and how they are laid into micro-batches without padding.
+"""Training steps from rows: which rows a step takes, and how they are packed into micro-batches without padding.
 
-Tokens that all rows begin with, such as a system prompt, stand in a micro-batch once.
+Tokens that all rows begin with, such as a system prompt, are stored once per micro-batch.
 
 A step is a pure function of its number: epoch ``step // steps_per_epoch`` has its own permutation, drawn from the seed
-and the epoch, and the step takes the next ``batch_size`` rows of it. So every row is visited exactly once an epoch, and
-resuming at any step costs nothing.
+and the epoch, and the step takes the next ``batch_size`` rows of it. So every row is visited exactly once per epoch,
+and resuming at any step needs no replay.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,55 +24,63 @@ __all__ = ["Batches", "MicroBatch", "Shuffled", "collate", "validation_batches"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents packed one after the other; they must not see each other (``lengths`` tells them apart)."""
+    """Documents packed one after the other; attention must not cross them (``lengths`` tells them apart)."""
 
-    input_ids: torch.Tensor  # (1, T) int64: the common tokens, and the rest of each document
+    input_ids: torch.Tensor  # (1, T) int64: the shared prefix, then the rest of each document
     labels: torch.Tensor  # (1, T) int64: the token that each position must predict, or IGNORE_INDEX
     lengths: list[int]
-    """Tokens of each document, the common ones included."""
+    """Tokens in each document, the shared prefix included."""
     rows: list[int]
-    """Position in the rows of each document."""
+    """The row index of each document."""
     shared_prefix: int = 0
-    """Tokens that every document begins with; none of them has a label."""
+    """Number of tokens that every document begins with; none of them has a label."""
 
     @property
     def target_count(self) -> int:
-        """Positions with a label."""
+        """Number of positions with a label."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
 class Shuffled:
-    """Which rows each step takes: a permutation for every epoch.
+    """Which rows each step takes: a new permutation in every epoch.
 
     Args:
-        count: Rows that there are, at least one.
+        count: Number of rows, at least one.
         batch_size: Rows per step; the last step of an epoch takes what is left.
-        seed: Decides the order of the rows.
+        seed: Seeds the row order.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
-        self.steps_per_epoch = -(-count // batch_size)
-        self._order = lru_cache(maxsize=1)(
-            lambda epoch: np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
-        )
+        self.steps_per_epoch = math.ceil(count / batch_size)
+        self._count = count
+        self._seed = seed
+        self._epoch = -1
+        self._order: Integers = np.empty(0, np.int64)
 
     def row_indices(self, step: int) -> Integers:
-        """Positions of the rows that step ``step`` (from 0) learns from."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order: Integers = self._order(epoch)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        """Indices of the rows in step ``step`` (from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.batch_size
+        return self._permutation(epoch)[start : start + self.batch_size]
+
+    def _permutation(self, epoch: int) -> Integers:
+        # Steps come in order, so remembering one epoch saves a permutation of all rows per step.
+        if epoch != self._epoch:
+            self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self._count)
+            self._epoch = epoch
+        return self._order
 
 
 class Batches(Shuffled):
-    """The training steps over some rows, laid out without padding.
+    """The training steps over some rows, packed without padding.
 
     Args:
         rows: At least one row.
         batch_size: Rows per step; the last step of an epoch takes what is left.
-        micro_batch_tokens: The most tokens of a micro-batch. A longer row makes a micro-batch of its own.
-        seed: Decides the order of the rows.
-        shared_prefix: Tokens that all rows begin with, held once per micro-batch; at most ``rows.shared_prefix``.
+        micro_batch_tokens: Maximum number of tokens in a micro-batch. A longer row gets a micro-batch of its own.
+        seed: Seeds the row order.
+        shared_prefix: Number of leading tokens to store once per micro-batch; at most ``rows.shared_prefix``.
 
     Raises:
         ValueError: There are no rows, or a size is below 1.
@@ -89,10 +97,12 @@ class Batches(Shuffled):
         self.shared_prefix = shared_prefix
 
     def places(self, step: int) -> list[list[int]]:
-        """Positions of the rows in each micro-batch of step ``step`` (from 0)."""
+        """Indices of the rows in each micro-batch of step ``step`` (from 0)."""
         chosen = self.row_indices(step)
-        bins = _pack(self.rows.token_counts[chosen] - self.shared_prefix, self.micro_batch_tokens - self.shared_prefix)
-        return [[int(chosen[i]) for i in places] for places in bins]
+        # Every micro-batch holds the shared prefix once, so only the rest of each row takes from the budget.
+        counts = self.rows.token_counts[chosen] - self.shared_prefix
+        bins = _pack(counts, self.micro_batch_tokens - self.shared_prefix)
+        return [chosen[places].tolist() for places in bins]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of step ``step`` (from 0)."""
@@ -100,15 +110,16 @@ class Batches(Shuffled):
 
 
 def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBatch]:
-    """Every row once, the longest first so that a lack of memory shows at once."""
-    order, shared_prefix = np.argsort(-rows.token_counts, kind="stable"), rows.shared_prefix
+    """Every row once, the longest first, so that an out-of-memory error comes with the first batch."""
+    shared_prefix = rows.shared_prefix
     places: list[int] = []
     tokens = shared_prefix
-    for place in order:
+    for place in np.argsort(-rows.token_counts, kind="stable"):
         count = int(rows.token_counts[place]) - shared_prefix
         if places and tokens + count > micro_batch_tokens:
             yield collate(rows, places, shared_prefix)
-            places, tokens = [], shared_prefix
+            places = []
+            tokens = shared_prefix
         places.append(int(place))
         tokens += count
     if places:
@@ -116,53 +127,78 @@ def validation_batches(rows: Rows, micro_batch_tokens: int) -> Iterator[MicroBat
 
 
 def collate(rows: Rows, places: Sequence[int], shared_prefix: int = 0) -> MicroBatch:
-    """The rows at ``places`` as one packed micro-batch, with the ``shared_prefix`` tokens that they begin with once.
+    """Pack the rows at ``places`` into one micro-batch, their first ``shared_prefix`` tokens stored once.
 
-    One row alone is one document, whatever it begins with.
+    A single row is packed as one plain document: sharing would save nothing.
     """
     documents = [rows[place] for place in places]
-    lengths = [len(document.input_ids) for document in documents]
-    shared_prefix = shared_prefix if len(documents) > 1 else 0
-    ids = np.concatenate(
-        [documents[0].input_ids[:shared_prefix], *(document.input_ids[shared_prefix:] for document in documents)]
-    )
-    ids = ids.astype(np.int64)
-    labels = np.full_like(ids, IGNORE_INDEX)
+    if len(documents) == 1:
+        shared_prefix = 0
+
+    pieces = [documents[0].input_ids[:shared_prefix]]
+    pieces += [document.input_ids[shared_prefix:] for document in documents]
+    input_ids = np.concatenate(pieces).astype(np.int64)
+
+    # labels[t] is the token after position t. The prefix and each document's last position have none.
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     start = shared_prefix
-    for document, length in zip(documents, lengths, strict=True):
-        end = start + length - shared_prefix
-        following, loss_mask = document.input_ids[shared_prefix + 1 :], document.loss_mask[shared_prefix + 1 :]
-        labels[start : end - 1] = np.where(loss_mask, following, IGNORE_INDEX)
+    for document in documents:
+        end = start + len(document.input_ids) - shared_prefix
+        next_ids = document.input_ids[shared_prefix + 1 :]
+        is_target = document.loss_mask[shared_prefix + 1 :]
+        labels[start : end - 1] = np.where(is_target, next_ids, IGNORE_INDEX)
         start = end
-    return MicroBatch(torch.from_numpy(ids)[None], torch.from_numpy(labels)[None], lengths, list(places), shared_prefix)
+
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        lengths=[len(document.input_ids) for document in documents],
+        rows=list(places),
+        shared_prefix=shared_prefix,
+    )
 
 
 def _pack(counts: Integers, budget: int) -> list[list[int]]:
-    """Positions into as few bins as first-fit-decreasing finds, then evened out.
+    """Assign positions to as few bins as first-fit-decreasing finds, then even the bins out.
 
-    Even bins have the least peak memory: each row, the longest first, goes into the emptiest bin. Where that breaks the
-    budget the first packing stays.
+    Even bins have the lowest peak memory. Where evening out would exceed the budget, the first packing is used.
     """
-    order = [int(i) for i in np.argsort(-counts, kind="stable")]
-    bins, _ = _fill(order, counts, budget, bins=0)
-    even, even_loads = _fill(order, counts, 0, bins=len(bins))
-    fits = all(load <= budget or len(rows) == 1 for rows, load in zip(even, even_loads, strict=True))
-    return even if fits else bins
+    longest_first = np.argsort(-counts, kind="stable").tolist()
+    bins = _first_fit(longest_first, counts, budget)
+    even_bins = _even(longest_first, counts, len(bins))
+    # One row may exceed the budget alone; then its bin is the limit.
+    limit = max(budget, _largest(bins, counts))
+    return even_bins if _largest(even_bins, counts) <= limit else bins
 
 
-def _fill(order: Sequence[int], counts: Integers, budget: int, *, bins: int) -> tuple[list[list[int]], list[int]]:
-    """First fit into new bins when ``bins`` is 0, else the emptiest of ``bins`` bins."""
-    filled: list[list[int]] = [[] for _ in range(bins)]
-    loads = [0] * bins
-    for i in order:
-        count = int(counts[i])
-        if bins:
-            place = loads.index(min(loads))
+def _first_fit(order: Sequence[int], counts: Integers, budget: int) -> list[list[int]]:
+    """Put each position into the first bin that has room for it, or into a new one."""
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for position in order:
+        count = int(counts[position])
+        for number, load in enumerate(loads):
+            if load + count <= budget:
+                bins[number].append(position)
+                loads[number] += count
+                break
         else:
-            place = next((b for b, load in enumerate(loads) if load + count <= budget), len(loads))
-            if place == len(loads):
-                filled.append([])
-                loads.append(0)
-        filled[place].append(i)
-        loads[place] += count
-    return filled, loads
+            bins.append([position])
+            loads.append(count)
+    return bins
+
+
+def _even(order: Sequence[int], counts: Integers, bin_count: int) -> list[list[int]]:
+    """Put each position into the emptiest of ``bin_count`` bins."""
+    bins: list[list[int]] = [[] for _ in range(bin_count)]
+    loads = [0] * bin_count
+    for position in order:
+        emptiest = loads.index(min(loads))
+        bins[emptiest].append(position)
+        loads[emptiest] += int(counts[position])
+    return bins
+
+
+def _largest(bins: Sequence[Sequence[int]], counts: Integers) -> int:
+    """Tokens in the fullest bin."""
+    return max(int(counts[list(positions)].sum()) for positions in bins)

@@ -1,8 +1,8 @@
-"""The cache of tokenised rows: tokenise once, start at once ever after.
+"""The cache of tokenised rows: a dataset is tokenised once per tokenizer and settings.
 
-An entry is a folder ``<key>/`` of Arrow files, each with the rows of so many samples, and ``complete.json``, written
-last. The key is a hash of all that the tokens depend on. A run that is killed leaves whole files behind, and the next
-goes on after them.
+An entry is a folder ``<key>/`` of Arrow files, one per ``_SAMPLES_PER_FILE`` samples, and ``complete.json``, written
+last. The key is a hash of everything that the tokens depend on. A killed run leaves only whole files behind, and the
+next run continues after them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_lora.files import disk_errors, sha256_file, write_text
 __all__ = ["CODE_VERSION", "cache_key", "cached_table"]
 
 CODE_VERSION = 3
-"""Raised whenever the same file and settings give other tokens, or the layout of the cache changes."""
+"""Increased whenever the same file and settings give different tokens, or the layout of the cache changes."""
 
 _SAMPLES_PER_FILE = 16_384
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def cache_key(files: Sequence[Path], settings: dict[str, Any]) -> str:
-    """A hash of the files' names and content, the settings, and this code's version."""
+    """A hash of the files' names and contents, the settings, and ``CODE_VERSION``."""
     content = [[file.name, sha256_file(file)] for file in files]
     text = json.dumps([CODE_VERSION, content, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -45,54 +45,63 @@ def cached_table(
     encode: Callable[[Sequence[T]], Iterable[EncodedRow]],
     info: dict[str, Any],
 ) -> tuple[TokenTable, bool]:
-    """The table in ``folder``, encoded first where it is not there yet; and whether it was there.
+    """The table in ``folder``, tokenised first if the entry is incomplete; and whether it came from the cache.
 
     Args:
-        folder: The entry of the cache. One that is damaged is made anew.
-        samples: Gives an iterator; read only when the entry is not complete.
-        encode: Some samples to rows.
-        info: What to write to ``complete.json``; filled while the samples are read.
+        folder: The cache entry. A damaged one is rebuilt.
+        samples: Returns an iterator over the samples; called only if the entry is incomplete.
+        encode: Turns samples into rows.
+        info: What to store in ``complete.json``. ``samples`` may fill it while it is read; on a cache hit it is
+            filled from the file.
 
     Raises:
-        DiskError: The disk is full or read-only; what is complete stays.
+        DiskError: The disk is full or read-only; complete files stay.
     """
-    done = folder / "complete.json"
-    if done.is_file():
+    marker = folder / "complete.json"
+    if marker.is_file():
         try:
-            info.update(json.loads(done.read_text(encoding="utf-8")))
+            info.update(json.loads(marker.read_text(encoding="utf-8")))
             return _open(folder, info["files"]), True
         except (pa.ArrowException, OSError, ValueError, KeyError):
-            log.warn(f"{folder}: damaged cache, made anew")
+            log.warn(f"{folder}: the cache entry is damaged; rebuilding it")
             shutil.rmtree(folder)
-    info["files"] = _fill(folder, samples(), encode)
-    write_text(done, json.dumps(info))
+
+    info["files"] = _write_files(folder, samples(), encode)
+    write_text(marker, json.dumps(info))
     return _open(folder, info["files"]), False
 
 
-def _open(folder: Path, files: int) -> TokenTable:
-    return TokenTable.open(folder / _name(number) for number in range(files))
+def _open(folder: Path, file_count: int) -> TokenTable:
+    return TokenTable.open(folder / _name(number) for number in range(file_count))
 
 
-def _fill(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]]) -> int:
-    number = 0
+def _write_files(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]]) -> int:
+    """Tokenise all samples into files and return how many files there are; existing ones are not written again."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    while some := list(itertools.islice(samples, _SAMPLES_PER_FILE)):
-        file = folder / _name(number)
-        number += 1
-        if not file.is_file():
-            batch = record_batch(list(encode(some)))
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+
+    count = 0
+    while chunk := list(itertools.islice(samples, _SAMPLES_PER_FILE)):
+        file = folder / _name(count)
+        count += 1
+        if not file.is_file():  # a killed run may have written it
+            batch = record_batch(list(encode(chunk)))
             with disk_errors(folder):
-                try:
-                    with temporary.open("wb") as out:
-                        with pa.ipc.new_file(out, batch.schema) as writer:
-                            writer.write_batch(batch)
-                        os.fsync(out.fileno())
-                    temporary.replace(file)
-                finally:
-                    temporary.unlink(missing_ok=True)
-    return number
+                _write_file(file, batch)
+    return count
+
+
+def _write_file(file: Path, batch: pa.RecordBatch) -> None:
+    """Write a file that is complete or absent; the process id keeps two runs from writing the same temporary file."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            with pa.ipc.new_file(out, batch.schema) as writer:
+                writer.write_batch(batch)
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _name(number: int) -> str:

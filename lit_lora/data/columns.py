@@ -1,10 +1,10 @@
-"""From the columns of a file to those of a format: detection, mapping, and errors that say what to write."""
+"""Map the columns of a file to those of a format: detection, mapping, and errors that say what to write."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.sample import Conversation, Format, Sample, as_text
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["RowReader", "cell", "choose_format", "columns_in", "guess_columns"]
+__all__ = ["RowReader", "cell", "choose_format", "columns_in", "columns_read", "guess_columns", "replace_values"]
 
-_PLACE = re.compile(r"\{([^{}\"':,\n]+)\}")
-"""A column in a text: ``{name}``. Braces around anything else, such as JSON, stay as they are."""
+_PLACEHOLDER = re.compile(r"\{([^{}\"':,\n]+)\}")
+"""A column name in a template: ``{name}``. Braces around anything else, such as JSON, are plain text."""
 
 _GUESSES = {
     "prompt": (
@@ -46,21 +46,26 @@ _GUESSES = {
     ),
     "text": ("content", "document", "body", "passage"),
 }
-_ABOUT_A_TEXT = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
+"""Format column -> usual names of such a column, the likeliest first; for suggestions, never used unasked."""
+
+# Columns beside a text that describe it; any other may hold the label of a task.
+_METADATA = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the rows of one dataset in the format that was chosen for it."""
+    """Reads the rows of one dataset, in the format chosen from its first row."""
 
     name: str
     format: Format
     columns: Mapping[str, str]
-    """The format's column -> the file's column, or a text with the file's columns in braces."""
+    """The format's column -> the file's column, or a template with the file's columns in braces."""
     values: Mapping[str, Mapping[str, str]]
+    """The file's column -> its values -> the words that replace them."""
     system: str | None
+    """System message for conversations without one."""
     unused: tuple[str, ...]
-    """Columns of the first row that nothing reads."""
+    """Columns of the first row that the format does not read."""
 
     def sample(self, row: Mapping[str, Any], where: str) -> Sample:
         """The row as a conversation or a text.
@@ -70,35 +75,32 @@ class RowReader:
             where: ``file:line`` for the error.
 
         Raises:
-            InputError: A column is missing or its value has a wrong shape.
+            InputError: A column is missing, or its value has the wrong type.
         """
         try:
-            row = {name: self._word(name, value) if name in self.values else value for name, value in row.items()}
-            sample = self.format.read({name: cell(row, source) for name, source in self._sources(row)})
+            sample = self.format.read(self._format_row(replace_values(row, self.values, "values")))
         except (ValueError, KeyError) as error:
             message = str(error.args[0]) if error.args else str(error)
             raise InputError(f"{where}: {message}") from error
-        if self.system and isinstance(sample, Conversation) and sample.messages[0]["role"] != "system":
-            return replace(sample, messages=[{"role": "system", "content": self.system}, *sample.messages])
-        return sample
 
-    def _sources(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        optional = [name for name in self.format.optional if name in row and name not in self.columns]
-        return [*self.columns.items(), *((name, name) for name in optional)]
+        if not self.system or not isinstance(sample, Conversation) or sample.messages[0]["role"] == "system":
+            return sample
+        return replace(sample, messages=[{"role": "system", "content": self.system}, *sample.messages])
 
-    def _word(self, column: str, value: Any) -> str:
-        words = self.values[column]
-        text = as_text(value)
-        if text not in words:
-            raise ValueError(f"column {column}: no word for the value {text!r}, values has: {', '.join(words)}")
-        return words[text]
+    def _format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row under the format's column names."""
+        renamed = {column: cell(row, source) for column, source in self.columns.items()}
+        for column in self.format.optional:
+            if column in row and column not in renamed:
+                renamed[column] = row[column]
+        return renamed
 
 
 def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> RowReader:
     """The reader for a dataset whose first row is ``row``.
 
     Args:
-        config: Says the format and the mapping, or leaves them to be found.
+        config: Names the format and the mapping, or leaves them to be detected.
         row: The first row; its columns decide.
         where: ``file:line`` of the row, for the error.
 
@@ -110,26 +112,37 @@ def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> Row
     if config.format == "auto" and not config.columns and {"chosen", "rejected"} <= row.keys():
         raise InputError(
             f"{where}: preference rows (chosen, rejected), expected one answer per row",
-            hint="to learn the chosen answers, map it: columns: {prompt: YOUR_COLUMN, completion: chosen}",
+            hint="to train on the chosen answers, map them: columns: {prompt: YOUR_COLUMN, completion: chosen}",
         )
     names = list(FORMATS) if config.format == "auto" else [config.format]
     for name in names:
         format_ = load_format(name)
         columns = _resolve(format_, config.columns, row)
-        if columns is not None and (config.format != "auto" or _plausible(format_, columns, config, row)):
-            read = {part for source in columns.values() for part in columns_in(source)}
-            unused = tuple(sorted(row.keys() - read - set(format_.optional)))
-            return RowReader(name, format_, columns, config.values, config.system, unused)
+        if columns is None:
+            continue
+        if config.format == "auto" and not _plausible(format_, columns, config, row):
+            continue
+        unused = row.keys() - columns_read(columns) - set(format_.optional)
+        return RowReader(name, format_, columns, config.values, config.system, tuple(sorted(unused)))
     raise _no_format(config, row, where)
 
 
 def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> None:
-    formats = [load_format(name) for name in FORMATS]
-    known = {column for format_ in formats for column in (*format_.required, *format_.optional)}
+    """Check ``columns`` and ``values`` of the config against the formats and the row.
+
+    Raises:
+        UsageError: No format has such a column.
+        InputError: The row lacks a column.
+    """
+    format_columns: set[str] = set()
+    for name in FORMATS:
+        format_ = load_format(name)
+        format_columns.update(format_.required, format_.optional)
+
     for column, source in config.columns.items():
-        if column not in known:
+        if column not in format_columns:
             raise UsageError(
-                f"columns: {column!r} is a column of no format{did_you_mean(column, known)}",
+                f"columns: no format has a column {column!r}{did_you_mean(column, format_columns)}",
                 hint="the format's column comes first, yours second: columns: {prompt: question, completion: answer}",
             )
         for name in columns_in(source):
@@ -143,91 +156,139 @@ def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> No
             raise InputError(f"{where}: no column {column!r} for values{did_you_mean(column, row)}")
 
 
-def _resolve(format_: Format, given: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str] | None:
-    """The source of each column, or None when the row cannot fill the format or the mapping is not about it."""
-    if set(given) - {*format_.required, *format_.optional}:
+def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str] | None:
+    """The source of each column; None if the row cannot fill the format, or the mapping is for another format."""
+    if mapping.keys() - {*format_.required, *format_.optional}:
         return None
-    columns = dict(given)
+    columns = dict(mapping)
     for column in format_.required:
-        names = (column, *format_.aliases.get(column, ()))
-        source = columns.get(column) or next((name for name in names if name in row), None)
+        source = columns.get(column) or _first_in(row, _names(format_, column))
         if source is None:
             return None
         columns[column] = source
     return columns
 
 
+def _names(format_: Format, column: str) -> tuple[str, ...]:
+    """The names under which a format's column is recognised, its own first."""
+    return (column, *format_.aliases.get(column, ()))
+
+
+def _first_in(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """The first of the names that is a column of the row."""
+    return next((name for name in names if name in row), None)
+
+
 def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, row: Mapping[str, Any]) -> bool:
-    """Whether the values look as the format has them: a format that nobody named must not be guessed wrongly."""
+    """Whether the row's values fit a format that was detected, not named; a wrong guess would train on the wrong text.
+
+    A column mapped by the config is the user's choice and is not checked.
+    """
     for column in format_.required:
         if column in config.columns:
             continue
-        value = row[columns[column]]  # under another name than the format's, an answer is text: 0 may be an index
+        value = row[columns[column]]
         if format_.nested:
             if not isinstance(value, list) and not str(value).lstrip().startswith("["):
                 return False
-        elif columns[column] != column and not (value is None or isinstance(value, str)):
+        # Recognised by an alias, such as "answer", it must be text: a number may be the index of an option.
+        elif columns[column] != column and value is not None and not isinstance(value, str):
             return False
+
     if format_.required == ("text",) and "text" not in config.columns:
-        # a text beside a label is a task, whose label must not be lost in silence
-        return not {name.lower() for name in row} - {"text"} - _ABOUT_A_TEXT
+        # A text beside a label is a classification task; as plain text, its label would be dropped silently.
+        return not {name.lower() for name in row} - {"text"} - _METADATA
     return True
 
 
 def guess_columns(config: DataConfig, row: Mapping[str, Any]) -> dict[str, str] | None:
-    """A mapping for a row that fits no format, from the usual names of questions and answers; None without a guess."""
+    """A mapping for a row that fits no format, from usual names of questions and answers; None if a column has none."""
+    if config.format not in ("auto", "prompt_completion"):
+        return None
     mapping = _guess(config, row, "prompt_completion")
-    return mapping if config.format in ("auto", "prompt_completion") and all(mapping.values()) else None
+    return mapping if all(mapping.values()) else None
 
 
 def _guess(config: DataConfig, row: Mapping[str, Any], name: str) -> dict[str, str]:
-    """A column of the row for each column that the format needs, or an empty text."""
+    """A column of the row for each required column of the format, or an empty string."""
     format_ = load_format(name)
     mapping: dict[str, str] = {}
     for column in format_.required:
-        names = (column, *format_.aliases.get(column, ()), *_GUESSES.get(column, ()))
-        free = (guess for guess in names if guess in row and guess not in mapping.values())
-        mapping[column] = config.columns.get(column) or next(free, "")
+        names = (*_names(format_, column), *_GUESSES.get(column, ()))
+        free = [candidate for candidate in names if candidate not in mapping.values()]
+        mapping[column] = config.columns.get(column) or _first_in(row, free) or ""
     return mapping
 
 
 def _no_format(config: DataConfig, row: Mapping[str, Any], where: str) -> InputError:
-    found = ", ".join(row) or "none"
-    name = config.format if config.format != "auto" else _nearest(row)
+    """The error for a row that fits no format, with the mapping to write."""
+    name = _nearest(row) if config.format == "auto" else config.format
     format_ = load_format(name)
     if format_.nested and (column := format_.required[0]) in row:
-        shown = json.dumps(row[column], ensure_ascii=False, default=str)[:60]
-        return InputError(f"{where}: {column}: expected a list of {{role, content}}, got {shown}")
+        value = json.dumps(row[column], ensure_ascii=False, default=str)[:60]
+        return InputError(f"{where}: {column}: expected a list of {{role, content}}, got {value}")
+
+    columns = ", ".join(row) or "none"
+    needed = ", ".join(format_.required)
+    if config.format == "auto":
+        message = f"{where}: the columns ({columns}) fit no format; the nearest, {name}, needs {needed}"
+    else:
+        message = f"{where}: the columns ({columns}) do not fit format {name}, which needs {needed}"
+
     mapping = {column: source or "YOUR_COLUMN" for column, source in _guess(config, row, name).items()}
-    shown = ", ".join(f"{column}: {source}" for column, source in mapping.items())
+    in_config = ", ".join(f"{column}: {source}" for column, source in mapping.items())
     flags = " ".join(f"--columns {column}={source}" for column, source in mapping.items())
-    required = ", ".join(format_.required)
-    fits = f"do not fill format {name}" if config.format != "auto" else f"fit no format, the nearest is {name}"
-    return InputError(
-        f"{where}: the columns found ({found}) {fits}, which needs {required}",
-        hint=f"say which is which: columns: {{{shown}}} in the config, or {flags}",
-    )
+    return InputError(message, hint=f"map them: columns: {{{in_config}}} in the config, or {flags}")
 
 
 def _nearest(row: Mapping[str, Any]) -> str:
-    """The format of which the row has the largest share of columns; a task when it has none of any."""
+    """The format of whose required columns the row has the largest share; prompt_completion if it has none."""
     shares = {"prompt_completion": 0.01}
     for name in FORMATS:
+        if name == "text" and len(row) > 1:  # a text beside other columns is rarely plain text
+            continue
         format_ = load_format(name)
-        hits = [any(known in row for known in (c, *format_.aliases.get(c, ()))) for c in format_.required]
-        share = sum(hits) / len(hits)
-        if name != "text" or len(row) == 1:
-            shares[name] = max(share, shares.get(name, 0))
+        matched = [column for column in format_.required if _first_in(row, _names(format_, column))]
+        shares[name] = max(len(matched) / len(format_.required), shares.get(name, 0))
     return max(shares, key=lambda name: shares[name])
 
 
+def replace_values(row: Mapping[str, Any], values: Mapping[str, Mapping[str, str]], setting: str) -> dict[str, Any]:
+    """The row with the values of some columns replaced by words.
+
+    Args:
+        row: The file's columns.
+        values: Column -> its values -> words.
+        setting: What ``values`` is called in the config, for the error.
+
+    Raises:
+        ValueError: A value has no word.
+    """
+    replaced = dict(row)
+    for column, words in values.items():
+        if column not in row:
+            continue
+        text = as_text(row[column])
+        if text not in words:
+            raise ValueError(
+                f"column {column}: no word for the value {text!r}; {setting} has words for: {', '.join(words)}"
+            )
+        replaced[column] = words[text]
+    return replaced
+
+
+def columns_read(columns: Mapping[str, str]) -> set[str]:
+    """All of the file's columns that a mapping reads."""
+    return {name for source in columns.values() for name in columns_in(source)}
+
+
 def columns_in(source: str) -> list[str]:
-    """The file's columns that a source names: itself, or those in its braces."""
-    return _PLACE.findall(source) or [source]
+    """The file's columns that a source names: the source itself, or those in its braces."""
+    return _PLACEHOLDER.findall(source) or [source]
 
 
 def cell(row: Mapping[str, Any], source: str) -> Any:
-    """A column's value, or a text with the columns' values in it.
+    """A column's value, or a template filled with the columns' values.
 
     Raises:
         ValueError: The row lacks the column.
@@ -237,4 +298,4 @@ def cell(row: Mapping[str, Any], source: str) -> Any:
             raise ValueError(f"no column {name!r}, found: {', '.join(row) or 'none'}")
     if source in row:
         return row[source]
-    return _PLACE.sub(lambda place: as_text(row[place[1]]), source)
+    return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]), source)

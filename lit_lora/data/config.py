@@ -13,29 +13,31 @@ __all__ = ["DataConfig", "LabelledConfig", "RowsConfig"]
 
 
 class RowsConfig(Settings):
-    """Where rows come from, and which of their columns are what."""
+    """Where rows come from, and what each of their columns is."""
 
     path: str = Field(
         description=(
-            "A file (JSON, JSONL, CSV, Parquet, text; also .gz), a folder of them, hub:OWNER/NAME, alpaca, dolly, or a "
-            "bundled sample such as tickets_train."
+            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, hub:OWNER/NAME, alpaca, dolly "
+            "or a bundled sample such as tickets_train."
         )
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            "The format's column -> your column, or a text with your columns in braces: "
+            "Map from the format's column to your column, or to a template with your columns in braces: "
             "{prompt: 'Is this review positive? {sentence}', completion: label}."
         ),
     )
     values: dict[str, dict[str, str]] = Field(
         default_factory=dict,
-        description="Your column -> its values replaced by words: {label: {0: negative, 1: positive}}.",
+        description="Words that replace the values of your column: {label: {0: negative, 1: positive}}.",
     )
     validation: int | float | str | None = Field(
-        None, description="Rows held out: a fraction such as 0.1, a number of rows such as 200, or a file."
+        None, description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, or a file."
     )
-    limit: int | None = Field(None, ge=1, description="Read only so many rows from the start of the training files.")
+    limit: int | None = Field(
+        None, ge=1, description="Number of rows to read from the start of the training files; all if omitted."
+    )
 
     @field_validator("validation", mode="before")
     @classmethod
@@ -43,62 +45,64 @@ class RowsConfig(Settings):
         if isinstance(value, bool):
             raise ValueError("expected a fraction such as 0.1, a number of rows or a file, got true or false")
         if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError(f"a fraction lies between 0 and 1, a number of rows is whole, got {value}")
+            raise ValueError(f"expected a fraction between 0 and 1 or a whole number of rows, got {value}")
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"expected at least 1 row, got {value}; leave the key out for no validation")
+            raise ValueError(f"expected at least 1 row, got {value}; omit the key for no validation")
         return value
 
 
 class DataConfig(RowsConfig):
-    """Where the rows come from, how they are read, and which of their tokens are learned."""
+    """Where the rows come from, how they are read, and which of their tokens are targets."""
 
     format: str = Field(
         "auto",
-        description="How a row is read; auto looks at the columns of the first row.",
+        description="Format of the rows; auto detects it from the columns of the first row.",
         json_schema_extra={"enum": ["auto", *FORMATS]},
     )
     system: str | None = Field(
-        None, description="A system message for the conversations that have none; nothing for plain text."
+        None, description="System message for conversations that have none; plain text gets none."
     )
-    max_seq_length: int = Field(2048, ge=2, description="The most tokens a row may have.")
+    max_seq_length: int = Field(2048, ge=2, description="Maximum row length in tokens.")
     too_long: Literal["drop", "truncate_prompt", "error"] = Field(
         "drop",
         description=(
-            "What to do with longer rows. truncate_prompt cuts the middle out of what is not learned and keeps every "
-            "answer whole. Plain text is always cut into pieces, of which every token is learned."
+            "What to do with longer rows. truncate_prompt cuts from the middle of the prompt and keeps every answer "
+            "whole. Plain text is always split into pieces, and no token is lost."
         ),
     )
     learn: Literal["answers", "all"] = Field(
-        "answers", description="Learn the assistant's messages with their end of turn, or every token."
+        "answers", description="Tokens to train on: the assistant's messages with their end of turn, or all."
     )
-    deduplicate: bool = Field(False, description="Keep only the first of exactly equal rows; they are counted anyway.")
+    deduplicate: bool = Field(
+        False, description="Keep only the first of identical rows. Duplicates are reported either way."
+    )
 
     @field_validator("format")
     @classmethod
     def _format_is_known(cls, value: str) -> str:
-        known = ["auto", *FORMATS]
-        if value not in known:
-            raise ValueError(f"unknown format {value!r}{did_you_mean(value, known)}, known: {', '.join(known)}")
+        formats = ["auto", *FORMATS]
+        if value not in formats:
+            raise ValueError(f"unknown format {value!r}{did_you_mean(value, formats)}, known: {', '.join(formats)}")
         return value
 
 
 class LabelledConfig(RowsConfig):
-    """Where rows with labels come from: a text or a pair of texts, and a label, a number or another text."""
+    """Where labelled rows come from: a text or a pair of texts, and a label, a number or a target text."""
 
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="text, pair or label -> your column, or a text with your columns in braces: {text: 'sst2 "
-        "sentence: {sentence}', label: mood}. The usual names (sentence, sentence1 and sentence2, …) are found anyway.",
+        description="Map from text, pair or label to your column, or to a template with your columns in braces: "
+        "{text: 'sst2 sentence: {sentence}', label: mood}. Usual names (sentence, sentence1, …) need no mapping.",
     )
     task: Literal["auto", "classification", "regression", "seq2seq"] = Field(
         "auto",
-        description="What the label is: one of some names, a number, or a text to write. auto: a text for an "
-        "encoder-decoder, a number where the model's config.json says so, else one of the names found in the rows.",
+        description="Kind of label: a class, a number or a text to write. auto: a text for an encoder-decoder, a "
+        "number where the model's config.json says so, else a class.",
     )
     max_seq_length: int | None = Field(
-        None, ge=4, description="The most tokens of a row, both texts together; what the model was made for if omitted."
+        None, ge=4, description="Maximum row length in tokens, both texts together; the model's own limit if omitted."
     )
-    max_target_length: int = Field(128, ge=2, description="seq2seq: the most tokens of a text to write.")
+    max_target_length: int = Field(128, ge=2, description="Maximum length of a seq2seq target, in tokens.")
     too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What to do with longer rows; how many there are is said in either case."
+        "truncate", description="What to do with longer rows; their number is reported either way."
     )

@@ -1,4 +1,4 @@
-"""Samples to token ids: what is learned, what is too long, and what is done about it."""
+"""Samples to token ids: which tokens are targets, and what happens to rows that are too long."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lit_lora.tokenizer import RenderedChat, Tokenizer, encode_rendered, encode_
 
 __all__ = ["Place", "encode_samples"]
 
-_TOGETHER = 1024
-_KEEP = 16  # tokens of a prompt's stretch that are left standing at each side of a cut
+_CHUNK = 1024  # samples encoded in one call, which the tokenizer spreads over all cores
+_MARGIN = 16  # tokens of a prompt that stay on each side of a cut
 
 Place = tuple[str, int]
 """File name and line of a sample."""
@@ -24,30 +24,30 @@ Place = tuple[str, int]
 def encode_samples(
     tokenizer: Tokenizer, samples: Sequence[Sample], places: Sequence[Place], config: DataConfig
 ) -> Iterator[EncodedRow]:
-    """Encode samples under the rules of ``config``; each gives one row, but a plain text as many as its length needs.
-
-    Conversations are encoded many at a time, which uses all cores.
+    """Encode samples as ``config`` says: a conversation gives one row, a plain text as many as its length needs.
 
     Raises:
         InputError: The chat template refuses a conversation, or a row is too long and ``too_long`` is ``error``.
     """
-    for start in range(0, len(samples), _TOGETHER):
-        end = start + _TOGETHER
-        some = list(zip(samples[start:end], places[start:end], strict=True))
-        learn_all = config.learn == "all"
-        chats = [
-            _render(tokenizer, sample, place)
-            for sample, place in some
-            if isinstance(sample, Conversation) and (sample.has_answer or learn_all)
-        ]
-        encoded = iter(encode_rendered(tokenizer, chats))
-        for sample, place in some:
+    learn_all = config.learn == "all"
+    for start in range(0, len(samples), _CHUNK):
+        end = start + _CHUNK
+        chunk = list(zip(samples[start:end], places[start:end], strict=True))
+
+        # Conversations are encoded together; below, each takes its own result from the iterator.
+        chats = []
+        for sample, place in chunk:
+            if isinstance(sample, Conversation) and (sample.has_answer or learn_all):
+                chats.append(_render(tokenizer, sample, place))
+        encoded_chats = iter(encode_rendered(tokenizer, chats))
+
+        for sample, place in chunk:
             if isinstance(sample, str):
                 yield from _pieces(encode_text(tokenizer, sample, end=True), place, config.max_seq_length)
             elif not (sample.has_answer or learn_all):
                 yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
             else:
-                chat = next(encoded)
+                chat = next(encoded_chats)
                 loss_mask = [True] * len(chat.ids) if learn_all else chat.loss_mask
                 yield _fit(chat.ids, loss_mask, place, config)
 
@@ -59,16 +59,22 @@ def _render(tokenizer: Tokenizer, sample: Conversation, place: Place) -> Rendere
         raise InputError(f"{place[0]}:{place[1]}: {error}", hint=error.hint) from error
 
 
-def _pieces(tokens: list[int], place: Place, most: int) -> Iterator[EncodedRow]:
-    """A long text in pieces that overlap by one token, so that every token but the first is predicted exactly once."""
-    for start in range(0, max(len(tokens) - 1, 1), most - 1):
-        ids = tokens[start : start + most]
-        status = Status.KEPT if len(ids) > 1 else Status.NOTHING_TO_LEARN
-        kept = ids if status is Status.KEPT else []
-        yield EncodedRow(kept, [True] * len(kept), status, len(ids), *place)
+def _pieces(tokens: list[int], place: Place, max_length: int) -> Iterator[EncodedRow]:
+    """Split a text into pieces that overlap by one token, so that every token but the first is predicted once."""
+    for start in range(0, max(len(tokens) - 1, 1), max_length - 1):
+        ids = tokens[start : start + max_length]
+        if len(ids) > 1:
+            yield EncodedRow(ids, [True] * len(ids), Status.KEPT, len(ids), *place)
+        else:  # a single token: nothing comes before it that could predict it
+            yield EncodedRow((), (), Status.NOTHING_TO_LEARN, len(ids), *place)
 
 
 def _fit(ids: list[int], loss_mask: list[bool], place: Place, config: DataConfig) -> EncodedRow:
+    """A conversation as a row, shortened or dropped if it is too long.
+
+    Raises:
+        InputError: It is too long, and ``too_long`` is ``error``.
+    """
     length = len(ids)
     status = Status.KEPT
     if length > config.max_seq_length:
@@ -78,30 +84,37 @@ def _fit(ids: list[int], loss_mask: list[bool], place: Place, config: DataConfig
                 f"{where}: {length} tokens, max_seq_length is {config.max_seq_length}",
                 hint=f"set max_seq_length: {length}, or too_long: drop or truncate_prompt",
             )
-        kept = _cut(loss_mask, length - config.max_seq_length) if config.too_long == "truncate_prompt" else None
-        if kept is None:
+        positions = None
+        if config.too_long == "truncate_prompt":
+            positions = _positions_after_cut(loss_mask, length - config.max_seq_length)
+        if positions is None:
             return EncodedRow((), (), Status.TOO_LONG, length, *place)
-        ids, loss_mask = [ids[i] for i in kept], [loss_mask[i] for i in kept]
+        ids = [ids[i] for i in positions]
+        loss_mask = [loss_mask[i] for i in positions]
         status = Status.TRUNCATED
-    if not any(loss_mask[1:]):
+    if not any(loss_mask[1:]):  # the first token has nothing before it that could predict it
         return EncodedRow((), (), Status.NOTHING_TO_LEARN, length, *place)
     return EncodedRow(ids, loss_mask, status, length, *place)
 
 
-def _cut(loss_mask: Sequence[bool], excess: int) -> list[int] | None:
-    """Positions that stay when ``excess`` tokens go, or None when what is not learned cannot spare them.
+def _positions_after_cut(loss_mask: Sequence[bool], excess: int) -> list[int] | None:
+    """Positions that remain after cutting ``excess`` tokens out of the prompts; None if the prompts are too short.
 
-    Tokens go from the middle of the longest stretch that is not learned, then of the next: a stretch's ends hold what
-    the template writes around a message, and the beginning and the end of a prompt say most of what is asked.
+    Tokens go from the middle of the longest prompt, then of the next: its ends hold what the template writes around
+    a message, and the beginning and the end of a prompt say most of what is asked.
     """
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], loss_mask, [True]]).astype(np.int8)))
-    stretches = sorted(zip(edges[::2], edges[1::2], strict=True), key=lambda stretch: stretch[0] - stretch[1])
-    stays = np.ones(len(loss_mask), np.bool_)
-    for start, end in stretches:
-        cut = min(excess, int(end - start) - 2 * _KEEP)
+    # Prompts are the runs of False. Where the mask changes, a run begins or ends; True on both sides closes the outer.
+    changes = np.flatnonzero(np.diff(np.concatenate([[True], loss_mask, [True]]).astype(np.int8))).tolist()
+    prompts = list(zip(changes[::2], changes[1::2], strict=True))
+    prompts.sort(key=lambda prompt: prompt[1] - prompt[0], reverse=True)
+
+    remains = np.ones(len(loss_mask), np.bool_)
+    for start, end in prompts:
+        length = end - start
+        cut = min(excess, length - 2 * _MARGIN)
         if cut <= 0:
             break
-        first = int(start) + (int(end - start) - cut) // 2
-        stays[first : first + cut] = False
+        first = start + (length - cut) // 2
+        remains[first : first + cut] = False
         excess -= cut
-    return [int(i) for i in np.flatnonzero(stays)] if excess == 0 else None
+    return np.flatnonzero(remains).tolist() if excess == 0 else None

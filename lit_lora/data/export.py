@@ -1,4 +1,4 @@
-"""A prepared dataset as plain files: JSON Lines in the ``messages`` form, one file per split."""
+"""Write a prepared dataset as plain files: JSON Lines in the ``messages`` format, one file per split."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["export"]
 
 
 def export(config: DataConfig, prepared: Prepared, folder: Path) -> list[Path]:
-    """Write ``train.jsonl`` and, with held-out rows, ``validation.jsonl``; dropped rows are not in them.
+    """Write ``train.jsonl`` and, with held-out rows, ``validation.jsonl``, without the dropped rows.
 
     Args:
-        config: What ``prepared`` was made from.
-        prepared: Says which rows are in which split.
-        folder: Must not exist.
+        config: The settings that ``prepared`` was made with.
+        prepared: The rows of each split.
+        folder: The folder to create.
 
     Returns:
         The files written.
@@ -30,23 +30,27 @@ def export(config: DataConfig, prepared: Prepared, folder: Path) -> list[Path]:
         DiskError: The folder exists, or the disk is full or read-only.
     """
     with atomic_folder(folder) as temporary:
-        names = ["train.jsonl"]
-        _write(temporary / names[0], config, prepared.train_files, prepared.train)
+        written = [folder / "train.jsonl"]
+        _write(temporary / "train.jsonl", config, prepared.train_files, prepared.train)
         if prepared.validation is not None:
-            names.append("validation.jsonl")
-            _write(temporary / names[1], config, prepared.validation_files, prepared.validation)
-    return [folder / name for name in names]
+            written.append(folder / "validation.jsonl")
+            _write(temporary / "validation.jsonl", config, prepared.validation_files, prepared.validation)
+    return written
 
 
 def _write(path: Path, config: DataConfig, files: Sequence[Path], rows: Rows) -> None:
-    wanted = {rows.table.source(int(index)) for index in rows.index}
+    # Rows hold tokens only, so the files are read again for the text.
+    sources = {rows.table.source(int(index)) for index in rows.index}
     with path.open("w", encoding="utf-8") as out:
         for sample, (file, line) in read_samples(config, files):
-            if f"{file}:{line}" in wanted:
-                out.write(json.dumps(_plain(sample), ensure_ascii=False) + "\n")
+            if f"{file}:{line}" in sources:
+                out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
 
 
-def _plain(sample: Sample) -> dict[str, object]:
+def _as_row(sample: Sample) -> dict[str, object]:
     if not isinstance(sample, Conversation):
         return {"text": sample}
-    return {"messages": sample.messages, **({"tools": sample.tools} if sample.tools else {})}
+    row: dict[str, object] = {"messages": sample.messages}
+    if sample.tools:
+        row["tools"] = sample.tools
+    return row

@@ -1,10 +1,11 @@
-"""A data section to rows that are ready to train on."""
+"""From a ``data`` section to rows that are ready to train on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,15 @@ PlacedSample = tuple[Sample, Place]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train on, rows held out, and what was found on the way."""
+    """Training rows, held-out rows, and a report on both."""
 
     train: Rows
     validation: Rows | None
     report: Report
     train_files: Sequence[Path]
-    """Where the training rows were read from."""
+    """Files of the training rows."""
     validation_files: Sequence[Path]
-    """Where the held-out rows were read from: the training files when they were split off."""
+    """Files of the held-out rows: the training files if the rows were split off."""
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int) -> Prepared:
@@ -47,51 +48,66 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
     Args:
         config: The data section.
         tokenizer: The model's tokenizer with its chat template.
-        cache: The folder of the cache.
-        seed: Decides which rows are held out.
+        cache: The cache folder.
+        seed: Seeds the choice of the held-out rows.
 
     Raises:
-        UsageError: The settings do not go with the data.
-        InputError: A file or row cannot be read, or no row is left to learn from.
+        UsageError: The settings do not fit the data.
+        InputError: A file or row cannot be read, or no row has a target token.
         DiskError: The cache cannot be written.
     """
     source = locate(config.path, cache)
     table, file_report = _load(config, source.train, tokenizer, cache, config.limit)
-    rows, files = _require_rows(table, file_report, config), [file_report]
+    rows = _require_rows(table, file_report, config)
     if config.deduplicate:
-        rows = rows.subset(np.sort(np.unique(rows.hashes, return_index=True)[1]))
-    deduplicated = int(len(table.kept()) - len(rows))
+        first_positions = np.unique(rows.hashes, return_index=True)[1]
+        rows = rows.subset(np.sort(first_positions))
+    deduplicated = len(table.kept()) - len(rows)
 
+    file_reports = [file_report]
     validation: Rows | None = None
-    held_out = locate(config.validation, cache).train if isinstance(config.validation, str) else source.validation
     if isinstance(config.validation, int | float):
-        places, held = split_places(len(rows), config.validation, seed)
-        rows, validation = rows.subset(places), rows.subset(held) if len(held) else None
-        held_out = source.train
-    elif held_out:
-        other, other_report = _load(config, held_out, tokenizer, cache, None)
-        validation = _require_rows(other, other_report, config)
-        files.append(other_report)
+        validation_files = source.train
+        train_positions, validation_positions = split_places(len(rows), config.validation, seed)
+        if len(validation_positions):
+            validation = rows.subset(validation_positions)
+        rows = rows.subset(train_positions)
+    else:
+        validation_files = source.validation
+        if config.validation is not None:
+            validation_files = locate(config.validation, cache).train
+        if validation_files:
+            validation_table, validation_report = _load(config, validation_files, tokenizer, cache, None)
+            validation = _require_rows(validation_table, validation_report, config)
+            file_reports.append(validation_report)
 
-    overlap = int(np.isin(validation.hashes, rows.hashes).sum()) if validation else 0
-    if overlap:
-        log.warn(
-            f"{overlap:,} of {len(validation or ()):,} validation rows are exactly equal to training rows: "
-            "the validation loss will look better than it is (deduplicate: true leaves repeated rows out)"
-        )
-    shares = report_share(rows), report_share(validation) if validation else None
-    return Prepared(rows, validation, Report(files, *shares, deduplicated, overlap), source.train, held_out)
+    overlap = 0
+    if validation is not None:
+        overlap = int(np.isin(validation.hashes, rows.hashes).sum())
+        if overlap:
+            log.warn(
+                f"{overlap:,} of {len(validation):,} validation rows are also training rows: the validation loss will "
+                "be optimistic (deduplicate: true removes repeated rows)"
+            )
+    report = Report(
+        files=file_reports,
+        train=report_share(rows),
+        validation=report_share(validation) if validation is not None else None,
+        deduplicated=deduplicated,
+        overlap=overlap,
+    )
+    return Prepared(rows, validation, report, source.train, validation_files)
 
 
 def read_samples(
     config: DataConfig, files: Sequence[Path], info: dict[str, Any] | None = None
 ) -> Iterator[PlacedSample]:
-    """The samples of some files with their places, lazily.
+    """The samples of some files with their file and line, read lazily.
 
     Args:
-        config: Says the format and the mapping, or leaves them to be found from the first row.
+        config: Names the format and the mapping, or leaves them to be detected from the first row.
         files: Data files.
-        info: Is given the name of the format, the columns that nothing reads, and whether there are tools.
+        info: Filled from the first row: the format's name, the unused columns, and whether the rows have tools.
 
     Raises:
         InputError: A file or row cannot be read, or there is no row.
@@ -102,9 +118,10 @@ def read_samples(
             where = f"{file}:{line}"
             if reader is None:
                 reader = choose_format(config, row, where)
-                (info if info is not None else {}).update(
-                    format=reader.name, unused=list(reader.unused), tools=reader.format.nested and "tools" in row
-                )
+                if info is not None:
+                    info["format"] = reader.name
+                    info["unused"] = list(reader.unused)
+                    info["tools"] = reader.format.nested and "tools" in row
             yield reader.sample(row, where), (file.name, line)
     if reader is None:
         raise InputError(f"{', '.join(map(str, files))}: no rows in it", hint="expected one row per line or a list")
@@ -113,23 +130,23 @@ def read_samples(
 def _load(
     config: DataConfig, files: Sequence[Path], tokenizer: Tokenizer, cache: Path, limit: int | None
 ) -> tuple[TokenTable, FileReport]:
-    decisive = {"format", "columns", "values", "system", "max_seq_length", "too_long", "learn"}
-    settings = {**config.model_dump(include=decisive), "limit": limit, "tokenizer": tokenizer.fingerprint}
+    """The rows of some files, tokenised or from the cache, and the report on them."""
+    # Everything that decides which tokens come out: a setting that is missing here would give stale rows.
+    settings = config.model_dump(
+        include={"format", "columns", "values", "system", "max_seq_length", "too_long", "learn"}
+    )
+    settings |= {"limit": limit, "tokenizer": tokenizer.fingerprint}
     folder = cache / "rows" / cache_key(files, settings)
     info: dict[str, Any] = {}
 
     def samples() -> Iterator[PlacedSample]:
-        for number, sample in enumerate(
-            log.progress(read_samples(config, files, info), what="tokenising", unit=" rows")
-        ):
-            if number == limit:
-                return
-            yield sample
+        all_samples = log.progress(read_samples(config, files, info), what="tokenising", unit=" rows")
+        return islice(all_samples, limit)
 
-    table, hit = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
+    table, from_cache = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
     if info["tools"] and "tools" not in (tokenizer.chat_template or ""):
-        log.warn("the rows have tools, which the model's chat template does not know: they are left out")
-    return table, report_files(", ".join(map(str, files)), table, info, from_cache=hit)
+        log.warn("the rows have tools, but the model's chat template has no place for them; they are ignored")
+    return table, report_files(", ".join(map(str, files)), table, info, from_cache=from_cache)
 
 
 def _encode(tokenizer: Tokenizer, config: DataConfig, samples: Sequence[PlacedSample]) -> Iterator[EncodedRow]:
@@ -137,7 +154,7 @@ def _encode(tokenizer: Tokenizer, config: DataConfig, samples: Sequence[PlacedSa
 
 
 def _require_rows(table: TokenTable, report: FileReport, config: DataConfig) -> Rows:
-    """The rows to learn from; none at all stops here, before a model is loaded.
+    """The rows to train on. A dataset without any is refused before a model is loaded.
 
     Raises:
         InputError: There is none.
@@ -146,34 +163,35 @@ def _require_rows(table: TokenTable, report: FileReport, config: DataConfig) -> 
     if len(rows):
         return rows
     if len(report.too_long) >= len(report.nothing_to_learn):
-        hint = f"the longest has {report.longest:,} tokens: raise max_seq_length, or set too_long: truncate_prompt"
-        why = (
+        reason = (
             f"{len(report.too_long):,} of {report.rows:,} rows are longer than max_seq_length {config.max_seq_length:,}"
         )
+        hint = f"the longest has {report.longest:,} tokens: raise max_seq_length, or set too_long: truncate_prompt"
     else:
+        reason = f"{len(report.nothing_to_learn):,} of {report.rows:,} rows have no target tokens"
         hint = "every conversation needs an assistant message with text; lit-lora prepare --show 3 prints rows"
-        why = f"{len(report.nothing_to_learn):,} of {report.rows:,} rows hold no answer that could be learned"
-    raise InputError(f"{report.name}: nothing to learn from: {why}", hint=hint)
+    raise InputError(f"{report.name}: no rows to train on: {reason}", hint=hint)
 
 
 def split_places(count: int, validation: float, seed: int) -> tuple[Integers, Integers]:
-    """Positions of the rows to train on and of those held out, drawn by ``seed``; both keep the file's order.
+    """Positions of the training rows and of the held-out rows, drawn with ``seed``; both stay in file order.
 
     Args:
-        count: Rows that there are.
-        validation: A fraction of them, or a number of rows as an int.
-        seed: Decides which.
+        count: Number of rows.
+        validation: A fraction of them as a float, or a number of rows as an int.
+        seed: Seeds the choice.
 
     Raises:
-        InputError: That many rows leave none to train on.
+        InputError: Too many rows are held out: none is left to train on.
     """
-    held = round(validation * count) if isinstance(validation, float) else int(validation)
-    if held >= count:
+    held_out = round(validation * count) if isinstance(validation, float) else int(validation)
+    if held_out >= count:
         raise InputError(
-            f"validation: {validation} holds out {held:,} rows, but there are only {count:,}",
-            hint="ask for fewer, or leave validation out",
+            f"validation: {validation} holds out {held_out:,} rows, but there are only {count:,}",
+            hint="hold out fewer, or omit validation",
         )
-    if held == 0:
-        log.warn(f"validation: {validation} of {count:,} rows is no row: there will be no validation loss")
+    if held_out == 0:
+        log.warn(f"validation: {validation} of {count:,} rows rounds to 0, so there is no validation set")
+    # The second number keeps this order apart from those of the epochs, which are drawn from (seed, epoch).
     order = np.random.Generator(np.random.PCG64([seed, 0x5B117])).permutation(count)
-    return np.sort(order[held:]), np.sort(order[:held])
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -1,4 +1,4 @@
-"""What is in a dataset, said in a few lines: rows, tokens, lengths, and what could not be used."""
+"""Report on a dataset in a few lines: rows, tokens, lengths, and the rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,56 +17,57 @@ from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["FileReport", "Report", "Share", "name_rows", "report_files", "report_share", "show_rows"]
 
-_BAR = 40
-_NAMED_ROWS = 8
+_BAR_WIDTH = 40
+_SHOWN_ROWS = 8
+_SMALLEST_EDGE = 32
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in the training files, or in the validation files."""
+    """The report on the training files, or on the validation files."""
 
     name: str
-    """The files, as given."""
+    """The files' paths, in one line."""
     format: str
     unused_columns: list[str]
     rows: int
-    """Rows read; of plain text, the pieces it was cut into."""
+    """Number of rows read; for plain text, the number of pieces."""
     truncated: list[str]
-    """``file:line`` of the rows whose prompt was cut."""
+    """``file:line`` of each row whose prompt was cut."""
     too_long: list[str]
-    """``file:line`` of the rows that were dropped for their length."""
+    """``file:line`` of each row dropped for its length."""
     nothing_to_learn: list[str]
-    """``file:line`` of the rows that were dropped because no token in them is learned."""
+    """``file:line`` of each row dropped because it has no target token."""
     duplicates: int
-    """Rows that are exactly equal to an earlier one."""
+    """Number of rows that repeat an earlier one."""
     from_cache: bool
     longest: int
-    """Tokens of the longest row, before anything was cut."""
+    """Tokens in the longest row, before any cut."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of one split."""
+    """The report on one split."""
 
     rows: int
     tokens: int
     targets: int
-    """Tokens that are learned."""
+    """Number of target tokens."""
     lengths: dict[int, int] = field(default_factory=dict)
-    """Upper edge in tokens -> rows up to it."""
+    """A histogram: upper edge in tokens -> number of rows between the edge before it and this one."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``prepare`` found and did."""
+    """The report on a prepared dataset."""
 
     files: list[FileReport]
     train: Share
     validation: Share | None
     deduplicated: int
-    """Rows left out because they are exactly equal to an earlier one."""
+    """Number of rows removed because they repeat an earlier one."""
     overlap: int
-    """Validation rows that are exactly equal to a training row."""
+    """Number of validation rows that are also training rows."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -74,24 +75,26 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        return [
-            *(line for file in self.files for line in _file_lines(file)),
-            *([f"left out {self.deduplicated:,} duplicate rows"] if self.deduplicated else []),
-            _share_line("training", self.train),
-            *([_share_line("validation", self.validation)] if self.validation else []),
-            *([f"{self.overlap:,} validation rows are also training rows"] if self.overlap else []),
-            "",
-            *_histogram(self.train.lengths),
-        ]
+        lines = []
+        for file in self.files:
+            lines += _file_lines(file)
+        if self.deduplicated:
+            lines.append(f"removed {self.deduplicated:,} duplicate rows")
+        lines.append(_share_line("training", self.train))
+        if self.validation:
+            lines.append(_share_line("validation", self.validation))
+        if self.overlap:
+            lines.append(f"{self.overlap:,} validation rows are also training rows")
+        return [*lines, "", *_histogram(self.train.lengths)]
 
 
 def report_files(name: str, table: TokenTable, info: dict[str, Any], *, from_cache: bool) -> FileReport:
-    """The report on one table; ``info`` has the format and the unused columns."""
+    """The report on one table; ``info`` holds the format and the unused columns."""
 
     def sources(status: Status) -> list[str]:
         return [table.source(int(i)) for i in np.flatnonzero(table.status == status)]
 
-    kept = table.kept().hashes
+    hashes = table.kept().hashes
     return FileReport(
         name=name,
         format=info["format"],
@@ -100,7 +103,7 @@ def report_files(name: str, table: TokenTable, info: dict[str, Any], *, from_cac
         truncated=sources(Status.TRUNCATED),
         too_long=sources(Status.TOO_LONG),
         nothing_to_learn=sources(Status.NOTHING_TO_LEARN),
-        duplicates=len(kept) - len(np.unique(kept)),
+        duplicates=len(hashes) - len(np.unique(hashes)),
         from_cache=from_cache,
         longest=int(table.length.max(initial=0)),
     )
@@ -110,71 +113,80 @@ def report_share(rows: Rows) -> Share:
     """The report on the rows of one split."""
     counts = rows.token_counts
     lengths: dict[int, int] = {}
-    edge, below = 32, 0
+    edge = _SMALLEST_EDGE
+    below = 0
     while below < len(counts):
-        up_to = int((counts <= edge).sum())
-        if up_to:
-            lengths[edge] = up_to - below
-        edge, below = edge * 2, up_to
-    return Share(len(rows), int(counts.sum()), int(rows.target_counts.sum()), lengths)
+        up_to_edge = int((counts <= edge).sum())
+        if up_to_edge:  # no empty bars before the first
+            lengths[edge] = up_to_edge - below
+        below = up_to_edge
+        edge *= 2
+    return Share(rows=len(rows), tokens=int(counts.sum()), targets=int(rows.target_counts.sum()), lengths=lengths)
 
 
 def show_rows(rows: Rows, tokenizer: Tokenizer, count: int) -> None:
-    """Print the first rows as the model sees them: learned text is green on a terminal, between ⟦ and ⟧ in a pipe."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    """Print the first rows as the model sees them: targets are green on a terminal, between ⟦ and ⟧ in a pipe."""
+    in_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    before, after = ("\x1b[32m", "\x1b[0m") if in_color else ("⟦", "⟧")
     for number in range(min(count, len(rows))):
         row = rows[number]
-        log.say(f"--- {row.source}: {len(row.input_ids)} tokens, {int(row.loss_mask[1:].sum())} learned", style="bold")
-        if colour:
-            text = "".join(
-                f"\x1b[32m{part}\x1b[0m" if is_target else part for is_target, part in _parts(row, tokenizer)
-            )
-        else:
-            text = "".join(f"⟦{part}⟧" if is_target else part for is_target, part in _parts(row, tokenizer))
-        sys.stdout.write(text + "\n")
+        targets = int(row.loss_mask[1:].sum())
+        log.say(f"--- {row.source}: {len(row.input_ids)} tokens, {targets} of them targets", style="bold")
+        text = ""
+        for is_target, part in _parts(row, tokenizer):
+            text += f"{before}{part}{after}" if is_target else part
+        sys.stdout.write(text + "\n")  # log.say would drop control characters such as \r
 
 
 def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
-    """The row's text, cut where learning begins and ends."""
-    for is_target, group in groupby(range(len(row.input_ids)), key=lambda t: bool(row.loss_mask[t])):
-        yield is_target, tokenizer.decode([int(row.input_ids[t]) for t in group], skip_special=False)
+    """The row's text, split where the targets begin and end."""
+    for is_target, positions in groupby(range(len(row.input_ids)), key=lambda position: bool(row.loss_mask[position])):
+        ids = [int(row.input_ids[position]) for position in positions]
+        yield is_target, tokenizer.decode(ids, skip_special=False)
 
 
 def _file_lines(file: FileReport) -> list[str]:
-    how = "tokens from the cache" if file.from_cache else "tokenised now, cached for the next time"
-    lines = [f"{file.name}: {file.rows:,} rows, format {file.format}, {how}"]
-    found = [
-        (file.truncated, "too long, the middle of the prompt cut out"),
+    origin = "tokens from the cache" if file.from_cache else "tokenised now and cached"
+    lines = [f"{file.name}: {file.rows:,} rows, format {file.format}, {origin}"]
+    problems = [
+        (file.truncated, "too long, shortened by the middle of the prompt"),
         (file.too_long, f"too long, dropped (the longest has {file.longest:,} tokens)"),
-        (file.nothing_to_learn, "with nothing to learn, dropped"),
+        (file.nothing_to_learn, "with no target tokens, dropped"),
     ]
-    lines += [f"  {len(rows):,} {what}: {name_rows(rows)}" for rows, what in found if rows]
+    for rows, problem in problems:
+        if rows:
+            lines.append(f"  {len(rows):,} {problem}: {name_rows(rows)}")
     if file.duplicates:
-        lines.append(f"  {file.duplicates:,} exactly equal to an earlier row")
+        lines.append(f"  {file.duplicates:,} identical to an earlier row")
     if file.unused_columns:
         lines.append(f"  columns not used: {', '.join(file.unused_columns)}")
     return lines
 
 
 def name_rows(rows: Sequence[str]) -> str:
-    """``a.jsonl:3, 8, 9 and 4 more`` of ``file:line``: a file's name stands once."""
-    places = [row.rpartition(":") for row in rows[:_NAMED_ROWS]]
-    groups = groupby(places, key=lambda place: place[0])
-    shown = ", ".join(f"{file}:{', '.join(line for _, _, line in lines)}" for file, lines in groups)
-    more = len(rows) - _NAMED_ROWS
-    return shown + (f" and {more:,} more" if more > 0 else "")
+    """The ``file:line`` of rows in short, each file named once: ``a.jsonl:3, 8, 9 and 4 more``."""
+    lines_by_file: dict[str, list[str]] = {}
+    for row in rows[:_SHOWN_ROWS]:
+        file, _, line = row.rpartition(":")
+        lines_by_file.setdefault(file, []).append(line)
+
+    shown = ", ".join(f"{file}:{', '.join(lines)}" for file, lines in lines_by_file.items())
+    if len(rows) > _SHOWN_ROWS:
+        shown += f" and {len(rows) - _SHOWN_ROWS:,} more"
+    return shown
 
 
 def _share_line(name: str, share: Share) -> str:
-    return f"{name}: {share.rows:,} rows, {share.tokens:,} tokens, {share.targets:,} of them learned"
+    return f"{name}: {share.rows:,} rows, {share.tokens:,} tokens, {share.targets:,} of them targets"
 
 
 def _histogram(lengths: dict[int, int]) -> list[str]:
     most = max(lengths.values(), default=1)
     lines = ["tokens per row"]
     for edge, rows in lengths.items():
-        low = edge // 2 + 1 if edge > 32 else 1
-        lines.append(
-            f"{low:>7} – {edge:<6} {rows:>8,} {'█' * max(round(_BAR * rows / most), 1 if rows else 0)}".rstrip()
-        )
+        low = edge // 2 + 1 if edge > _SMALLEST_EDGE else 1
+        width = round(_BAR_WIDTH * rows / most)
+        if rows:
+            width = max(width, 1)  # a single row shows too
+        lines.append(f"{low:>7} – {edge:<6} {rows:>8,} {'█' * width}".rstrip())
     return lines

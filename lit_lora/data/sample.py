@@ -1,4 +1,4 @@
-"""What a row of any format becomes: a conversation, or a plain text."""
+"""A sample: what a row of any format becomes, a conversation or a plain text."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Conversation", "Format", "Sample", "as_text", "exchange"]
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in their order, and the functions that the assistant may call."""
+    """Messages in order, and the functions that the assistant may call."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
     @property
     def has_answer(self) -> bool:
-        """Whether an assistant message says something."""
+        """Whether any assistant message has text or calls a function."""
         return any(
             (message.get("content") or "").strip() or message.get("tool_calls")
             for message in self.messages
@@ -36,10 +36,10 @@ Sample: TypeAlias = Conversation | str
 
 @dataclass(frozen=True)
 class Format:
-    """A dataset format: its columns, and how a row with them becomes a sample.
+    """A dataset format: its columns, and how a row becomes a sample.
 
-    ``read`` gets a row under the format's own column names and raises ``ValueError`` when a value has a wrong shape;
-    the caller knows the file and the row and adds them.
+    ``read`` takes a row under the format's own column names and raises ``ValueError`` for a value of the wrong type;
+    the caller adds file and line to the message.
     """
 
     required: tuple[str, ...]
@@ -48,16 +48,16 @@ class Format:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> other names under which it is recognised, the likeliest first."""
     nested: bool = False
-    """The required column holds a list of messages rather than text."""
+    """Whether the required column contains a list of messages instead of text."""
 
 
 def as_text(value: Any) -> str:
-    """A cell as text: null is empty, a list or an object is JSON, a number is as JSON writes it.
+    """A cell as text: null is empty; a list, an object or a number is written as JSON.
 
-    NaN, which tables write for a missing value, is empty too.
+    NaN, which tables use for a missing value, is empty too.
 
     Raises:
-        ValueError: The text holds half of a surrogate pair, which no tokenizer accepts.
+        ValueError: The text contains half of a surrogate pair, which no tokenizer accepts.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -70,7 +70,11 @@ def as_text(value: Any) -> str:
 
 
 def exchange(row: Mapping[str, Any], prompt: str, answer: str) -> Conversation:
-    """One question and its answer, after the row's ``system`` message when it has one."""
+    """A prompt and its answer, after the row's ``system`` message if it has one."""
     system = as_text(row.get("system"))
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    return Conversation([*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+    messages: list[Message] = []
+    if system:
+        messages.append({"role": "system", "content": system})
+    messages.append({"role": "user", "content": prompt})
+    messages.append({"role": "assistant", "content": answer})
+    return Conversation(messages)

@@ -1,4 +1,4 @@
-"""Where a dataset's files are: a file, a folder, a Hub repository, or the name of a well-known one."""
+"""Find the files of a dataset: a file, a folder, a Hub repository, or the name of a well-known one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from pathlib import Path
 from lit_lora import log
 from lit_lora.config import did_you_mean
 from lit_lora.data.read import READERS, is_data_file
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import atomic_folder, require_safe_names
 
 __all__ = ["NAMES", "Source", "locate"]
 
 NAMES = {"alpaca": "hub:tatsu-lab/alpaca", "dolly": "hub:databricks/databricks-dolly-15k"}
-"""Well-known datasets that can be asked for by name."""
+"""Well-known datasets and where they are."""
 
+# What to download by hand if the Hub cannot be reached.
 _BY_HAND = {
     "tatsu-lab/alpaca": "alpaca_data.json from github.com/tatsu-lab/stanford_alpaca",
     "databricks/databricks-dolly-15k": "databricks-dolly-15k.jsonl from that dataset's page on huggingface.co",
 }
 _HUB = re.compile(r"hub:(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?\Z")
-_VALIDATION = ("validation", "valid", "val", "dev", "heldout")
+_VALIDATION = {"validation", "valid", "val", "dev", "heldout"}
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,22 @@ class Source:
 
 
 def locate(path: str, cache: Path) -> Source:
-    """The files that ``path`` stands for; a Hub dataset is fetched once and kept below ``cache``.
+    """The files that ``path`` names; a Hub dataset is downloaded once and stored in ``cache``.
 
     Args:
         path: A file, a folder, ``hub:OWNER/NAME[:CONFIG][@REVISION]``, a name in ``NAMES``, or a bundled
             sample such as ``tickets_train``.
-        cache: Where Hub datasets are kept, as Parquet files.
+        cache: Where Hub datasets are stored, as Parquet files.
 
     Raises:
-        UsageError: It is neither.
-        InputError: The folder holds no data, or the Hub does not answer.
+        UsageError: A ``hub:`` path is malformed.
+        InputError: There is no such file or folder, the folder contains no data, or the Hub cannot be reached.
     """
-    given = Path(path).expanduser()
-    if given.is_dir():
-        return _folder(given)
-    if given.exists():
-        return Source([given], [])
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _folder(local)
+    if local.exists():
+        return Source([local], [])
     bundled = Path(str(resources.files("lit_lora.samples"))) / f"{path}.jsonl"
     if bundled.is_file():
         return Source([bundled], [])
@@ -60,23 +61,31 @@ def locate(path: str, cache: Path) -> Source:
         return _folder(_fetch(hub["repo"], hub["name"], hub["revision"], cache))
     if path.startswith("hub:"):
         raise UsageError(f"{path}: expected hub:OWNER/NAME, hub:OWNER/NAME:CONFIG or hub:OWNER/NAME@REVISION")
-    beside = [file.name for file in given.parent.iterdir() if is_data_file(file)] if given.parent.is_dir() else []
+
+    names = list(NAMES)
+    if local.parent.is_dir():
+        names += [file.name for file in local.parent.iterdir() if is_data_file(file)]
     raise InputError(
-        f"{path}: no such file or folder{did_you_mean(given.name, [*beside, *NAMES])}",
+        f"{path}: no such file or folder{did_you_mean(local.name, names)}",
         hint=f"give a file ({', '.join(READERS)}), a folder, hub:OWNER/NAME, or one of {', '.join(NAMES)}",
     )
 
 
 def _folder(folder: Path) -> Source:
-    """Files named ``train…`` and ``validation…`` (or valid, val, dev); without such names all are for training."""
+    """Split the files of a folder by name: ``train…``, and ``validation…`` (or valid, val, dev, heldout).
+
+    If none is named for training, all files that are not named for validation or testing are training files.
+    """
     files = sorted(file for file in folder.iterdir() if is_data_file(file))
     if not files:
         raise InputError(f"{folder}: no data file in this folder", hint=f"known: {', '.join(READERS)}, also with .gz")
-    train = [file for file in files if _named(file, ("train",))]
-    validation = [file for file in files if _named(file, _VALIDATION)]
+
+    train = [file for file in files if "train" in _words(file)]
+    validation = [file for file in files if _VALIDATION & _words(file)]
     others = [file for file in files if file not in train and file not in validation]
     if not train:
-        train, others = [file for file in others if not _named(file, ("test",))], []
+        train = [file for file in others if "test" not in _words(file)]
+        others = []
     if not train:
         raise InputError(f"{folder}: no training file, found {', '.join(file.name for file in files)}")
     if others:
@@ -84,30 +93,38 @@ def _folder(folder: Path) -> Source:
     return Source(train, validation)
 
 
-def _named(file: Path, names: Sequence[str]) -> bool:
-    """Whether one of ``names`` is a word of the file's name: ``snips_train.jsonl.gz``, ``validation-00000.parquet``."""
-    return bool(set(re.split(r"[^a-z]+", file.name.lower())) & set(names))
+def _words(file: Path) -> set[str]:
+    """The words in a file's name, as in ``snips_train.jsonl.gz`` or ``validation-00000.parquet``."""
+    return set(re.split(r"[^a-z]+", file.name.lower()))
 
 
 def _fetch(repo: str, name: str | None, revision: str | None, cache: Path) -> Path:
-    folder = cache / "hub" / "--".join(re.sub(r"[^\w.-]", "-", part) for part in (repo, name, revision) if part)
+    """Download a Hub dataset into the cache, one Parquet file per split, unless it is already there.
+
+    Raises:
+        InputError: It cannot be downloaded.
+    """
+    parts = [re.sub(r"[^\w.-]", "-", part) for part in (repo, name, revision) if part]
+    folder = cache / "hub" / "--".join(parts)
     if folder.is_dir():
         return folder
     try:
-        # seconds to import, and most runs read local files
+        # Importing these takes seconds, and most runs read local files.
         import datasets  # noqa: PLC0415
         import huggingface_hub  # noqa: PLC0415
 
-        huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=20)  # fails at once; datasets retries
-        found = datasets.load_dataset(repo, name, revision=revision)
-    except Exception as error:  # its own errors, huggingface_hub's, httpx's and the operating system's
+        # Fails within seconds if the Hub cannot be reached; load_dataset alone would retry for minutes.
+        huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=20)
+        splits = datasets.load_dataset(repo, name, revision=revision)
+    except Exception as error:  # of datasets, huggingface_hub, httpx or the operating system
         file = _BY_HAND.get(repo, f"the data files from huggingface.co/datasets/{repo}")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
-            f"hub:{repo}: cannot be fetched: {reason[:160]}",
-            hint=f"get {file} and give its path instead (a gated dataset needs HF_TOKEN in the environment)",
+            f"hub:{repo}: cannot be downloaded: {reason[:160]}",
+            hint=f"download {file} and give its path instead (a gated dataset needs HF_TOKEN in the environment)",
         ) from error
-    files = {f"{split}.parquet": rows for split, rows in found.items()}
+
+    files = {f"{split}.parquet": rows for split, rows in splits.items()}
     require_safe_names(files, f"hub:{repo}")
     with atomic_folder(folder) as temporary:
         for file, rows in files.items():

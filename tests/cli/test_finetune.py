@@ -396,7 +396,7 @@ def test_pain_40_a_text_in_the_place_of_a_number_is_told_with_its_line(task, cal
         ("model.device=cuda:7", 2, "device 'cuda:7' is not there"),
         ("train.max_stpes=3", 2, "unknown key 'train.max_stpes' (did you mean 'max_steps'?)"),
         ("schedule.name=cosin", 2, "error: 'schedule.name=cosin': schedule.name: "),
-        ("data.max_seq_length=3", 3, "nothing to learn from"),
+        ("data.max_seq_length=3", 3, "no rows to train on"),
         ("data.validation=99", 3, "validation: 99 holds out 99 rows, but there are only 24"),
     ],
 )

@@ -166,7 +166,7 @@ def test_pain_44_columns_of_no_format_name_file_row_columns_format_and_mapping()
         ({"a": "x"}, {"columns": {"prompt": "b", "completion": "a"}}, "no column 'b', found: a"),
         ({"text": "x", "lable": 1}, {"columns": {"prompt": "text", "completion": "label"}}, "did you mean 'lable'"),
         ({"a": "x"}, {"columns": {"prompt": "say {b}", "completion": "a"}}, "no column 'b'"),
-        ({"prompt": "x", "completion": "y"}, {"format": "dolly"}, "do not fill format dolly"),
+        ({"prompt": "x", "completion": "y"}, {"format": "dolly"}, "do not fit format dolly"),
         ({"prompt": "x", "completion": "y"}, {"values": {"z": {}}}, "no column 'z' for values"),
         ({"conversations": [], "chosen": {}, "rejected": {}}, {}, "preference rows"),
         ({"messages": []}, {}, "at least one message"),
@@ -181,7 +181,7 @@ def test_pain_44_columns_of_no_format_name_file_row_columns_format_and_mapping()
         ({"messages": [{"role": "asistant", "content": "x"}]}, {}, "unknown role 'asistant' .did you mean 'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {}, "image_url is not supported"),
         ({"prompt": "x", "completion": "\ud83d"}, {}, "half of a surrogate pair"),
-        ({}, {}, "the columns found .none."),
+        ({}, {}, "the columns .none."),
     ],
 )
 def test_pain_44_wrong_rows_are_errors_that_say_where(row: dict[str, Any], settings: Any, message: str) -> None:
@@ -198,7 +198,7 @@ def test_pain_44_what_a_table_writes_for_a_missing_value_is_no_text(missing: flo
 
 
 def test_a_mapping_for_an_unknown_format_column_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=r"'promt' is a column of no format \(did you mean 'prompt'\?\)"):
+    with pytest.raises(UsageError, match=r"no format has a column 'promt' \(did you mean 'prompt'\?\)"):
         _sample({"a": "x", "b": "y"}, columns={"promt": "a", "completion": "b"})
 
 

@@ -1,4 +1,4 @@
-"""Rows with labels: columns, labels, portions without much padding, and what is said of bad rows."""
+"""Rows with labels: columns, labels, micro-batches without much padding, and what is said of bad rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lit_lora.data.config import LabelledConfig
 from lit_lora.data.labelled import Example, LabelledRow, LabelledRows, Labels, find_labels, read_examples
-from lit_lora.data.padded import CALL, Layout, PaddedBatches, by_length, cut_by_length, padded_tokens
+from lit_lora.data.padded import CALL, Layout, PaddedBatches, by_length, padded_tokens, split_by_length
 from lit_lora.errors import InputError, UsageError
 
 
@@ -50,12 +50,12 @@ def test_columns_are_named_filled_in_and_their_values_replaced(tmp_path):
         ('{"sentence": "a", "label": 1}', {"columns": {"text": "sentense"}}, InputError,
          r"rows.jsonl:1: no column 'sentense' \(did you mean 'sentence'\?\), found: sentence, label"),
         ('{"sentence": "a", "label": 1}', {"columns": {"txt": "sentence"}}, UsageError,
-         r"data.columns: 'txt' is not a column here \(did you mean 'text'\?\), known: text, pair, label"),
+         r"data.columns: unknown column 'txt' \(did you mean 'text'\?\), known: text, pair, label"),
         ('{"x": "a", "y": 1}', {}, InputError, r"rows.jsonl:1: which column is the text and which the label\?"),
         ('{"text": "a", "label": null}', {}, InputError, r"rows.jsonl:1: the label \(column label\) is empty"),
         ('{"text": "a", "label": 1}\n{"text": "b"}', {}, InputError, r"rows.jsonl:2: no column 'label', found: text"),
         ('{"text": "a", "label": 2}', {"values": {"label": {"0": "no"}}}, InputError,
-         r"rows.jsonl:1: column label: no word for the value '2', data.values has: 0"),
+         r"rows.jsonl:1: column label: no word for the value '2'; data.values has words for: 0"),
         ("", {}, InputError, r"rows.jsonl: no rows in it"),
     ],
 )  # fmt: skip
@@ -92,7 +92,7 @@ def test_what_is_no_label_is_refused(labels, message):
 
 
 def test_a_label_that_training_has_not_seen_is_named_with_its_place():
-    with pytest.raises(InputError, match=r"f:1: label 'maybe' is not among the 2 of training: no, yes"):
+    with pytest.raises(InputError, match=r"f:1: label 'maybe' is not one of the 2 training labels: no, yes"):
         Labels(("no", "yes")).id(examples("maybe")[0])
 
 
@@ -104,10 +104,10 @@ def make_rows(lengths: list[int]) -> LabelledRows:
     return LabelledRows(rows)
 
 
-def test_portions_cost_as_little_as_the_best_of_all_cuts():
+def test_micro_batches_cost_as_little_as_the_best_of_all_cuts():
     lengths = np.array([3, 60, 5, 58, 4, 30, 6, 31])
-    portions = cut_by_length(lengths, 10_000)
-    assert sorted(i for portion in portions for i in portion) == list(range(8))
+    micro_batches = split_by_length(lengths, 10_000)
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(8))
     order = sorted(range(8), key=lambda i: -lengths[i])
 
     def cost(cuts: list[list[int]]) -> int:
@@ -117,13 +117,13 @@ def test_portions_cost_as_little_as_the_best_of_all_cuts():
     for bits in range(2**7):
         ends = [i + 1 for i in range(7) if bits >> i & 1]
         every.append([order[a:b] for a, b in zip([0, *ends], [*ends, 8], strict=True)])
-    assert cost(portions) == min(map(cost, every))
+    assert cost(micro_batches) == min(map(cost, every))
 
 
-def test_no_portion_is_larger_than_the_budget_but_for_a_single_row():
-    portions = cut_by_length(np.array([100, 40, 40, 40, 10]), 80)
+def test_no_micro_batch_is_larger_than_the_budget_but_for_a_single_row():
+    micro_batches = split_by_length(np.array([100, 40, 40, 40, 10]), 80)
     lengths = np.array([100, 40, 40, 40, 10])
-    assert all(len(p) == 1 or padded_tokens([p], lengths) <= 80 for p in portions)
+    assert all(len(p) == 1 or padded_tokens([p], lengths) <= 80 for p in micro_batches)
 
 
 def test_an_epoch_visits_every_row_once_and_is_a_function_of_the_step():

@@ -103,7 +103,7 @@ def test_validation_rows_that_are_also_training_rows_are_warned_of(
     held_out = write_rows([MANY[2], MANY[7], question(99)], name="held_out.jsonl")
     prepared = run(write_rows(MANY), validation=str(held_out))
     assert prepared.report.overlap == 2
-    assert "2 of 3 validation rows are exactly equal to training rows" in capsys.readouterr().err
+    assert "2 of 3 validation rows are also training rows" in capsys.readouterr().err
 
 
 def test_tools_that_the_template_does_not_know_are_warned_of(
@@ -113,7 +113,7 @@ def test_tools_that_the_template_does_not_know_are_warned_of(
     path = write_rows([{"messages": messages, "tools": [{"name": "search"}]}])
     for _ in range(2):  # from the cache too
         run(path)
-        assert "the rows have tools, which the model's chat template does not know" in capsys.readouterr().err
+        assert "the rows have tools, but the model's chat template has no place for them" in capsys.readouterr().err
 
 
 def test_the_report_counts_what_is_there(run: Prepare, write_rows: WriteRows) -> None:
@@ -128,7 +128,7 @@ def test_the_report_counts_what_is_there(run: Prepare, write_rows: WriteRows) ->
     text = "\n".join(report.lines())
     assert "1 too long, dropped" in text
     assert "rows.jsonl:5" in text
-    assert "1 with nothing to learn, dropped: rows.jsonl:4" in text
+    assert "1 with no target tokens, dropped: rows.jsonl:4" in text
     json.dumps(report.as_dict())
 
 
@@ -145,8 +145,8 @@ def test_counts_of_tokens_and_targets_are_those_of_the_rows(run: Prepare, write_
     ("rows", "settings", "message"),
     [
         ([{"prompt": "x " * 90, "completion": "y"}] * 3, {"max_seq_length": 40}, "3 of 3 rows are longer than max_seq"),
-        ([{"prompt": "x", "completion": ""}] * 2, {}, "2 of 2 rows hold no answer"),
-        ([{"messages": [{"role": "user", "content": "x"}]}], {}, "1 of 1 rows hold no answer"),
+        ([{"prompt": "x", "completion": ""}] * 2, {}, "2 of 2 rows have no target tokens"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], {}, "1 of 1 rows have no target tokens"),
         ([], {}, "no rows in it"),
         (MANY, {"validation": 40}, "holds out 40 rows, but there are only 40"),
         (MANY, {"validation": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
@@ -171,7 +171,7 @@ def test_pain_43_an_empty_validation_split_is_said_and_not_made(
 ) -> None:
     prepared = run(write_rows(MANY[:3]), validation=0.1)
     assert (len(prepared.train), prepared.validation) == (3, None)
-    assert "0.1 of 3 rows is no row: there will be no validation loss" in capsys.readouterr().err
+    assert "0.1 of 3 rows rounds to 0, so there is no validation set" in capsys.readouterr().err
 
 
 def test_pain_44_a_row_that_differs_from_the_first_is_named_with_file_and_line(

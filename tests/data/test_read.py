@@ -96,7 +96,7 @@ def test_unicode_line_separators_inside_a_value_end_no_row(tmp_path: Path) -> No
     ("name", "data", "message"),
     [
         ("r.jsonl", b'{"a": 1}\n\n{"a": 2,}\n', r"r\.jsonl:3: not valid JSON: .*column"),
-        ("r.jsonl", b'{"a": 1}\n{"a": "cut o', r"r\.jsonl:2: not valid JSON: .*cut off"),
+        ("r.jsonl", b'{"a": 1}\n{"a": "cut o', r"r\.jsonl:2: not valid JSON: .*truncated"),
         ("r.jsonl", b'{"a": 1}\n[1, 2]\n', r"r\.jsonl:2: expected an object .*got \[1, 2\]"),
         ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"r\.jsonl:2: not UTF-8"),
         ("r.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", r"r\.jsonl:1: not valid JSON: nested too deep"),
@@ -104,12 +104,12 @@ def test_unicode_line_separators_inside_a_value_end_no_row(tmp_path: Path) -> No
         ("r.json", b'{"a": 1}\n{"a": \n', r"r\.json:2: not valid JSON"),
         ("r.json", b"3", r"r\.json: expected a list of objects, got int"),
         ("r.json", b"[3]", r"r\.json:1: expected an object .*got 3"),
-        ("r.csv", b'a,b\n1,2\n"open,4\n5,6\n', r"r\.csv:3: not valid CSV: a quote is opened here and never closed"),
+        ("r.csv", b'a,b\n1,2\n"open,4\n5,6\n', r"r\.csv:3: not valid CSV: a quote is opened but never closed"),
         ("r.csv", b"a,b\n1,2\n3,4,5\n", r"r\.csv:3: 3 cells, expected 2 \(a, b\)"),
         ("r.csv", b"a,b\n1\n", r"r\.csv:2: 1 cells, expected 2"),
         ("r.csv", b"a,a\n1,2\n", r"r\.csv:1: the header names 'a' more than once"),
         ("r.csv", b"a,b\n\xff,2\n", r"r\.csv: not UTF-8"),
-        ("r.jsonl.gz", gzip.compress(_jsonl(ROWS).encode(), mtime=0)[:-9], r"r\.jsonl\.gz: damaged or cut off gzip"),
+        ("r.jsonl.gz", gzip.compress(_jsonl(ROWS).encode(), mtime=0)[:-9], r"r\.jsonl\.gz: damaged or truncated gzip"),
         ("r.parquet", b"PAR1 not really", r"r\.parquet: not a complete Parquet file"),
         ("r.xlsx", b"", r"r\.xlsx: unknown kind of data file"),
         ("r.jsnl", b"", r"r\.jsnl: unknown kind of data file \(did you mean '\.jsonl'\?\)"),
@@ -136,16 +136,16 @@ def test_a_key_that_stands_twice_is_counted_and_named(
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     assert _read(path)[1] == {"a": 2}
-    assert f"{path}:2, 3: a key stands twice ('a', 'd'); its last value is taken\n" in capsys.readouterr().err
+    assert f"{path}:2, 3: repeated key ('a', 'd'); the last value is used\n" in capsys.readouterr().err
     path.write_text("\n".join(['{"a": 1}'] + 20 * ['{"a": 1, "a": 2}']))
     assert len(_read(path)) == 21
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
-    assert ":2, 3, 4, 5, 6, 7, 8, 9 and 12 more: a key" in warned
+    assert ":2, 3, 4, 5, 6, 7, 8, 9 and 12 more: repeated key" in warned
     rows = read_rows(path)
     assert [next(rows)[0], next(rows)[0]] == [1, 2]
     rows.close()
-    assert f"{path}:2: a key" in capsys.readouterr().err  # of what was read
+    assert f"{path}:2: repeated key" in capsys.readouterr().err  # of what was read
 
 
 def test_rows_without_a_repeated_key_are_read_without_a_word(

@@ -212,7 +212,7 @@ BAD = {
     "unknown label": (
         ["data.validation={}/other.jsonl", "data.values={}"],
         3,
-        "label '7' is not among the 2 of training: 0, 1",
+        "label '7' is not one of the 2 training labels: 0, 1",
     ),
     "target that matches nothing": (["peft.target_modules=[q_proj]"], 2, "'q_proj' matches no module"),
     "a start from rows": (["peft.init=eva"], 2, "peft.init: eva and lora-ga look at a decoder's rows"),
@@ -269,7 +269,7 @@ def test_what_a_folder_lacks_for_predictions_is_one_line(call, tmp_path):
     assert (code, "has no trained head (classifier" in err) == (3, True)
     (tmp_path / "new.jsonl").write_text('{"sentence": "fine film", "label": "great"}\n')
     code, _, err = call("classify", run, "--file", tmp_path / "new.jsonl", "--columns", "text=sentence")
-    assert (code, "label 'great' is not among the 2 of training: negative, positive" in err) == (3, True)
+    assert (code, "label 'great' is not one of the 2 training labels: negative, positive" in err) == (3, True)
     assert call("classify", run)[0] == 2
     code, _, err = call("evaluate", run, "--data", tmp_path / "rows.jsonl")
     assert (code, "lit-lora classify" in err) == (2, True)

@@ -1,4 +1,4 @@
-"""Dataset formats: one row of a file in, one conversation or text out.
+"""Dataset formats: a row of a file in, a conversation or a text out.
 
 A new format is one module with a :class:`~lit_lora.data.sample.Format`, and one line in ``FORMATS``.
 """
@@ -11,7 +11,7 @@ from lit_lora.data.sample import Format
 
 __all__ = ["FORMATS", "load_format"]
 
-# name -> module:object; ``format: auto`` tries them in this order
+# Name -> module:object; ``format: auto`` tries them in this order.
 FORMATS: dict[str, str] = {
     "messages": "lit_lora.data.formats.messages:MESSAGES",
     "sharegpt": "lit_lora.data.formats.messages:SHAREGPT",
@@ -25,5 +25,5 @@ FORMATS: dict[str, str] = {
 def load_format(name: str) -> Format:
     """The format of that name in ``FORMATS``."""
     module, _, attribute = FORMATS[name].partition(":")
-    found: Format = getattr(importlib.import_module(module), attribute)
-    return found
+    format_: Format = getattr(importlib.import_module(module), attribute)
+    return format_

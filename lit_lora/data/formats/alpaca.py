@@ -11,11 +11,13 @@ __all__ = ["ALPACA"]
 
 
 def _read(row: Mapping[str, Any]) -> Sample:
-    instruction, extra = as_text(row["instruction"]), as_text(row.get("input"))
-    return exchange(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, as_text(row["output"]))
+    instruction = as_text(row["instruction"])
+    extra = as_text(row.get("input"))
+    prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    return exchange(row, prompt, as_text(row["output"]))
 
 
-# "text" is the rendered prompt that Alpaca's file on the Hub repeats in each row.
+# "text", the rendered prompt that Alpaca's file on the Hub repeats in each row, is not read.
 ALPACA = Format(
     required=("instruction", "output"),
     optional=("input", "system", "text"),

@@ -11,7 +11,8 @@ __all__ = ["DOLLY"]
 
 
 def _read(row: Mapping[str, Any]) -> Sample:
-    instruction, context = as_text(row["instruction"]), as_text(row["context"])
+    instruction = as_text(row["instruction"])
+    context = as_text(row["context"])
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
     return exchange(row, prompt, as_text(row["response"]))
 

@@ -28,14 +28,15 @@ _ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-_CARRIED = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+# Fields that are passed to the chat template as they are.
+_EXTRA_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 def _read(row: Mapping[str, Any], column: str) -> Sample:
-    given = _list(row[column], column, "messages")
-    if not given:
+    items = _list(row[column], column, "messages")
+    if not items:
         raise ValueError(f"{column}: expected at least one message, got none")
-    messages = [_message(item, f"{column}[{index}]") for index, item in enumerate(given)]
+    messages = [_message(item, f"{column}[{index}]") for index, item in enumerate(items)]
     system = as_text(row.get("system"))
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -43,39 +44,42 @@ def _read(row: Mapping[str, Any], column: str) -> Sample:
     return Conversation(messages, _list(tools, "tools", "function schemas") if tools else None)
 
 
-def _list(given: Any, column: str, of: str) -> list[Any]:
-    """A list, also one that stands in a cell as JSON text."""
-    if isinstance(given, str):
+def _list(value: Any, column: str, of: str) -> list[Any]:
+    """A list, or one written as JSON text, as a cell of a CSV file has it."""
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except ValueError:
             raise ValueError(f"{column}: expected a list of {of}, got text that is not JSON") from None
-    if not isinstance(given, list):
-        raise ValueError(f"{column}: expected a list of {of}, got {json.dumps(given, default=str)[:60]}")
-    return given
+    if not isinstance(value, list):
+        raise ValueError(f"{column}: expected a list of {of}, got {json.dumps(value, default=str)[:60]}")
+    return value
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping) or not ({"role", "from"} & item.keys()):
         shown = json.dumps(item, default=str)[:60]
         raise ValueError(f"{where}: expected an object with role and content (or from and value), got {shown}")
-    given = str(item.get("role") or item.get("from"))
-    role = _ROLES.get(given.lower())
+    name = str(item.get("role") or item.get("from"))
+    role = _ROLES.get(name.lower())
     if role is None:
-        raise ValueError(f"{where}: unknown role {given!r}{did_you_mean(given, _ROLES)}, known: {', '.join(_ROLES)}")
-    message: dict[str, Any] = {"role": role, "content": _content(item.get("content", item.get("value")), where)}
-    message.update({key: item[key] for key in _CARRIED if item.get(key)})
+        raise ValueError(f"{where}: unknown role {name!r}{did_you_mean(name, _ROLES)}, known: {', '.join(_ROLES)}")
+    content = item.get("content", item.get("value"))
+    message: dict[str, Any] = {"role": role, "content": _content(content, where)}
+    for field in _EXTRA_FIELDS:
+        if item.get(field):
+            message[field] = item[field]
     return message  # type: ignore[return-value]
 
 
 def _content(content: Any, where: str) -> str:
-    """Text, or the text of OpenAI's list of content parts."""
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
-        kinds = {part["type"] for part in content} - {"text"}
-        if kinds:
-            raise ValueError(f"{where}: content of type {', '.join(sorted(kinds))} is not supported, only text")
-        return "".join(as_text(part.get("text")) for part in content)
-    return as_text(content)
+    """The text of a message, which OpenAI also writes as a list of parts: ``[{"type": "text", "text": "Hi"}]``."""
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) and "type" in part for part in content):
+        return as_text(content)
+    other_types = {part["type"] for part in content} - {"text"}
+    if other_types:
+        raise ValueError(f"{where}: content of type {', '.join(sorted(other_types))} is not supported, only text")
+    return "".join(as_text(part.get("text")) for part in content)
 
 
 MESSAGES = Format(

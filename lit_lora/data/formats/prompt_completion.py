@@ -1,4 +1,4 @@
-"""Prompt and completion: the plainest form of a task."""
+"""Prompt and completion: the simplest form of a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text: every token is learned."""
+"""Plain text: every token is a target."""
 
 from __future__ import annotations
 
