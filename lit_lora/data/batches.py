@@ -166,9 +166,8 @@ def _pack(counts: Integers, budget: int) -> list[list[int]]:
     longest_first = np.argsort(-counts, kind="stable").tolist()
     bins = _first_fit(longest_first, counts, budget)
     even_bins = _even(longest_first, counts, len(bins))
-    # One row may exceed the budget alone; then its bin is the limit.
-    limit = max(budget, _largest(bins, counts))
-    return even_bins if _largest(even_bins, counts) <= limit else bins
+    fits = all(len(positions) == 1 or counts[positions].sum() <= budget for positions in even_bins)
+    return even_bins if fits else bins
 
 
 def _first_fit(order: Sequence[int], counts: Integers, budget: int) -> list[list[int]]:
@@ -197,8 +196,3 @@ def _even(order: Sequence[int], counts: Integers, bin_count: int) -> list[list[i
         bins[emptiest].append(position)
         loads[emptiest] += int(counts[position])
     return bins
-
-
-def _largest(bins: Sequence[Sequence[int]], counts: Integers) -> int:
-    """Tokens in the fullest bin."""
-    return max(int(counts[list(positions)].sum()) for positions in bins)

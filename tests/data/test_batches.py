@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lit_lora import IGNORE_INDEX
@@ -63,6 +63,7 @@ def test_pain_13_every_row_is_visited_once_an_epoch(row_count: int, batch_size: 
 
 
 @given(token_rows(), st.integers(1, 40))
+@example([([n] * length, [True] * length) for n, length in enumerate((2, 2, 2, 3, 3, 4, 4, 6, 8))], 7)
 def test_micro_batches_keep_to_the_budget_unless_a_row_alone_breaks_it(rows: list[TokenRow], budget: int) -> None:
     packed = Rows.from_tokens(rows)
     training = Batches(packed, batch_size=len(rows), micro_batch_tokens=budget, seed=0).step(0)
