@@ -1,4 +1,4 @@
-"""Tokenizer: text to ids, conversations to ids and the part of them that is learned."""
+"""Tokenizer: text to ids, and conversations to ids with a loss mask."""
 
 from lit_lora.tokenizer.chat import (
     EncodedChat,

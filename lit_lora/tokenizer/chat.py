@@ -1,15 +1,15 @@
-"""Conversations to ids, and which of them are learned.
+"""Conversations to ids, and which of the ids are targets.
 
 The conversation is rendered by the checkpoint's template, as one text, and encoded once; the ids are those of
-transformers' ``apply_chat_template``. What is learned (each assistant's text and the token that ends its turn) is
-found in that text by place, never by searching for marker strings or ids, so a padding token that equals EOS, or a
-text that quotes the template, changes nothing.
+transformers' ``apply_chat_template``. The targets (each assistant message's text and the token that ends its turn) are
+located in that text by position, never by searching for marker strings or ids, so a padding token that equals EOS, or
+a message that quotes the template, changes nothing.
 
-How a message's place is found: the template is rendered a second time with every content wrapped in numbered marks
-made of a character that occurs nowhere else. If the text without the marks is the first text, the template treats
-contents as opaque and the marks say where each one lies. A template that looks into contents (to cut out reasoning,
-say) fails that check; then each assistant turn is placed by rendering the conversation up to it, which must be a
-prefix of the whole. Where neither holds, there is no true answer, and an error says for which message.
+How a message is located: the template is rendered a second time with every content wrapped in numbered marks made of a
+character that occurs nowhere else. If removing the marks gives the first text, the template treats contents as opaque,
+and the marks show where each one is. A template that inspects contents (to cut out reasoning, say) fails that check;
+then each assistant turn is located by rendering the conversation up to it, which must be a prefix of the whole. If that
+fails too, the targets cannot be known, and an error names the message.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Ids, and for each whether the model learns to produce it."""
+    """Token ids, and for each whether it is a target."""
 
     ids: list[int]
-    """Token ids."""
     loss_mask: list[bool]
     """As long as ``ids``."""
 
@@ -54,17 +53,17 @@ class EncodedChat:
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> EncodedChat:
     """Encode a whole conversation for training.
 
-    Learned are, for every assistant message, all that the model has to produce after the generation prompt: its text
-    up to and including the end-of-turn token. A template that writes no such token gets EOS at the very end, or the
-    model would never learn to stop.
+    The targets of an assistant message are all that the model has to generate after the generation prompt: the text
+    up to and including the end-of-turn token. If the template writes no such token, EOS is appended to the last
+    answer, or the model would never learn to stop.
 
     Args:
         tokenizer: The tokenizer with its template.
-        messages: The conversation; assistant messages may stand anywhere.
-        tools: JSON schemas of functions, for templates that know them.
+        messages: The conversation; assistant messages may be anywhere in it.
+        tools: JSON schemas of functions, for templates that support them.
 
     Raises:
-        InputError: The template refuses the conversation, or leaves out or rewrites a message.
+        InputError: The template rejects the conversation, or omits or rewrites a message.
     """
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages, tools=tools)])[0]
 
@@ -75,69 +74,79 @@ class RenderedChat:
 
     text: str
     literal: list[Span]
-    """Where special-token strings are text."""
-    learned: list[Span]
-    """What the model has to produce, in order."""
+    """Where special-token strings are plain text, because a user wrote them."""
+    targets: list[Span]
+    """What the model has to generate, in order."""
     needs_eos: bool
-    """The last answer is not closed by a special token, so EOS follows it."""
+    """Whether EOS has to be appended, because no special token ends the last answer."""
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> RenderedChat:
-    """The first half of :func:`encode_chat`: all that can go wrong with one conversation goes wrong here.
+    """The first half of :func:`encode_chat`, which finds every problem that a conversation can have.
 
     Raises:
-        InputError: The template refuses the conversation, or leaves out or rewrites a message.
+        InputError: The template rejects the conversation, or omits or rewrites a message.
     """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=False)
     turns = [rendered.turn(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
-    is_open = bool(turns) and messages[-1]["role"] == "assistant" and not turns[-1].closed
-    return RenderedChat(rendered.text, rendered.literal, [(turn.start, turn.end) for turn in turns], is_open)
+    ends_with_answer = messages[-1]["role"] == "assistant"
+    return RenderedChat(
+        text=rendered.text,
+        literal=rendered.literal,
+        targets=[(turn.start, turn.end) for turn in turns],
+        needs_eos=ends_with_answer and not turns[-1].closed,
+    )
 
 
 def encode_rendered(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> list[EncodedChat]:
-    """The second half of :func:`encode_chat`, for many conversations at once on all cores."""
+    """The second half of :func:`encode_chat`, for many conversations in parallel on all cores."""
     encodings = tokenizer.encode_many_with_offsets([chat.text for chat in chats], [chat.literal for chat in chats])
     encoded = []
     for chat, (ids, offsets) in zip(chats, encodings, strict=True):
         loss_mask = [False] * len(ids)
-        for start, end in chat.learned:
-            first = bisect_right(offsets, start, key=lambda place: place[1])
-            last = bisect_left(offsets, end, first, key=lambda place: place[0])
-            loss_mask[first:last] = [True] * (last - first)
+        for start, end in chat.targets:
+            # Offsets are sorted: from the first token that ends after `start` to the last that begins before `end`.
+            first = bisect_right(offsets, start, key=lambda offset: offset[1])
+            stop = bisect_left(offsets, end, first, key=lambda offset: offset[0])
+            loss_mask[first:stop] = [True] * (stop - first)
         if chat.needs_eos and tokenizer.eos_id is not None:
-            ids, loss_mask = [*ids, tokenizer.eos_id], [*loss_mask, True]
+            ids = [*ids, tokenizer.eos_id]
+            loss_mask.append(True)
         encoded.append(EncodedChat(ids, loss_mask))
     return encoded
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> list[int]:
-    """Encode a conversation for generation: the whole history, and what opens the assistant's next answer.
+    """Encode a conversation for generation: the whole history, and the opening of the assistant's next answer.
 
     Raises:
-        InputError: The template refuses the conversation, or leaves out a system, user or tool message.
+        InputError: The template rejects the conversation, or omits a system or user message.
     """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=True)
     return tokenizer.encode_with_offsets(rendered.text, literal=rendered.literal)[0]
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, end: bool = False) -> list[int]:
-    """Encode plain text: BOS in front exactly when the checkpoint's tokenizer does so.
+    """Encode plain text, with BOS in front exactly if the checkpoint's tokenizer puts it there.
 
     Args:
         tokenizer: The tokenizer.
         text: Plain text; special-token strings in it are text.
-        end: Put EOS after it, as for a document that is complete.
+        end: Append EOS, as for a complete document.
     """
-    ids = [tokenizer.bos_id] if tokenizer.starts_with_bos and tokenizer.bos_id is not None else []
-    ids += tokenizer.encode(text)
-    return [*ids, tokenizer.eos_id] if end and tokenizer.eos_id is not None else ids
+    ids = tokenizer.encode(text)
+    if tokenizer.starts_with_bos and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    if end and tokenizer.eos_id is not None:
+        ids = [*ids, tokenizer.eos_id]
+    return ids
 
 
 def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> EncodedChat:
-    """Encode a prompt and its completion as plain text without a template; the completion and EOS are learned.
+    """Encode a prompt and its completion as plain text, without a template; the targets are the completion and EOS.
 
-    The ids begin with exactly those of ``encode_text(tokenizer, prompt)``, what generation starts from. Where the
-    last word of the prompt and the first of the completion would melt into one token, the two are encoded apart.
+    The ids begin with exactly those of ``encode_text(tokenizer, prompt)``, from which generation starts. If the end of
+    the prompt and the start of the completion would merge into one token, the two are encoded separately.
     """
     start = encode_text(tokenizer, prompt)
     ids = encode_text(tokenizer, prompt + completion, end=True)
@@ -148,14 +157,17 @@ def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Enc
 
 
 def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of ``text`` in the middle of a text: without the blank that some tokenizers put at the start."""
-    before, both = tokenizer.encode("\n"), tokenizer.encode("\n" + text)
-    return both[len(before) :] if both[: len(before)] == before else tokenizer.encode(text)
+    """Ids of ``text`` as a continuation: without the space that some tokenizers add at the start of a text."""
+    newline = tokenizer.encode("\n")
+    both = tokenizer.encode("\n" + text)
+    if both[: len(newline)] == newline:
+        return both[len(newline) :]
+    return tokenizer.encode(text)  # the newline merged with the text
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What the model has to produce of one assistant message: ``text[start:end]``."""
+    """The targets of one assistant message: ``text[start:end]``."""
 
     start: int
     end: int
@@ -163,7 +175,7 @@ class _Turn:
 
 
 class _Rendered:
-    """One rendering of a conversation, and where each message lies in it."""
+    """A rendered conversation, and where each message is in it."""
 
     def __init__(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, *, generation_prompt: bool
@@ -177,150 +189,202 @@ class _Rendered:
         self.text = self._render(messages, generation_prompt)
         self._places = self._place_contents(generation_prompt)
         for index, message in enumerate(messages):
-            # A prompt may leave out earlier reasoning of the assistant, as the template's author wanted.
-            if message["role"] in ("system", "user") and self._is_left_out(index):
+            # Assistant messages may be missing: many templates drop the reasoning of earlier turns.
+            if message["role"] in ("system", "user") and self._is_omitted(index):
                 raise self._lost(index)
         self.literal = self._literal_spans()
 
     def turn(self, index: int) -> _Turn:
-        """Where assistant message ``index`` begins, ends, and whether a special token ends it.
+        """Where the turn of assistant message ``index`` begins and ends, and whether a special token ends it.
 
         Raises:
-            InputError: The template leaves out or rewrites its text.
+            InputError: The template omits or rewrites its text.
         """
         template = self._tokenizer.template
-        start, end = self._content(index)
-        before, after = template.generation_prompt, template.after_answer
-        if not before or not self.text.endswith(before, 0, start):
-            opened = self._opened(index)
-            start = opened if opened is not None and opened < start else start
-        region = after if after and self.text.startswith(after, end) else self._after(index, end)
-        specials = list(self._tokenizer.special_pattern.finditer(region))
+        start, end = self._content_span(index)
+
+        # If something stands between the generation prompt and the text, such as "<think>", the model generates it.
+        if not template.generation_prompt or not self.text.endswith(template.generation_prompt, 0, start):
+            turn_start = self._turn_start(index)
+            if turn_start is not None:
+                start = min(start, turn_start)
+
+        if template.after_answer and self.text.startswith(template.after_answer, end):
+            rest = template.after_answer
+        else:
+            rest = self._rest_of_turn(index, end)
+        specials = list(self._tokenizer.special_pattern.finditer(rest))
         if specials:
             return _Turn(start, end + specials[-1].end(), closed=True)
-        is_last = index == len(self._messages) - 1  # EOS will follow the very end of the text
-        return _Turn(start, len(self.text) if is_last else end + len(region.rstrip()), closed=False)
+        if index == len(self._messages) - 1:
+            return _Turn(start, len(self.text), closed=False)  # EOS will follow the very end of the text
+        return _Turn(start, end + len(rest.rstrip()), closed=False)
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         return self._tokenizer.template.render(messages, tools=self._tools, generation_prompt=generation_prompt)
 
     def _place_contents(self, generation_prompt: bool) -> dict[int, list[Span]] | None:
-        """Where each content lies, by rendering it between marks; nothing if the marks change the text."""
-        taken = self.text + "".join(message.get("content") or "" for message in self._messages)
-        mark = next(character for code in range(0xE000, 0xF900) if (character := chr(code)) not in taken)
+        """Spans of each message's content, found by rendering it between marks; None if the marks change the text.
+
+        A message that the template omits is missing; one whose content it cuts has no spans.
+        """
+        used = self.text + "".join(message.get("content") or "" for message in self._messages)
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)  # private-use characters
+        marked_messages = [_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(self._messages)]
         try:
-            marked = self._render(
-                [_mark(message, f"{mark}{i}{mark}") for i, message in enumerate(self._messages)], generation_prompt
-            )
+            marked = self._render(marked_messages, generation_prompt)
         except InputError:
             return None
+
+        # re.split alternates between the text and the numbers in the marks: text, number, text, number, …, text.
         pieces = re.split(f"{mark}([0-9]+){mark}", marked)
-        if "".join(pieces[::2]) != self.text:
+        texts = pieces[::2]
+        numbers = pieces[1::2]
+        if "".join(texts) != self.text:
             return None
+
         positions: dict[int, list[int]] = {}
         position = 0
-        for piece, index in zip(pieces[::2], pieces[1::2], strict=False):
-            position += len(piece)
-            positions.setdefault(int(index), []).append(position)
-        # An odd number of marks: the template cut the content, so they say nothing of where it lies.
-        return {
-            index: list(zip(found[::2], found[1::2], strict=True)) if len(found) % 2 == 0 else []
-            for index, found in positions.items()
-        }
+        for text, number in zip(texts, numbers, strict=False):
+            position += len(text)
+            positions.setdefault(int(number), []).append(position)
 
-    def _is_left_out(self, index: int) -> bool:
+        spans: dict[int, list[Span]] = {}
+        for index, marks in positions.items():
+            # Marks come in pairs, around the content. Of a content that the template cut, one may be missing.
+            is_whole = len(marks) % 2 == 0
+            spans[index] = list(zip(marks[::2], marks[1::2], strict=True)) if is_whole else []
+        return spans
+
+    def _spans(self, index: int) -> list[Span]:
+        """Where the content of message ``index`` is, as far as the marks show it."""
+        return (self._places or {}).get(index, [])
+
+    def _is_omitted(self, index: int) -> bool:
         """Whether nothing of a message's content is in the text."""
-        content = _core(self._messages[index])
+        content = _stripped_content(self._messages[index])
         if self._places is not None and index not in self._places:
             return bool(content)
-        return content not in self.text and not (self._places or {}).get(index)
+        return content not in self.text and not self._spans(index)
 
-    def _content(self, index: int) -> Span:
-        """Where the text of assistant message ``index`` lies."""
-        content = _core(self._messages[index])
-        places = (self._places or {}).get(index, [])
-        if len(places) == 1 and self.text[slice(*places[0])] == content:
-            return places[0]
-        if self._is_left_out(index):
-            raise self._lost(index)
-        start, end = self._opened(index), self._turn_end(index)
-        found = -1 if start is None or end is None else self.text.find(content, start, end)
-        if found < 0:
-            raise self._lost(index)
-        return found, found + len(content)
+    def _content_span(self, index: int) -> Span:
+        """Where the content of assistant message ``index`` is.
 
-    def _opened(self, index: int) -> int | None:
-        """Where the answer of assistant message ``index`` begins, if what comes before is a prefix of the text."""
-        return self._prefix(self._messages[:index], generation_prompt=True)
+        Raises:
+            InputError: The template omits or rewrites it.
+        """
+        content = _stripped_content(self._messages[index])
+        spans = self._spans(index)
+        if len(spans) == 1:
+            start, end = spans[0]
+            if self.text[start:end] == content:
+                return start, end
+        if self._is_omitted(index):
+            raise self._lost(index)
+
+        # The marks do not help: search for the content, but only within this turn.
+        turn_start = self._turn_start(index)
+        turn_end = self._turn_end(index)
+        if turn_start is None or turn_end is None:
+            raise self._lost(index)
+        start = self.text.find(content, turn_start, turn_end)
+        if start < 0:
+            raise self._lost(index)
+        return start, start + len(content)
+
+    def _turn_start(self, index: int) -> int | None:
+        """Where the answer of assistant message ``index`` begins; None if the text before it is no rendering."""
+        return self._prefix_length(self._messages[:index], generation_prompt=True)
 
     def _turn_end(self, index: int) -> int | None:
-        """Where the rendering of message ``index`` ends, if the conversation up to it is a prefix of the text."""
-        messages = self._messages[: index + 1]
-        return len(self.text) if len(messages) == len(self._messages) else self._prefix(messages)
+        """Where the turn of message ``index`` ends; None if the text up to there is no rendering."""
+        if index == len(self._messages) - 1:
+            return len(self.text)
+        return self._prefix_length(self._messages[: index + 1])
 
-    def _prefix(self, messages: Sequence[Message], generation_prompt: bool = False) -> int | None:
+    def _prefix_length(self, messages: Sequence[Message], generation_prompt: bool = False) -> int | None:
+        """The length of these messages' rendering if it is a prefix of the text, else None."""
         try:
             text = self._render(messages, generation_prompt)
         except InputError:
             return None
         return len(text) if self.text.startswith(text) else None
 
-    def _after(self, index: int, end: int) -> str:
-        """What follows the text of assistant message ``index`` and still belongs to its turn."""
+    def _rest_of_turn(self, index: int, end: int) -> str:
+        """What follows the content of assistant message ``index``, which ends at ``end``, and belongs to its turn."""
         turn_end = self._turn_end(index)
         if turn_end is not None:
             return self.text[end:turn_end]
-        # The template writes this turn differently inside the conversation: only its usual last token can be its end.
-        starts = [start for spans in (self._places or {}).values() for start, _ in spans if start > end]
-        region = self.text[end : min(starts, default=len(self.text))]
-        last = self._tokenizer.special_pattern.findall(self._tokenizer.template.after_answer)[-1:]
-        return region[: region.find(last[0]) + len(last[0])] if last and last[0] in region else ""
+
+        # The template writes this turn differently within the conversation than at its end. Then the turn ends with
+        # the special token that usually ends an answer, if it comes before the next message.
+        next_message = len(self.text)
+        for spans in (self._places or {}).values():
+            for start, _ in spans:
+                if start > end:
+                    next_message = min(next_message, start)
+        end_tokens = self._tokenizer.special_pattern.findall(self._tokenizer.template.after_answer)
+        if not end_tokens:
+            return ""
+        position = self.text.find(end_tokens[-1], end, next_message)
+        return self.text[end : position + len(end_tokens[-1])] if position >= 0 else ""
 
     def _literal_spans(self) -> list[Span]:
-        """Spans in which special-token strings are what somebody wrote, not what the template wrote."""
-        spans: list[Span] = []
+        """Spans whose special-token strings were written by a user, not by the template.
+
+        Raises:
+            InputError: Such a string is in a message that cannot be located.
+        """
+        literal: list[Span] = []
         pattern = self._tokenizer.special_pattern
         for index, message in enumerate(self._messages):
-            others = {key: value for key, value in message.items() if key not in ("role", "content")}
-            if others and pattern.search(repr(others)):
-                raise InputError(f"{self._name(index)}: a field besides content holds a special token's text")
-            if pattern.search(message.get("content") or ""):
-                places = (self._places or {}).get(index, [])
-                if not places and not self._is_left_out(index):
-                    raise InputError(
-                        f"{self._name(index)} holds a special token's text, which this chat template takes apart",
-                        hint="remove that text from the message",
-                    )
-                spans += places
-        return spans
+            other_fields = {key: value for key, value in message.items() if key not in ("role", "content")}
+            if other_fields and pattern.search(repr(other_fields)):
+                raise InputError(f"{self._name(index)}: a field other than content contains a special token's text")
+            if not pattern.search(message.get("content") or ""):
+                continue
+            spans = self._spans(index)
+            if not spans and not self._is_omitted(index):
+                raise InputError(
+                    f"{self._name(index)} contains a special token's text, and this chat template rewrites the message",
+                    hint="remove that text from the message",
+                )
+            literal += spans
+        return literal
 
     def _lost(self, index: int) -> InputError:
         return InputError(
-            f"{self._name(index)}: the chat template leaves out or rewrites its content",
-            hint="leave this message out, or use a checkpoint whose template keeps it",
+            f"{self._name(index)}: the chat template omits or rewrites its content",
+            hint="remove this message, or use a checkpoint whose template keeps it",
         )
 
     def _name(self, index: int) -> str:
         return f"message {index + 1} ({self._messages[index]['role']})"
 
 
-def _core(message: Message) -> str:
+def _stripped_content(message: Message) -> str:
     return (message.get("content") or "").strip()
 
 
 def _mark(message: Message, mark: str) -> Message:
-    """A copy whose content, apart from blanks around it, stands between two marks."""
+    """A copy with a mark on each side of its content.
+
+    White space around the content stays outside, so that a template that strips it still does.
+    """
     content = message.get("content") or ""
-    core = content.strip()
-    if not core:
+    stripped = content.strip()
+    if not stripped:
         return message
-    start = content.index(core)
-    marked = f"{content[:start]}{mark}{core}{mark}{content[start + len(core) :]}"
-    return {**message, "content": marked}
+    before, _, after = content.partition(stripped)
+    return {**message, "content": f"{before}{mark}{stripped}{mark}{after}"}
 
 
 def _check(messages: Sequence[Message]) -> None:
-    """Raise InputError for what is not a conversation."""
+    """Check that this is a conversation.
+
+    Raises:
+        InputError: It is empty, or a message has no role or a content that is not text.
+    """
     if not messages:
         raise InputError("a conversation needs at least one message")
     for index, message in enumerate(messages):
@@ -333,6 +397,5 @@ def _check(messages: Sequence[Message]) -> None:
 
 @lru_cache
 def _note_default_template(where: str) -> None:
-    log.note(
-        f"{where} has no chat template; a plain one is used ('### User:', '### Assistant:') and saved with results"
-    )
+    # Cached, so that each tokenizer says it once.
+    log.note(f"{where} has no chat template; using a plain one ('### User:', '### Assistant:'), saved with the result")

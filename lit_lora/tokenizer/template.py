@@ -1,4 +1,4 @@
-"""Chat templates: the checkpoint's own Jinja text, rendered in a sandbox as Hugging Face renders it."""
+"""Chat templates: the checkpoint's own Jinja template, rendered in a sandbox as Hugging Face renders it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class Message(TypedDict, total=False):
     """One message of a conversation, as in OpenAI's format."""
 
     role: str
-    """``system``, ``user``, ``assistant``, ``tool``, or what else the template knows."""
+    """``system``, ``user``, ``assistant``, ``tool``, or another role that the template supports."""
     content: str | None
     """The text; may be absent beside ``tool_calls``."""
     name: str
-    """Of the speaker or of the tool."""
+    """The name of the speaker or of the tool."""
     tool_calls: list[dict[str, Any]]
-    """Of an assistant message."""
+    """Calls in an assistant message."""
     tool_call_id: str
-    """Of a tool message: the call that it answers."""
+    """In a tool message, the call that it answers."""
     reasoning_content: str
-    """Of an assistant message, where the template knows it."""
+    """Reasoning in an assistant message, for templates that support it."""
 
 
 def default_template(*, starts_with_bos: bool) -> str:
-    """The template for a checkpoint that has none: plain headings, and EOS after each assistant text.
+    """The template for a checkpoint without one: plain headings, and EOS after each assistant text.
 
     Args:
-        starts_with_bos: Whether the tokenizer puts BOS before plain text, so that a conversation gets it too.
+        starts_with_bos: Whether the tokenizer puts BOS before plain text; then conversations begin with it too.
     """
     return (
         ("{{ bos_token }}" if starts_with_bos else "")
@@ -56,7 +56,7 @@ class ChatTemplate:
     Args:
         text: The Jinja source.
         special_tokens: ``bos_token``, ``eos_token``, … as the template sees them.
-        where: The file it came from, for the messages.
+        where: The file it comes from, for error messages.
 
     Raises:
         InputError: The text is not a valid template.
@@ -78,15 +78,15 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text, special tokens written out.
+        """The conversation as text, with its special tokens.
 
         Args:
             messages: The conversation.
             tools: JSON schemas of the functions that the model may call.
-            generation_prompt: End with what opens the assistant's next answer.
+            generation_prompt: End with the opening of the assistant's next answer.
 
         Raises:
-            InputError: The template refuses the conversation, or fails.
+            InputError: The template rejects the conversation, or fails.
         """
         try:
             return self._template.render(
@@ -97,40 +97,41 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except RecursionError as error:
-            raise InputError(f"{self._where}: chat template: it never ends") from error
-        except Exception as error:  # a template is a program: anything can come out of it
+            raise InputError(f"{self._where}: the chat template never ends") from error
+        except Exception as error:  # a template is a program that can fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self._where}: the chat template refuses this conversation: {reason}") from error
+            raise InputError(f"{self._where}: the chat template rejects this conversation: {reason}") from error
 
     @cached_property
     def generation_prompt(self) -> str:
         """What opens an answer after a plain question, such as ``<|im_start|>assistant``; may be empty."""
         question: list[Message] = [{"role": "user", "content": "x"}]
         try:
-            without, opened = self.render(question), self.render(question, generation_prompt=True)
+            plain = self.render(question)
+            opened = self.render(question, generation_prompt=True)
         except InputError:
             return ""
-        return opened[len(without) :] if opened.startswith(without) else ""
+        return opened.removeprefix(plain) if opened.startswith(plain) else ""
 
     @cached_property
     def after_answer(self) -> str:
         """What the template writes after an assistant's text, such as ``<|im_end|>``; may be empty."""
-        answer = "qzxj"
+        answer = "qzxj"  # letters that no template contains
         chat: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
         try:
-            _, found, after = self.render(chat).rpartition(answer)
+            text = self.render(chat)
         except InputError:
             return ""
-        return after if found else ""
+        return text.rpartition(answer)[2] if answer in text else ""
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %} … {% endgeneration %}``: marks the assistant's part for others; here it is only its body."""
+    """``{% generation %} … {% endgeneration %}``: tags of transformers around the assistant's text; the body is kept."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Give the nodes between the two tags."""
+        """The nodes between the two tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

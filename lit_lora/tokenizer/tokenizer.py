@@ -1,8 +1,8 @@
-"""Text to ids and back, as the files of the checkpoint say and nothing else: a folder's name means nothing.
+"""Text to ids and back, decided by the checkpoint's files alone, never by its name.
 
-Special-token strings inside text are text: ``encode("<|im_end|>")`` gives the pieces of those ten characters. Only
-the chat template writes special tokens, through :mod:`lit_lora.tokenizer.chat`. No method adds BOS or EOS by itself;
-:func:`lit_lora.tokenizer.encode_text` is the one place that knows the rule for plain text.
+Special-token strings in text are text: ``encode("<|im_end|>")`` gives the pieces of those ten characters. Only the chat
+template writes special tokens, through :mod:`lit_lora.tokenizer.chat`. No method adds BOS or EOS; the rule for plain
+text is in :func:`lit_lora.tokenizer.encode_text`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lit_lora.tokenizer.template import ChatTemplate, default_template
 __all__ = ["Offsets", "Tokenizer"]
 
 Offsets = list[tuple[int, int]]
+"""The ``text[start:end]`` of each id."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Stand-ins for the special tokens that a template wrote, when the text around them also contains such strings as
-# text. Plane 15 is private use; each stand-in is as long as its token, so that offsets stay the same.
-_STAND_IN, _FILL = 0xF0000, chr(0xFFFFD)
+# Stand-ins for the special tokens that a template wrote, for a text in which a user wrote such strings too. They are
+# characters for private use from plane 15, as many as the token has characters, so that offsets stay the same.
+_STAND_IN = 0xF0000
+_FILL = chr(0xFFFFD)
 
 
 class Tokenizer:
-    """A tokenizer with the chat template and the stop rules of its checkpoint.
-
-    Made by :meth:`load`.
+    """A tokenizer with the chat template and the stop rules of its checkpoint; see :meth:`load`.
 
     Args:
-        backend: The tokenizer of ``tokenizer.json``.
+        backend: The tokenizer of ``tokenizer.json``; its truncation, padding and post-processing are switched off.
         files: The parsed JSON files beside it, by name, and ``chat_template.jinja`` as text.
-        where: The folder, for messages.
+        where: The folder, for error messages.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, files: Mapping[str, Any], where: str) -> None:
@@ -48,43 +48,44 @@ class Tokenizer:
         backend.no_padding()
         self._files = dict(files)
         self.where = where
-        """The folder it came from, for messages."""
+        """The folder it comes from, for error messages."""
         self._backend = backend
         self._named = _named_tokens(self._files, backend)
         _declare_special(backend, self._files, self._named)
         self._post_processor = backend.post_processor
         self.starts_with_bos = self.bos_id is not None and backend.encode("x").ids[:1] == [self.bos_id]
-        """Whether plain text gets BOS in front, as the post-processor of ``tokenizer.json`` says."""
-        # Post-processing adds nothing that is wanted from here on, and would cut blanks off the offsets.
+        """Whether plain text begins with BOS, as the post-processor of ``tokenizer.json`` decides."""
+        # From here on, post-processing is only for saving: it adds special tokens, and trims spaces off the offsets.
         backend.post_processor = None
-        own = _chat_template(self._files, where)
-        self.has_own_template = own is not None
-        """Whether the checkpoint brought a chat template; if not, a plain one is used, and saved with the rest."""
-        text = own if own is not None else default_template(starts_with_bos=self.starts_with_bos)
-        self.template = ChatTemplate(text, self._named, where)
-        """The chat template, ready to render."""
+
+        template = _chat_template(self._files, where)
+        self.has_own_template = template is not None
+        """Whether the checkpoint has a chat template; if not, a plain one is used and saved."""
+        if template is None:
+            template = default_template(starts_with_bos=self.starts_with_bos)
+        self.template = ChatTemplate(template, self._named, where)
         self._literal: tokenizers.Tokenizer | None = None
         self.extended = False
         """Whether tokens were added to those of the checkpoint since it was loaded."""
 
     def use_template(self, text: str, where: str) -> None:
-        """Use another chat template than the checkpoint's, from now on and in what is saved.
+        """Replace the checkpoint's chat template, also in what :meth:`save` writes.
 
         Args:
             text: The Jinja source.
-            where: The file it comes from, for messages.
+            where: The file it comes from, for error messages.
 
         Raises:
             InputError: It is not a valid template.
         """
         self.template = ChatTemplate(text, self._named, where)
         self.has_own_template = True
-        for cached in ("stop_ids", "end_of_turn_id"):  # both follow from the template
+        for cached in ("stop_ids", "end_of_turn_id"):  # both depend on the template
             self.__dict__.pop(cached, None)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and, where present, the files that say how it is used.
+        """Read ``tokenizer.json`` and, if present, the configuration files and the chat template beside it.
 
         Raises:
             InputError: There is no ``tokenizer.json``, or a file is not valid.
@@ -97,8 +98,11 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
-            raise InputError(f"{path}: not a tokenizer that the tokenizers library can read: {error}") from error
-        files: dict[str, Any] = {name: _read_json(folder / name) for name in _SIDE_FILES if (folder / name).is_file()}
+            raise InputError(f"{path}: the tokenizers library cannot read it: {error}") from error
+        files: dict[str, Any] = {}
+        for name in _SIDE_FILES:
+            if (folder / name).is_file():
+                files[name] = _read_json(folder / name)
         if (folder / _TEMPLATE_FILE).is_file():
             files[_TEMPLATE_FILE] = _read_text(folder / _TEMPLATE_FILE)
         return cls(backend, files, str(folder))
@@ -108,136 +112,149 @@ class Tokenizer:
 
         Args:
             text: Any text.
-            special: Whether special-token strings in it are special tokens; by default they are text.
+            special: Read special-token strings as special tokens instead of text.
         """
-        return self.encode_with_offsets(text, literal=() if special else ((0, len(text)),))[0]
+        literal = [] if special else [(0, len(text))]
+        return self.encode_with_offsets(text, literal=literal)[0]
 
     def encode_with_offsets(self, text: str, *, literal: Iterable[tuple[int, int]] = ()) -> tuple[list[int], Offsets]:
-        """Ids of ``text`` and the characters ``text[start:end]`` that each one stands for, in one pass.
+        """Ids of ``text`` and the span ``text[start:end]`` of each, in one pass.
 
         Args:
-            text: A rendered conversation: special-token strings in it are special tokens.
+            text: A rendered conversation, in which special-token strings are special tokens.
             literal: The ``(start, end)`` spans in which they are text.
 
         Raises:
-            InputError: The text contains private-use characters that the two readings need.
+            InputError: The text contains special-token strings of both kinds, and private-use characters as well.
         """
-        if not any(self.special_pattern.search(text, start, end) for start, end in literal):
+        literal = list(literal)
+        if not self._has_special_string(text, literal):
             encoding = self._backend.encode(text, add_special_tokens=False)
             return encoding.ids, encoding.offsets
-        stand_ins = self._stand_ins
+
+        # The same strings mean two things in this text. Outside the literal spans, stand-ins take their place; then a
+        # backend that knows the stand-ins as special tokens reads everything else as text.
         if any(ord(character) >= _STAND_IN for character in text):
             raise InputError("the text contains both special-token strings and private-use characters U+F0000 and up")
-        pieces, done = [], 0
+        pieces = []
+        position = 0
         for start, end in sorted(literal):
-            pieces += [self.special_pattern.sub(lambda found: stand_ins[found[0]], text[done:start]), text[start:end]]
-            done = end
-        pieces.append(self.special_pattern.sub(lambda found: stand_ins[found[0]], text[done:]))
-        backend, originals = self._literal_backend()
+            pieces += [self._with_stand_ins(text[position:start]), text[start:end]]
+            position = end
+        pieces.append(self._with_stand_ins(text[position:]))
+        backend, original_ids = self._literal_backend()
         encoding = backend.encode("".join(pieces), add_special_tokens=False)
-        return [originals.get(token, token) for token in encoding.ids], encoding.offsets
+        return [original_ids.get(token_id, token_id) for token_id in encoding.ids], encoding.offsets
+
+    def _has_special_string(self, text: str, spans: Iterable[tuple[int, int]]) -> bool:
+        return any(self.special_pattern.search(text, start, end) for start, end in spans)
+
+    def _with_stand_ins(self, text: str) -> str:
+        return self.special_pattern.sub(lambda match: self._stand_ins[match[0]], text)
 
     def encode_many_with_offsets(
         self, texts: Sequence[str], literal: Sequence[Sequence[tuple[int, int]]]
     ) -> list[tuple[list[int], Offsets]]:
-        """As :meth:`encode_with_offsets` for each text and its spans, on all cores.
+        """:meth:`encode_with_offsets` for each text and its spans, on all cores.
 
         Raises:
-            InputError: A text contains private-use characters that the two readings need.
+            InputError: A text contains special-token strings of both kinds, and private-use characters as well.
         """
-        plain = [
-            not any(self.special_pattern.search(text, start, end) for start, end in spans)
-            for text, spans in zip(texts, literal, strict=True)
-        ]
-        batch = [text for text, is_plain in zip(texts, plain, strict=True) if is_plain]
+        # The few texts with such strings in a literal span are encoded one by one, all others in one batch.
+        batch: list[str] = []
+        encoded: dict[int, tuple[list[int], Offsets]] = {}
+        for number, (text, spans) in enumerate(zip(texts, literal, strict=True)):
+            if self._has_special_string(text, spans):
+                encoded[number] = self.encode_with_offsets(text, literal=spans)
+            else:
+                batch.append(text)
         encodings = iter(self._backend.encode_batch(batch, add_special_tokens=False))
-        return [
-            (encoding.ids, encoding.offsets)
-            if is_plain and (encoding := next(encodings))
-            else self.encode_with_offsets(text, literal=spans)
-            for text, spans, is_plain in zip(texts, literal, plain, strict=True)
-        ]
+        for number in range(len(texts)):
+            if number not in encoded:
+                encoding = next(encodings)
+                encoded[number] = (encoding.ids, encoding.offsets)
+        return [encoded[number] for number in range(len(texts))]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not valid UTF-8 become U+FFFD.
 
         Args:
-            ids: Token ids; those outside the vocabulary (padding of the embedding) give nothing.
-            skip_special: Leave special tokens out.
+            ids: Token ids; ids outside the vocabulary (padding of the embedding) decode to nothing.
+            skip_special: Omit special tokens.
         """
         if skip_special:
-            ids = [token for token in ids if token not in self._special_ids]
+            ids = [token_id for token_id in ids if token_id not in self._special_ids]
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token(self, token_id: int) -> str | None:
-        """The vocabulary's spelling of one id, or nothing if it has none."""
+        """The vocabulary entry of an id, or None if there is none."""
         return self._backend.id_to_token(token_id)
 
     def token_id(self, token: str) -> int | None:
-        """The id of one vocabulary entry, or nothing if there is none."""
+        """The id of a vocabulary entry, or None if there is none."""
         return self._backend.token_to_id(token)
 
     def stream(self) -> TextStream:
-        """A decoder that takes ids one at a time and gives text as soon as it is certain."""
+        """A decoder that takes ids one by one and returns text once it is certain."""
         return TextStream(self.decode)
 
     @property
     def bos_id(self) -> int | None:
-        """The id of BOS, if the checkpoint names one."""
+        """The id of BOS, or None if the checkpoint names none."""
         return self._named_id("bos_token")
 
     @property
     def eos_id(self) -> int | None:
-        """The id of EOS, if the checkpoint names one."""
+        """The id of EOS, or None if the checkpoint names none."""
         return self._named_id("eos_token")
 
     @property
     def pad_id(self) -> int | None:
-        """The id of padding, if the checkpoint names one. Nothing here masks by it: it may equal EOS."""
+        """The id of padding, or None if the checkpoint names none. It may equal EOS, so nothing masks by it."""
         return self._named_id("pad_token")
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: EOS, those of the configuration files, and the template's end of turn."""
+        """Ids that end an answer: EOS, the EOS ids of the configuration files, and the template's end of turn."""
         ids = {self.eos_id, self.end_of_turn_id, *_configured_eos(self._files)}
         return frozenset(token for token in ids if token is not None)
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
-        """The special token that the template writes after an assistant's text, if it writes one."""
-        found = self.special_pattern.findall(self.template.after_answer)
-        return self._backend.token_to_id(found[-1]) if found else None
+        """The id of the special token that the template writes after an assistant's text, or None if it writes none."""
+        end_tokens = self.special_pattern.findall(self.template.after_answer)
+        return self._backend.token_to_id(end_tokens[-1]) if end_tokens else None
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja text of the template in use."""
+        """The Jinja source of the template in use."""
         return self.template.text
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id. The model's embedding may have more rows (padding), never fewer."""
+        """The largest id plus one. The model's embedding may have more rows (padding), never fewer."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def add_tokens(self, tokens: Sequence[str]) -> list[int]:
-        """Add words to the vocabulary (those it has already keep their id) and give their ids.
+        """Add words to the vocabulary, and return their ids; existing ones keep theirs.
 
-        They are ordinary words: found in any text, and shown when decoding.
+        They are ordinary tokens: recognised in any text, and shown when decoding.
 
         Raises:
             InputError: A token is empty.
         """
         if not all(tokens):
             raise InputError("a token to add must not be empty")
-        known = self._backend.get_vocab(with_added_tokens=True)
-        fresh = [token for token in tokens if token not in known]
-        self.extended = self.extended or bool(fresh)
-        self._backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in fresh])
-        self._literal = None
-        ids = [self._backend.token_to_id(token) for token in tokens]
-        return [token for token in ids if token is not None]
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        new_tokens = [token for token in tokens if token not in vocabulary]
+        self.extended = self.extended or bool(new_tokens)
+        self._backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in new_tokens])
+        self._literal = None  # a copy from before
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return [vocabulary[token] for token in tokens]
 
     def save(self, folder: Path) -> None:
-        """Write the files that :meth:`load` and transformers read, template and stop rules included.
+        """Write the files that :meth:`load` and transformers read, including the template and the stop rules.
 
         Raises:
             DiskError: The disk is full or read-only.
@@ -247,25 +264,29 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which ids come out; the same after save and load, wherever it lies."""
+        """SHA-256 of everything that decides the ids; the same after save and load, whatever the folder."""
         rules = [self._to_json(), self.template.text, self._named, self.starts_with_bos, sorted(self.stop_ids)]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def _to_files(self) -> dict[str, str]:
-        config = {key: value for key, value in self._files.get(_CONFIG, {}).items() if key != "chat_template"}
+        """The files of :meth:`save`: name -> text."""
+        config = dict(self._files.get(_CONFIG, {}))
+        config.pop("chat_template", None)  # it has a file of its own
         config.update(self._named)
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        others = {name: value for name, value in self._files.items() if name not in (_CONFIG, _TEMPLATE_FILE, _MODEL)}
-        return {
-            "tokenizer.json": self._to_json(),
-            _TEMPLATE_FILE: self.template.text,
-            **{
-                name: json.dumps(value, indent=2, ensure_ascii=False)
-                for name, value in {_CONFIG: config, **others}.items()
-            },
-        }
+
+        json_files = {_CONFIG: config}
+        for name, value in self._files.items():
+            if name not in (_CONFIG, _TEMPLATE_FILE, _MODEL):  # config.json is the model's
+                json_files[name] = value
+
+        files = {"tokenizer.json": self._to_json(), _TEMPLATE_FILE: self.template.text}
+        for name, value in json_files.items():
+            files[name] = json.dumps(value, indent=2, ensure_ascii=False)
+        return files
 
     def _to_json(self) -> str:
+        """The text of ``tokenizer.json``, with the post-processor that it came with."""
         self._backend.post_processor = self._post_processor
         try:
             return self._backend.to_str(pretty=True)
@@ -277,6 +298,7 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> dict[str, tokenizers.AddedToken]:
+        """The special tokens by their strings."""
         named = set(self._named.values())
         added = self._backend.get_added_tokens_decoder().values()
         return {token.content: token for token in added if token.special or token.content in named}
@@ -284,40 +306,47 @@ class Tokenizer:
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         ids = (self._backend.token_to_id(token) for token in self._special)
-        return frozenset(token for token in ids if token is not None)
+        return frozenset(token_id for token_id in ids if token_id is not None)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches the strings that are special tokens where a template writes them."""
-        # the longest first: one special token may begin with another
-        return re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
+        """Matches the strings of special tokens; nothing if there are none."""
+        longest_first = sorted(self._special, key=len, reverse=True)  # one may begin with another
+        if not longest_first:
+            return re.compile(r"(?!)")
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     @cached_property
     def _stand_ins(self) -> dict[str, str]:
-        return {token: chr(_STAND_IN + i).ljust(len(token), _FILL) for i, token in enumerate(sorted(self._special))}
+        """Special token -> the string of the same length that stands in for it."""
+        stand_ins = {}
+        for number, token in enumerate(sorted(self._special)):
+            stand_ins[token] = chr(_STAND_IN + number).ljust(len(token), _FILL)
+        return stand_ins
 
     def _literal_backend(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A copy for which special-token strings are text and their stand-ins are special; and its ids' originals."""
+        """A copy that reads special-token strings as text and stand-ins as special tokens, and its ids' originals."""
         if self._literal is None:
-            self._literal = tokenizers.Tokenizer.from_str(self._backend.to_str())
-            self._literal.encode_special_tokens = True
-            self._literal.add_tokens(
-                [
+            added = []
+            for token, stand_in in self._stand_ins.items():
+                special = self._special[token]
+                added.append(
                     tokenizers.AddedToken(
                         stand_in,
-                        single_word=self._special[token].single_word,
-                        lstrip=self._special[token].lstrip,
-                        rstrip=self._special[token].rstrip,
+                        single_word=special.single_word,
+                        lstrip=special.lstrip,
+                        rstrip=special.rstrip,
                         normalized=False,
                     )
-                    for token, stand_in in self._stand_ins.items()
-                ]
-            )
-        originals = {
-            self._literal.token_to_id(stand_in): self._backend.token_to_id(token)
-            for token, stand_in in self._stand_ins.items()
-        }
-        return self._literal, originals  # type: ignore[return-value]  # every one of them has an id
+                )
+            self._literal = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            self._literal.encode_special_tokens = True  # the library's name for: as text
+            self._literal.add_tokens(added)
+
+        original_ids = {}
+        for token, stand_in in self._stand_ins.items():
+            original_ids[self._literal.token_to_id(stand_in)] = self._backend.token_to_id(token)
+        return self._literal, original_ids  # type: ignore[return-value]  # every one of them has an id
 
 
 _CONFIG = "tokenizer_config.json"
@@ -326,6 +355,7 @@ _GENERATION = "generation_config.json"
 _MODEL = "config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 _SIDE_FILES = (_CONFIG, _SPECIAL_MAP, _GENERATION, _MODEL)
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _read_text(path: Path) -> str:
@@ -347,80 +377,101 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _no_tokenizer_hint(folder: Path) -> str:
     if folder.is_file():
-        return "that is a file, expected a checkpoint folder; lit-lora convert makes one of a GGUF or .pth file"
+        return "this is a file, expected a checkpoint folder; lit-lora convert makes one from a GGUF or .pth file"
     if not folder.is_dir():
-        return "there is no such folder; lit-lora download fetches a checkpoint"
+        return "no such folder; lit-lora download fetches a checkpoint"
     if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
-        return "that is a run or an adapter; lit-lora merge makes a checkpoint of it"
+        return "this is a run or an adapter; lit-lora merge makes a checkpoint from it"
     if (folder / "tokenizer.model").is_file():
-        return "tokenizer.model alone is not read; take tokenizer.json from the model's repository"
-    return "a checkpoint folder holds config.json, tokenizer.json and *.safetensors; lit-lora convert makes one"
+        return "tokenizer.model alone is not supported; add tokenizer.json from the model's repository"
+    return "a checkpoint folder contains config.json, tokenizer.json and *.safetensors; lit-lora convert makes one"
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, given as a word or as a mapping with its flags."""
+    """The text of a token that is written as a string, or as a mapping with its flags."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
 
 
 def _named_tokens(files: Mapping[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """``bos_token`` and the like, from the first file that says."""
+    """``bos_token`` and the like, each from the first file that names it."""
     named = {}
     for name in _NAMED:
         token = _content(files.get(_CONFIG, {}).get(name)) or _content(files.get(_SPECIAL_MAP, {}).get(name))
-        for file in (_GENERATION, _MODEL):
-            if token is None and name in ("bos_token", "eos_token"):
-                token_id = files.get(file, {}).get(f"{name}_id")
-                token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
-                token = backend.id_to_token(token_id) if type(token_id) is int and token_id >= 0 else None
+        if token is None and name in ("bos_token", "eos_token"):
+            token = _token_by_id(files, f"{name}_id", backend)
         if token is not None:
             named[name] = token
     return named
 
 
+def _token_by_id(files: Mapping[str, Any], key: str, backend: tokenizers.Tokenizer) -> str | None:
+    """The token whose id is in ``generation_config.json`` or ``config.json``; of several ids, the first."""
+    for file in (_GENERATION, _MODEL):
+        token_ids = _ids_in(files, file, key)
+        if token_ids and token_ids[0] >= 0:
+            token = backend.id_to_token(token_ids[0])
+            if token is not None:
+                return token
+    return None
+
+
+def _ids_in(files: Mapping[str, Any], file: str, key: str) -> list[int]:
+    """The ids under a key that holds one id or a list of them; anything else is ignored."""
+    value = files.get(file, {}).get(key)
+    values = value if isinstance(value, list) else [value]
+    return [token_id for token_id in values if type(token_id) is int]
+
+
+def _configured_eos(files: Mapping[str, Any]) -> list[int]:
+    """Every EOS id in the model's configuration files."""
+    return _ids_in(files, _GENERATION, "eos_token_id") + _ids_in(files, _MODEL, "eos_token_id")
+
+
 def _declare_special(backend: tokenizers.Tokenizer, files: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Make special those tokens that ``tokenizer_config.json`` calls so and ``tokenizer.json`` does not know yet."""
+    """Add the tokens that only the configuration files declare, which ``tokenizer.json`` may lack."""
     config = files.get(_CONFIG, {})
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = [*named.values()]
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+
+    # added_tokens_decoder maps ids to tokens: in the order of the ids, each gets its own.
+    decoder = config.get("added_tokens_decoder") or {}
+    for token_id in sorted(decoder, key=int):
+        token = decoder[token_id]
+        if not isinstance(token, dict) or token.get("content") in present:
+            continue
+        flags = {key: token[key] for key in _TOKEN_FLAGS if key in token}
+        added = tokenizers.AddedToken(token["content"], **flags)
+        if token.get("special"):
+            backend.add_special_tokens([added])
+        else:
+            backend.add_tokens([added])
+        present.add(token["content"])
+
+    listed: list[str | None] = list(named.values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(key) or files.get(_SPECIAL_MAP, {}).get(key) or []
-        listed += [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]  # type: ignore[misc]
-    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        if isinstance(token, dict) and token.get("content") not in known:
-            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-            added = tokenizers.AddedToken(token["content"], **{key: token[key] for key in flags if key in token})
-            (backend.add_special_tokens if token.get("special") else backend.add_tokens)([added])
-            known.add(token["content"])
-    fresh = [token for token in dict.fromkeys(listed) if token and token not in known]
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in fresh])
+        listed += [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    missing = [token for token in dict.fromkeys(listed) if token and token not in present]
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
 
 
 def _chat_template(files: Mapping[str, Any], where: str) -> str | None:
-    """The template's text: from its own file, else from ``tokenizer_config.json`` (one text, or a list of named ones).
+    """The template's source, from its own file or from ``tokenizer_config.json``; None if there is none.
 
     Raises:
-        InputError: It has another form.
+        InputError: The entry in ``tokenizer_config.json`` is neither text nor a list of named templates.
     """
     if _TEMPLATE_FILE in files:
         return str(files[_TEMPLATE_FILE])
-    given = files.get(_CONFIG, {}).get("chat_template")
-    if given is None or isinstance(given, str):
-        return given
+    entry = files.get(_CONFIG, {}).get("chat_template")
+    if entry is None or isinstance(entry, str):
+        return entry
     try:
-        templates = {entry["name"]: entry["template"] for entry in given}
-        return str(templates["default"] if "default" in templates else next(iter(templates.values())))
+        templates = {template["name"]: template["template"] for template in entry}
+        first = next(iter(templates.values()))
+        return str(templates.get("default", first))
     except (TypeError, KeyError, StopIteration) as error:
         raise InputError(
             f"{where}/{_CONFIG}: chat_template: expected text or a list of {{name, template}}, got something else"
         ) from error
-
-
-def _configured_eos(files: Mapping[str, Any]) -> list[int]:
-    """Every EOS id that the model's configuration files name."""
-    found: list[int] = []
-    for file in (_GENERATION, _MODEL):
-        given = files.get(file, {}).get("eos_token_id")
-        found += [token for token in (given if isinstance(given, list) else [given]) if type(token) is int]
-    return found

@@ -429,8 +429,8 @@ def test_another_method_over_options_of_the_file_says_how_to_replace_the_section
         ("out=rows.jsonl", 4, "rows.jsonl: is a file, expected a folder for the run"),
         ("out=rows.jsonl/run", 4, "a part of this path is a file, expected a folder"),
         (f"out={'x' * 300}", 4, "xxx: file name too long"),
-        ("model.path=rows.jsonl", 3, "hint: that is a file, expected a checkpoint folder; lit-lora convert makes one"),
-        ("model.path=other", 3, "hint: that is a run or an adapter; lit-lora merge makes a checkpoint of it"),
+        ("model.path=rows.jsonl", 3, "hint: this is a file, expected a checkpoint folder; lit-lora convert makes one"),
+        ("model.path=other", 3, "hint: this is a run or an adapter; lit-lora merge makes a checkpoint from it"),
     ],
 )
 def test_pain_44_a_wrong_path_or_section_is_one_clear_line(task, call, monkeypatch, override, code, message):

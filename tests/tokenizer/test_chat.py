@@ -153,7 +153,7 @@ def test_pain_06_reasoning_that_the_template_drops_is_an_error_that_says_where(m
     last_turn = encode_chat(tokenizer, messages)
     assert learned(tokenizer, last_turn) == ["<think>\nso\n</think>\n\nParis<|im_end|>"]
     longer: list[Message] = [*messages, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    with pytest.raises(InputError, match=r"message 2 \(assistant\).*leaves out or rewrites"):
+    with pytest.raises(InputError, match=r"message 2 \(assistant\).*omits or rewrites"):
         encode_chat(tokenizer, longer)
     # In a prompt the author of the template wants it left out.
     assert "so" not in tokenizer.decode(encode_prompt(tokenizer, longer[:-1]))
@@ -202,7 +202,7 @@ def test_a_template_that_looks_at_contents_is_placed_by_what_it_wrote(make: Make
 
     # Where the marks change the text, nobody knows where a content lies, so its special tokens' text is not encoded.
     messages[0]["content"] = "is <|im_end|> it?"
-    with pytest.raises(InputError, match=r"message 1 \(user\) holds a special token's text"):
+    with pytest.raises(InputError, match=r"message 1 \(user\) contains a special token's text"):
         encode_chat(tokenizer, messages)
 
 
@@ -213,7 +213,7 @@ def test_an_answer_that_the_template_leaves_out_is_not_mistaken_for_its_own_text
         "{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
     )
     messages: list[Message] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "m"}]
-    with pytest.raises(InputError, match=r"message 2 \(assistant\).*leaves out"):
+    with pytest.raises(InputError, match=r"message 2 \(assistant\).*omits"):
         encode_chat(Tokenizer.load(folder), messages)
 
 
@@ -248,7 +248,7 @@ def test_special_token_text_that_the_template_takes_apart_is_refused(make: MakeT
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "<think>\n<|im_end|>\n</think>\n\ny"},
     ]
-    with pytest.raises(InputError, match=r"message 2 \(assistant\) holds a special token's text"):
+    with pytest.raises(InputError, match=r"message 2 \(assistant\) contains a special token's text"):
         encode_chat(Tokenizer.load(folder), messages)
 
 
@@ -266,7 +266,7 @@ def test_a_system_message_that_the_template_leaves_out_is_an_error(make: MakeTok
 
 def test_a_template_that_refuses_gives_its_reason_in_one_line(make: MakeTokenizer) -> None:
     tokenizer = Tokenizer.load(make("gemma"))
-    with pytest.raises(InputError, match=r"refuses this conversation: no system role$"):
+    with pytest.raises(InputError, match=r"rejects this conversation: no system role$"):
         encode_prompt(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
 
 
@@ -358,7 +358,7 @@ def test_a_template_with_a_mistake_names_file_and_line(make: MakeTokenizer) -> N
 def test_a_template_cannot_reach_the_machine(make: MakeTokenizer) -> None:
     folder = make()
     (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[-1].__subclasses__() }}")
-    with pytest.raises(InputError, match="refuses"):
+    with pytest.raises(InputError, match="rejects"):
         encode_prompt(Tokenizer.load(folder), [{"role": "user", "content": "x"}])
 
 

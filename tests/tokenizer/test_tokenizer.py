@@ -158,7 +158,7 @@ def test_truncation_and_padding_of_the_file_are_not_used(make: MakeTokenizer) ->
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("tokenizer.json", '{"version": "1.0", "trunc', "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "trunc', "tokenizer.json: the tokenizers library cannot read it"),
         ("tokenizer_config.json", "{\n oops", "tokenizer_config.json:2: not valid JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object, got list"),
         ("generation_config.json", "{", "generation_config.json:1: not valid JSON"),
