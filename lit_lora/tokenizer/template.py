@@ -126,7 +126,7 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %} … {% endgeneration %}``: tags of transformers around an assistant's text; only it is kept."""
+    """``{% generation %} … {% endgeneration %}``: tags of transformers around the assistant's text, which is kept."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

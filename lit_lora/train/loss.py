@@ -1,7 +1,7 @@
-"""Cross entropy over the learned tokens, without ever holding the logits of a whole batch.
+"""Cross entropy over the target tokens, without ever holding the logits of a whole batch.
 
 The hidden states of target positions are gathered first; the head runs on them in chunks, forward and backward at
-once, so that logits of prompt tokens are never computed and at most ``chunk`` rows of logits exist.
+once, so that logits of prompt tokens are never computed and only one chunk of logits exists at a time.
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ __all__ = [
 ]
 
 CHUNK = 256
-"""Rows of logits that exist at a time: 25 MB in bfloat16 for a vocabulary of 49k."""
+"""Rows of logits that exist at a time: 25 MB in bfloat16 with a vocabulary of 49k."""
 
 GPU_CHUNK = 4096
-"""The same on a GPU: 1 GB in bfloat16 for a vocabulary of 128k, and the products are large enough."""
+"""The same on a GPU, whose products must be larger: 1 GB in bfloat16 with a vocabulary of 128k."""
 
 STEP = 64
-"""Targets of a micro-batch are rounded up to a multiple of this. Each new size costs the library compiled products, and
-memory that later sizes cannot fill: without it the process grew by 13 MB a step."""
+"""The targets of a micro-batch are rounded up to a multiple of this. For each new size the library compiles products
+and takes memory that later sizes cannot fill: without rounding the process grew by 13 MB per step."""
 
 
 def padded(tokens: int, device: str = "cpu") -> int:
-    """What the tokens of a micro-batch are rounded up to, so that few sizes occur.
+    """The size that the tokens of a micro-batch are rounded up to, so that few sizes occur.
 
-    A GPU's products are fastest in multiples of 128, and each size is recorded anew, which takes as long as two steps:
-    8 sizes from 4,096 to 8,192 tokens cost 4 % more of them. Our own products on a CPU need less.
+    A GPU's products are fastest in multiples of 128, and each size needs a CUDA graph of its own, whose capture takes
+    as long as two steps: 8 sizes between 4,096 and 8,192 tokens add 4 % of padding. Our own products on a CPU need
+    less.
     """
     if device == "cuda":
-        return _up(tokens, max(128, (1 << (tokens - 1).bit_length()) // 16))
-    return _up(tokens, 16 if kernels.has("sum_of_products") else STEP)
+        next_power_of_two = 1 << (tokens - 1).bit_length()
+        return _round_up(tokens, max(128, next_power_of_two // 16))
+    return _round_up(tokens, 16 if kernels.has("sum_of_products") else STEP)
 
 
-def _up(count: int, step: int) -> int:
-    """The next multiple."""
+def _round_up(count: int, step: int) -> int:
+    """The next multiple of ``step``."""
     return -(-count // step) * step
 
 
@@ -77,7 +79,7 @@ class Batch(Protocol):
 
     @property
     def shared_prefix(self) -> int:
-        """The row begins with so many tokens that every document begins with; it holds them once."""
+        """The number of tokens that every document begins with; the row holds them once, at its beginning."""
 
     @property
     def rows(self) -> list[int]:
@@ -88,38 +90,54 @@ class Inputs(NamedTuple):
     """A micro-batch on its device, rounded up."""
 
     input_ids: Tensor
-    """(1, T) int64; a last document may be padding that nobody looks at."""
+    """(1, T) int64; the last document may be padding, which nobody attends to."""
     lengths: list[int]
-    """Tokens per document, the common ones included."""
+    """Tokens per document, the shared prefix included."""
     shared_prefix: int
-    """So many tokens that every document begins with stand in the row once, at its beginning."""
+    """As in :class:`Batch`."""
     positions: Tensor
-    """(K,) int64: where a token is to be predicted."""
+    """(K,) int64: the positions of ``input_ids`` that predict a target."""
     labels: Tensor
-    """(K,) int64: which one; ``IGNORE_INDEX`` where it is padding."""
+    """(K,) int64: the targets; ``IGNORE_INDEX`` for padding."""
 
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs | None:
     """A micro-batch as it is computed; ``None`` when it has no target."""
     _start_backward_thread(device)
-    labels, kind = batch.labels[0], kernels.device_type(device)
+    kind = kernels.device_type(device)
+    labels = batch.labels[0]
     positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    tokens, count = len(labels), len(positions)
-    if count == 0:
+    tokens, targets = len(labels), len(positions)
+    if targets == 0:
         return None
-    filler = padded(tokens, kind) - tokens
-    step = max(STEP, (tokens + filler) // 16) if kind == "cuda" else STEP
-    ids = F.pad(batch.input_ids, (0, filler))
-    lengths = [*batch.lengths, batch.shared_prefix + filler] if filler else batch.lengths
-    more = _up(count, step) - count
-    wanted = F.pad(labels[positions], (0, more), value=IGNORE_INDEX)
-    moved = (to_device(x, device) for x in (F.pad(positions, (0, more)), wanted))
-    return Inputs(to_device(ids, device), lengths, batch.shared_prefix, *moved)
+
+    # Tokens are filled up by one more document. Like all, it counts the shared prefix, which the row holds already.
+    token_padding = padded(tokens, kind) - tokens
+    input_ids = F.pad(batch.input_ids, (0, token_padding))
+    lengths = list(batch.lengths)
+    if token_padding:
+        lengths.append(batch.shared_prefix + token_padding)
+
+    # Targets are filled up by position 0 with a label that counts nothing.
+    step = max(STEP, (tokens + token_padding) // 16) if kind == "cuda" else STEP
+    target_padding = _round_up(targets, step) - targets
+    padded_positions = F.pad(positions, (0, target_padding))
+    padded_labels = F.pad(labels[positions], (0, target_padding), value=IGNORE_INDEX)
+    return Inputs(
+        to_device(input_ids, device),
+        lengths,
+        batch.shared_prefix,
+        to_device(padded_positions, device),
+        to_device(padded_labels, device),
+    )
 
 
 @lru_cache
 def _start_backward_thread(device: torch.device) -> None:
-    """Autograd has a thread for each GPU, in which PyTorch warns when the very first operation is a product."""
+    """Run something harmless in the thread that autograd has for each GPU, once.
+
+    cuBLAS has no context there yet, and PyTorch warns when the very first operation is a product.
+    """
     if device.type == "cuda":
         with torch.enable_grad():
             torch.autograd.backward(torch.ones((), device=device, requires_grad=True) * 1)
@@ -134,39 +152,45 @@ def backward(model: LanguageModel, batch: Batch, scale: float) -> Tensor | float
         scale: Such as 1 / (target tokens of the whole step).
 
     Returns:
-        The unscaled sum of token losses, in nats, as a scalar on the model's device, so that a GPU is not waited for;
-        0.0 (and no gradient) when the batch has no target.
+        The unscaled sum of token losses, in nats, as a scalar on the model's device, because reading it would wait for
+        a GPU; 0.0, without a gradient, when the batch has no target.
     """
     inputs = inputs_of(batch, _device(model))
-    return 0.0 if inputs is None else backward_from(model, _hidden_states(model, inputs), inputs, scale)
+    if inputs is None:
+        return 0.0
+    return backward_from(model, _hidden_states(model, inputs), inputs, scale)
 
 
 def backward_from(model: LanguageModel, hidden: Tensor, inputs: Inputs, scale: float | Tensor) -> Tensor:
     """The rest of :func:`backward`, from the hidden states (T, D) on."""
     # The graph is cut at the gathered states: each chunk's backward ends there and its logits are freed at once.
-    leaf = hidden.detach()[inputs.positions].requires_grad_(hidden.requires_grad)
-    total = torch.zeros((), device=leaf.device)
-    for part, labels in _chunks(leaf, inputs.labels):
-        total += cross_entropy_backward(model.logits(part), labels, scale)
-    if leaf.grad is not None:
-        gradient = torch.zeros_like(hidden).index_add_(0, inputs.positions, leaf.grad)
+    targets = hidden.detach()[inputs.positions].requires_grad_(hidden.requires_grad)
+    total = torch.zeros((), device=targets.device)
+    for states, labels in _chunks(targets, inputs.labels):
+        total += cross_entropy_backward(model.logits(states), labels, scale)
+
+    if targets.grad is not None:
+        gradient = torch.zeros_like(hidden).index_add_(0, inputs.positions, targets.grad)
         torch.autograd.backward(hidden, gradient)
     return total
 
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, batch: Batch) -> tuple[float, int]:
-    """The sum of token losses in nats, and how many target tokens it is over."""
+    """The sum of token losses, in nats, and the number of target tokens."""
     inputs = inputs_of(batch, _device(model))
     if inputs is None:
         return 0.0, 0
-    chunks = _chunks(_hidden_states(model, inputs)[inputs.positions], inputs.labels)
-    total = sum(float(cross_entropy_sum(model.logits(part), labels)) for part, labels in chunks)
+
+    targets = _hidden_states(model, inputs)[inputs.positions]
+    total = 0.0
+    for states, labels in _chunks(targets, inputs.labels):
+        total += float(cross_entropy_sum(model.logits(states), labels))
     return total, int((batch.labels != IGNORE_INDEX).sum())
 
 
 def _chunks(states: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states and labels in portions whose logits exist at a time."""
+    """Hidden states and labels, as many at a time as may have logits."""
     size = GPU_CHUNK if kernels.device_type(states.device) == "cuda" else CHUNK
     return zip(torch.split(states, size), torch.split(labels, size), strict=True)
 
@@ -184,7 +208,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over rows of ``-log softmax(logits)[label]``, computed in float32, without a gradient.
 
     Args:
-        logits: (T, V); used up.
+        logits: (T, V); may be overwritten.
         labels: (T,) int64; a row with ``IGNORE_INDEX`` counts nothing.
 
     Returns:
@@ -194,14 +218,15 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy_backward(logits: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
-    """As :func:`cross_entropy_sum`, and the gradients of ``scale`` times it are added up where the logits came from.
+    """As :func:`cross_entropy_sum`, with the backward pass of ``scale`` times it.
 
-    A kernel computes them with the sum, in place of the logits, so a chunk needs no second buffer and one pass fewer.
+    A kernel writes the gradient over the logits while it computes the sum: no second buffer, and one pass fewer.
 
     Args:
-        logits: (T, V); used up, their graph too.
+        logits: (T, V); may be overwritten, and their graph is freed.
         labels: (T,) int64; a row with ``IGNORE_INDEX`` counts nothing.
-        scale: Factor of the gradient; a float32 scalar on the device of the logits where it may change later.
+        scale: Factor of the gradient. For a CUDA graph, whose replays have other factors, a float32 scalar on the
+            device of the logits.
 
     Returns:
         The unscaled sum, a float32 scalar.
@@ -211,7 +236,8 @@ def cross_entropy_backward(logits: Tensor, labels: Tensor, scale: float | Tensor
         if total.requires_grad:
             torch.autograd.backward(total * scale)
         return total.detach()
-    gradient = logits.detach()  # of the same memory: the kernel writes it over the logits
+
+    gradient = logits.detach()  # the same memory: the kernel writes the gradient over the logits
     losses = logits.new_empty(len(labels), dtype=torch.float32)
     factor = scale if logits.is_cuda else float(scale)
     kernels.call("cross_entropy", gradient, labels, losses, *logits.shape, factor)

@@ -108,4 +108,4 @@ def test_recorded_gradients_are_those_of_launched_kernels(case: str) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     in_half = [name for name, value in peft.trainable_state(model).items() if value.dtype != torch.float32]
-    assert bool(recorder._recordings) != bool(in_half)
+    assert bool(recorder._graphs) != bool(in_half)

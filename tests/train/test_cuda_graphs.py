@@ -1,4 +1,4 @@
-"""What a GPU records of a micro-batch, run on a CPU: rounded up and from tensors of its own, it is the same."""
+"""What a CUDA graph captures of a micro-batch, run on a CPU: rounded up and from tensors of its own, it is the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_lora.data.batches import collate
-from lit_lora.train.cuda_graphs import Given
+from lit_lora.train.cuda_graphs import GraphInputs
 from lit_lora.train.loss import backward, inputs_of, padded
 from lit_lora.train.objectives.next_token import NextToken
 from tests.tiny import gradients_of
@@ -25,7 +25,7 @@ def test_it_adds_the_gradients_of_the_loss(shared_prefix: int, dtype: torch.dtyp
     model.zero_grad()
     inputs = inputs_of(batch, CPU)
     assert inputs is not None
-    given = Given.of(model, inputs, 0.5)
+    given = GraphInputs.of(model, inputs, 0.5)
     assert len(given.inputs.lengths) == 16
     copied = given.copy()
     for tensor in given.tensors:  # it reads its own
@@ -40,7 +40,7 @@ def test_few_sizes_occur_on_a_gpu() -> None:
     assert all(padded(n, "cuda") - n < max(128, n / 8) for n in range(1, 20000, 7))
 
 
-def test_where_nothing_can_be_recorded_it_is_the_plain_loss() -> None:
+def test_where_no_graph_can_be_captured_it_is_the_plain_loss() -> None:
     batch = collate(make_rows(5), range(5))
     losses = [float(NextToken(graph_safe=graph_safe).backward(adapted(), batch, 1.0)) for graph_safe in (False, True)]
     assert losses[0] == losses[1]
