@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.errors import UsageError
 
-__all__ = ["QuantizeConfig", "QuantizeName", "parse"]
+__all__ = ["BlockSize", "QuantizeConfig", "QuantizeName", "parse"]
 
 QuantizeName = Literal["nf4", "fp4", "nf3", "nf2", "int4", "int2", "int8"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
