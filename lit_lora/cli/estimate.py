@@ -153,15 +153,15 @@ def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
 
     table = methods()
     low_rank = setup.peft if setup.peft.kind != "full" else table["lora"]()
-    name, rank = str(getattr(low_rank, "name", "lora")), getattr(low_rank, "rank", None)
+    rank = getattr(low_rank, "rank", None)  # not every method has one
     plain = low_rank
     if low_rank.kind == "quantized":  # has no form over 16 bits: LoRA of its rank stands for it
         plain = table["lora"].model_validate({} if rank is None else {"rank": rank})
     held = setup.quantize or QuantizeConfig()
     setups = {
         "full": replace(setup, peft=table["full"](), quantize=None),
-        str(getattr(plain, "name", "lora")): replace(setup, peft=plain, quantize=None),
-        f"{name}, base in {_base(low_rank, held)}": replace(setup, peft=low_rank, quantize=held),
+        plain.name: replace(setup, peft=plain, quantize=None),
+        f"{low_rank.name}, base in {_base(low_rank, held)}": replace(setup, peft=low_rank, quantize=held),
     }
     for kind, changed in setups.items():
         with suppress(UsageError):  # the model's rows are no multiple of a block, or the method cannot
