@@ -20,6 +20,7 @@ from lit_lora.checkpoint.tensors import open_tensors
 from lit_lora.errors import DiskError, InputError, NumericalError, UsageError
 from lit_lora.merge import TaskSwitcher, find_places, plan_merge
 from lit_lora.merge.write import merged_tensors
+from lit_lora.open.folders import find_folders
 from lit_lora.peft import load_adapter
 from lit_lora.tokenizer import Tokenizer
 from tests.peft.tiny import VOCABULARY, adapted, lora, make_adapter, make_model, save_base, shake, token_ids
@@ -293,9 +294,10 @@ def test_places_of_a_run_come_from_its_config(tmp_path):
     (run / "config.yaml").write_text(f"model:\n  path: {moved}\n")
     places = find_places(run)
     assert (places.adapter, places.base, places.out) == (run / "adapter", moved, run / "merged")
+    assert find_folders(run) == (moved, run / "adapter")
     assert find_places(run / "adapter", base=moved).out == run / "merged"
     (run / "adapter").rename(run / "gone")
-    with pytest.raises(InputError, match="has no adapter"):
+    with pytest.raises(InputError, match="written no adapter yet"):
         find_places(run)
 
 

@@ -68,8 +68,9 @@ def command(
 
         lit-lora merge out/task2 --base out/task1/merged --subtract out/task1 --out out/task2/merged
     """
-    from lit_lora.merge import find_adapter, find_places, merge, plan_merge
+    from lit_lora.merge import find_places, merge, plan_merge
     from lit_lora.model import DTYPES
+    from lit_lora.open.folders import find_adapter
 
     places = find_places(source, base=base, out=out)
     taken = None if subtract is None else find_adapter(subtract)

@@ -2,7 +2,7 @@
 
 from lit_lora.merge.combine import Combined, combine
 from lit_lora.merge.folder import Forecast, MergeReport, forecast, merge
-from lit_lora.merge.plan import MergePlan, Places, find_adapter, find_places, plan_merge
+from lit_lora.merge.plan import MergePlan, Places, find_places, plan_merge
 from lit_lora.merge.spectrum import Change, Changes, find_changes
 from lit_lora.merge.switch import TaskSwitcher
 
@@ -16,7 +16,6 @@ __all__ = [
     "Places",
     "TaskSwitcher",
     "combine",
-    "find_adapter",
     "find_changes",
     "find_places",
     "forecast",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError, UsageError
-from lit_lora.merge.plan import find_adapter, find_places
+from lit_lora.open.folders import find_adapter, find_base
 from lit_lora.peft import base_tensors, freeze, methods, save_adapter
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.updates import LowRank
@@ -72,8 +72,8 @@ def combine(
         raise UsageError(f"expected a weight for each of the {len(sources)} adapters, got {list(weights)}")
     if (how == "svd") != (rank is not None):
         raise UsageError("a rank goes with svd, and svd needs one")
-    folder = find_places(Path(sources[0]), base=base).base
     adapters = [read_adapter(find_adapter(source)) for source in sources]
+    folder = base or find_base(Path(sources[0]), hint="give it with --base FOLDER")
     for adapter in adapters:
         if isinstance(adapter.config, AddedMethod):
             raise InputError(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_lora.checkpoint.load import decoder_linears, empty_model
 from lit_lora.checkpoint.quantized import StoredTensors, packed_sizes
-from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
+from lit_lora.open.folders import find_adapter, find_base
 from lit_lora.peft.core.base_tensors import Base
 from lit_lora.peft.core.updates import LowRank, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
@@ -26,7 +26,6 @@ __all__ = [
     "Into",
     "MergePlan",
     "Places",
-    "find_adapter",
     "find_places",
     "plan_merge",
 ]
@@ -190,32 +189,11 @@ def find_places(source: Path, *, base: Path | None = None, out: Path | None = No
     """
     source = Path(source)
     adapter = find_adapter(source)
-    run = source if adapter != source else None
-    if out is None:
-        beside = adapter.parent / "merged" if adapter.name == "adapter" else adapter.with_name(f"{adapter.name}-merged")
-        out = run / "merged" if run else beside
-    if base is not None:
-        return Places(adapter, base, out)
-    named = _named_bases(adapter, run)
-    found_base = next((folder for folder in named if (folder / "config.json").is_file()), None)
-    if found_base is None:
-        shown = f" ({named[0]})" if named else ""
-        raise UsageError(f"{source}: its base model{shown} is not a folder here", hint="give it with --base FOLDER")
-    return Places(adapter, found_base, out)
-
-
-def find_adapter(source: Path) -> Path:
-    """The adapter folder that ``source`` is, or that lies in the run ``source``.
-
-    Raises:
-        InputError: There is none.
-    """
-    for folder in (Path(source), Path(source) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    if (Path(source) / "config.yaml").is_file():
-        raise InputError(f"{source}: this run has no adapter, so there is nothing to merge")
-    raise InputError(f"{source}: no adapter_config.json in it, expected a run folder or an adapter folder")
+    if out is None and adapter != source:
+        out = source / "merged"
+    elif out is None:
+        out = adapter.with_name("merged" if adapter.name == "adapter" else f"{adapter.name}-merged")
+    return Places(adapter, base or find_base(source, hint="give it with --base FOLDER"), out)
 
 
 def plan_merge(
@@ -292,21 +270,6 @@ def _bases(
     names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
     trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, held))
     return trained, stored if into == "original" else trained, held
-
-
-def _named_bases(adapter: Path, run: Path | None) -> list[Path]:
-    """The base folders that the run's config and the adapter name, as written and relative to where they lie."""
-    found = read_adapter(adapter)
-    if found.base_beside:
-        return found.base_beside  # the original, which the run's config names, is not what it was trained on
-    named: list[Any] = []
-    if run is not None and (run / "config.yaml").is_file():
-        settings = read_yaml(run / "config.yaml")
-        model = settings.get("model") if isinstance(settings, dict) else None
-        named.append(model.get("path") if isinstance(model, dict) else None)
-    named.append(found.base)
-    paths = [Path(path) for path in named if isinstance(path, str) and path]
-    return [*paths, *(adapter / path for path in paths)]
 
 
 def _subtracted(updates: Updates, taken: Updates, folder: Path) -> dict[str, Update]:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_lora.config import read_yaml
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import InputError
 from lit_lora.merge.plan import BaseTensors, find_places, plan_merge
 from lit_lora.model import ModelConfig
+from lit_lora.open.folders import find_base
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import Base
 from lit_lora.peft.core.targeted import layer_number
@@ -115,13 +115,9 @@ def find_changes(run: Path, *, base: Path | None = None) -> Changes:
         UsageError: The base is not on this machine.
     """
     run = Path(run)
-    if not run.exists():
-        raise InputError(f"{run}: no such folder")
     tuned = next((folder for folder in (run / "model", run) if (folder / "config.json").is_file()), None)
     if tuned is not None and not (run / "adapter").is_dir():
         return _of_model(run, tuned, base)
-    if not any((folder / "adapter_config.json").is_file() for folder in (run, run / "adapter")):
-        raise InputError(f"{run}: expected a run folder (adapter/ or model/ in it), an adapter or a checkpoint")
     places = find_places(run, base=base)
     method = read_adapter(places.adapter).config
     if isinstance(method, AddedMethod):
@@ -142,7 +138,7 @@ def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
         InputError: They are not of the same shapes.
         UsageError: The base is not known.
     """
-    base = base or _base_of(run)
+    base = base or find_base(run, hint="give it with --base FOLDER")
     before, after = (BaseTensors(folder, ModelConfig.from_folder(folder)) for folder in (base, tuned))
     updates: dict[str, Update] = {}
     for name in after.stored:
@@ -163,22 +159,6 @@ def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
 def _as_loaded(weight: Tensor, update: Update) -> Tensor:
     """The base's tensor as it was when training began: rounding it to a trained tensor's dtype is no change."""
     return weight.to(update.tensor) if isinstance(update, Replace) else weight
-
-
-def _base_of(run: Path) -> Path:
-    """The base that the config of a run names, as written or relative to the run.
-
-    Raises:
-        UsageError: It names none that is here.
-    """
-    settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else None
-    model = settings.get("model") if isinstance(settings, dict) else None
-    named = model.get("path") if isinstance(model, dict) else None
-    for folder in (Path(named), run / named) if isinstance(named, str) else ():
-        if (folder / "config.json").is_file():
-            return folder
-    shown = f" ({named})" if named else ""
-    raise UsageError(f"{run}: its base model{shown} is not a folder here", hint="give it with --base FOLDER")
 
 
 def _fits(base: BaseTensors, name: str, shape: tuple[int, ...]) -> bool:

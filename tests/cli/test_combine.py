@@ -86,7 +86,7 @@ def test_svd_of_the_full_rank_loses_nothing_and_less_rank_loses_more(
         (["a", "ia3"], 3, "is not a low-rank update"),
         (["a", "houlsby"], 3, "computes beside the base's weights, it has no update to sum"),
         (["a", "other"], 3, "trained on another base model"),
-        (["a", "nowhere"], 3, "nowhere: no adapter_config.json in it"),
+        (["a", "nowhere"], 3, "nowhere: no such folder"),
         (["a", "--out", "base"], 4, "base: already exists"),
     ],
 )

@@ -179,7 +179,7 @@ def test_pain_45_a_local_model_opens_no_socket(
         (["BASE", "hello", "--temperature=-1"], 2, "temperature"),
         (["BASE", "hello", "--top-p", "2"], 2, "top_p"),
         (["BASE", "hello", "--adapter", "nowhere"], 3, "nowhere: no such folder"),
-        (["BASE", "hello", "--adapter", "."], 3, "expected adapter_config.json"),
+        (["BASE", "hello", "--adapter", "."], 3, "no adapter_config.json in it"),
         (["BASE", "hello", "--file", "x.jsonl"], 2, "a PROMPT or --file"),
         (["BASE", "hello", "--out", "x.jsonl"], 2, "--out needs --file"),
         (["BASE", "--file", "x.jsonl"], 3, "x.jsonl: no such file"),

@@ -100,11 +100,11 @@ def test_pain_16_a_lossy_merge_exits_5_and_names_the_remedies(run, capsys, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{tmp}/nowhere"], 3, "no adapter_config.json in it, expected a run folder or an adapter folder"),
+        (["{tmp}/nowhere"], 3, "nowhere: no such folder"),
         (["{tmp}/base"], 3, "no adapter_config.json in it"),
         (["{run}", "--base", "{tmp}/nowhere"], 3, "no such file, expected a checkpoint folder"),
         (["{run}", "--base", "{tmp}/other"], 3, "trained on another base model"),
-        (["{run}", "--subtract", "{tmp}/nowhere"], 3, "no adapter_config.json in it"),
+        (["{run}", "--subtract", "{tmp}/nowhere"], 3, "nowhere: no such folder"),
         (["{run}", "--subtract", "{run}"], 2, "is to be added and subtracted, which leaves nothing to merge"),
         (["{run}", "--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         ([], 2, "Missing argument"),
