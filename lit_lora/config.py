@@ -1,9 +1,9 @@
-"""YAML to validated settings: strict, with file and line, every problem at once.
+"""YAML to validated settings: strict, with file and line, all problems in one report.
 
-A settings model is declared beside the code it configures, as a :class:`Settings` subclass with a description on
-every field. ``load_config`` reads a YAML file into one. YAML is composed to nodes rather than loaded, so that every
-value keeps its line; scalars follow YAML 1.2 (``1e-4`` is a number, ``no`` is a word); a repeated key, an alias and
-a tag are errors.
+A settings model is declared beside the code that it configures, as a :class:`Settings` subclass with a description on
+every field. ``load_config`` reads a YAML file into one. YAML is composed to nodes instead of loaded, so that every
+value keeps its line; scalars follow YAML 1.2 (``1e-4`` is a number, ``no`` is text); repeated keys, aliases and tags
+are errors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from lit_lora import log
-from lit_lora.errors import UsageError
+from lit_lora.errors import UsageError, first_line
 
 __all__ = [
     "Document",
@@ -47,28 +47,32 @@ __all__ = [
     "validate",
 ]
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""The keys and list indices that lead to a value."""
 
 
 class Settings(BaseModel):
-    """Base of every settings model: frozen, and an unknown key is an error."""
+    """Base of every settings model: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Former names of keys and their present names; a former one is accepted, with a line that says so."""
+    """Former key -> present key. A former key is accepted, with a line that names the present one."""
 
     @model_validator(mode="before")
     @classmethod
     def _accept_former_names(cls, data: Any) -> Any:
-        """The same data under the present names."""
-        former = [key for key in cls.renamed if isinstance(data, dict) and key in data]
-        for key in former:
-            now = cls.renamed[key]
-            if now in data:
-                raise ValueError(f"{key} is the former name of {now}: give {now} alone")
-            log.note(f"config: {key} is now called {now}")
-        return {cls.renamed.get(key, key): value for key, value in data.items()} if former else data
+        if not isinstance(data, dict) or not cls.renamed.keys() & data.keys():
+            return data
+        renamed = {}
+        for key, value in data.items():
+            present = cls.renamed.get(key, key)
+            if present != key:
+                if present in data:
+                    raise ValueError(f"{key} is the former name of {present}; give only {present}")
+                log.note(f"config: {key} is now called {present}")
+            renamed[present] = value
+        return renamed
 
 
 class OneOf:
@@ -114,38 +118,39 @@ _MAX_DEPTH = 32
 
 
 class Document:
-    """Plain data of one YAML text, and where each value stands in it.
+    """The plain data of a YAML text, and the line of each value.
 
     Args:
         text: The YAML.
-        name: What messages call it.
+        name: Its name in messages.
 
     Raises:
-        UsageError: It is not valid YAML. What is wrong inside valid YAML is collected in ``problems``.
+        UsageError: The text is not valid YAML. Problems within valid YAML are collected in ``problems``.
     """
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
-        self.places: dict[Path_, str] = {}
+        self.places: dict[KeyPath, str] = {}
+        """``file:line`` of each value."""
         self.problems: list[str] = []
         try:
             for event in yaml.parse(text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                     line = event.start_mark.line + 1 if event.start_mark else 1
-                    raise UsageError(f"{name}:{line}: anchors and aliases are not supported, write the value out")
+                    raise UsageError(f"{name}:{line}: anchors and aliases are not supported; write the value out")
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise UsageError(f"{name}:{line}: not valid YAML: {error.problem}") from error
         except (yaml.YAMLError, RecursionError) as error:
-            raise UsageError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{name}: not valid YAML: {first_line(error)}") from error
         self.data = self._value(node, (), 0) if node is not None else {}
 
-    def _value(self, node: yaml.Node, path: Path_, depth: int) -> Any:
+    def _value(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
         place = f"{self.name}:{node.start_mark.line + 1}"
         self.places.setdefault(path, place)
         if depth > _MAX_DEPTH:
-            raise UsageError(f"{place}: nested more than {_MAX_DEPTH} deep")
+            raise UsageError(f"{place}: nested more than {_MAX_DEPTH} levels deep")
         if node.tag and not node.tag.startswith("tag:yaml.org,2002:"):
             self.problems.append(f"{place}: YAML tags such as {node.tag} are not supported")
             return None
@@ -155,14 +160,14 @@ class Document:
             return [self._value(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
         return _scalar(node.value, plain=getattr(node, "style", None) is None)
 
-    def _mapping(self, node: yaml.MappingNode, path: Path_, depth: int) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             place = f"{self.name}:{key_node.start_mark.line + 1}"
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None:
-                self.problems.append(f"{place}: a key must be a word")
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{place}: expected a plain key, got a list or a mapping")
                 continue
+            key = key_node.value
             if key in result:
                 first = self.places[(*path, key)].rpartition(":")[2]
                 self.problems.append(f"{place}: {key!r} is given twice (first on line {first})")
@@ -173,13 +178,14 @@ class Document:
 
 
 def _scalar(text: str, *, plain: bool) -> str | int | float | bool | None:
+    """The value of a scalar by the rules of YAML 1.2; one that is not ``plain``, but quoted, is text."""
     if not plain:
         return text
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    if _INT.match(text) and len(text) < 20:
+    if _INT.match(text) and len(text) < 20:  # longer ones may exceed 64 bits, and become floats
         return int(text)
     if _FLOAT.match(text):
         return float(text)
@@ -187,11 +193,11 @@ def _scalar(text: str, *, plain: bool) -> str | int | float | bool | None:
 
 
 def read_yaml(path: Path, *, problems: list[str] | None = None) -> Any:
-    """Plain data of a YAML file, read strictly.
+    """The plain data of a YAML file.
 
     Args:
         path: The file.
-        problems: Is given what is wrong inside valid YAML, such as a key given twice, instead of raising it.
+        problems: Collects problems within valid YAML, such as a repeated key; if omitted, they are raised.
 
     Raises:
         UsageError: The file is missing, not UTF-8 or not valid YAML.
@@ -210,10 +216,10 @@ def load_config(source: str | Path, model: type[Model], overrides: Sequence[str]
     Args:
         source: A path to a YAML file, or the name of a shipped config such as ``quickstart``.
         model: The settings model.
-        overrides: Such as ``peft.rank=16``; the value is read as YAML and checked like the file's.
+        overrides: Changes such as ``peft.rank=16``; the values are read as YAML and validated like the file's.
 
     Raises:
-        UsageError: With one line per problem: file, line, what is wrong, what was expected.
+        UsageError: One line per problem: file, line, what is wrong, what was expected.
     """
     document = read_config(source, overrides)
     return validate(document.data, model, document.places, name=document.name, problems=document.problems)
@@ -223,7 +229,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> Document:
     """The mapping in a config file, or in a shipped config by name, with ``key.sub=value`` overrides applied.
 
     Raises:
-        UsageError: It is not there, or no YAML mapping.
+        UsageError: There is no such file or shipped config, or it is not a YAML mapping.
     """
     path = find_config(source)
     document = Document(_read(path), str(path))
@@ -237,36 +243,35 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> Document:
 def validate(
     data: Any,
     model: type[Model],
-    places: Mapping[Path_, str] | None = None,
+    places: Mapping[KeyPath, str] | None = None,
     *,
     name: str = "config",
     problems: Iterable[str] = (),
 ) -> Model:
-    """Plain data to ``model``.
+    """Validate plain data.
 
     Args:
         data: Mappings, lists and scalars.
         model: The settings model.
-        places: Where each value stands, for the messages.
-        name: What to call the data where ``places`` does not know.
-        problems: Problems found before, reported with the rest.
+        places: ``file:line`` of each value, for messages.
+        name: Name of the data in messages about a value without a place.
+        problems: Earlier problems, reported with the new ones.
 
     Raises:
-        UsageError: With one line per problem.
+        UsageError: One line per problem.
     """
-    found = list(problems)
+    all_problems = list(problems)
     try:
         result = model.model_validate(data)
     except ValidationError as error:
-        found += [_describe(problem, places or {}, name, model) for problem in error.errors()]
-        _raise(found)
-        raise
-    _raise(found)
+        all_problems += [_describe(problem, places or {}, name, model) for problem in error.errors()]
+        raise UsageError("\n".join(all_problems)) from error
+    _raise(all_problems)
     return result
 
 
 def find_config(source: str | Path) -> Path:
-    """The path of a config file given as a path or as the name of a shipped one.
+    """The path of a config, given as a path or as the name of a shipped one.
 
     Raises:
         UsageError: There is no such file or name.
@@ -279,42 +284,44 @@ def find_config(source: str | Path) -> Path:
         return shipped[str(source)]
     raise UsageError(
         f"{source}: no such file, and no shipped config of that name{did_you_mean(str(source), shipped)}",
-        hint="lit-lora configs lists the shipped ones",
+        hint="lit-lora configs lists the shipped configs",
     )
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Names of the shipped configs (path below ``configs/`` without ``.yaml``) and where they lie."""
+    """Name of each shipped config (its path below ``configs/`` without ``.yaml``) -> its file."""
     root = Path(str(resources.files("lit_lora.configs")))
     return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}
 
 
 def dump_yaml(settings: BaseModel) -> str:
-    """YAML text that ``load_config`` reads back to equal settings."""
+    """YAML text from which ``load_config`` reads equal settings."""
     data = json.loads(settings.model_dump_json())
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts such as ``1e3`` in quotes: PyYAML's own rules, which are YAML 1.1's, take them for words."""
+    """Quotes texts such as ``1e3``, which PyYAML's own rules, those of YAML 1.1, take for text even without quotes."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # PyYAML's other styles lose line breaks that are not \n.
-    style = None if text.isprintable() and _scalar(text, plain=True) == text else '"'
+    is_safe_unquoted = text.isprintable() and _scalar(text, plain=True) == text
+    # Of PyYAML's styles, only double quotes keep line breaks other than \n.
+    style = None if is_safe_unquoted else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` when a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` if a candidate is similar, else an empty string."""
+    similar = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""
 
 
 def _apply_override(document: Document, override: str) -> None:
+    """Set one value of the document; a malformed override is added to its problems."""
     key, sign, text = override.partition("=")
     if not sign or not all(key.split(".")):
         document.problems.append(f"{override!r}: expected key=value, such as train.max_steps=20")
@@ -324,18 +331,21 @@ def _apply_override(document: Document, override: str) -> None:
         return
     value = Document(text, f"{override!r}")
     document.problems += value.problems
-    place: Any = document.data
-    *parents, last = key.split(".")
-    for depth, parent in enumerate(parents):
-        if not isinstance(place, dict) or not isinstance(place.setdefault(parent, {}), dict):
-            document.problems.append(f"{override!r}: {'.'.join(parents[: depth + 1])} is not a section")
-            return
-        place = place[parent]
-    place[last] = value.data
+
     path = tuple(key.split("."))
-    for known in [known for known in document.places if known[: len(path)] == path]:
-        del document.places[known]
-    for depth in range(1, len(path)):  # a section that the file does not have
+    section: Any = document.data
+    for depth, name in enumerate(path[:-1], 1):
+        if not isinstance(section, dict) or not isinstance(section.setdefault(name, {}), dict):
+            document.problems.append(f"{override!r}: {'.'.join(path[:depth])} is not a section")
+            return
+        section = section[name]
+    section[path[-1]] = value.data
+
+    # From now on, messages about this value and all below it name the override instead of a line.
+    for other in list(document.places):
+        if other[: len(path)] == path:
+            del document.places[other]
+    for depth in range(1, len(path)):  # sections that the file does not have
         document.places.setdefault(path[:depth], f"{override!r}")
     document.places[path] = f"{override!r}"
 
@@ -344,69 +354,85 @@ _PLAIN = {
     "model_type": "expected a section, such as {key: value}",
     "path_type": "expected a path",
 }
-"""What pydantic says of a type in words that name classes of ours."""
+"""Replacements for pydantic's messages that would name our classes."""
 
 
-def _describe(problem: Any, places: Mapping[Path_, str], name: str, model: type[BaseModel]) -> str:
-    """One pydantic problem as ``file:line: key: what is wrong, expected what``."""
-    raw = tuple(problem["loc"])
-    path: Path_ = ()
-    for part in raw:  # pydantic puts a union's tag into the path; the file has no such key
-        if (*path, part) in places or part == raw[-1]:
+def _describe(problem: Any, places: Mapping[KeyPath, str], name: str, model: type[BaseModel]) -> str:
+    """One of pydantic's problems as ``file:line: key: what is wrong, expected what``."""
+    pydantic_path = tuple(problem["loc"])
+    path: KeyPath = ()
+    for part in pydantic_path:  # contains the tags of unions, which are no keys of the file
+        if (*path, part) in places or part == pydantic_path[-1]:
             path = (*path, part)
-    where = next((places[path[:cut]] for cut in range(len(path), -1, -1) if path[:cut] in places), name)
+    where = _nearest_place(path, places, name)
     key = ".".join(str(part) for part in path)
+
     if problem["type"] == "extra_forbidden":
-        known = _fields(model, raw[:-1])
-        meant = did_you_mean(str(raw[-1]), known) or ", known: " + ", ".join(known)
-        return f"{where}: unknown key {key!r}{meant}{_other_section(path, places, where)}"
+        fields = _fields(model, pydantic_path[:-1])
+        suggestion = did_you_mean(str(pydantic_path[-1]), fields) or f", known: {', '.join(fields)}"
+        return f"{where}: unknown key {key!r}{suggestion}{_replace_section(path, places, where)}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
-    message = (
-        _PLAIN.get(problem["type"], problem["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    )
-    if problem["type"] in ("value_error", "union_tag_invalid"):
-        tags = re.findall(r"'([^']+)'", str(problem.get("ctx", {}).get("expected_tags", "")))
-        if tags:
-            given = str(problem["ctx"]["tag"])
-            return f"{where}: {key}.name: unknown name {given!r}{did_you_mean(given, tags)}, known: {', '.join(tags)}"
-        return f"{where}: {key + ': ' if key else ''}{message}"
-    given = problem["input"]
-    shown = json.dumps(given, default=str)
-    return (
-        f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
-    )
+    if problem["type"] == "union_tag_invalid":
+        names = re.findall(r"'([^']+)'", str(problem["ctx"]["expected_tags"]))
+        tag = str(problem["ctx"]["tag"])
+        return f"{where}: {key}.name: unknown name {tag!r}{did_you_mean(tag, names)}, known: {', '.join(names)}"
+
+    message = _PLAIN.get(problem["type"], problem["msg"])
+    message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if problem["type"] == "value_error":  # raised by a validator of ours, which says what it got
+        return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    value = json.dumps(problem["input"], default=str)
+    if len(value) > 80:
+        value = f"{value[:77]}..."
+    return f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {value}"
 
 
-def _other_section(path: Path_, places: Mapping[Path_, str], where: str) -> str:
-    """What to type where an override picks another method and the file's options are those of its former one."""
+def _nearest_place(path: KeyPath, places: Mapping[KeyPath, str], name: str) -> str:
+    """The place of a value, or of the innermost section around it that has one, or ``name``."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return name
+
+
+def _replace_section(path: KeyPath, places: Mapping[KeyPath, str], where: str) -> str:
+    """What to type if an override chose another method, and the file's options belong to the former one."""
     override = places.get((*path[:-1], "name"), "").strip("'")
     section, sign, name = override.partition(".name=")
-    return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and not where.startswith("'") else ""
+    key_is_in_file = not where.startswith("'")  # places of overrides are quoted
+    return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and key_is_in_file else ""
 
 
-def _fields(model: type[BaseModel], path: Path_) -> list[str]:
-    """Field names that are known at ``path`` of the model's JSON schema."""
+def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The fields at ``path`` of the model, found in its JSON schema."""
     schema = model.model_json_schema()
     definitions = schema.get("$defs", {})
 
     def branches(node: dict[str, Any]) -> list[dict[str, Any]]:
+        """The object schemas that a node may stand for, with references and unions resolved."""
         if "$ref" in node:
             return branches(definitions[node["$ref"].rpartition("/")[2]])
-        inner = [branch for key in ("anyOf", "oneOf", "allOf") for branch in node.get(key, [])]
-        return [leaf for branch in inner for leaf in branches(branch)] if inner else [node]
+        members = [*node.get("anyOf", []), *node.get("oneOf", []), *node.get("allOf", [])]
+        if not members:
+            return [node]
+        resolved = []
+        for member in members:
+            resolved += branches(member)
+        return resolved
 
     nodes = branches(schema)
     for part in path:
-        deeper: list[dict[str, Any]] = []
+        children: list[dict[str, Any]] = []
         for node in nodes:
-            if part in node.get("properties", {}):
-                deeper += branches(node["properties"][part])
-            elif node.get("properties", {}).get("name", {}).get("const") == part:
-                deeper.append(node)
+            properties = node.get("properties", {})
+            if part in properties:
+                children += branches(properties[part])
+            elif properties.get("name", {}).get("const") == part:  # the tag of a union selects one of its members
+                children.append(node)
             elif isinstance(part, int) and "items" in node:
-                deeper += branches(node["items"])
-        nodes = deeper
+                children += branches(node["items"])
+        nodes = children
     return [field for node in nodes for field in node.get("properties", {})]
 
 
@@ -414,11 +440,12 @@ def _read(path: Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}), save it as UTF-8") from error
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _raise(problems: list[str]) -> None:
+def _raise(problems: Sequence[str]) -> None:
+    """Report all problems in one error, if there are any."""
     if problems:
         raise UsageError("\n".join(problems))

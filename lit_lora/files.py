@@ -1,4 +1,4 @@
-"""Files that are complete or not there: atomic writes, hashes, free space. No torch here."""
+"""Files that are complete or absent: atomic writes, hashes, free space."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ __all__ = [
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside ``target``; rename it to ``target`` when the block ends without an error.
+    """Yield a temporary folder beside ``target``, and rename it to ``target`` once the block ends without an error.
 
-    Every file is fsynced before the rename, and the parent folder after it, so after a power cut the folder
-    is complete or absent. On an error the temporary folder is removed and ``target`` is untouched; one that a killed
-    process left behind goes when ``target`` is written the next time. A folder that is replaced trades places with the
-    new one in one step, so that one of the two always has the name; where the system cannot do that, it is moved aside
-    in between, and :func:`restore_replaced` puts it back.
+    Every file is fsynced before the rename, and the parent folder after it, so after a power cut the folder is complete
+    or absent. On an error the temporary folder is removed and ``target`` is untouched; one that a killed process left
+    is removed when ``target`` is written again. A replaced folder is exchanged with the new one in one step, so that
+    one of the two always has the name; if the system cannot do that, the old folder is moved aside for a moment, and
+    :func:`restore_replaced` puts it back after a crash.
 
     Args:
-        target: The folder to create. Its parents are created.
+        target: The folder to create, with its parents.
         replace: Replace an existing ``target``, which is removed last.
 
     Raises:
@@ -64,12 +64,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         require_new(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
+        _remove_abandoned(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
-        held = lock_folder(temporary)
-    except OSError:  # no such locks here: then nobody takes it for left behind, either
-        held = None
+        lock: int | None = lock_folder(temporary)
+    except OSError:  # locks are not supported: then no other process can take the folder for abandoned, either
+        lock = None
     try:
         with disk_errors(target):
             yield temporary
@@ -80,21 +80,22 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     _fsync(path)
             _fsync(temporary)
             _put(temporary, target)
-            shutil.rmtree(temporary, ignore_errors=True)  # what was replaced
+            shutil.rmtree(temporary, ignore_errors=True)  # now the replaced folder, if there was one
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
 
 
 def _put(temporary: Path, target: Path) -> None:
-    """Give ``temporary`` the name of ``target``; what had it is then called ``temporary``, or gone."""
+    """Rename ``temporary`` to ``target``. An existing ``target`` is afterwards named ``temporary``, or removed."""
     try:
-        if not (target.exists() and _exchange(temporary, target)):
-            if target.exists():
-                target.rename(_aside(target))
+        if not target.exists():
+            temporary.rename(target)
+        elif not _exchange(temporary, target):
+            target.rename(_aside(target))
             temporary.rename(target)
         _fsync(target.parent)
     finally:
@@ -102,23 +103,24 @@ def _put(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders trade names in one step; false, and nothing done, where the system or the disk cannot."""
+    """Exchange the names of two folders in one step; return whether the system and the disk support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux
         return False
-    # Paths from the root, so that the handles of folders to start from do not count; the 2 is RENAME_EXCHANGE.
-    return bool(rename(0, os.fsencode(one.absolute()), 0, os.fsencode(other.absolute()), 2) == 0)
+    # The zeros are handles of folders for relative paths, which absolute paths ignore.
+    rename_exchange = 2
+    status = rename(0, os.fsencode(one.absolute()), 0, os.fsencode(other.absolute()), rename_exchange)
+    return bool(status == 0)
 
 
 def restore_replaced(target: Path) -> None:
-    """Put back the folder that a killed process had moved aside to replace it; or remove it, where the new one came.
+    """Put back a folder that a killed process moved aside to replace it, or remove it if the new one is in place.
 
-    To be called by who writes ``target``, or keeps others from writing it: between its two renames a live process looks
-    like a killed one.
+    Only for callers that write ``target`` or lock it: between its two renames, a live process looks like a killed one.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The folder cannot be renamed.
     """
     aside = _aside(target)
     if not aside.exists():
@@ -130,34 +132,34 @@ def restore_replaced(target: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    """The name of a folder while another takes its place."""
+    """The name of a folder while it is being replaced."""
     return target.with_name(f".old-{target.name}")
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, as far as the disk allows; if the process is killed meanwhile, no half folder has its name."""
-    gone = folder.with_name(f".tmp-{folder.name}-old")
-    shutil.rmtree(gone, ignore_errors=True)
+    """Remove a folder as far as possible; it is renamed first, so that its name never stands for half of it."""
+    renamed = folder.with_name(f".tmp-{folder.name}-old")
+    shutil.rmtree(renamed, ignore_errors=True)  # from an earlier process
     with suppress(OSError):
-        folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def _remove_left(target: Path) -> None:
-    """Remove temporary folders of ``target`` that no process holds."""
-    for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
-        with suppress(OSError):
-            held = lock_folder(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary folders of ``target`` that no live process has locked."""
+    for folder in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
+        with suppress(OSError):  # locked, or locks are not supported
+            lock = lock_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def lock_folder(folder: Path) -> int:
-    """Hold a folder until the handle that is returned is closed, or this process ends, also by SIGKILL.
+    """Lock a folder until the returned handle is closed or this process ends, even by SIGKILL.
 
     Raises:
-        BlockingIOError: Another process holds it.
-        OSError: There are no such locks here: on Windows, on some network drives.
+        BlockingIOError: Another process has locked it.
+        OSError: Locks are not supported: on Windows, and on some network drives.
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -171,10 +173,10 @@ def lock_folder(folder: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` (UTF-8) under a temporary name, fsync it, then rename.
+    """Write ``text`` to ``path`` as UTF-8: under a temporary name, fsynced, then renamed.
 
     Raises:
-        DiskError: The disk is full or read-only, or ``path`` is a folder; an existing file keeps its old content.
+        DiskError: The disk is full or read-only, or ``path`` is a folder; an existing file keeps its content.
     """
     path = Path(path)
     with disk_errors(path):
@@ -196,10 +198,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's disk errors inside the block into a :class:`DiskError` about ``path``.
+    """Turn the operating system's disk errors within the block into a :class:`DiskError` about ``path``.
 
     Raises:
-        DiskError: No space, quota, read-only, permission or input/output error, or no name for a file.
+        DiskError: The disk is full, over quota, read-only or failing, permission is denied, or the path is not valid.
     """
     reasons = {
         errno.ENOSPC: "no space left on the disk",
@@ -207,30 +209,36 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "read-only file system",
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
-        errno.EIO: "input/output error of the disk",
-        errno.ENOTDIR: "a part of this path is a file, expected a folder",
-        errno.EEXIST: "a part of this path is a file, expected a folder",
-        errno.EISDIR: "is a folder, expected the name of a file",
+        errno.EIO: "input/output error on the disk",
+        errno.ENOTDIR: "part of this path is a file, expected a folder",
+        errno.EEXIST: "part of this path is a file, expected a folder",
+        errno.EISDIR: "is a folder, expected a file",
         errno.ENAMETOOLONG: "the name is too long",
-        errno.EFBIG: "file too large for the disk or its limits",
+        errno.EFBIG: "the file is too large for the disk or a limit",
     }
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors says it in the text of its own error
-            number = int(found[1])
+        # safetensors raises an error of its own, with the number in its text.
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(match[1])
         if number not in reasons:
             raise
-        free = f", {human_bytes(free_bytes(path))} free" if number == errno.ENOSPC else ""
-        hint = "free some space, or choose a place on another disk" if number in (errno.ENOSPC, errno.EDQUOT) else None
+
+        message = f"{path}: {reasons[number]}"
+        if number == errno.ENOSPC:
+            message += f", {human_bytes(free_bytes(path))} free"
+        hint = None
         if cache_folder() in Path(path).parents:
-            hint = "LIT_LORA_CACHE=FOLDER puts what is kept between runs elsewhere"
-        raise DiskError(f"{path}: {reasons[number]}{free}; what was there is kept", hint) from error
+            hint = "set LIT_LORA_CACHE=FOLDER to move the cache"
+        elif number in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, or choose a folder on another disk"
+        raise DiskError(f"{message}; existing files are unchanged", hint) from error
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
-    """Check that the volume of ``path`` has room for ``needed_bytes`` before work starts.
+    """Check, before work starts, that the disk of ``path`` has room for ``needed_bytes``.
 
     Raises:
         DiskError: There is less.
@@ -244,10 +252,10 @@ def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
 
 
 def require_new(path: Path, hint: str = "choose another --out, or remove it first") -> None:
-    """Check that ``path`` can be created, before work starts.
+    """Check, before work starts, that ``path`` can be created.
 
     Raises:
-        DiskError: It exists, or what is to hold it is a file or cannot be written to.
+        DiskError: It exists, or its parent is a file or not writable.
     """
     with disk_errors(path):
         if os.path.lexists(path):
@@ -261,9 +269,9 @@ def require_new(path: Path, hint: str = "choose another --out, or remove it firs
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-# Windows opens a device under these names, in any folder and with any ending.
+# On Windows, these names open a device, in any folder and with any extension.
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
-_LONGEST_NAME = 200  # bytes of 255, which leaves room for the endings of temporary files
+_LONGEST_NAME = 200  # bytes; the limit is 255, and temporary files add to the name
 
 
 def require_safe_names(names: Iterable[object], where: str | Path) -> None:
@@ -273,31 +281,32 @@ def require_safe_names(names: Iterable[object], where: str | Path) -> None:
     ``/``.
 
     Args:
-        names: All that go into one folder.
+        names: All files of one folder.
         where: What lists them, for the message.
 
     Raises:
-        InputError: A name is not safe, or two of them are one file where upper and lower case are not told apart.
+        InputError: A name is not safe, or two of them are the same file on a disk that ignores case.
     """
     hint = "do not trust this source; get the model from another one"
-    same: dict[str, object] = {}
+    names_by_key: dict[str, object] = {}
     for name in names:
         if reason := _why_unsafe(name):
             raise InputError(
-                f"{where}: the file name {_shown(name)} {reason}, expected one such as 'model.safetensors'", hint
+                f"{where}: the file name {_shorten(name)} {reason}, expected one such as 'model.safetensors'", hint
             )
+        # macOS normalises names, and most of its disks and Windows' ignore case.
         key = unicodedata.normalize("NFD", str(name)).casefold()
-        if key in same:
+        if key in names_by_key:
             raise InputError(
-                f"{where}: the file names {_shown(same[key])} and {_shown(name)} mean one file on some systems, "
-                "expected different ones",
+                f"{where}: the file names {_shorten(names_by_key[key])} and {_shorten(name)} mean the same file on "
+                "some systems, expected different ones",
                 hint,
             )
-        same[key] = name
+        names_by_key[key] = name
 
 
 def _why_unsafe(name: object) -> str | None:
-    """Why ``name`` must not become a path; ``None`` if it may."""
+    """What is unsafe about a name, or None if it is safe."""
     if not isinstance(name, str):
         return "is not text"
     if not name.isprintable():
@@ -318,13 +327,13 @@ def _why_unsafe(name: object) -> str | None:
     return None
 
 
-def _shown(name: object) -> str:
+def _shorten(name: object) -> str:
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the volume that holds ``path`` or its nearest existing parent."""
+    """Free bytes on the disk of ``path`` or of its nearest existing parent."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -332,37 +341,39 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_folder() -> Path:
-    """Where tokenised rows and compiled kernels are kept: ``LIT_LORA_CACHE``, or the user's cache folder."""
-    if given := os.environ.get("LIT_LORA_CACHE"):
-        return Path(given)
+    """Where tokenised rows and compiled kernels are stored: ``LIT_LORA_CACHE``, or the user's cache folder."""
+    if folder := os.environ.get("LIT_LORA_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-lora"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below ``folder``."""
+    """Total size of all files below ``folder``, in bytes."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits, read in pieces of 1 MiB."""
+    """SHA-256 of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def human_bytes(count: float) -> str:
     """``1234567`` as ``1.2 MB`` (powers of 1000)."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if abs(count) < 1000:
+        return f"{count:.0f} B"
+    for unit in ("KB", "MB", "GB"):
         count /= 1000
-    raise AssertionError
+        if abs(count) < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
 
 
 def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder; its rename is journalled
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and journals renames
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -372,6 +383,6 @@ def _fsync(path: Path) -> None:
 
 
 def _umask() -> int:
-    current = os.umask(0)
+    current = os.umask(0)  # the only way to read it is to set it
     os.umask(current)
     return current

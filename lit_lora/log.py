@@ -1,6 +1,6 @@
-"""What the user sees: lines, tables, progress bars. Quiet and parseable when not on a terminal.
+"""Output for the user: lines, tables, progress bars; plain and parseable if it is not a terminal.
 
-Results go to stdout; notes, warnings and progress go to stderr, so that a pipe gets only what was asked for.
+Results go to stdout; notes, warnings and progress go to stderr, so that a pipe receives results only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["note", "progress", "say", "table", "warn"]
 
 
 def _console(stderr: bool = False) -> Console:
-    """A console made on use, so that it follows a redirected stdout; markup in user text is never interpreted."""
+    """A console for the current stdout or stderr, which may be redirected; markup in user text is never interpreted."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
 def _line(stderr: bool = False) -> Iterator[Console]:
-    """A console to print whole lines on: a progress bar makes room first, and comes back below."""
+    """A console for whole lines: a progress bar is cleared first and drawn again below them."""
     with tqdm.external_write_mode(sys.stderr):
         yield _console(stderr)
 
@@ -37,13 +37,13 @@ def say(text: str = "", style: str | None = None) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line about what is going on to stderr."""
+    """Print a line about progress or circumstances to stderr."""
     with _line(stderr=True) as console:
         console.print(text, style="dim")
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr: something the user should act on, though work goes on."""
+    """Print a warning to stderr: something to act on, though work continues."""
     with _line(stderr=True) as console:
         console.print(f"warning: {text}", style="yellow")
 
@@ -52,10 +52,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     """Print a table to stdout: drawn on a terminal, tab-separated lines in a pipe.
 
     Args:
-        title: The line above it.
+        title: The line above the table.
         columns: The header.
-        rows: The cells, printed by ``str``.
-        right: Indices of the columns aligned to the right.
+        rows: The cells, converted with ``str``.
+        right: Indices of right-aligned columns.
     """
     console = _console()
     cells = [[str(cell) for cell in row] for row in rows]
@@ -76,7 +76,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 def progress(
     items: Iterable[Any] | None = None, *, total: int | None = None, what: str, unit: str = "it", initial: int = 0
 ) -> tqdm[Any]:
-    """A progress bar with rate and time left on stderr; off when stderr is not a terminal."""
+    """A progress bar with rate and time left on stderr; disabled if stderr is not a terminal."""
     return tqdm(
         items,
         total=total,

@@ -116,7 +116,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_a_rename_that_fails_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     write(tmp_path / "adapter", "old")
     fail(monkeypatch, number)
-    with pytest.raises(DiskError, match="what was there is kept"):
+    with pytest.raises(DiskError, match="existing files are unchanged"):
         write(tmp_path / "adapter", "new")
     assert (tmp_path / "adapter" / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -68,7 +68,7 @@ def test_a_name_that_is_not_text_is_refused(name: object) -> None:
     ],
 )
 def test_two_names_of_one_file_are_refused(names: list[str]) -> None:
-    with pytest.raises(InputError, match="mean one file on some systems"):
+    with pytest.raises(InputError, match="mean the same file on some systems"):
         require_safe_names(names, "some/model")
 
 

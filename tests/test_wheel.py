@@ -95,7 +95,7 @@ def link(name: str) -> zipfile.ZipInfo:
         ("..\\x.json", "contains one of"),
         ("C:/x.json", "contains one of"),
         ("some_model/tiny/x\x1b[2J.json", r"'some_model/tiny/x\\x1b\[2J\.json' contains a control"),
-        ("some_model/tiny/CONFIG.json", "mean one file"),
+        ("some_model/tiny/CONFIG.json", "mean the same file"),
         ("some_model/tiny/nul.json", "is reserved"),
         ("some_model/tiny/" + "x" * 300, "more than 200 bytes"),
         (link("some_model/tiny/tokenizer.json"), "tokenizer.json is a link or a device"),

@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, tokenizer_folder: P
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, hard))  # the tokenizer fits into a file, the weights do not
     try:
-        with pytest.raises(DiskError, match="out: file too large for the disk"):
+        with pytest.raises(DiskError, match="out: the file is too large for the disk"):
             convert(plan, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

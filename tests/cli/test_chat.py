@@ -97,7 +97,7 @@ def test_an_adapter_is_put_on_and_taken_off_while_talking(type_in: Terminal, bas
         ("/rest", 2, "unknown command /rest (did you mean 'reset'?)"),
         ("/save", 2, "/save needs a FILE"),
         ("/save there", 4, "there: already exists"),
-        ("/save there/talk.json", 4, "a part of this path is a file, expected a folder"),
+        ("/save there/talk.json", 4, "part of this path is a file, expected a folder"),
         ("/adapter", 2, "/adapter needs a folder, or off"),
         ("/adapter nowhere", 3, "nowhere: no such folder"),
         ("word " * 300, 3, "the conversation has"),

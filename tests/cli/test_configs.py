@@ -64,11 +64,11 @@ def test_a_file_that_is_there_is_kept(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lora", "--copy", "there.yaml/mine.yaml"], "a part of this path is a file, expected a folder"),
-        (["lora", "--copy", "there.yaml/deep/mine.yaml"], "a part of this path is a file, expected a folder"),
+        (["lora", "--copy", "there.yaml/mine.yaml"], "part of this path is a file, expected a folder"),
+        (["lora", "--copy", "there.yaml/deep/mine.yaml"], "part of this path is a file, expected a folder"),
         (["lora", "--copy", "x" * 300], "the name is too long"),
-        (["--schema", "folder"], "folder: is a folder, expected the name of a file"),
-        (["--schema", "there.yaml/schema.json"], "a part of this path is a file, expected a folder"),
+        (["--schema", "folder"], "folder: is a folder, expected a file"),
+        (["--schema", "there.yaml/schema.json"], "part of this path is a file, expected a folder"),
     ],
     ids=str,
 )

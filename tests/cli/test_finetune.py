@@ -427,7 +427,7 @@ def test_another_method_over_options_of_the_file_says_how_to_replace_the_section
         ("train=5", 2, "'train=5': train: expected a section, such as {key: value}, got 5"),
         ("out=[a]", 2, "'out=[a]': out: expected a path, got [\"a\"]"),
         ("out=rows.jsonl", 4, "rows.jsonl: is a file, expected a folder for the run"),
-        ("out=rows.jsonl/run", 4, "a part of this path is a file, expected a folder"),
+        ("out=rows.jsonl/run", 4, "part of this path is a file, expected a folder"),
         (f"out={'x' * 300}", 4, "xxx: file name too long"),
         ("model.path=rows.jsonl", 3, "hint: this is a file, expected a checkpoint folder; lit-lora convert makes one"),
         ("model.path=other", 3, "hint: this is a run or an adapter; lit-lora merge makes a checkpoint from it"),

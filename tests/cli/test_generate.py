@@ -191,7 +191,7 @@ def test_pain_45_a_local_model_opens_no_socket(
         (["BASE", "--file", "answered.jsonl"], 3, "answered.jsonl:1: the conversation ends with the assistant"),
         (["BASE", "--file", "empty.txt"], 3, "empty.txt: holds no prompts"),
         (["BASE", "--file", "one.txt", "--out", "rows.jsonl"], 4, "rows.jsonl: already exists"),
-        (["BASE", "--file", "one.txt", "--out", "rows.jsonl/answers.jsonl"], 4, "a part of this path is a file"),
+        (["BASE", "--file", "one.txt", "--out", "rows.jsonl/answers.jsonl"], 4, "part of this path is a file"),
         (["BASE", "--file", "."], 3, ".: is a folder, expected a file"),
         (["BASE", "--file", "long.txt"], 3, "long.txt:2: the prompt has"),
         (["BASE", "hello", "--template", "nowhere.jinja"], 3, "nowhere.jinja"),

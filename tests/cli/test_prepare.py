@@ -102,8 +102,8 @@ def test_pain_44_a_cache_that_cannot_be_made_says_how_to_move_it(run: Run, monke
     monkeypatch.setenv("LIT_LORA_CACHE", "rows.jsonl/cache")
     code, _, err = run("rows.jsonl", "--model", "model")
     assert (code, err.count("error: ")) == (4, 1), err
-    assert "a part of this path is a file, expected a folder" in err
-    assert err.endswith("hint: LIT_LORA_CACHE=FOLDER puts what is kept between runs elsewhere\n")
+    assert "part of this path is a file, expected a folder" in err
+    assert err.endswith("hint: set LIT_LORA_CACHE=FOLDER to move the cache\n")
 
 
 def test_pain_45_without_a_network_two_lines_say_which_file_to_get(run: Run) -> None:

@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_a_disk_error(write_rows: WriteRows, t
     (tmp_path / "file").write_text("in the way")
     tokenizer = Tokenizer.load(tiny_tokenizer(tmp_path / "tokenizer"))
     path = write_rows([question(1)])
-    with pytest.raises(DiskError, match="a part of this path is a file"):
+    with pytest.raises(DiskError, match="part of this path is a file"):
         prepare(DataConfig(path=str(path)), tokenizer, cache=tmp_path / "file" / "cache", seed=0)
 
 
