@@ -13,7 +13,7 @@ from pydantic import Field
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.config import OneOf
-from lit_lora.peft import Method, freeze, methods
+from lit_lora.peft import Method, freeze, lr_factors, methods, with_text
 from lit_lora.peft.adapters.bottleneck import HoulsbyConfig
 from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.recipe.data import answer_samples, load_data
@@ -38,7 +38,7 @@ def finetune(config: Config, options: Options) -> Path:
     """Train what the method adds, save it as ``adapter/``, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    method = config.peft.with_text(tokenizer.encode)
+    method = with_text(config.peft, tokenizer.encode)
     data = load_data(config, tokenizer)
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
@@ -49,7 +49,7 @@ def finetune(config: Config, options: Options) -> Path:
         return run.folder
     objective = NextToken(graph_safe=method.graph_safe)
     show = answer_samples(model, tokenizer, data)
-    result = fit(run.training, model, data, objective, lr_factors=method.lr_factors(model), sample=show)
+    result = fit(run.training, model, data, objective, lr_factors=lr_factors(method, model), sample=show)
     adapter = write_adapter(run, model, method, tokenizer, result, data=data.about)
     return finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora evaluate {run.folder} --data FILE")
 

@@ -22,7 +22,7 @@ from lit_lora.classify.run import (
     save_result,
 )
 from lit_lora.config import OneOf
-from lit_lora.peft import Method, freeze, methods
+from lit_lora.peft import Method, freeze, lr_factors, methods
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe.entry import main
 from lit_lora.recipe.run import Options, begin, finish, start
@@ -57,7 +57,7 @@ def finetune(config: Config, options: Options) -> Path:
     if not begin(run, model, method):  # a dry run
         return run.folder
     show = prediction_samples(model, shape, config, data)
-    result = fit(run.training, model, data, data.task.objective, lr_factors=method.lr_factors(model), sample=show)
+    result = fit(run.training, model, data, data.task.objective, lr_factors=lr_factors(method, model), sample=show)
     written = save_result(run, model, shape, method, data, result)
     use = f"lit-lora classify {run.folder}"
     return finish(run, result, written, f"{use} TEXT   or   {use} --file FILE")

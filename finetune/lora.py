@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lit_lora.checkpoint.load import load_model
 from lit_lora.config import OneOf
-from lit_lora.peft import Method, freeze, methods
+from lit_lora.peft import Method, freeze, lr_factors, methods, with_token_ids
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.recipe.data import answer_samples, load_data
@@ -38,7 +38,7 @@ def finetune(config: Config, options: Options) -> Path:
     """Train an adapter, save it as ``adapter/``, in PEFT's format, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    method = config.peft.with_token_ids(tokenizer.add_tokens)
+    method = with_token_ids(config.peft, tokenizer.add_tokens)
     data = load_data(config, tokenizer)
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
@@ -49,7 +49,7 @@ def finetune(config: Config, options: Options) -> Path:
         return run.folder
     objective = NextToken(graph_safe=method.graph_safe)
     show = answer_samples(model, tokenizer, data)
-    result = fit(run.training, model, data, objective, lr_factors=method.lr_factors(model), sample=show)
+    result = fit(run.training, model, data, objective, lr_factors=lr_factors(method, model), sample=show)
     method = finalize(method, model, data)
     adapter = write_adapter(run, model, method, tokenizer, result, data=data.about)
     return finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

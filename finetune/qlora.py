@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lit_lora.config import OneOf
-from lit_lora.peft import Method, methods
+from lit_lora.peft import Method, lr_factors, methods, with_token_ids
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.recipe.config import FinetuneConfig
@@ -21,7 +21,7 @@ from lit_lora.recipe.data import answer_samples, load_data
 from lit_lora.recipe.entry import main
 from lit_lora.recipe.method import finalize
 from lit_lora.recipe.plan import show_plan
-from lit_lora.recipe.quantized_base import keep_base, load_base
+from lit_lora.recipe.quantized_base import for_quantized_base, keep_base, load_base
 from lit_lora.recipe.run import Options, begin, finish, start, write_adapter
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
@@ -49,8 +49,8 @@ def finetune(config: Config, options: Options) -> Path:
     """Train an adapter, save it as ``adapter/``, in PEFT's format, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    method = config.peft.for_quantized_base(config.quantize)  # not every method is for every base
-    method = method.with_token_ids(tokenizer.add_tokens)
+    method = for_quantized_base(config.peft, config.quantize)  # not every method is for every base
+    method = with_token_ids(method, tokenizer.add_tokens)
     data = load_data(config, tokenizer)
     model, method = load_base(run, config.quantize, method, data)  # quantized, with the method applied
     model.checkpoint_activations(config.train.activation_checkpointing)
@@ -60,7 +60,7 @@ def finetune(config: Config, options: Options) -> Path:
     base = keep_base(run, method, model)
     objective = NextToken(graph_safe=method.graph_safe)
     show = answer_samples(model, tokenizer, data)
-    result = fit(run.training, model, data, objective, lr_factors=method.lr_factors(model), sample=show)
+    result = fit(run.training, model, data, objective, lr_factors=lr_factors(method, model), sample=show)
     method = finalize(method, model, data)
     adapter = write_adapter(run, model, method, tokenizer, result, data=data.about, base=base)
     return finish(run, result, adapter, f"lit-lora chat {run.folder}   or   lit-lora merge {run.folder}")

@@ -23,7 +23,7 @@ from lit_lora.data.prepare import split_places
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
-from lit_lora.peft import Method, save_adapter, trainable_state
+from lit_lora.peft import Method, rows_for_init, save_adapter, trainable_state, with_modules_to_save
 from lit_lora.recipe import (
     Run,
     RunConfig,
@@ -216,9 +216,9 @@ def apply_with_head(method: Method, model: nn.Module, head: Sequence[str]) -> Me
     Raises:
         UsageError: The settings do not fit the model.
     """
-    if method.init_rows:
+    if rows_for_init(method):
         raise UsageError("peft.init: eva and lora-ga look at a decoder's rows before the start", hint="init: pissa")
-    method = method.with_modules_to_save(head)
+    method = with_modules_to_save(method, head)
     method.apply(model)
     return method
 

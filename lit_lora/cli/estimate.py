@@ -106,6 +106,7 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
 
 
 def _show_parts(setup: Setup, estimated: Estimate) -> None:
+    from lit_lora.peft.core.capabilities import calibration_rows
     from lit_lora.recipe import step_duration
 
     memory, trained = estimated.memory, f"{estimated.trainable:,} numbers in float32"
@@ -122,7 +123,7 @@ def _show_parts(setup: Setup, estimated: Estimate) -> None:
     rows = [[name, human_bytes(getattr(memory, name)), what] for name, what in names.items()]
     rows.append(["together", human_bytes(memory.total), ""])
     if estimated.weighing_bytes:
-        what = f"once, before the first step: {setup.peft.calibration_rows} rows through the model in full"
+        what = f"once, before the first step: {calibration_rows(setup.peft)} rows through the model in full"
         rows.append(["weighing", human_bytes(estimated.weighing_bytes), what])
     log.table("Estimated memory", ["part", "bytes", "what"], rows, right=(1,))
     seconds = estimated.seconds_per_step
@@ -140,7 +141,9 @@ def _held(setup: Setup) -> str:
 
 def _base(method: Method, quantize: QuantizeConfig) -> str:
     """How the linear layers are held, in words."""
-    return "types by layer" if method.chooses_types else str(quantize)
+    from lit_lora.peft.core.capabilities import ChoosesTypes
+
+    return "types by layer" if isinstance(method, ChoosesTypes) else str(quantize)
 
 
 def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:

@@ -9,6 +9,7 @@ from typing import Any
 from lit_lora.errors import UsageError
 from lit_lora.estimate import Setup, estimate
 from lit_lora.peft import methods
+from lit_lora.peft.core.capabilities import calibration_rows
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.optim import optimizers
 
@@ -95,7 +96,7 @@ def _smaller_optimizer_state(change: Change) -> Iterator[Change]:
 def _without_weighing(change: Change) -> Iterator[Change]:
     """A start a little further from the original weights."""
     peft = change.setup.peft
-    if peft.calibration_rows:
+    if calibration_rows(peft):
         yield _with(change, "peft.fisher_rows=0", peft=peft.model_copy(update={"fisher_rows": 0}))
 
 

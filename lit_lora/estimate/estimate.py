@@ -17,8 +17,9 @@ from lit_lora.estimate.rehearsal import MicroBatchShape, Peak, rehearse
 from lit_lora.estimate.setup import RowLengths, Setup
 from lit_lora.model import CausalLM
 from lit_lora.peft import freeze
+from lit_lora.peft.core.capabilities import ChoosesTypes, calibration_rows
 from lit_lora.peft.core.passes import Pass, mean_squares
-from lit_lora.quantize import stored_bytes
+from lit_lora.quantize import QuantizeConfig, Quantizer, stored_bytes
 from lit_lora.train.loss import padded
 from lit_lora.train.optim import optimizers
 from lit_lora.train.optim.build import build_optimizer, state_bytes
@@ -99,7 +100,9 @@ class Estimate:
 def outline(setup: Setup) -> CausalLM:
     """The model of a setup as its recipe makes it, on the meta device."""
     shape = setup.shape.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
-    quantize = setup.quantize and setup.peft.planned(empty_model(shape), setup.quantize)
+    quantize: QuantizeConfig | Quantizer | None = setup.quantize
+    if quantize is not None and isinstance(setup.peft, ChoosesTypes):
+        quantize = setup.peft.planned(empty_model(shape))
     model = empty_model(shape, quantize).to(setup.dtype)
     freeze(model)
     setup.peft.apply(model)
@@ -174,7 +177,7 @@ def _kernels_of(setup: Setup) -> str | None:
 
 def _weighing(setup: Setup) -> int:
     """Bytes while a method looks at rows one by one with the model in full, and has one layer's gradient at a time."""
-    rows, count = setup.rows, setup.peft.calibration_rows
+    rows, count = setup.rows, calibration_rows(setup.peft)
     if not count:
         return 0
     longest = int(rows.token_counts[:count].argmax())

@@ -16,6 +16,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.open.folders import find_adapter, find_base
 from lit_lora.peft.core.base_tensors import Base
+from lit_lora.peft.core.capabilities import ChangesConfig, KeepsCodes
 from lit_lora.peft.core.updates import LowRank, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import check_base
@@ -146,7 +147,7 @@ class MergePlan:
     @property
     def keeps_codes(self) -> bool:
         """The update fits between the codes of the base, which stay."""
-        return self.quantize is not None and self.adapter.config.keeps_codes(self.quantize)
+        return self.quantize is not None and _keeps_codes(self.adapter, self.quantize)
 
     def packs(self, name: str) -> bool:
         """Whether a tensor is quantised again."""
@@ -228,7 +229,7 @@ def plan_merge(
     adapter = read_adapter(places.adapter)
     trained, base, held = _bases(places.base, config, adapter, into)
     if held is not None:
-        into = into or ("quantized" if adapter.config.keeps_codes(held) else "dequantized")
+        into = into or ("quantized" if _keeps_codes(adapter, held) else "dequantized")
         trained.exact = into == "quantized"
     adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
@@ -242,10 +243,16 @@ def plan_merge(
     if base.embedding in updates:
         rows = updates[base.embedding].rows(rows)
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
-    config = adapter.config.configure(config)
+    if isinstance(adapter.config, ChangesConfig):
+        config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([base.head] if untied else [])
     return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
+
+
+def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
+    """Whether the update fits between the codes of a base quantised so."""
+    return isinstance(adapter.config, KeepsCodes) and adapter.config.keeps_codes(quantize)
 
 
 def _bases(

@@ -11,6 +11,13 @@ The rooms of this package, as in the table of ``lit_lora``:
 from __future__ import annotations
 
 from lit_lora.peft.core.base_tensors import base_tensors
+from lit_lora.peft.core.capabilities import (
+    lr_factors,
+    rows_for_init,
+    with_modules_to_save,
+    with_text,
+    with_token_ids,
+)
 from lit_lora.peft.core.counting import MatchedRow, ParameterCount, count_parameters, matched_table
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.modules import freeze, remove, trainable_state
@@ -33,12 +40,17 @@ __all__ = [
     "count_parameters",
     "freeze",
     "load_adapter",
+    "lr_factors",
     "matched_table",
     "methods",
     "model_card",
     "quantization_of",
     "read_adapter",
     "remove",
+    "rows_for_init",
     "save_adapter",
     "trainable_state",
+    "with_modules_to_save",
+    "with_text",
+    "with_token_ids",
 ]

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from lit_lora.config import did_you_mean
 from lit_lora.peft.core.added import AddedMethod, fill, own_state
+from lit_lora.peft.core.capabilities import (
+    ScalesLearningRate,
+    TakesText,
+    TrainsModulesInFull,
+    lr_factors,
+    rows_for_init,
+    with_modules_to_save,
+    with_text,
+)
 from lit_lora.peft.core.method import Method
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.table import METHODS, methods
@@ -24,7 +33,7 @@ _ALONE = ("composed", "residual", "longlora")  # longlora: its groups do not go 
 _ITEMS = WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["name"]}})
 
 
-class ComposedConfig(AddedMethod):
+class ComposedConfig(AddedMethod, TakesText, TrainsModulesInFull, ScalesLearningRate):
     """Several methods at once, such as lora with prefix; each with its own settings."""
 
     default_lr: ClassVar[float | None] = 1e-3
@@ -49,7 +58,7 @@ class ComposedConfig(AddedMethod):
 
     def with_text(self, encode: Callable[[str], list[int]]) -> ComposedConfig:
         """These settings with all texts as token ids."""
-        return self.model_copy(update={"methods": [method.with_text(encode) for method in self.methods]})
+        return self.model_copy(update={"methods": [with_text(method, encode) for method in self.methods]})
 
     def with_modules_to_save(self, names: Sequence[str]) -> ComposedConfig:
         """These settings with ``names`` among the modules that train in full, by the first method that can.
@@ -57,9 +66,10 @@ class ComposedConfig(AddedMethod):
         Raises:
             UsageError: None can.
         """
-        able = [number for number, method in enumerate(self.methods) if "modules_to_save" in type(method).model_fields]
+        able = [number for number, method in enumerate(self.methods) if isinstance(method, TrainsModulesInFull)]
         chosen = able[0] if able else 0
-        methods = [m.with_modules_to_save(names) if number == chosen else m for number, m in enumerate(self.methods)]
+        methods = list(self.methods)
+        methods[chosen] = with_modules_to_save(methods[chosen], names)
         return self.model_copy(update={"methods": methods})
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
@@ -67,7 +77,7 @@ class ComposedConfig(AddedMethod):
         assert self.default_lr is not None
         factors: dict[str, float] = {}
         for method in self.methods:
-            own = method.lr_factors(model)
+            own = lr_factors(method, model)
             mine = (method.lr or self.default_lr) / self.default_lr
             factors |= {name: mine * own.get(name, 1.0) for name in own_state(model, method.name)}
         return {name: factor for name, factor in factors.items() if factor != 1}
@@ -123,7 +133,7 @@ def _parsed(items: list[Any]) -> list[Method]:
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"{number}: {name}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
     names = [method.name for method in found]
-    looking = next((method for method in found if method.init_rows), None)
+    looking = next((method for method in found if rows_for_init(method)), None)
     if looking is not None:
         raise ValueError(f"{looking.name}: a start that looks at rows (eva, lora-ga) is for recipe: lora or qlora")
     if len(set(names)) < len(names):

@@ -13,6 +13,7 @@ from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
 from lit_lora.peft import Method
+from lit_lora.peft.core.capabilities import GroupsTokens
 from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.tokenizer import Tokenizer
 
@@ -81,7 +82,8 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
 
 def lengths_of(rows: Rows, method: Method) -> RowLengths:
     """Of training rows; their common beginning is that which a micro-batch computes once under the method."""
-    return RowLengths(rows.token_counts, rows.target_counts, 0 if method.groups_tokens else rows.shared_prefix)
+    shared_prefix = 0 if isinstance(method, GroupsTokens) else rows.shared_prefix
+    return RowLengths(rows.token_counts, rows.target_counts, shared_prefix)
 
 
 def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:

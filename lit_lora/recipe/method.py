@@ -14,6 +14,7 @@ from lit_lora.data.batches import Batches, MicroBatch
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM
 from lit_lora.peft import Method, count_parameters
+from lit_lora.peft.core.capabilities import FinalizesAfterTraining, InitializesFromData
 from lit_lora.peft.core.passes import Pass
 from lit_lora.peft.files.frozen_state import kept_method
 from lit_lora.recipe import Run, RunData
@@ -41,35 +42,41 @@ def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Me
         InputError: What a run to resume has kept is broken.
         UsageError: The settings do not fit the model or the rows, or validation rows are needed and there are none.
     """
-    if method.finalizes and not data.validation:
+    if _finalizing(method) and not data.validation:
         raise UsageError(
             "peft.search: selections are scored on validation rows, and there are none",
             hint="data.validation=0.1 holds a tenth of the rows out",
         )
     kept = kept_method(run.folder / "start", method) if run.options.resume else None
-    if kept is not None or run.options.dry_run or not method.init_rows:
-        method = method if kept is None else kept
-        method.apply(model)
-        return method
-    seen = list(first_batches(data.batches, method.init_rows))
-    looks = log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch")
-    return method.init_from_data(model, looks)
+    if kept is None and not run.options.dry_run and isinstance(method, InitializesFromData) and method.rows_for_init:
+        seen = list(first_batches(data.batches, method.rows_for_init))
+        looks = log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch")
+        return method.init_from_data(model, looks)
+    method = method if kept is None else kept
+    method.apply(model)
+    return method
 
 
 def finalize(method: Method, model: CausalLM, data: RunData) -> Method:
-    """Choose in place what training has left open, by the validation loss; see :meth:`lit_lora.peft.Method.finalize`.
+    """Choose in place what training has left open, by the validation loss; see :class:`FinalizesAfterTraining`.
 
     Returns:
         The method as it is now.
     """
-    if not method.finalizes:
+    open_method = _finalizing(method)
+    if open_method is None:
         return method
     model.eval()
     before = count_parameters(model).trainable
-    settled = method.finalize(model, partial(validation_loss, model, data.validation))
+    finalized = open_method.finalize(model, partial(validation_loss, model, data.validation))
     now, loss = count_parameters(model).trainable, validation_loss(model, data.validation)
     log.note(f"chose forms: {now:,} of {before:,} trained numbers are kept, validation loss {loss:.4f}")
-    return settled
+    return finalized
+
+
+def _finalizing(method: Method) -> FinalizesAfterTraining | None:
+    """The method, if it leaves something open in training."""
+    return method if isinstance(method, FinalizesAfterTraining) and method.finalizes else None
 
 
 def first_batches(batches: Batches, rows: int) -> Iterator[MicroBatch]:

@@ -13,7 +13,7 @@ from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft import count_parameters, matched_table
+from lit_lora.peft import count_parameters, matched_table, with_text, with_token_ids
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
 from lit_lora.recipe.data import RunData, lengths_of
@@ -81,8 +81,9 @@ def setup_for(
     config: RunConfig, *, shape: ModelConfig, rows: RowLengths, dtype: torch.dtype, device: torch.device
 ) -> Setup:
     """What memory and time of a run depend on; placeholder ids stand for tokens that its config gives as text."""
-    peft = config.peft.with_token_ids(lambda tokens: list(range(shape.vocab_size, shape.vocab_size + len(tokens))))
-    peft = peft.with_text(lambda text: [0] * (1 + len(text) // 4))
+    new = shape.vocab_size
+    peft = with_token_ids(config.peft, lambda tokens: list(range(new, new + len(tokens))))
+    peft = with_text(peft, lambda text: [0] * (1 + len(text) // 4))
     return Setup(shape, peft, config.train, config.optimizer, rows, dtype, device, config.seed, config.quantization)
 
 

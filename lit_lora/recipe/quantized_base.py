@@ -16,15 +16,25 @@ from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft import Method, base_tensors, freeze, model_card
+from lit_lora.peft.core.capabilities import ChoosesCodes, Decomposer, NeedsQuantizedBase, calibration_rows
 from lit_lora.peft.core.passes import mean_squares
 from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import QuantizeConfig, stored_bytes
 from lit_lora.recipe import Run, RunData
 from lit_lora.recipe.method import apply_method, passes
 
-__all__ = ["keep_base", "load_base"]
+__all__ = ["for_quantized_base", "keep_base", "load_base"]
 
 _BASE = "base"
+
+
+def for_quantized_base(method: Method, quantize: QuantizeConfig) -> Method:
+    """The settings as they are over a base quantized so.
+
+    Raises:
+        UsageError: The method needs another base.
+    """
+    return method.for_quantized_base(quantize) if isinstance(method, NeedsQuantizedBase) else method
 
 
 def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
@@ -43,15 +53,18 @@ def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData)
         InputError: The folder is broken.
         UsageError: It is quantised already, or the settings do not fit it.
     """
-    kept, path, decomposer = run.folder / _BASE, run.config.model.path, None
+    kept, path = run.folder / _BASE, run.config.model.path
+    decomposer: Decomposer | None = None
     if run.options.resume and (kept / "config.json").is_file():
         model = load_model(kept, dtype=run.dtype, device=run.device)  # quantized already
     else:
-        weights = _weights(run, method, data) if method.calibration_rows else None
-        stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
-        decomposer = method.decomposer(
-            skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
-        )
+        if isinstance(method, ChoosesCodes):
+            count = min(calibration_rows(method), len(data.prepared.train))
+            weights = _weights(run, data, count) if count else None
+            stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
+            decomposer = method.decomposer(
+                skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
+            )
         model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
     freeze(model)
     applied = apply_method(run, method, model, data)  # nothing that the model computes changes yet
@@ -60,15 +73,14 @@ def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData)
     return model, applied
 
 
-def _weights(run: Run, method: Method, data: RunData) -> dict[str, Weights]:
-    """How much errors matter, by layer: means of the squared gradients of the loss of single rows.
+def _weights(run: Run, data: RunData, count: int) -> dict[str, Weights]:
+    """How much errors matter, by layer: means of the squared gradients of the loss of the first ``count`` rows.
 
     Takes the model in full, and one layer's gradient at a time.
     """
     model = load_model(run.config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    rows, count = data.prepared.train, min(method.calibration_rows, len(data.prepared.train))
-    one_by_one = (collate(rows, [number]) for number in range(count))
+    one_by_one = (collate(data.prepared.train, [number]) for number in range(count))
     looks = log.progress(passes(model, one_by_one), total=count, what="weighing", unit=" rows")
     means = mean_squares(model, decoder_linears(model), looks)
     return {name: Weights.of_squares(*both) for name, both in means.items()}
@@ -81,7 +93,7 @@ def keep_base(run: Run, method: Method, model: CausalLM) -> Path:
         DiskError: There is no room for it.
     """
     original, kept = run.config.model.path, run.folder / _BASE
-    if not method.own_base:
+    if not isinstance(method, ChoosesCodes):
         return original
     if not (run.options.resume and (kept / "config.json").is_file()):
         require_free_space(kept, stored_bytes(model), "the quantised base")

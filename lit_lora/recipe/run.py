@@ -15,7 +15,7 @@ from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import disk_errors, human_bytes, lock_folder, remove_folder, write_text
-from lit_lora.peft import Method, model_card, save_adapter
+from lit_lora.peft import Method, model_card, rows_for_init, save_adapter
 from lit_lora.peft.files.frozen_state import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
 from lit_lora.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def begin(run: Run, model: nn.Module, method: Method) -> bool:
     if run.options.overwrite and not run.options.resume:
         _remove_run(run.folder)
     keep_frozen(model, run.folder / "start", resume=run.options.resume)
-    if method.init_rows and not run.options.resume:
+    if rows_for_init(method) and not run.options.resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
     return True

@@ -78,7 +78,7 @@ def method(family: str, case: str, model: nn.Module) -> peft.Method:
         names = settings["target_modules"]
         settings["target_modules"] = [n for n in names if any(matches(n, other) for other in known)]
     config = peft.methods()[settings["name"]].model_validate(settings)
-    return config.with_modules_to_save(head(family, model))
+    return peft.with_modules_to_save(config, head(family, model))
 
 
 def adapted(family: str, case: str, model: nn.Module | None = None) -> tuple[nn.Module, peft.Method]:
@@ -203,4 +203,4 @@ def test_a_method_that_cannot_train_a_head_says_so(tmp_path: Path):
     model = base("bert")
     config = peft.methods()["prompt"]()
     with pytest.raises(UsageError, match="trains nothing beside its own modules, and classifier must"):
-        config.with_modules_to_save(head("bert", model))
+        peft.with_modules_to_save(config, head("bert", model))

@@ -12,7 +12,7 @@ from lit_lora.model import CausalLM, KVCache
 from lit_lora.peft.files.frozen_state import frozen_state, keep_frozen
 from tests.contract.test_methods import LOW_RANK, PARTLY_FROZEN, method
 from tests.peft import tiny
-from tests.peft.tiny import make_model, rows, shake
+from tests.peft.tiny import make_model, put_on, shake
 from tests.train.tiny_run import losses, make_rows, same, stored, train
 
 every_case = pytest.mark.parametrize("case", LOW_RANK)
@@ -22,7 +22,7 @@ def adapted(case: str, seed: int = 2) -> CausalLM:
     model = make_model()
     peft.freeze(model)
     torch.manual_seed(seed)
-    method(case).init_from_data(model, rows(model))
+    put_on(model, method(case))
     return model
 
 
@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(case, tmp_path):
     def run(name: str, seed: int = 2, **settings: object) -> CausalLM:
         model = adapted(case, seed)
         keep_frozen(model, tmp_path / name / "start", resume="resume" in settings)
-        factors = config.lr_factors(model)
+        factors = peft.lr_factors(config, model)
         rows = {"validation": make_rows(3, seed=9), "eval_every": 2, "optimizer": {"lr": 1e-3}, "lr_factors": factors}
         train(model, tmp_path / name, max_steps=4, **rows, **settings)
         return model

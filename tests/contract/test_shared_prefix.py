@@ -10,8 +10,9 @@ from lit_lora.data.batches import MicroBatch, collate
 from lit_lora.data.rows import Rows
 from lit_lora.evaluate.likelihood import log_likelihoods
 from lit_lora.model import CausalLM
+from lit_lora.peft.core.capabilities import GroupsTokens
 from lit_lora.train.loss import backward, evaluate
-from tests.contract.test_methods import CASES, adapted, every_case
+from tests.contract.test_methods import adapted, every_case
 from tests.peft.tiny import make_model, shake
 from tests.tiny import gradients_of
 
@@ -82,10 +83,7 @@ def test_losses_without_a_gradient_are_those_of_whole_rows():
 
 def test_groups_do_not_take_tokens_held_once():
     model = adapted("longlora").train()
-    assert peft.methods()["longlora"].groups_tokens
-    assert not any(
-        peft.methods()[settings["name"]].groups_tokens for name, settings in CASES.items() if name != "longlora"
-    )
+    assert {name for name, settings in peft.methods().items() if issubclass(settings, GroupsTokens)} == {"longlora"}
     with pytest.raises(ValueError, match="6 tokens that all documents begin with"):
         backward(model, batches()[1], 1.0)
 

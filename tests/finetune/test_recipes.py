@@ -122,7 +122,7 @@ def test_new_tokens_are_trained_and_their_tokenizer_is_saved_with_the_adapter(ta
 @pytest.mark.parametrize("init", ["eva", "lora-ga"])
 @pytest.mark.parametrize("recipe", ["lora", "qlora"])
 def test_a_start_from_rows_is_made_saved_merged_and_resumed(task, recipe, init, capsys, monkeypatch):
-    sections = {"recipe": recipe, "peft": {"init": init, "rank": 3, "start_rows": 10}}
+    sections = {"recipe": recipe, "peft": {"init": init, "rank": 3, "init_rows": 10}}
     sections |= {"quantize": {"name": "int8"}} if recipe == "qlora" else {}
     config = write_config(task, **sections)
     if (recipe, init) == ("qlora", "lora-ga"):

@@ -33,7 +33,7 @@ def ours(family: str, settings: dict) -> tuple[torch.nn.Module, peft.Method]:
     model = make_model(family)
     peft.freeze(model)
     method = peft.methods()[settings["name"]].model_validate(settings)
-    method = method.with_modules_to_save(head_of(model, [], TASK))
+    method = peft.with_modules_to_save(method, head_of(model, [], TASK))
     method.apply(model)
     return model, method
 

@@ -18,14 +18,14 @@ from lit_lora.peft.core.passes import Pass, each_gradient
 from lit_lora.peft.lora.data_inits import Components, gradient_factors, principal_inputs, share_ranks
 from lit_lora.peft.lora.linear import LoRALinear
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, quantize
-from tests.peft.tiny import lora, make_model, rows, token_ids
+from tests.peft.tiny import lora, make_model, put_on, rows, token_ids
 
 
 def started(**settings: object) -> tuple[CausalLM, peft.Method]:
     model = make_model()
     peft.freeze(model)
     torch.manual_seed(2)
-    return model, lora(**settings).init_from_data(model, rows(model, 8))
+    return model, put_on(model, lora(**settings), rows(model, 8))
 
 
 def principal(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ def test_lora_ga_takes_the_vectors_of_peft():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start_rows": 8}, "start_rows has no effect with init 'kaiming', it is for eva and lora-ga"),
+        ({"init_rows": 8}, "init_rows has no effect with init 'kaiming', it is for eva and lora-ga"),
         ({"init": "lora-ga", "rho": 2}, "rho has no effect with init 'lora-ga', it is for eva"),
         ({"init": "eva", "rho": 0.5}, "rho"),
         ({"init": "eva", "target_modules": ["embed_tokens"]}, "'eva' is for linear layers, .*embed_tokens is Embedd"),
@@ -259,3 +259,8 @@ def test_lora_ga_over_codes_is_refused():
     model.model.layers[0].mlp.up_proj = QuantizedLinear(packed, layer.bias, torch.float32)
     with pytest.raises(UsageError, match=r"lora-ga starts from gradients of the weights, but .*up_proj is quantised"):
         lora(init="lora-ga", rank=3, target_modules=["up_proj"]).init_from_data(model, rows(model))
+
+
+def test_the_former_name_of_init_rows_is_accepted(capsys):
+    assert lora(init="eva", start_rows=8) == lora(init="eva", init_rows=8)
+    assert "start_rows is now called init_rows" in capsys.readouterr().err

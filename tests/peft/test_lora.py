@@ -123,7 +123,7 @@ def test_lora_plus_gives_every_b_its_own_rate_and_nothing_else():
     model = adapted(make_model(), lora(loraplus_lr_ratio=16, target_modules=["q_proj", "embed_tokens"]))
     factors = lora(loraplus_lr_ratio=16).lr_factors(model)
     assert factors == {f"model.layers.{n}.self_attn.q_proj.lora_B": 16.0 for n in (0, 1)}
-    assert lora().lr_factors(model) == {}
+    assert peft.lr_factors(lora(), model) == {}
 
 
 def test_a_frozen_a_keeps_only_its_product_for_the_backward():
@@ -282,6 +282,7 @@ def test_pain_15_tokens_named_by_text_are_added_by_the_tokenizer():
     assert asked == ["<tool>", "</tool>"]
     assert config.trainable_tokens == [VOCABULARY, VOCABULARY + 1]
     assert lora(trainable_tokens=[1]).with_token_ids(None).trainable_tokens == [1]
+    assert peft.with_token_ids(peft.methods()["ia3"](), None) == peft.methods()["ia3"]()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lit_lora import peft
 from lit_lora.checkpoint.save import CheckpointWriter
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.peft.core.capabilities import InitializesFromData
 from lit_lora.peft.core.passes import Pass
 
 VOCABULARY, WIDTH, LAYERS = 61, 16, 2
@@ -59,8 +60,16 @@ def lora(**settings: object) -> peft.Method:
 def adapted(model: CausalLM, config: peft.Method) -> CausalLM:
     peft.freeze(model)
     torch.manual_seed(2)
-    config.init_from_data(model, rows(model))
+    put_on(model, config)
     return model
+
+
+def put_on(model: CausalLM, config: peft.Method, passes: Iterable[Pass] | None = None) -> peft.Method:
+    """Apply a method as a run does: with a look at rows where it asks for one."""
+    if isinstance(config, InitializesFromData) and config.rows_for_init:
+        return config.init_from_data(model, rows(model) if passes is None else passes)
+    config.apply(model)
+    return config
 
 
 def rows(model: CausalLM, count: int = 4, seed: int = 7, length: int = 12) -> Iterator[Pass]:

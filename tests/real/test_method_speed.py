@@ -17,6 +17,7 @@ from lit_lora.train.device import reuse_memory
 from lit_lora.train.loss import backward
 from lit_lora.train.optim.build import AdamWConfig, build_optimizer
 from lit_lora.train.optim.master_weights import MasterWeights
+from tests.peft.tiny import put_on
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ class Trained:
         self.model = load_model(folder, dtype=torch.bfloat16)
         peft.freeze(self.model)
         method = peft.methods()[settings["name"]].model_validate(settings)
-        method.init_from_data(self.model, passes(self.model, [batch()]))
+        put_on(self.model, method, passes(self.model, [batch()]))
         self.model.train()
         self.master_weights = MasterWeights(self.model)
         self.optimizer = build_optimizer(AdamWConfig(lr=1e-6), self.master_weights)

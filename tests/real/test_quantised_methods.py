@@ -21,7 +21,7 @@ from lit_lora.peft import base_tensors, freeze, methods, remove, trainable_state
 from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.quantize import Quantized, QuantizedLinear, count_quantized, stored_bytes
 from lit_lora.recipe import Options, Run, RunData, load_data, load_recipe, start
-from lit_lora.recipe.quantized_base import load_base
+from lit_lora.recipe.quantized_base import for_quantized_base, load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
@@ -76,7 +76,7 @@ def started(*where: Path, peft: dict[str, Any], **sections: Any) -> tuple[Causal
     settings = run.config
     assert isinstance(settings, Config)
     began = time.perf_counter()
-    made, _ = load_base(run, settings.quantize, settings.peft.for_quantized_base(settings.quantize), data)
+    made, _ = load_base(run, settings.quantize, for_quantized_base(settings.peft, settings.quantize), data)
     seconds = time.perf_counter() - began
     held = sum(stored_bytes(module) for module in made.modules() if isinstance(module, Quantized))
     loss = validation_loss(made, data.validation)

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.core.capabilities import TrainsModulesInFull
 from lit_lora.peft.core.matching import matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.module_names import default_names, same_parts, with_names_of
@@ -26,7 +27,7 @@ _TASK_HEADS = {"score", "classifier", "qa_outputs"}
 _PRESETS = ("q,v",)
 
 
-class TargetedMethod(Method):
+class TargetedMethod(Method, TrainsModulesInFull):
     """A method that wraps modules chosen by name: a subclass says by what.
 
     A name is matched by its last parts (``q_proj``, ``mlp.up_proj``) or in full, with ``*`` for anything; a name that

@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.added import AddedMethod
+from lit_lora.peft.core.capabilities import TrainsModulesInFull
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
 from lit_lora.peft.core.targeted import with_parameters
@@ -16,7 +17,7 @@ from lit_lora.peft.core.targeted import with_parameters
 __all__ = ["WithModulesToSave"]
 
 
-class WithModulesToSave(AddedMethod):
+class WithModulesToSave(AddedMethod, TrainsModulesInFull):
     """An added method beside which other modules can train; its ``add`` ends with :meth:`train_modules_to_save`."""
 
     modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")

@@ -23,6 +23,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import base_tensors
+from lit_lora.peft.core.capabilities import ChoosesCodes
 from lit_lora.peft.core.method import Method
 from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, layer_number
@@ -161,7 +162,7 @@ def save_adapter(
     extras = {"format": 1, "base": fingerprint(base_tensors(model), replaced), "method": config.model_dump(mode="json")}
     if task is not None:
         extras["task"] = dict(task)
-    if config.own_base:
+    if isinstance(config, ChoosesCodes):
         extras["own_base"] = True
     quantize = found_config(model)
     if quantize is not None:

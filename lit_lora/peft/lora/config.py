@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import InitializesFromData, ScalesLearningRate, TakesTokens
 from lit_lora.peft.core.matching import matches, select, short_names
 from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
@@ -29,7 +30,7 @@ __all__ = ["LoRAConfig"]
 DataInit = Literal["eva", "lora-ga"]
 
 
-class LoRAConfig(TargetedMethod):
+class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearningRate):
     """LoRA: a low-rank update beside frozen layers."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,6 +38,8 @@ class LoRAConfig(TargetedMethod):
     peft_keys: ClassVar[frozenset[str]] = frozenset(
         ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
     ) | frozenset(["init_lora_weights", "trainable_token_indices", "megatron_core", "qalora_group_size", "eva_config"])
+    renamed: ClassVar[Mapping[str, str]] = {"start_rows": "init_rows"}
+
     name: Literal["lora"] = Field("lora", description="The method.")
     rank: int = Field(8, ge=1, description="Rank of the update: more rank, more capacity and memory.")
     alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; 2 x rank when omitted.")
@@ -67,8 +70,8 @@ class LoRAConfig(TargetedMethod):
         "singular values) and olora (its QR factors), or from the loss's gradient on your rows, lora-ga; of these the "
         "adapter is written with twice the rank. pissa and olora learn at 1e-4 where optimizer.lr is not given.",
     )
-    start_rows: int | None = Field(
-        None, ge=1, description="eva and lora-ga: training rows looked at before the start; 64 when omitted."
+    init_rows: int | None = Field(
+        None, ge=1, description="Training rows that eva and lora-ga start from; 64 when omitted."
     )
     rho: float | None = Field(
         None,
@@ -91,16 +94,16 @@ class LoRAConfig(TargetedMethod):
         starts_so = self.name == "lora" or (self.name == "dora" and self.init == "eva")
         if self.init not in ("kaiming", "gaussian") and not starts_so:
             raise ValueError(f"init {self.init!r} is for lora, {self.title} starts at kaiming or gaussian")
-        if self.start_rows is not None and not self.init_rows:
-            raise ValueError(f"start_rows has no effect with init {self.init!r}, it is for eva and lora-ga")
+        if self.init_rows is not None and not self.rows_for_init:
+            raise ValueError(f"init_rows has no effect with init {self.init!r}, it is for eva and lora-ga")
         if self.rho is not None and self.init != "eva":
             raise ValueError(f"rho has no effect with init {self.init!r}, it is for eva")
         return self
 
     @property
-    def init_rows(self) -> int:
+    def rows_for_init(self) -> int:
         """Rows of the data that EVA and LoRA-GA look at."""
-        return (self.start_rows or 64) if self.init in ("eva", "lora-ga") else 0
+        return (self.init_rows or 64) if self.init in ("eva", "lora-ga") else 0
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> LoRAConfig:
         """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
@@ -239,7 +242,7 @@ class LoRAConfig(TargetedMethod):
         wrapped = self.linear(base, rank, scaling, **settings)
         if self.init == "pissa" or self.init == "olora":
             wrapped.start_at(*start_factors(self.init, base.weight, rank, scaling))
-        elif self.init == "lora-ga":  # until start_from is called, as kaiming
+        elif self.init == "lora-ga":  # until init_from_data is called, as kaiming
             wrapped.start_at(wrapped.lora_A.detach(), wrapped.lora_B.detach())
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped
@@ -249,7 +252,7 @@ class LoRAConfig(TargetedMethod):
         return LoRALinear(base, rank, scaling, **settings)
 
     def init_from_data(self, model: nn.Module, passes: Iterable[Pass]) -> LoRAConfig:
-        """As :meth:`apply`; EVA and LoRA-GA start from what the model, yet without adapter, does with the rows.
+        """As :meth:`apply`, for EVA and LoRA-GA: from what the model, yet without an adapter, does with the rows.
 
         Returns:
             These settings; of EVA, with the ranks that its layers got.
@@ -257,9 +260,6 @@ class LoRAConfig(TargetedMethod):
         Raises:
             UsageError: A name matches no module, or the settings do not fit the model or the rows.
         """
-        if not self.init_rows:
-            self.apply(model)
-            return self
         ranks = self.ranks_and_alphas(self.targets(model))
         most: dict[str, int] = {}
         for name, (rank, _) in ranks.items():

@@ -140,7 +140,7 @@ def share_ranks(ranks: Mapping[str, int], most: Mapping[str, int], found: Mappin
         raise UsageError(
             f"peft.init: eva has seen {seen} learned tokens, which span too few directions for rank "
             f"{max(ranks.values())}",
-            hint="raise peft.start_rows, or give more rows",
+            hint="raise peft.init_rows, or give more rows",
         )
     chosen = sorted(shares, key=lambda item: -item[0])[: sum(ranks.values())]
     return {name: sum(name == other for _, other in chosen) for name in ranks}

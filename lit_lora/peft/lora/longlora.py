@@ -21,8 +21,8 @@ from lit_lora.errors import UsageError
 from lit_lora.model.attention.documents import Layout
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.peft.core.added import AddedModule, Attend
+from lit_lora.peft.core.capabilities import AnyConfig, ChangesConfig, GroupsTokens
 from lit_lora.peft.core.matching import matches
-from lit_lora.peft.core.method import AnyConfig
 from lit_lora.peft.core.module_names import default_names, names_of
 from lit_lora.peft.lora.config import LoRAConfig
 
@@ -152,11 +152,10 @@ def _groups(length: int, size: int, first: int) -> list[int]:
     return [first, *[size] * whole, *([rest] if rest else [])]
 
 
-class LongLoRAConfig(LoRAConfig):
+class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
     """LongLoRA: a longer context by interpolated positions, trained with attention in shifted groups."""
 
     peft_type: ClassVar[str] = "LIT_LORA_LONGLORA"
-    groups_tokens: ClassVar[bool] = True
     name: Literal["longlora"] = Field("longlora", description="The method.")  # type: ignore[assignment]
     factor: float = Field(2.0, ge=1, description="How many times longer the context becomes.")
     rope_type: Literal["linear", "yarn"] = Field(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import Settings
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import FinalizesAfterTraining
 from lit_lora.peft.core.matching import matches, select
 from lit_lora.peft.core.modules import OwnModule, device_of, own_modules, replace_module
 from lit_lora.peft.core.targeted import TargetedMethod, check_rank
@@ -221,7 +222,7 @@ class GLoRALinear(OwnModule):
         return {name: value.flatten() if name in flat else value for name, value in tensors.items()}
 
 
-class GLoRAConfig(TargetedMethod, Forms):
+class GLoRAConfig(TargetedMethod, Forms, FinalizesAfterTraining):
     """GLoRA: trained terms on weight and bias in chosen forms, the same for all layers or by name."""
 
     peft_type: ClassVar[str] = "GLORA"

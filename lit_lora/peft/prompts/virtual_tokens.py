@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.added import AddedMethod, decoder_of
+from lit_lora.peft.core.capabilities import TakesText
 
 __all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "embedding_of", "only_rows", "refuse"]
 
@@ -20,7 +21,7 @@ EMBEDDINGS = "prompt_embeddings"
 Self = TypeVar("Self", bound="VirtualTokens")
 
 
-class VirtualTokens(AddedMethod):
+class VirtualTokens(AddedMethod, TakesText):
     """Settings of a method whose virtual tokens stand before every document."""
 
     default_lr: ClassVar[float | None] = 1e-2

@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import ChoosesCodes
 from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.modules import freeze, own_modules
 from lit_lora.peft.core.modules_to_save import find_head
@@ -66,14 +67,13 @@ class LowRankStart:
                 layer.lora_B.copy_(left / root)
 
 
-class LoftQConfig(LoRAConfig):
+class LoftQConfig(LoRAConfig, ChoosesCodes):
     """LoftQ: LoRA that starts from what quantising the base loses, without data; for recipe: qlora.
 
     The run keeps its base, which has codes of its own.
     """
 
     kind: ClassVar[Kind] = "quantized"
-    own_base: ClassVar[bool] = True
     name: Literal["loftq"] = Field("loftq", description="The method.")  # type: ignore[assignment]
     iterations: int = Field(5, ge=1, description="How many times codes and update are fitted in turns.")
 

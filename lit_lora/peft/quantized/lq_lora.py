@@ -12,13 +12,14 @@ Source: Guo et al. 2023, "LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import ChoosesTypes, NeedsQuantizedBase, WeighsErrors
 from lit_lora.peft.core.modules_to_save import find_head
 from lit_lora.peft.core.svd import Weights
 from lit_lora.peft.quantized.decompose import Decomposed, decompose
@@ -36,13 +37,12 @@ CHOICES = [
 _LEAST_GAIN = 1e-3
 
 
-class LQLoRAConfig(LoftQConfig):
+class LQLoRAConfig(LoftQConfig, NeedsQuantizedBase, WeighsErrors, ChoosesTypes):
     """LQ-LoRA: bits per layer under a budget, and LoRA that starts from what they lose; for recipe: qlora.
 
     The types are chosen here, so ``quantize`` is left out. The run keeps its base.
     """
 
-    chooses_types: ClassVar[bool] = True
     name: Literal["lq-lora"] = Field("lq-lora", description="The method.")  # type: ignore[assignment]
     iterations: int = Field(
         20, ge=1, description="How many times at most codes and update are fitted in turns; ends when it gains nothing."
@@ -101,7 +101,7 @@ class LQLoRAConfig(LoftQConfig):
 
         return LowRankStart(ranks, split, lambda name, weight: _codes(weight, configs[name]))
 
-    def planned(self, model: nn.Module, quantize: QuantizeConfig) -> Quantizer:
+    def planned(self, model: nn.Module) -> Quantizer:
         """Types under the budget, as they would be if all layers lost alike by fewer bits.
 
         Raises:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import KeepsCodes, NeedsQuantizedBase
 from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.updates import LowRank, Update
 from lit_lora.peft.lora.config import LoRAConfig
@@ -62,7 +63,7 @@ class QALoRALinear(LoRALinear):
         return f"{super().extra_repr()}, group={self.group}"
 
 
-class QALoRAConfig(LoRAConfig):
+class QALoRAConfig(LoRAConfig, NeedsQuantizedBase, KeepsCodes):
     """QA-LoRA: LoRA that merges into the zeros of a base in int4 without loss; for recipe: qlora."""
 
     kind: ClassVar[Kind] = "quantized"

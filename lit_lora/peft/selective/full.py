@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.capabilities import TrainsModulesInFull
 from lit_lora.peft.core.matching import select
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.quantize import found_config
@@ -16,7 +17,7 @@ from lit_lora.quantize import found_config
 __all__ = ["FullConfig"]
 
 
-class FullConfig(Method):
+class FullConfig(Method, TrainsModulesInFull):
     """Full finetuning: the model's own weights train and are saved as a whole model."""
 
     kind: ClassVar[Kind] = "full"
