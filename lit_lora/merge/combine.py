@@ -16,14 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_lora.checkpoint.load import load_model
+from lit_lora.checkpoint.load import empty_model, load_model
 from lit_lora.errors import InputError, UsageError
 from lit_lora.open.folders import find_adapter, find_base
-from lit_lora.peft import base_tensors, freeze, methods, save_adapter
+from lit_lora.peft import base_tensors, freeze, save_adapter
 from lit_lora.peft.core.added import AddedMethod
+from lit_lora.peft.core.modules import model_updates
 from lit_lora.peft.core.updates import LowRank
 from lit_lora.peft.files.adapter import Adapter, read_adapter
-from lit_lora.peft.files.load import attach, check_base
+from lit_lora.peft.files.load import check_base
+from lit_lora.peft.lora.file import LoRAFile
 
 __all__ = ["Combined", "How", "combine"]
 
@@ -84,7 +86,7 @@ def combine(
     model = load_model(folder, quantize=adapters[0].quantize)
     parts: dict[str, list[tuple[float, LowRank]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        updates = check_base(adapter, base_tensors(model), tied=model.config.tie_word_embeddings)
+        updates = check_base(adapter, base_tensors(model), empty_model(model.config))
         for name, update in updates.items():
             parts.setdefault(name, []).append((weight, _low_rank(adapter, name, update)))
     exact = {name: _concatenated(terms) for name, terms in parts.items()}
@@ -94,14 +96,20 @@ def combine(
         combined = {name: _linear(name, terms) for name, terms in parts.items()}
     else:
         combined = {name: _nearest(update, rank or 1) for name, update in exact.items()}
+    ranks = {name.removesuffix(".weight"): update.right.shape[0] for name, update in combined.items()}
+    least, most = min(ranks.values()), max(ranks.values())
+    settings = LoRAFile(  # alpha is the rank: the factors have all of the scaling
+        rank=most, alpha=most, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks
+    )
     freeze(model)
-    attach(model, combined, 0.0)
-    ranks = [update.right.shape[0] for update in combined.values()]
-    names = [name.removesuffix(".weight") for name in combined]
-    settings = {"name": "lora", "rank": max(ranks), "alpha": max(ranks), "target_modules": names}
+    settings.apply(model)
+    for name, update in model_updates(model).items():
+        assert isinstance(update, LowRank)
+        update.left.copy_(combined[name].left)  # views of the adapter's parameters
+        update.right.copy_(combined[name].right)
     data = ", ".join(f"{weight:g} x {adapter.folder}" for weight, adapter in zip(weights, adapters, strict=True))
-    save_adapter(model, methods()["lora"].model_validate(settings), out, base=folder, data=f"{how} of {data}")
-    return Combined(Path(out), folder, len(combined), (min(ranks), max(ranks)), _lost(exact, combined))
+    save_adapter(model, settings, out, base=folder, data=f"{how} of {data}")
+    return Combined(Path(out), folder, len(combined), (least, most), _lost(exact, combined))
 
 
 def _low_rank(adapter: Adapter, name: str, update: object) -> LowRank:

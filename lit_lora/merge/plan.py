@@ -233,11 +233,11 @@ def plan_merge(
         trained.exact = into == "quantized"
     adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
-    updates = check_base(adapter, trained, tied=tied, force=force or subtract is not None)
+    updates = check_base(adapter, trained, empty_model(config), force=force or subtract is not None)
     if subtract is not None:
         taken = read_adapter(subtract)
         taken.require_updates()
-        updates = _subtracted(updates, check_base(taken, base, tied=tied, force=True), taken.folder)
+        updates = _subtracted(updates, check_base(taken, base, empty_model(config), force=True), taken.folder)
     untied = tied and updates.get(base.embedding) is not updates.get(base.head)
     rows = base.shape(base.embedding)[0] if base.embedding in base else config.vocab_size
     if base.embedding in updates:

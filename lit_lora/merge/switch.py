@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_lora.checkpoint.load import empty_model
 from lit_lora.errors import UsageError
 from lit_lora.merge.plan import BaseTensors
 from lit_lora.model import CausalLM
@@ -56,7 +57,7 @@ class TaskSwitcher:
         if adapter is not None:
             task = read_adapter(adapter)
             task.require_updates()
-            updates = check_base(task, self.tensors, tied=tied)
+            updates = check_base(task, self.tensors, empty_model(self.config))
         touched = dict.fromkeys([*self.updates, *updates])
         untied = tied and updates.get(embedding) is not updates.get(head)
         if untied:

@@ -6,14 +6,14 @@ They train together and are saved as one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, field_validator
 from torch import Tensor, nn
 
 from lit_lora.config import did_you_mean
-from lit_lora.peft.core.added import AddedMethod, fill, own_state
+from lit_lora.peft.core.added import AddedMethod, own_state
 from lit_lora.peft.core.capabilities import (
     ScalesLearningRate,
     TakesText,
@@ -99,19 +99,9 @@ class ComposedConfig(AddedMethod, TakesText, TrainsModulesInFull, ScalesLearning
         """Put all in, in order; each stays marked as its own method's."""
         self.add(model)
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Our own form, with the parameters of all."""
-        settings, _ = super().export(model)
-        return settings, own_state(model)
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply and fill in place.
-
-        Raises:
-            InputError: They are not the tensors of these methods on this model.
-        """
-        self.apply(model)
-        fill(own_state(model), tensors)
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of all methods by their names in the model."""
+        return own_state(model)
 
 
 def _parsed(items: list[Any]) -> list[Method]:

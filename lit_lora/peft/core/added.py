@@ -8,19 +8,18 @@ tree of ``nn.Module``, and taking it out leaves the base as it was.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import UsageError
 from lit_lora.model import LanguageModel
-from lit_lora.peft.core.method import Kind, Method
+from lit_lora.peft.core.adapter_method import OWN, AdapterMethod
+from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.modules import OwnModule, own_modules
 from lit_lora.peft.core.updates import Update
 
-__all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "fill", "own_state", "width_of"]
+__all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "own_state", "width_of"]
 
 
 class Attend(Protocol):
@@ -86,12 +85,14 @@ class AddedModule(OwnModule):
         delattr(host, self.child)
 
 
-class AddedMethod(Method):
-    """Settings of a method that adds modules; ``apply`` puts them in."""
+class AddedMethod(AdapterMethod):
+    """Settings of a method that adds modules; ``apply`` puts them in.
+
+    One that PEFT does not have is saved as its settings and every own parameter by its name in the model.
+    """
 
     kind: ClassVar[Kind] = "added"
-    peft_type: ClassVar[str | None] = None
-    """PEFT's name of the method; one that PEFT does not have is saved under a name of ours."""
+    as_written: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -114,46 +115,13 @@ class AddedMethod(Method):
             UsageError: The settings do not fit this model.
         """
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What ``adapter_config.json`` and the tensors' file get: PEFT's form, or else the settings and what trains."""
-        settings = {"peft_type": f"LIT_LORA_{self.label.upper()}", "settings": self.model_dump(mode="json")}
-        return settings, own_state(model, self.label)
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json`` in a form of ours: the settings."""
+        return {"peft_type": OWN + self.label.upper(), "settings": self.model_dump(mode="json")}
 
-    @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AddedMethod:
-        """The settings that describe an adapter in PEFT's form.
-
-        Raises:
-            InputError: It asks for something that is not done here.
-        """
-        raise NotImplementedError
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply the method and give what trains its values, in place.
-
-        Raises:
-            InputError: They are not the tensors of this method on this model.
-        """
-        self.apply(model)
-        fill(own_state(model, self.label), tensors)
-
-
-def fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters of the same names, in place.
-
-    Raises:
-        InputError: Names or shapes differ.
-    """
-    odd = sorted(parameters.keys() ^ tensors.keys())
-    if odd:
-        where = "this model has no place for it" if odd[0] in tensors else "it is missing"
-        raise InputError(f"{len(odd)} tensors do not fit, such as {odd[0]}: {where}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                there, here = [*tensors[name].shape], [*parameter.shape]
-                raise InputError(f"{name} is for shape {there}, this model has {here}")
-            parameter.copy_(tensors[name])
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The method's parameters by their names in the model."""
+        return own_state(model, self.label)
 
 
 def own_state(model: nn.Module, *owners: str) -> dict[str, Tensor]:

@@ -17,6 +17,10 @@ class Base(Mapping[str, Tensor]):
     """A base model's tensors by name; reading one may cost time and memory."""
 
     @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of this name, at no cost: a mapping's own would read it."""
+
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, at no cost."""
 
@@ -40,6 +44,9 @@ class BaseTensors(Base):
     def __getitem__(self, name: str) -> Tensor:
         found = self._there[name]
         return found.dequantize() if isinstance(found, QuantizedLinear) else found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._there)

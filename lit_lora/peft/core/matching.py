@@ -12,7 +12,7 @@ from lit_lora.errors import UsageError
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["matches", "select", "short_names"]
+__all__ = ["listed", "matches", "select", "short_names"]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -40,6 +40,12 @@ def select(patterns: Iterable[str], names: Iterable[str], *, key: str) -> list[s
     if problems:
         raise UsageError("\n".join(problems))
     return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+
+
+def listed(names: Sequence[str], what: str = "tensor") -> str:
+    """``1 tensor (a)`` or ``5 tensors (a, b, c, …)``, at most three names."""
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def short_names(model: nn.Module, names: list[str]) -> list[str]:

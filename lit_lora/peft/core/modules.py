@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lit_lora.peft.core.updates import Update
+from lit_lora.peft.core.updates import Rows, Update
 
 __all__ = [
     "OwnModule",
@@ -81,12 +81,18 @@ def own_modules(model: nn.Module) -> dict[str, OwnModule]:
 
 
 def model_updates(model: nn.Module) -> dict[str, Update]:
-    """What the adapter in ``model`` does to the base tensors, by their names in the base model."""
-    return {
-        f"{name}.{parameter}": update
-        for name, module in own_modules(model).items()
-        for parameter, update in module.updates().items()
-    }
+    """What the adapter in ``model`` does to the base tensors, by their names in the base model.
+
+    Rows of tokens that a tied head shares with its embedding are one update under both names.
+    """
+    updates: dict[str, Update] = {}
+    rows: dict[int, Rows] = {}
+    for name, module in own_modules(model).items():
+        for parameter, update in module.updates().items():
+            if isinstance(update, Rows):
+                update = rows.setdefault(update.values.data_ptr(), update)
+            updates[f"{name}.{parameter}"] = update
+    return updates
 
 
 def remove(model: nn.Module) -> None:

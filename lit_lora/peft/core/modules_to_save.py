@@ -19,7 +19,7 @@ from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import OwnModule, replace_module
 from lit_lora.peft.core.updates import Replace, Rows, Update
 
-__all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find_head", "train_tokens"]
+__all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find_head", "train_rows", "train_tokens"]
 
 
 class TrainedCopy(OwnModule):
@@ -44,6 +44,15 @@ class TrainedCopy(OwnModule):
         base = dict(self.base_layer.named_parameters(recurse=False))
         values = {name: value.to(base[name].dtype) for name, value in self.trained.items()}
         return functional_call(self.base_layer, values, args, kwargs)
+
+    def grow(self, rows: int) -> None:
+        """Make room for a weight of ``rows`` rows, as of an embedding with more tokens than the base has.
+
+        The values are to be filled in.
+        """
+        weight = self.trained["weight"]
+        if rows > len(weight):
+            self.trained["weight"] = nn.Parameter(weight.new_zeros(rows, *weight.shape[1:]))
 
     def updates(self) -> dict[str, Update]:
         """The trained values take the place of the base's."""
@@ -148,21 +157,40 @@ def train_tokens(model: nn.Module, ids: Iterable[int]) -> None:
     embedding, head = find_embedding(model), find_head(model)
     if embedding is None:
         raise UsageError("peft.trainable_tokens: the model has no plain token embedding")
-    base = model.get_submodule(embedding)
-    assert isinstance(base, nn.Embedding)
+    shared = head is not None and model.get_submodule(head).weight is model.get_submodule(embedding).weight
+    rows = train_rows(model, embedding, ids)
+    if head is not None:
+        train_rows(model, head, ids, rows if shared else None)
+
+
+def train_rows(model: nn.Module, name: str, ids: Sequence[int], rows: nn.Parameter | None = None) -> nn.Parameter:
+    """Let the rows of single tokens train in one module, in place.
+
+    Args:
+        model: With the module.
+        name: Of an embedding or an output head.
+        ids: Token ids, ascending; those that the module does not have follow its rows without a gap.
+        rows: (n, D) float32, where another module has the same ones; copies of the base's when omitted.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UsageError: The module is neither, or the ids do not fit it.
+    """
+    base = model.get_submodule(name)
+    if not isinstance(base, nn.Embedding | nn.Linear):
+        raise UsageError(f"peft.trainable_tokens: {name} is {type(base).__name__}, expected an embedding or a head")
     vocabulary = base.weight.shape[0]
     added = [token for token in ids if token >= vocabulary]
     if not ids or ids[0] < 0 or added != list(range(vocabulary, vocabulary + len(added))):
         raise UsageError(
             f"peft.trainable_tokens: expected ids from 0, new ones from {vocabulary} without a gap, got {ids[:10]}"
         )
-    rows = _start_rows(base.weight, ids)
-    replace_module(model, embedding, TokenEmbedding(base, ids, rows))
-    if head is not None:
-        linear = model.get_submodule(head)
-        assert isinstance(linear, nn.Linear)
-        own = rows if linear.weight is base.weight else _start_rows(linear.weight, ids)
-        replace_module(model, head, TokenHead(linear, ids, own))
+    rows = _start_rows(base.weight, ids) if rows is None else rows
+    wrapper = TokenEmbedding(base, ids, rows) if isinstance(base, nn.Embedding) else TokenHead(base, ids, rows)
+    replace_module(model, name, wrapper)
+    return rows
 
 
 def _start_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import UsageError
+from lit_lora.peft.core.adapter_method import AdapterMethod
 from lit_lora.peft.core.capabilities import TrainsModulesInFull
 from lit_lora.peft.core.matching import matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
@@ -27,7 +28,7 @@ _TASK_HEADS = {"score", "classifier", "qa_outputs"}
 _PRESETS = ("q,v",)
 
 
-class TargetedMethod(Method, TrainsModulesInFull):
+class TargetedMethod(AdapterMethod, TrainsModulesInFull):
     """A method that wraps modules chosen by name: a subclass says by what.
 
     A name is matched by its last parts (``q_proj``, ``mlp.up_proj``) or in full, with ``*`` for anything; a name that
@@ -36,7 +37,6 @@ class TargetedMethod(Method, TrainsModulesInFull):
 
     kind: ClassVar[Kind] = "mergeable"
     peft_type: ClassVar[str]
-    """``peft_type`` of its adapter files, PEFT's where PEFT has the method."""
     peft_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of PEFT's ``adapter_config.json`` that :meth:`from_peft` reads, or that may be ignored."""
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
@@ -67,7 +67,7 @@ class TargetedMethod(Method, TrainsModulesInFull):
         return self.title if rank is None else f"{self.title}, rank {rank}"
 
     def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The adapter's tensors by their names in its file, each once; views of the parameters, to fill as well."""
+        """The tensors of every module that the method put in; a shared one once."""
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, module in own_modules(model).items():
@@ -86,24 +86,6 @@ class TargetedMethod(Method, TrainsModulesInFull):
             "target_modules": short_names(model, targets),
             "modules_to_save": whole_modules(model) or None,
         }
-
-    @classmethod
-    def filler(cls, name: str) -> bool:
-        """Whether a tensor of this name in a file says nothing."""
-        return False
-
-    @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Settings of an adapter that PEFT wrote.
-
-        Args:
-            raw: ``adapter_config.json``.
-            tensors: The file's tensors, without the prefix of their names.
-
-        Raises:
-            InputError: PEFT does not write such adapters.
-        """
-        raise InputError(f"peft_type {raw.get('peft_type')!r} without lit_lora.json", hint="copy the whole folder")
 
     @field_validator("target_modules", mode="before")
     @classmethod

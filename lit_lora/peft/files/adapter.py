@@ -19,27 +19,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_lora.config import validate
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import InputError, LitLoraError, UsageError
 from lit_lora.files import atomic_folder, disk_errors
+from lit_lora.peft.core.adapter_method import CONFIG, OWN, WEIGHTS, AdapterMethod
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import base_tensors
 from lit_lora.peft.core.capabilities import ChoosesCodes
+from lit_lora.peft.core.matching import listed
 from lit_lora.peft.core.method import Method
 from lit_lora.peft.core.modules import model_updates, own_modules
 from lit_lora.peft.core.targeted import TargetedMethod, layer_number
-from lit_lora.peft.core.updates import Replace, Update
-from lit_lora.peft.files.added import OWN, added_types, read_added
+from lit_lora.peft.core.updates import Replace
 from lit_lora.peft.files.fingerprint import fingerprint
-from lit_lora.peft.files.lora import listed, read_lora
 from lit_lora.peft.files.model_card import model_card
+from lit_lora.peft.lora.file import LoRAFile
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS
 from lit_lora.peft.table import methods
 from lit_lora.quantize import QuantizeConfig, found_config
 
 __all__ = ["Adapter", "quantization_of", "read_adapter", "save_adapter"]
 
-WEIGHTS, CONFIG, EXTRAS = "adapter_model.safetensors", "adapter_config.json", "lit_lora.json"
+EXTRAS = "lit_lora.json"
 _PREFIX = "base_model.model."
+_WHOLE = (EMBEDDINGS, "base_model.")  # names without the prefix
+_BASE_COPY = ".base_layer.weight"
 
 # Keys of adapter_config.json that change nothing in a finished adapter. Any other is known to the method, or empty.
 _INERT = {"peft_type", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"}
@@ -55,12 +58,10 @@ class Adapter:
     """Where it lies."""
     base: str | None
     """The base model that it names: a folder or a Hub id."""
-    config: Method
+    config: AdapterMethod
     """Settings that describe it; ``save_adapter`` takes them to write it again."""
-    updates: dict[str, Update] | None
-    """What it does, by the names of the base's tensors; ``None``: only its modules know, once they are filled."""
     values: dict[str, Tensor]
-    """The file's tensors, without the prefix of their names."""
+    """Its tensors by the names that ``config`` gives them."""
     base_copies: dict[str, Tensor]
     """Base tensors that PEFT wrote into the file; the base must have the same."""
     fingerprint: dict[str, Any] | None
@@ -76,7 +77,7 @@ class Adapter:
 
     @property
     def tensors(self) -> int:
-        """How many tensors are in the file."""
+        """How many tensors it has."""
         return len(self.values)
 
     @property
@@ -98,8 +99,8 @@ class Adapter:
                 hint="use it as it is, lit-lora chat RUN, or train by recipe: lora for a merged model",
             )
 
-    def lacking(self, modules: Iterable[str]) -> list[str]:
-        """Which of a model's modules ``adapter_config.json`` lists as targets, while the file has nothing for them."""
+    def listed_targets(self, modules: Iterable[str]) -> list[str]:
+        """Those of a model's modules that ``adapter_config.json`` lists as targets."""
         targets, excluded = self.raw.get("target_modules"), self.raw.get("exclude_modules") or []
         layers = self.raw.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
@@ -116,7 +117,6 @@ class Adapter:
             if named(module, targets)
             and not named(module, [*excluded, *whole])
             and (not layers or layer_number(module) in layers)
-            and f"{module}.weight" not in (self.updates or {})
         ]
 
 
@@ -150,11 +150,13 @@ def save_adapter(
         UsageError: The model has no adapter.
         DiskError: The disk is full or read-only; an older adapter is kept.
     """
-    if not own_modules(model):
+    if not own_modules(model) or not isinstance(config, AdapterMethod):
         raise UsageError(f"{folder}: the model has no adapter to save")
-    settings, own = _to_file(model, config)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
-    settings = {**settings, "base_model_name_or_path": str(base)}
+    tensors = {
+        name if name.startswith(_WHOLE) else _PREFIX + name: tensor.detach().cpu().contiguous()
+        for name, tensor in config.file_tensors(model).items()
+    }
+    settings = {**config.peft_config(model), "base_model_name_or_path": str(base)}
     if "task_type" in settings:
         settings["task_type"] = task_type
     # What is replaced as a whole may have started at random: it says nothing about the base.
@@ -197,20 +199,25 @@ def read_adapter(folder: Path) -> Adapter:
     if bad:
         raise InputError(f"{folder / WEIGHTS}: {listed(bad)} with NaN or infinite values")
     extras = _extras(folder)
-    updates: dict[str, Update] | None = None
-    copies: dict[str, Tensor] = {}
-    config: Method
-    if raw.get("peft_type") in added_types():
-        config = read_added(folder / CONFIG, raw, tensors)
-    elif (method := _targeted(folder, raw)).peft_type == "LORA":
-        config, updates, copies = read_lora(folder, raw, tensors)
-    else:
-        config = _settings(folder, method, raw, extras, tensors)
-    base = raw.get("base_model_name_or_path")
-    held, own_base = quantization_of(folder), bool(extras.get("own_base"))
-    task = extras.get("task")
+    copies = {name: tensor for name, tensor in tensors.items() if name.endswith(_BASE_COPY)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    try:
+        method = _method(raw)
+        values = method.normalized(raw, tensors)
+        config = _settings(method, raw, extras, values)
+    except LitLoraError as error:
+        raise InputError("\n".join(f"{folder}/{line}" for line in str(error).splitlines()), error.hint) from error
     return Adapter(
-        folder, base or None, config, updates, tensors, copies, extras.get("base"), raw, held, own_base, task
+        folder=folder,
+        base=raw.get("base_model_name_or_path") or None,
+        config=config,
+        values=values,
+        base_copies={name.replace(_BASE_COPY, ".weight"): tensor for name, tensor in copies.items()},
+        fingerprint=extras.get("base"),
+        raw=raw,
+        quantize=quantization_of(folder),
+        own_base=bool(extras.get("own_base")),
+        task=extras.get("task"),
     )
 
 
@@ -231,46 +238,45 @@ def _extras(folder: Path) -> dict[str, Any]:
     return _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
 
 
-def _targeted(folder: Path, raw: Mapping[str, Any]) -> type[TargetedMethod]:
-    """The method that reads an adapter; it knows every key of the adapter's config that is not empty.
+def _method(raw: Mapping[str, Any]) -> type[AdapterMethod]:
+    """The method that reads an adapter of this ``adapter_config.json``; it knows every key that is not empty.
 
     Raises:
         InputError: None does.
     """
-    known = {
-        cls.peft_type: cls for cls in methods("mergeable", "quantized").values() if issubclass(cls, TargetedMethod)
-    }
-    kind = str(raw.get("peft_type"))
-    # One of ours may carry the name of PEFT's: the same method, in a form that PEFT does not have.
-    method = known.get(kind) or known.get(kind.removeprefix(OWN))
-    if method is None:
-        names = ", ".join([*known, *sorted(added_types())])
-        raise InputError(f"{folder / CONFIG}: peft_type {kind!r} is not supported, known: {names}")
-    read = _INERT | method.peft_keys
-    refused = [f"{key} {json.dumps(value)[:60]}" for key, value in raw.items() if value and key not in read]
-    if refused:
-        raise InputError(f"{folder / CONFIG}: not supported: {'; '.join(refused)}")
-    return method
+    known: dict[str, type[AdapterMethod]] = {LoRAFile.peft_type: LoRAFile}  # of whatever method trained it
+    for name, method in methods().items():
+        if issubclass(method, AdapterMethod):
+            # A method that PEFT has is saved under a name of ours where PEFT does not have its form.
+            for kind in filter(None, (method.peft_type, OWN + name.upper())):
+                known.setdefault(kind, method)
+    found = known.get(str(raw.get("peft_type")))
+    if found is None:
+        names = ", ".join(name for name in known if not name.startswith(OWN))
+        raise InputError(f"{CONFIG}: peft_type {raw.get('peft_type')!r} is not supported, known: {names}")
+    if issubclass(found, TargetedMethod):
+        read = _INERT | found.peft_keys
+        refused = [f"{key} {json.dumps(value)[:60]}" for key, value in raw.items() if value and key not in read]
+        if refused:
+            raise InputError(f"{CONFIG}: not supported: {'; '.join(refused)}")
+    return found
 
 
 def _settings(
-    folder: Path,
-    method: type[TargetedMethod],
-    raw: Mapping[str, Any],
-    extras: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> TargetedMethod:
-    """The settings that an adapter was made by: as lit-lora wrote them, else as PEFT's config means.
+    method: type[AdapterMethod], raw: Mapping[str, Any], extras: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> AdapterMethod:
+    """The settings that describe an adapter: as lit-lora wrote them, else as PEFT's config means.
 
     Raises:
-        InputError: They are not those of the method.
+        InputError: The file asks for what is not done here.
+        UsageError: They are not settings of the method.
     """
     written = extras.get("method")
-    try:
-        settings = written if isinstance(written, dict) else method.from_peft(raw, tensors)
-        return validate(settings, method, name=str(folder / (EXTRAS if written else CONFIG)))
-    except UsageError as error:
-        raise InputError(str(error)) from error
+    if issubclass(method, AddedMethod) and str(raw["peft_type"]).startswith(OWN):
+        return validate(raw.get("settings"), method, name=CONFIG)
+    if method.as_written and isinstance(written, dict):
+        return validate(written, method, name=EXTRAS)
+    return method.from_peft(raw, tensors)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -297,17 +303,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: truncated or not a safetensors file ({reason})", hint="copy it again") from error
-
-
-def _to_file(model: nn.Module, config: Method) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``adapter_config.json`` and the tensors under the names that the file gives them."""
-    if isinstance(config, AddedMethod):
-        settings, tensors = config.export(model)
-    else:
-        assert isinstance(config, TargetedMethod)
-        settings, tensors = config.peft_config(model), config.file_tensors(model)
-    whole = (EMBEDDINGS, "base_model.")
-    return settings, {n if n.startswith(whole) else _PREFIX + n: value for n, value in tensors.items()}
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

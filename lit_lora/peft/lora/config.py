@@ -207,9 +207,12 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         Raises:
             UsageError: A pattern matches none of them, or a rank is too large.
         """
+        ranks = self.ranks_and_alphas(list(targets))
+        if problems := self.misfits(targets):
+            raise UsageError("\n".join(problems))
         return {
             name: self.wrap(name, targets[name], rank, self.scaling(rank, alpha))
-            for name, (rank, alpha) in self.ranks_and_alphas(list(targets)).items()
+            for name, (rank, alpha) in ranks.items()
         }
 
     def misfits(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> list[str]:
@@ -226,19 +229,18 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         """The module with an update of ``rank`` beside ``base``.
 
         Raises:
-            UsageError: The rank is larger than that of a matrix of this shape.
+            UsageError: The settings are not for a module of this kind.
         """
-        check_rank(rank, name, _shape(base))
         if self.init not in ("kaiming", "gaussian") and not isinstance(base, nn.Linear):
             raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(base).__name__}")
         if isinstance(base, nn.Embedding):
             return LoRAEmbedding(base, rank, scaling)
         if not isinstance(base, nn.Linear):
-            if self.bias != "none":
+            if self.trains_bias(name):
                 raise UsageError(f"peft.bias: {self.bias!r}, but {name} is a convolution, whose bias does not train")
             return LoRAConv(base, rank, scaling, self.dropout)
         plain = "gaussian" if self.init == "gaussian" else "kaiming"
-        settings = {"dropout": self.dropout, "init": plain, "train_bias": self.bias != "none"}
+        settings = {"dropout": self.dropout, "init": plain, "train_bias": self.trains_bias(name)}
         wrapped = self.linear(base, rank, scaling, **settings)
         if self.init == "pissa" or self.init == "olora":
             wrapped.start_at(*start_factors(self.init, base.weight, rank, scaling))
@@ -246,6 +248,10 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             wrapped.start_at(wrapped.lora_A.detach(), wrapped.lora_B.detach())
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped
+
+    def trains_bias(self, name: str) -> bool:
+        """Whether the bias of an adapted module trains, where it has one."""
+        return self.bias != "none"
 
     def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
         """What takes the place of a linear layer."""

@@ -210,13 +210,10 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
                 matches no module.
         """
         config = getattr(model, "config", None)
-        if config is None and type(model) is not nn.Module:  # plain modules stand for the tensors of a file
-            raise UsageError("peft: longlora is for decoders, this model has no positions to stretch")
-        if config is not None:
-            config = self.configure(config)  # refuses before anything is changed
-        super().apply(model)
         if config is None:
-            return
+            raise UsageError("peft: longlora is for decoders, this model has no positions to stretch")
+        config = self.configure(config)  # refuses before anything is changed
+        super().apply(model)
         LongContext(self).join(model)
         size = self.group or max(2, config.max_position_embeddings // 4)
         attention = names_of(model).attention

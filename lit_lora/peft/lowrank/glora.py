@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lit_lora.config import Settings
+from lit_lora.config import Settings, validate
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.adapter_method import CONFIG
 from lit_lora.peft.core.capabilities import FinalizesAfterTraining
 from lit_lora.peft.core.matching import matches, select
 from lit_lora.peft.core.modules import OwnModule, device_of, own_modules, replace_module
@@ -348,13 +349,14 @@ class GLoRAConfig(TargetedMethod, Forms, FinalizesAfterTraining):
         }
 
     @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GLoRAConfig:
         """Settings of an adapter that PEFT wrote, with full names: one form for A and B, one for D and E."""
         biased = any(re.search(r"\.glora_[CDE]\.X", name) for name in tensors)
         both, bias = raw.get("config_A_B", "lora"), raw.get("config_D_E", "constant") if biased else "none"
-        return {
+        settings = {
             "name": "glora",
             "rank": raw.get("r", 8),
             "target_modules": list(dict.fromkeys(name.partition(".glora_")[0] for name in tensors)),
             **{"A": both, "B": both, "C": raw.get("config_C", "lora") if biased else "none", "D": bias, "E": bias},
         }
+        return validate(settings, cls, name=CONFIG)

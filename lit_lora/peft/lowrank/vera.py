@@ -16,6 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lit_lora.config import validate
+from lit_lora.peft.core.adapter_method import CONFIG
 from lit_lora.peft.core.modules import OwnModule, device_of
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.core.updates import LowRank, Update
@@ -119,10 +121,10 @@ class VeRAConfig(TargetedMethod):
         }
 
     @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VeRAConfig:
         """Settings of an adapter that PEFT wrote, with full names."""
         end = ".vera_lambda_b"
-        return {
+        settings = {
             "name": "vera",
             "rank": raw.get("r", 256),
             "target_modules": [name.removesuffix(end) for name in tensors if name.endswith(end)],
@@ -130,6 +132,7 @@ class VeRAConfig(TargetedMethod):
             "d_initial": raw.get("d_initial", 0.1),
             "projection_seed": raw.get("projection_prng_key", 0),
         }
+        return validate(settings, cls, name=CONFIG)
 
 
 def _random(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -12,7 +12,6 @@ every linear layer: ``y = s ⊙ (W x + b)``, s = 1 and b = 0 at first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +22,8 @@ from torch.nn import functional as F
 
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.adapters.bottleneck import norms
-from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, blocks, decoder_of, fill, own_state
+from lit_lora.peft.core.adapter_method import WEIGHTS
+from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, blocks, decoder_of
 from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
@@ -133,12 +133,17 @@ class LlamaAdapterConfig(AddedMethod):
         for layer in layers[len(layers) - chosen :]:
             AdaptionPrompt(self.adapter_len, config.hidden_size, gates, tanh=self.tanh).join(layer)
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's form where PEFT has one: one gate a layer, without tanh."""
-        if self.gate == "per-head" or self.tanh:
-            return super().export(model)
+    @property
+    def _known_to_peft(self) -> bool:
+        """Whether PEFT has this form: one gate per layer, without tanh, and nothing else."""
+        return self.peft_type is not None and self.gate == "per-layer" and not self.tanh
+
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name; in a form of ours where PEFT has none."""
+        if not self._known_to_peft:
+            return super().peft_config(model)
         found = own_modules(model).values()
-        config = {
+        return {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
@@ -146,9 +151,14 @@ class LlamaAdapterConfig(AddedMethod):
             "adapter_len": self.adapter_len,
             "adapter_layers": sum(isinstance(module, AdaptionPrompt) for module in found),
         }
-        state = own_state(model, self.label).items()
-        tensors = {name.replace(f".{AdaptionPrompt.child}.", "."): value for name, value in state}
-        return config, {n: v[None] if n.endswith("adaption_prompt") else v for n, v in tensors.items()}
+
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Prompts and gates; in PEFT's form under the names of the layers that they are in, prompts as (1, K, D)."""
+        tensors = super().file_tensors(model)
+        if not self._known_to_peft:
+            return tensors
+        named = {name.replace(f".{AdaptionPrompt.child}.", "."): value for name, value in tensors.items()}
+        return {n: value[None] if n.endswith("adaption_prompt") else value for n, value in named.items()}
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaAdapterConfig:
@@ -160,21 +170,8 @@ class LlamaAdapterConfig(AddedMethod):
         refuse(raw, {"target_modules", "adapter_len", "adapter_layers"})
         prompts = [value for name, value in tensors.items() if name.endswith("adaption_prompt")]
         if not prompts:
-            raise InputError("holds no adaption_prompt")
+            raise InputError(f"{WEIGHTS}: holds no adaption_prompt")
         return cls(adapter_len=prompts[0].shape[1], adapter_layers=len(prompts), gate="per-layer")
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply and fill in place.
-
-        Raises:
-            InputError: They are not the tensors of this method on this model.
-        """
-        if self.gate == "per-head" or self.tanh:
-            super().restore(model, tensors)
-            return
-        self.apply(model)
-        named = {re.sub(r"\.(adaption_\w+)$", rf".{AdaptionPrompt.child}.\1", n): v for n, v in tensors.items()}
-        fill(own_state(model, self.label), {n: v[0] if n.endswith("adaption_prompt") else v for n, v in named.items()})
 
 
 class LlamaAdapterV2Config(LlamaAdapterConfig):
@@ -198,11 +195,3 @@ class LlamaAdapterV2Config(LlamaAdapterConfig):
             ScaleAndBias(linear.out_features).join(linear)
         for name in norms(model):
             replace_module(model, name, TrainedCopy(model.get_submodule(name)))
-
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Our own form: PEFT has none."""
-        return AddedMethod.export(self, model)
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply and fill in place."""
-        AddedMethod.restore(self, model, tensors)

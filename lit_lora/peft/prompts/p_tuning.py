@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.peft.prompts.prompt import Prompt, PromptMethod
+from lit_lora.peft.prompts.prompt import Prompt, PromptConfig, PromptMethod
 from lit_lora.peft.prompts.virtual_tokens import embedding_of, only_rows, refuse
 
 __all__ = ["EncodedPrompt", "PTuningConfig"]
@@ -145,16 +145,19 @@ class PTuningConfig(PromptMethod):
             prompt = EncodedPrompt(rows, template, self.encoder, hidden, self.encoder_num_layers)
         prompt.join(host)
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's form: rows only, the encoder's output."""
-        config, tensors = super().export(model)
-        more = {"encoder_hidden_size": config["token_dim"], "encoder_reparameterization_type": "MLP"}
-        return {**config, **more}, tensors
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name."""
+        config = super().peft_config(model)
+        return {
+            **config,
+            "encoder_hidden_size": config["token_dim"],
+            "encoder_reparameterization_type": "MLP",
+        }
 
     @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PTuningConfig:
-        """Plain rows, whatever encoder they came from."""
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PromptConfig:
+        """A prompt: plain rows, whatever encoder they came from."""
         known = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
         known |= {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
         refuse(raw, known)
-        return cls(num_virtual_tokens=len(only_rows(tensors)))
+        return PromptConfig(num_virtual_tokens=len(only_rows(tensors)), init="random")

@@ -19,8 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lit_lora.errors import InputError
-from lit_lora.peft.core.added import AddedModule, Attend, decoder_of, fill
+from lit_lora.peft.core.added import AddedModule, Attend, decoder_of
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 
@@ -160,14 +159,16 @@ class PrefixConfig(VirtualTokens):
             prefix.start(given)
         prefix.join(host)
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's form: the network is computed once and left out."""
-        prefix = next(module for module in own_modules(model).values() if isinstance(module, Prefix))
-        layers, _, heads, size = prefix.shape
-        config = self._peft_config(
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name."""
+        layers, _, heads, size = _prefix_of(model).shape
+        return self._peft_config(
             token_dim=heads * size, num_attention_heads=heads, num_layers=layers, prefix_projection=False
         )
-        return config, {EMBEDDINGS: prefix.rows().detach()}
+
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Keys and values; a network is computed once and left out."""
+        return {EMBEDDINGS: _prefix_of(model).rows().detach()}
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrefixConfig:
@@ -179,19 +180,9 @@ class PrefixConfig(VirtualTokens):
         )
         return cls(num_virtual_tokens=len(only_rows(tensors)), init="zeros")
 
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply and fill in place.
 
-        Raises:
-            InputError: The shape is another model's.
-        """
-        plain = self.model_copy(update={"init": "zeros", "init_text": None, "prefix_projection": False})
-        plain.apply(model)
-        name = f"{decoder_of(model)[0]}.{Prefix.child}.embedding"
-        try:
-            fill({name: model.get_parameter(name)}, {name: only_rows(tensors)})
-        except InputError as error:
-            raise InputError(f"the prefix is for another model: {error}") from error
+def _prefix_of(model: nn.Module) -> Prefix:
+    return next(module for module in own_modules(model).values() if isinstance(module, Prefix))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lit_lora.peft.core.added import AddedModule, decoder_of, fill
+from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, embedding_of, only_rows, refuse
 
@@ -58,27 +58,18 @@ class Prompt(AddedModule):
 
 
 class PromptMethod(VirtualTokens):
-    """What prompt tuning and P-tuning share: a file with one row per virtual token."""
+    """What prompt tuning and P-tuning share: a file with one row per virtual token, whatever computed them."""
 
-    def export(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's form: rows only, whatever computed them."""
-        prompt = next(module for module in own_modules(model).values() if isinstance(module, Prompt))
+    def peft_config(self, model: nn.Module) -> dict[str, Any]:
+        """``adapter_config.json``, but for the base model's name."""
         config: Any = model.config
         more = {"token_dim": config.hidden_size, "num_layers": config.num_hidden_layers}
-        settings = self._peft_config(num_attention_heads=config.num_attention_heads, **more)
-        return settings, {EMBEDDINGS: prompt.rows().detach()}
+        return self._peft_config(num_attention_heads=config.num_attention_heads, **more)
 
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Apply and fill in place: the rows themselves, without what may have computed them.
-
-        Raises:
-            InputError: The shape is another model's.
-        """
-        rows = only_rows(tensors)
-        plain = PromptConfig(num_virtual_tokens=len(rows), init="random")
-        plain.apply(model)
-        name = f"{decoder_of(model)[0]}.{Prompt.child}.embedding"
-        fill({name: model.get_parameter(name)}, {name: rows})
+    def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The rows."""
+        prompt = next(module for module in own_modules(model).values() if isinstance(module, Prompt))
+        return {EMBEDDINGS: prompt.rows().detach()}
 
 
 class PromptConfig(PromptMethod):

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.peft.core.adapter_method import CONFIG, WEIGHTS
 from lit_lora.peft.core.added import AddedMethod, decoder_of
 from lit_lora.peft.core.capabilities import TakesText
 
@@ -104,7 +105,8 @@ def only_rows(tensors: Mapping[str, Tensor]) -> Tensor:
         InputError: It is not there, or there are others.
     """
     if set(tensors) != {EMBEDDINGS} or tensors[EMBEDDINGS].ndim != 2:
-        raise InputError(f"expected one matrix called {EMBEDDINGS}, got {', '.join(sorted(tensors)[:3]) or 'nothing'}")
+        got = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise InputError(f"{WEIGHTS}: expected one matrix called {EMBEDDINGS}, got {got}")
     return tensors[EMBEDDINGS]
 
 
@@ -117,6 +119,6 @@ def refuse(raw: Mapping[str, Any], known: set[str]) -> None:
     inert = {"auto_mapping", "inference_mode", "revision", "task_type", "peft_version", "base_model_name_or_path"}
     asked = [f"{key} {value!r}" for key, value in raw.items() if value and key not in known | inert | {"peft_type"}]
     if asked:
-        raise InputError(f"not supported: {'; '.join(asked)[:200]}")
+        raise InputError(f"{CONFIG}: not supported: {'; '.join(asked)[:200]}")
     if raw.get("num_transformer_submodules") not in (None, 1):
-        raise InputError("num_transformer_submodules 2: made for an encoder-decoder, expected 1")
+        raise InputError(f"{CONFIG}: num_transformer_submodules 2: made for an encoder-decoder, expected 1")

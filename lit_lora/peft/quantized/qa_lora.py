@@ -116,7 +116,7 @@ class QALoRAConfig(LoRAConfig, NeedsQuantizedBase, KeepsCodes):
                 f"peft.rank: {rank} is too large for {name} ({base.out_features}×{base.in_features} in groups of "
                 f"{group}), expected at most {most}"
             )
-        settings = {"dropout": self.dropout, "init": self.init, "train_bias": self.bias != "none"}
+        settings = {"dropout": self.dropout, "init": self.init, "train_bias": self.trains_bias(name)}
         wrapped = QALoRALinear(base, rank, scaling, group, **settings)
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped

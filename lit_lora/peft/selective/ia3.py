@@ -14,6 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lit_lora.config import validate
+from lit_lora.peft.core.adapter_method import CONFIG
 from lit_lora.peft.core.matching import select, short_names
 from lit_lora.peft.core.module_names import default_names
 from lit_lora.peft.core.modules import OwnModule, device_of, own_modules
@@ -110,13 +112,14 @@ class IA3Config(TargetedMethod):
         }
 
     @classmethod
-    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> IA3Config:
         """Settings of an adapter that PEFT wrote: full names, by the shapes in its file."""
         vectors = {name.removesuffix(".ia3_l"): t for name, t in tensors.items() if name.endswith(".ia3_l")}
         whole = [name.rpartition(".")[0] for name in tensors if not name.endswith(".ia3_l")]
-        return {
+        settings = {
             "name": "ia3",
             "target_modules": list(vectors),
             "feedforward_modules": [name for name, vector in vectors.items() if vector.shape[0] == 1],
             "modules_to_save": list(dict.fromkeys(whole)),
         }
+        return validate(settings, cls, name=CONFIG)
