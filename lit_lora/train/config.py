@@ -37,36 +37,36 @@ class TrainConfig(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"best_by": "best_metric"}
 
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 1 when max_steps is not given either.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 1 if max_steps is omitted too.")
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps, instead of epochs.")
     batch_size: int = Field(8, gt=0, description="Rows per optimizer step.")
     micro_batch_tokens: int = Field(
         1024,
         gt=0,
-        description="Tokens computed at once; larger steps are accumulated. Changes memory only; on a GPU also speed: "
-        "8192 or more if it fits.",
+        description="Tokens per micro-batch; the gradients of larger steps are accumulated. Changes memory and, on a "
+        "GPU, speed (8192 or more if it fits), not results.",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Activations computed again in the backward instead of kept: none, the MLPs', whole layers'. "
-        "Less memory, slower, the same results.",
+        description="Recompute activations in the backward pass: none, selective (MLPs) or full (whole layers). Less "
+        "memory, slower, identical results.",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is scaled down to this norm.")
-    eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run by default.")
-    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; as eval_every when omitted.")
-    keep_last: int = Field(1, gt=0, description="Newest checkpoints kept, beside the best one.")
-    patience: int | None = Field(None, gt=0, description="Stop after this many validations without a better one.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient norm to this value.")
+    eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run if omitted.")
+    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; eval_every if omitted.")
+    keep_last: int = Field(1, gt=0, description="Number of newest checkpoints to keep, beside the best.")
+    patience: int | None = Field(None, gt=0, description="Stop after this many validations without improvement.")
     best_metric: MetricName = Field(
         "loss",
         description="Validation metric that selects the best weights: loss, or one that the recipe measures. classify "
         "has accuracy, f1 and matthews for labels, pearson and spearman for numbers, exact_match for texts.",
     )
-    samples: int = Field(1, ge=0, description="Validation prompts answered at each validation, to watch it learn.")
+    samples: int = Field(1, ge=0, description="Validation prompts to answer at each validation, to watch it learn.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both; train.epochs=null takes the epochs of a config out")
+            raise ValueError("give epochs or max_steps, not both; train.epochs=null removes those of a config")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

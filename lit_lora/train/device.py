@@ -25,25 +25,30 @@ __all__ = [
 
 
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
-"""Where users say how PyTorch takes a GPU's memory."""
+"""The environment variables by which users configure PyTorch's GPU allocator."""
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one, then Apple's, then the CPU.
+    """The device of a name; ``auto`` is the first of cuda, mps and cpu that is available.
 
     Raises:
-        UsageError: The device is not there.
+        UsageError: The device is not available.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+
     if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there.get(name.partition(":")[0]):
-        raise UsageError(
-            f"device {name!r} is not there", hint=f"this machine has: {', '.join(d for d in there if there[d])}"
-        )
-    if name.startswith("cuda") and sys.platform.startswith("linux") and not _ALLOCATOR & os.environ.keys():
-        # Before CUDA's first tensor: else blocks of one micro-batch's sizes do not fit those of the next, and 1.6 times
-        # the memory that tensors need is taken.
+        name = available[0]
+    kind = name.partition(":")[0]
+    if kind not in available:
+        raise UsageError(f"device {name!r} is not available", hint=f"this machine has: {', '.join(available)}")
+
+    if kind == "cuda" and sys.platform.startswith("linux") and not _ALLOCATOR & os.environ.keys():
+        # PyTorch reads it at CUDA's first tensor. By default, blocks freed by one micro-batch do not fit the sizes of
+        # the next, and the allocator takes 1.6 times the memory that tensors need.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return torch.device(name)
 
@@ -59,7 +64,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise UsageError(f"dtype {name!r} is not known, expected auto, {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {name!r}, expected auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
@@ -70,17 +75,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def reuse_memory() -> None:
     """Let glibc keep freed tensors of up to 16 MB for the next ones, instead of returning their pages to the system.
 
-    Without it every activation is made of fresh pages, and faulting them in costs more than the arithmetic on them
-    (three times for an elementwise pass over 6 MB). Larger ones (logits) would leave holes that nothing else fills.
-    A no-op where the C library is another. Call it before the first product: oneDNN then also keeps fewer compiled
-    products than its 1,024, which took 50 MB and saved nothing.
+    By default every activation gets fresh pages, and faulting them in takes longer than the arithmetic on them (three
+    times as long for an elementwise pass over 6 MB). Larger tensors, such as logits, would leave holes that nothing
+    else fills. Does nothing with another C library. Call it before the first product: oneDNN then also keeps 64
+    compiled products instead of its default of 1,024, which took 50 MB and saved nothing.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+        mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # glibc's numbers for them, of malloc.h
         mallopt(mmap_threshold, 16 << 20)
         mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 64 << 20)
@@ -90,31 +95,44 @@ def free_memory_bytes(device: torch.device) -> int | None:
     """Memory that a run may still take: of the GPU, or of this machine or container; ``None`` when unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
-    left = []
+
+    free = []
     with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        left.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    with suppress(OSError, ValueError):  # "max" is no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        stats = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        left.append(limit - int((group / "memory.current").read_text(encoding="ascii")) + int(stats["inactive_file"]))
-    return min(left, default=None)
+        free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable:"))
+    with suppress(OSError, ValueError):  # without a limit, memory.max is the word "max", which is no number
+        free.append(_free_in_container(Path("/sys/fs/cgroup")))
+    return min(free, default=None)
+
+
+def _free_in_container(group: Path) -> int:
+    """Bytes up to the limit of a control group; cached files that nobody uses can make room."""
+    limit = int((group / "memory.max").read_text(encoding="ascii"))
+    used = int((group / "memory.current").read_text(encoding="ascii"))
+    stats = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    return limit - used + int(stats["inactive_file"])
+
+
+def _kilobytes(path: Path, key: str) -> int:
+    """The bytes in a line such as ``VmHWM:   1234 kB``."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    line = next(line for line in lines if line.startswith(key))
+    return 1024 * int(line.split()[1])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the GPU's allocator, or of this process."""
+    """The most memory held so far: by tensors on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, ValueError, StopIteration):  # getrusage counts what the starting process held, too
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+    # Linux first: getrusage there also counts what the process that started this one held.
+    with suppress(OSError, ValueError, StopIteration):
+        return _kilobytes(Path("/proc/self/status"), "VmHWM:")
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere
 
 
 @contextmanager
@@ -122,7 +140,7 @@ def report_lack_of_memory(setting: str) -> Iterator[None]:
     """Say plainly when memory runs out inside the block.
 
     Args:
-        setting: What to lower, and what it is now.
+        setting: The setting to lower, and its value.
 
     Raises:
         OutOfMemoryError: An allocation failed, of the GPU's memory or of the machine's.
@@ -131,6 +149,6 @@ def report_lack_of_memory(setting: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            hint = f"{setting}: lower it; or choose shorter rows (data.max_seq_length), or model.dtype bf16"
+            hint = f"{setting}: lower it; or use shorter rows (data.max_seq_length), or model.dtype bf16"
             raise OutOfMemoryError("out of memory; the last checkpoint is kept", hint=hint) from error
         raise

@@ -23,7 +23,7 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass
 class FitResult:
-    """What a run came to."""
+    """The outcome of a run."""
 
     steps: int
     best_step: int
@@ -34,14 +34,14 @@ class FitResult:
     untrained_validation_loss: float | None
     """Before the first step."""
     metrics: dict[str, float]
-    """What else the validation measured of these weights."""
+    """The other validation metrics of these weights."""
     tokens: int
     """Tokens trained on in the whole run, prompts included."""
     seconds: float
     """Spent in training steps in the whole run."""
     peak_memory_bytes: int
     trainable: int
-    """Numbers that train."""
+    """Trainable parameters."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,12 +66,12 @@ def fit(
         run: The settings, and the folder that is written.
         model: What the objective can compute with, with all parameters on one device.
         data: The training and validation rows.
-        objective: The loss and the validation's metrics.
+        objective: The loss and the validation metrics.
         lr_factors: Parameter name: factor of its learning rate, where that is not 1.
         sample: Called with the step before training and after each validation, to show answers.
 
     Raises:
-        UsageError: The folder holds checkpoints, and ``resume`` is false; or ``best_metric`` is not measured.
+        UsageError: The folder contains checkpoints, and ``resume`` is false; or ``best_metric`` is not measured.
         InputError: The checkpoint to resume from is broken or of another run, or the training rows have changed.
         NumericalError: A loss or gradient is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved first.
@@ -83,11 +83,11 @@ def fit(
     saved = trainer.store.steps()
     if saved and not run.resume:
         raise UsageError(
-            f"{trainer.store.folder}: holds checkpoints of another run", hint="resume it, or take another folder"
+            f"{trainer.store.folder}: contains checkpoints of another run", hint="resume it, or use another folder"
         )
     if saved:
         trainer.resume(saved[-1])
-        left = "nothing is left to train" if trainer.finished else f"{trainer.total - saved[-1]} are left"
+        left = "nothing is left to train" if trainer.finished else f"{trainer.total - saved[-1]} steps remain"
         log.note(f"resumed after step {saved[-1]} of {trainer.total}: {left}")
     run_log = RunLog(run.folder, first_step=trainer.progress.step)
     model.train()
@@ -107,7 +107,7 @@ def fit(
 
 
 def _result(trainer: Trainer, best: int, records: list[dict[str, Any]]) -> FitResult:
-    """What the run came to, from its log and from the step whose weights the model now has."""
+    """The outcome of the run, from its log and from the step whose weights the model now has."""
     steps = [record for record in records if "tokens" in record]
     return FitResult(
         steps=trainer.progress.step,
@@ -151,4 +151,4 @@ def _steps(trainer: Trainer, run_log: RunLog, sample: Callable[[int], None], sto
                 sample(step)
     if trainer.out_of_patience:
         waited, step = trainer.progress.waited, trainer.progress.step
-        log.note(f"no better validation loss in {waited} validations: stopped at step {step}")
+        log.note(f"no improvement in {waited} validations; stopped at step {step}")

@@ -16,10 +16,10 @@ from lit_lora.files import disk_errors, write_text
 __all__ = ["RunLog", "loss_figure", "plot_losses", "read_metrics"]
 
 _LOG_FROM = 10
-"""Times by which losses fall before their axis is logarithmic."""
+"""The loss axis is logarithmic where the loss falls by more than this factor."""
 
 _LOG_TO = 1e4
-"""Times the highest loss is above the lowest that a logarithmic axis shows."""
+"""The largest ratio of losses that a logarithmic axis shows."""
 
 
 class RunLog:
@@ -27,7 +27,7 @@ class RunLog:
 
     Args:
         folder: The run folder.
-        first_step: Records of this step and later, left by a run that was stopped after its checkpoint, are dropped.
+        first_step: Finished steps of a resumed run. Records of later ones, which were lost with the stop, are dropped.
         tensorboard: Also write TensorBoard events; ignored when TensorBoard is not installed.
 
     Raises:
@@ -36,8 +36,9 @@ class RunLog:
 
     def __init__(self, folder: Path, *, first_step: int = 0, tensorboard: bool = True) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] <= first_step] if first_step else []
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        earlier = read_metrics(self.path) if first_step else []
+        lines = [json.dumps(record) + "\n" for record in earlier if record["step"] <= first_step]
+        write_text(self.path, "".join(lines))
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard and importlib.util.find_spec("tensorboard"):
@@ -52,13 +53,18 @@ class RunLog:
         Raises:
             DiskError: The disk is full.
         """
-        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in values.items()}
-        with disk_errors(self.path):
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
+        record: dict[str, float | None] = {"step": step}
         for key, value in values.items():
-            if self._board is not None and value is not None:
-                self._board.add_scalar(key, value, step)
+            finite = value is not None and math.isfinite(value)
+            record[key] = value if finite else None  # JSON has no NaN
+        with disk_errors(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+        if self._board is not None:
+            for key, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Close the files.
@@ -85,17 +91,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_losses(path: Path, target: Path, *, unit: str = "learned token", best_step: int | None = None) -> None:
-    """Draw training and validation loss of a ``metrics.jsonl`` into a PNG file, and what else validations measured.
+def plot_losses(path: Path, target: Path, *, unit: str = "target token", best_step: int | None = None) -> None:
+    """Plot the training and validation loss of a ``metrics.jsonl``, and the other validation metrics, as a PNG file.
 
-    Nothing is drawn without losses; and since all numbers are in the other file, a disk that cannot take the plot is
-    only a warning.
+    Without losses nothing is written. All numbers are in ``metrics.jsonl``, so a plot that cannot be written is only a
+    warning.
 
     Args:
         path: The ``metrics.jsonl``.
         target: The PNG file.
         unit: What the loss is a mean over.
-        best_step: The step whose weights the run keeps, to be marked.
+        best_step: The step whose weights the run keeps; it is marked.
     """
     figure = loss_figure(read_metrics(path), title=f"Run {path.absolute().parent.name}", unit=unit, best_step=best_step)
     if figure is None:
@@ -154,8 +160,8 @@ def _scale_losses(axes: Any, curves: list[float], each_step: list[float]) -> Non
     A logarithmic axis has no place for 0, and a single tiny loss would stretch it over many decades: where there are
     such, it is linear below a floor, down to 0. Negative losses leave it linear everywhere.
     """
-    lowest = min([*curves, *each_step])
-    top = max([*curves, *each_step])
+    losses = [*curves, *each_step]
+    lowest, top = min(losses), max(losses)
     lowest_positive = min((loss for loss in curves if loss > 0), default=top)
     if lowest < 0 or max(curves) <= _LOG_FROM * lowest_positive:
         # From 0 only where that leaves the curves room: 1.9 to 1.7 would be a flat line at the top.
@@ -181,26 +187,27 @@ def _scale_losses(axes: Any, curves: list[float], each_step: list[float]) -> Non
 
 
 def _plot_metrics(axes: Any, records: list[dict[str, Any]]) -> list[Any]:
-    """Lines of the validation's other metrics on a scale of their own, at the right."""
+    """Plot the other validation metrics on an axis of their own, at the right; returns the lines."""
     last: dict[str, Any] = next((record for record in reversed(records) if "validation_loss" in record), {})
     names = [name for name in last if name.startswith("validation_") and name != "validation_loss"]
     if not names:
         return []
+
     right = axes.twinx()
     right.set_ylabel("validation metrics")
-    for name, colour in zip(names, ("#31a354", "#756bb1", "#636363", "#c51b8a"), strict=False):
+    for name, color in zip(names, ("#31a354", "#756bb1", "#636363", "#c51b8a"), strict=False):
         points = _points(records, name)
         if points:
             label = name.removeprefix("validation_").replace("_", " ")
-            right.plot(*zip(*points, strict=True), color=colour, marker=".", linestyle="--", label=label)
+            right.plot(*zip(*points, strict=True), color=color, marker=".", linestyle="--", label=label)
     lines: list[Any] = right.get_lines()
     return lines
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Mean over a window around each step, a twentieth of the run wide.
+    """The mean over a window around each step, a twentieth of the run wide.
 
-    At the start the window is narrower, so that the curve begins where the run does.
+    Near the start the window is narrower, so that the curve begins at the run's first loss.
     """
     losses = np.array([loss for _, loss in points])
     reach = len(points) // 40

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: stop after the step instead of dying in it."""
+"""SIGINT and SIGTERM while training: stop after the current step, with a checkpoint, instead of within it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["stop_signals"]
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one of either dies at once."""
+    """Collect SIGINT and SIGTERM in the list; a second signal ends the process at once."""
     received: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -23,12 +23,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.raise_signal(number)
         received.append(number)
         # Not through sys.stderr: the signal may have come while the progress bar was being written to it.
-        os.write(2, b"\nstopping after this step; again stops at once\n")
+        os.write(2, b"\nstopping after this step; repeat to stop at once\n")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         try:
             previous[number] = signal.signal(number, remember)
-        except ValueError:  # not in the main thread: leave signals to whoever runs us
+        except ValueError:  # outside the main thread: whoever runs this handles signals
             break
     try:
         yield received

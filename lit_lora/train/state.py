@@ -1,7 +1,8 @@
-"""Checkpoints of a run: complete or not there, no pickle, and a resumed run equals one that never stopped.
+"""Checkpoints of a run: complete or absent, without pickle, and a resumed run equals one that never stopped.
 
 A checkpoint is a folder ``step-00000012`` with ``trainable.safetensors`` (float32 masters), ``optimizer.safetensors``
-(moments) and ``state.json``. The data position and all random draws are functions of the step, so neither is stored.
+(the optimizer's state) and ``state.json``. The position in the data and all random draws are functions of the step, so
+neither is stored.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: Where they lie, one folder per step.
-        keep_last: How many of the newest are kept, beside the best.
+        folder: The parent of the checkpoints, one folder per step.
+        keep_last: The number of newest ones to keep, beside the best.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = Path(folder)
         self.keep_last = keep_last
-        for aside in self.folder.glob(".old-*"):  # by a process that was killed between two renames
+        for aside in self.folder.glob(".old-*"):  # left by a process that was killed between two renames
             restore_replaced(aside.with_name(aside.name.removeprefix(".old-")))
 
     def save(
@@ -57,18 +58,21 @@ class CheckpointStore:
         with atomic_folder(target, replace=True) as temporary:
             masters = {name: tensor.detach().contiguous() for name, tensor in master_weights.masters.items()}
             save_file(masters, temporary / "trainable.safetensors")
-            save_file(_moments(master_weights, optimizer), temporary / "optimizer.safetensors")
+            save_file(_optimizer_tensors(master_weights, optimizer), temporary / "optimizer.safetensors")
             text = json.dumps({"step": step, **state}, indent=1)
             (temporary / "state.json").write_text(text, encoding="utf-8")
-        kept = {*self.steps()[-self.keep_last :], state.get("best_step")}
-        for old in self.steps():
-            if old not in kept:
+
+        # Only now, when the new one is complete, older ones may go.
+        steps = self.steps()
+        kept_steps = {*steps[-self.keep_last :], state.get("best_step")}
+        for old in steps:
+            if old not in kept_steps:
                 remove_folder(self.folder / f"{_PREFIX}{old:08d}")
-        for left in self.folder.glob(".tmp-*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for unfinished in self.folder.glob(".tmp-*"):  # left by a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, in order."""
+        """Steps that have a checkpoint, in order."""
         if not self.folder.is_dir():
             return []
         names = [path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*")]
@@ -77,7 +81,7 @@ class CheckpointStore:
     def load(
         self, step: int, master_weights: MasterWeights, optimizer: torch.optim.Optimizer | None = None
     ) -> dict[str, Any]:
-        """Put the checkpoint's values into the masters, the model and, when given, the optimizer, in place.
+        """Copy the checkpoint's values into the masters, the model and, when given, the optimizer, in place.
 
         Returns:
             The ``state`` it was saved with, and ``step``.
@@ -95,7 +99,8 @@ class CheckpointStore:
                 master.copy_(masters[name])
         master_weights.copy_to_model()
         if optimizer is not None:
-            _restore(folder, master_weights, optimizer)
+            _restore_optimizer(folder, master_weights, optimizer)
+
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -103,28 +108,35 @@ class CheckpointStore:
         return state
 
 
-def _moments(master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as ``<kind>/<parameter>``."""
-    moments: dict[str, Tensor] = {}
+def _optimizer_tensors(master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as tensors, by ``<kind>/<parameter>``."""
+    tensors: dict[str, Tensor] = {}
     for name, master in master_weights.masters.items():
         for kind, value in optimizer.state.get(master, {}).items():
             if value is not None:
-                moments[f"{kind}/{name}"] = torch.as_tensor(value).detach().contiguous()
-    return moments
+                tensors[f"{kind}/{name}"] = torch.as_tensor(value).detach().contiguous()
+    return tensors
 
 
-def _restore(folder: Path, master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> None:
+def _restore_optimizer(folder: Path, master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the state in a checkpoint.
+
+    Not by ``load_state_dict``, which knows parameters by their order only and would replace memory that is paged.
+
+    Raises:
+        InputError: It cannot be read, or is of other parameters or another optimizer.
+    """
     for key, value in _read(folder / "optimizer.safetensors").items():
         kind, _, name = key.partition("/")
         if name not in master_weights.masters:
             raise InputError(f"{folder}: optimizer state of {name}, which does not train in this run")
         master = master_weights.masters[name]
-        there = optimizer.state[master].get(kind)
-        if there is None:  # torch's optimizers make their state in the first step
-            # The step count of fused AdamW is a float32 scalar that stays where its kernel expects it.
+        current = optimizer.state[master].get(kind)
+        if current is None:  # PyTorch's optimizers make their state in the first step
+            # Also the step count, a float32 scalar: fused AdamW's kernel reads it on the parameter's device.
             optimizer.state[master][kind] = value.to(master.device)
-        elif (there.shape, there.dtype) == (value.shape, value.dtype):
-            there.copy_(value)
+        elif (current.shape, current.dtype) == (value.shape, value.dtype):
+            current.copy_(value)
         else:
             raise InputError(f"{folder}: the optimizer state of {name} is of another optimizer, use the same config")
 
@@ -137,7 +149,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    hint = f"remove {path.parent}: --resume then goes on after the checkpoint before it, or else begins anew"
+    hint = f"remove {path.parent}: --resume then continues from the checkpoint before it, or starts over"
     return InputError(f"{path}: cannot be read: {error}", hint=hint)
 
 

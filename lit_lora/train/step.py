@@ -36,17 +36,20 @@ class _Progress:
     loss_scale: float = 1.0
     good_steps: int = 0
     bad_steps: int = 0
-    """In a row, left out because a loss or gradient was not finite."""
+    """Consecutive steps that were skipped because a loss or gradient was not finite."""
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "step"}
 
 
 _FIRST_LOSS_SCALE = 2.0**14
+"""Of float16 models: small gradients would be rounded to 0, so the loss is scaled up, and the gradients down again."""
 
 _GROW_AFTER = 200
+"""Good steps until a larger loss scale is tried."""
 
 _MOST_BAD_STEPS = 3
+"""Consecutive bad steps that end a run."""
 
 
 class Trainer:
@@ -78,7 +81,7 @@ class Trainer:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether too many validations in a row were no better."""
+        """Whether too many consecutive validations brought no improvement."""
         return self.config.patience is not None and self.progress.waited >= self.config.patience
 
     @property
@@ -95,11 +98,11 @@ class Trainer:
         state = self.store.load(step, self.master_weights, self.optimizer)
         if state.get("rows") != self.fingerprint:
             raise InputError(
-                f"{self.run.folder}: the training rows are not those that the run began with: the data or its "
+                f"{self.run.folder}: the training rows are not those that the run started with: the data or its "
                 "tokenizer has changed",
-                hint="put the data back as it was, or start a new run in another folder",
+                hint="restore the data, or start a new run in another folder",
             )
-        if "best_figures" in state:  # written before they were called metrics
+        if "best_figures" in state:  # what metrics were called in older checkpoints
             state["best_metrics"] = state.pop("best_figures")
         self.progress = _Progress(**{key: value for key, value in state.items() if key in vars(self.progress)})
 
@@ -107,10 +110,10 @@ class Trainer:
         """One optimizer step; returns its loss and speed in words.
 
         Raises:
-            NumericalError: The loss or a gradient is not finite for the third time in a row; it is recorded before.
+            NumericalError: The loss or a gradient is not finite in the third consecutive step; it is recorded first.
         """
         started, step = time.perf_counter(), self.progress.step
-        # Dropout of step n draws the same numbers in a resumed run and whatever validation drew before.
+        # Dropout of a step draws the same numbers in a resumed run, and whatever validation has drawn before.
         torch.manual_seed(_mixed(self.run.seed, step))
         lr = self.run.optimizer.lr * self.run.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
@@ -130,7 +133,7 @@ class Trainer:
             self._grow_scale()
             self.progress.bad_steps = 0
         elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
-            # float16 gradients beyond their range: leave this step out and scale less from now on.
+            # Gradients beyond the range of float16: skip this step, and scale less from now on.
             self.progress.loss_scale /= 2
             self.progress.good_steps = 0
             self.progress.bad_steps += 1
@@ -151,12 +154,12 @@ class Trainer:
         return [master.grad for master in self.master_weights.masters.values() if master.grad is not None]
 
     def _gradient_norm(self) -> Tensor:
-        """Of the whole gradient, with the loss scale in it."""
+        """The norm of the whole gradient, still multiplied by the loss scale."""
         gradients = self._gradients()
         return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
     def _clip(self, norm: float) -> None:
-        """Undo the loss scale, and scale the gradient, whose norm then is ``norm``, down to ``max_grad_norm``."""
+        """Divide the gradients by the loss scale and clip them, in place; ``norm`` is theirs without the scale."""
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / self.progress.loss_scale
         gradients = self._gradients()
         if gradients and factor != 1.0:
@@ -168,38 +171,40 @@ class Trainer:
             self.progress.loss_scale *= 2
 
     def _leave_out(self, problem: str) -> None:
-        """Go on with the weights as they were: one bad row is no reason to lose a night.
+        """Continue with the weights as they were: one bad row is no reason to lose a night.
 
         Raises:
-            NumericalError: It was the third time in a row, or there are no more steps than that.
+            NumericalError: It is the third consecutive bad step, or all steps of a shorter run were bad.
         """
         self.progress.bad_steps += 1
         if self.progress.bad_steps < min(_MOST_BAD_STEPS, self.total):
-            log.warn(f"left out {problem}")
+            log.warn(f"skipped {problem}")
             return
         raise NumericalError(
             problem,
-            hint=f"left out in a row: {self.progress.bad_steps}; look at their rows, lower optimizer.lr, or use "
-            "model.dtype bf16 or fp32; the last checkpoint is kept",
+            hint=f"{self.progress.bad_steps} consecutive steps were skipped; inspect their rows, lower optimizer.lr, "
+            "or use model.dtype bf16 or fp32; the last checkpoint is kept",
         )
 
     def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> str:
-        """Which rows and which parameter went wrong."""
-        bad = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-        rows = [row for rows in bad or [batch.rows for batch in micro_batches] for row in rows]
-        names = [
-            name
-            for name, master in self.master_weights.masters.items()
-            if master.grad is not None and not bool(master.grad.isfinite().all())
-        ]
-        where = f", first in the gradient of {names[0]}" if names else ""
+        """What went wrong in words: the numbers, the first parameter, and the rows."""
+        where = ""
+        for name, master in self.master_weights.masters.items():
+            if master.grad is not None and not bool(master.grad.isfinite().all()):
+                where = f", first in the gradient of {name}"
+                break
+
+        # The rows of the micro-batches with a bad loss; where only the gradient is bad, it may be any.
+        with_loss = zip(micro_batches, losses, strict=True)
+        bad = [batch for batch, loss in with_loss if not math.isfinite(loss)] or micro_batches
+        sources = [self.batches.rows[row].source for batch in bad for row in batch.rows]
         return (
             f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
-            f"the step's rows: {_some(self.batches.rows[row].source for row in rows)}"
+            f"the step's rows: {_some(sources)}"
         )
 
     def validate(self, run_log: RunLog) -> None:
-        """Record loss and figures of the validation of the current weights, and remember the best trained ones.
+        """Validate the current weights, record loss and metrics, and remember the best trained weights.
 
         Raises:
             NumericalError: The loss is not finite.
@@ -223,7 +228,7 @@ class Trainer:
             progress.waited += 1
 
     def _rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """Larger for better weights; of equal figures the lower loss decides."""
+        """Larger for better weights; between equal metrics the lower loss decides."""
         by, loss = self.config.best_metric, -metrics["loss"]
         return (loss,) if by == "loss" else (metrics[by], loss)
 
@@ -234,7 +239,7 @@ class Trainer:
 
 
 def _mixed(seed: int, step: int) -> int:
-    """32 random bits: all that the CPU's generator takes of a seed."""
+    """32 random bits of both: the CPU's generator uses no more of a seed."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 

@@ -15,18 +15,19 @@ __all__ = ["check_best_metric", "validate", "validation_loss"]
 
 
 def check_best_metric(config: TrainConfig, objective: Objective) -> None:
-    """Make sure that the figure which picks the best weights is measured.
+    """Check that the run measures the metric which selects the best weights.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It does not.
     """
-    if config.best_metric not in ("loss", *objective.metrics):
-        known = ", ".join(("loss", *objective.metrics))
-        raise UsageError(f"train.best_metric: {config.best_metric!r} is not measured in this run, expected: {known}")
+    measured = ("loss", *objective.metrics)
+    if config.best_metric not in measured:
+        expected = ", ".join(measured)
+        raise UsageError(f"train.best_metric: {config.best_metric!r} is not measured in this run, expected: {expected}")
 
 
 def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
-    """The mean ``loss`` and the objective's figures over all ``batches``; leaves the model's mode as it was."""
+    """The mean ``loss`` and the objective's metrics over all ``batches``; leaves the model's mode as it was."""
     training = model.training
     model.eval()
     metrics = objective.validate(model, log.progress(batches, what="validating", unit="batch"))
@@ -35,5 +36,5 @@ def validate(model: Any, batches: Sequence[Batch], objective: Objective) -> dict
 
 
 def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
-    """Mean loss per learned token over all ``batches``, however they are split; leaves the model's mode as it was."""
+    """Mean loss per target token over all ``batches``, however they are split; leaves the model's mode as it was."""
     return validate(model, batches, NextToken())["loss"]

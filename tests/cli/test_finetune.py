@@ -192,7 +192,7 @@ def test_pain_25_resuming_on_other_rows_is_refused(task, call):
     write_rows(task / "rows.jsonl", [{"prompt": f"{n}?", "completion": "x"} for n in range(24)])
     code, _, err = call("--resume")
     assert code == 3
-    assert "the training rows are not those that the run began with" in err
+    assert "the training rows are not those that the run started with" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked")
@@ -285,7 +285,7 @@ def test_pain_23_a_command_killed_while_saving_resumes_bit_for_bit(task, call, n
     last = checkpoints_of_a_killed_run(task / "run")[-1]
     code, _, err = call("--resume")
     assert code == 0
-    assert f"resumed after step {last} of 8: {8 - last} are left" in err
+    assert f"resumed after step {last} of 8: {8 - last} steps remain" in err
     assert call(f"out={task / 'whole'}")[0] == 0
     same_run(task / "run", task / "whole")
 
@@ -308,19 +308,19 @@ def test_pain_12_nan_is_left_out_with_its_rows_and_stops_with_exit_code_5(task, 
 
     code, err = train(*["yes"] * 7, "zoo", *["yes"] * 4)
     assert code == 0
-    (line,) = [line for line in err.splitlines() if line.startswith("warning: left out step ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: skipped step ")]
     assert line.endswith("the step's rows: rows.jsonl:8")
     assert "gradient of model.layers." in line
     records = metrics(task / "run")
     (step,) = [record["step"] for record in records if record["loss"] is None]
-    assert line.startswith(f"warning: left out step {step}: ")
+    assert line.startswith(f"warning: skipped step {step}: ")
     assert all(record["loss"] > 0 for record in records if record["step"] != step)
 
     code, err = train(*["zoo"] * 12)
     assert code == 5
     line = next(line for line in err.splitlines() if line.startswith("error: "))
     assert line.startswith("error: step 3: ")
-    assert err.count("warning: left out step ") == 2
+    assert err.count("warning: skipped step ") == 2
     assert [(record["loss"], record["grad_norm"]) for record in metrics(task / "run")] == [(None, None)] * 3
     assert checkpoints(task / "run") == [2]
 
@@ -393,7 +393,7 @@ def test_pain_40_a_text_in_the_place_of_a_number_is_told_with_its_line(task, cal
         ("model.path=nowhere", 3, "error: nowhere"),
         ("data.path=nowhere.jsonl", 3, "error: nowhere.jsonl"),
         ("peft.target_modules=[q_porj]", 2, "'q_porj' matches no module (did you mean 'q_proj'?)"),
-        ("model.device=cuda:7", 2, "device 'cuda:7' is not there"),
+        ("model.device=cuda:7", 2, "device 'cuda:7' is not available"),
         ("train.max_stpes=3", 2, "unknown key 'train.max_stpes' (did you mean 'max_steps'?)"),
         ("schedule.name=cosin", 2, "error: 'schedule.name=cosin': schedule.name: "),
         ("data.max_seq_length=3", 3, "no rows to train on"),

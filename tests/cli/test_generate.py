@@ -195,7 +195,7 @@ def test_pain_45_a_local_model_opens_no_socket(
         (["BASE", "--file", "."], 3, ".: is a folder, expected a file"),
         (["BASE", "--file", "long.txt"], 3, "long.txt:2: the prompt has"),
         (["BASE", "hello", "--template", "nowhere.jinja"], 3, "nowhere.jinja"),
-        (["BASE", "hello", "--device", "tpu"], 2, "device 'tpu' is not there"),
+        (["BASE", "hello", "--device", "tpu"], 2, "device 'tpu' is not available"),
         ([".", "hello"], 3, "expected config.json"),
         (["unfinished", "hello"], 3, "has written no adapter yet"),
     ],

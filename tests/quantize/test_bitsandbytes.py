@@ -68,7 +68,7 @@ except UsageError as error:
     print(error, "|", error.hint)
 SmallStateAdamW([{"params": [torch.zeros(4)], "weight_decay": 0.0}], **settings)
 """
-    refusal = "optimizer.name: paged optimizers need bitsandbytes | pip install bitsandbytes, or take adamw8bit"
+    refusal = "optimizer.name: paged optimizers need bitsandbytes | pip install bitsandbytes, or use adamw8bit"
     assert run(code, tmp_path) == f"None\n{refusal}\n"
 
 

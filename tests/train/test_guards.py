@@ -54,8 +54,8 @@ def test_pain_12_the_third_step_in_a_row_that_is_not_finite_stops_the_run(tmp_pa
         train(model, tmp_path, batches=batches, max_steps=10, save_every=2)
     assert caught.value.exit_code == 5
     assert "the last checkpoint is kept" in caught.value.hint
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: left out ")]
-    messages = [*(line.removeprefix("warning: left out ") for line in lines), str(caught.value)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: skipped ")]
+    messages = [*(line.removeprefix("warning: skipped ") for line in lines), str(caught.value)]
     assert len(messages) == 3
     for step, (message, rows) in enumerate(zip(messages, guilty, strict=True), 5):
         start = f"step {step}: loss nan and gradient norm nan are not finite, first in the gradient of model.l"
@@ -80,7 +80,7 @@ def test_pain_12_a_step_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_p
 
     parameter.register_hook(explode)
     train(model, tmp_path, max_steps=8, batch_size=2, micro_batch_tokens=10_000, save_every=1, keep_last=9)
-    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: left out step ")]
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: skipped step ")]
     assert len(warned) == 3
     assert all("gradient of model.layers.1.mlp.up_proj.lora_B; the step's rows: memory:" in line for line in warned)
     records = metrics(tmp_path)

@@ -1,4 +1,4 @@
-"""What a run minimises and measures: the seam between the loop and what a model's outputs mean.
+"""What a run minimizes and measures: the seam between the loop and what a model's outputs mean.
 
 The loop knows steps, gradients and checkpoints; an objective knows what is in a batch.
 """
@@ -14,11 +14,11 @@ __all__ = ["Batch", "Batches", "Objective", "Row", "Rows"]
 
 
 class Row(Protocol):
-    """A training row, as far as the loop looks into it."""
+    """A training row, as far as the loop is concerned."""
 
     @property
     def source(self) -> str:
-        """Where it came from, such as ``file:line``."""
+        """Where it was read, such as ``file:line``."""
 
 
 class Rows(Protocol):
@@ -33,7 +33,7 @@ class Rows(Protocol):
 
 
 class Batch(Protocol):
-    """Rows that are computed at once, as far as the loop looks into them."""
+    """A micro-batch, as far as the loop is concerned."""
 
     @property
     def lengths(self) -> list[int]:
@@ -41,11 +41,11 @@ class Batch(Protocol):
 
     @property
     def rows(self) -> list[int]:
-        """Position in the dataset of each."""
+        """Index in the dataset of each row."""
 
 
 class Batches(Protocol):
-    """The training rows, portioned: a pure function of the step."""
+    """The training rows in micro-batches, which are a pure function of the step."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,17 +53,17 @@ class Batches(Protocol):
 
     @property
     def rows(self) -> Rows:
-        """What is portioned."""
+        """All training rows."""
 
     def step(self, step: int) -> Sequence[Batch]:
         """The micro-batches of one optimizer step."""
 
 
 class Objective(Protocol):
-    """A loss that is a sum over units (tokens, rows), and the figures of a validation."""
+    """A loss that is a sum over units (tokens, rows), and the metrics of a validation."""
 
     unit: ClassVar[str]
-    """What the loss is divided by the number of, in one word or two."""
+    """What the loss is a mean over, such as ``target token`` or ``row``."""
     metrics: ClassVar[tuple[str, ...]]
     """What :meth:`validate` measures beside the loss; of each, more is better."""
 
@@ -73,8 +73,8 @@ class Objective(Protocol):
     def backward(self, model: Any, batch: Any, scale: float) -> Tensor | float:
         """Add the gradients of ``scale * sum of losses`` to the parameters' ``.grad``; returns the unscaled sum.
 
-        A scalar tensor where reading the number would make the CPU wait for a GPU.
+        The sum is a scalar tensor where reading the number would make the CPU wait for a GPU.
         """
 
     def validate(self, model: Any, batches: Iterable[Any]) -> dict[str, float]:
-        """The mean loss per unit as ``loss``, and the figures, over all ``batches``, however rows are portioned."""
+        """The mean loss per unit as ``loss``, and the metrics, over all ``batches``, however they are split."""

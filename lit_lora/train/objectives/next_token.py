@@ -15,20 +15,20 @@ __all__ = ["NextToken"]
 
 
 class NextToken:
-    """Every learned token is predicted from those before it; the batches are those of :mod:`lit_lora.train.loss`.
+    """Every target token is predicted from those before it; batches are those of :mod:`lit_lora.train.loss`.
 
     Args:
-        graph_safe: Every step does the same operations on the model, so that a GPU's may be recorded and repeated.
+        graph_safe: Every step does the same operations on the model, so that a GPU may replay them as a CUDA graph.
     """
 
-    unit: ClassVar[str] = "learned token"
+    unit: ClassVar[str] = "target token"
     metrics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, graph_safe: bool = False) -> None:
         self._backward = GraphRunner().backward if graph_safe else backward
 
     def count(self, batch: Any) -> int:
-        """Learned tokens."""
+        """Target tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
     def backward(self, model: Any, batch: Any, scale: float) -> Tensor | float:
@@ -36,6 +36,8 @@ class NextToken:
         return self._backward(model, batch, scale)
 
     def validate(self, model: Any, batches: Iterable[Any]) -> dict[str, float]:
-        """The mean loss per learned token, as ``loss``."""
-        losses = [evaluate(model, batch) for batch in batches]
-        return {"loss": sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)}
+        """The mean loss per target token, as ``loss``."""
+        results = [evaluate(model, batch) for batch in batches]
+        total = sum(loss for loss, _ in results)
+        targets = sum(count for _, count in results)
+        return {"loss": total / max(targets, 1)}

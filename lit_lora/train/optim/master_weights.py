@@ -37,10 +37,12 @@ class MasterWeights:
             master = parameter.detach().float().requires_grad_()
             self.masters[name] = master
             self._rounded.append((parameter, master))
+            # Called as soon as autograd has this parameter's gradient, so few half-precision gradients exist at a time.
             hook = parameter.register_post_accumulate_grad_hook(_hand_over(master))  # type: ignore[no-untyped-call]
             self._hooks.append(hook)
+
         if not self.masters:
-            raise UsageError("no parameter requires a gradient: the method trains nothing of this model")
+            raise UsageError("no parameter requires a gradient: the method trains no part of this model")
 
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters, in place."""
@@ -49,7 +51,7 @@ class MasterWeights:
                 parameter.copy_(master)
 
     def release(self) -> None:
-        """Leave the parameters' gradients to themselves again."""
+        """Remove the hooks, so that parameters keep their gradients again."""
         for hook in self._hooks:
             hook.remove()
 
