@@ -139,10 +139,13 @@ def _steps(trainer: Trainer, run_log: RunLog, sample: Callable[[int], None], sto
         while not trainer.finished:
             bar.set_postfix_str(trainer.train_step(run_log), refresh=False)
             bar.update()
-            step, last = trainer.progress.step, trainer.progress.step == trainer.total
+
+            step = trainer.progress.step
+            last = step == trainer.total
             validated = bool(trainer.validation) and (last or step % eval_interval == 0)
             if validated:
                 trainer.validate(run_log)
+            # After validation, which decides whether this step is the best; a stop asks for a checkpoint too.
             if last or stop or step % save_interval == 0 or trainer.progress.best_step == step:
                 trainer.save()
             if stop:

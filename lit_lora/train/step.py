@@ -112,43 +112,60 @@ class Trainer:
         Raises:
             NumericalError: The loss or a gradient is not finite in the third consecutive step; it is recorded first.
         """
-        started, step = time.perf_counter(), self.progress.step
+        started = time.perf_counter()
+        step = self.progress.step
         # Dropout of a step draws the same numbers in a resumed run, and whatever validation has drawn before.
         torch.manual_seed(_mixed(self.run.seed, step))
         lr = self.run.optimizer.lr * self.run.schedule.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
+
+        # Every micro-batch is divided by the targets of the whole step, so the loss does not depend on how it is split.
         micro_batches = list(self.batches.step(step))
         targets = sum(self.objective.count(batch) for batch in micro_batches)
         scale = self.progress.loss_scale / max(targets, 1)
         sums = [self.objective.backward(self.model, batch, scale) for batch in micro_batches]
-        norm_found = self._gradient_norm()
-        losses = [float(loss) for loss in sums]  # only now: until here a GPU is never waited for
-        norm, problem = float(norm_found) / self.progress.loss_scale, None
-        if math.isfinite(norm):
+        scaled_norm = self._gradient_norm()
+
+        # Reading a number waits for the GPU, so nothing is read before all of its work is queued.
+        losses = [float(loss) for loss in sums]
+        norm = float(scaled_norm) / self.progress.loss_scale
+        problem = self._update(micro_batches, losses, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+
+        tokens = sum(sum(batch.lengths) for batch in micro_batches)
+        speed = tokens / (time.perf_counter() - started)
+        self.loss = sum(losses) / max(targets, 1)
+        values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
+        run_log.record(step + 1, **values, tokens_per_second=speed)
+        if problem is not None:
+            self._skip(problem)
+        return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
+
+    def _update(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> str | None:
+        """Move the parameters by the gradients, if these and the losses are finite.
+
+        Returns:
+            What went wrong, in words; ``None`` if nothing did, or a smaller loss scale may help.
+        """
+        finite_losses = all(map(math.isfinite, losses))
+        if finite_losses and math.isfinite(norm):
             self._clip(norm)
-        if math.isfinite(norm) and all(map(math.isfinite, losses)):
             self.optimizer.step()
             self.master_weights.copy_to_model()
             self._grow_scale()
             self.progress.bad_steps = 0
-        elif self.progress.loss_scale > 1 and all(map(math.isfinite, losses)):
+            return None
+
+        if finite_losses and self.progress.loss_scale > 1:
             # Gradients beyond the range of float16: skip this step, and scale less from now on.
             self.progress.loss_scale /= 2
             self.progress.good_steps = 0
             self.progress.bad_steps += 1
-        else:
-            problem = self._not_finite(micro_batches, losses, norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        tokens = sum(sum(batch.lengths) for batch in micro_batches)
-        seconds = time.perf_counter() - started
-        self.loss, speed = sum(losses) / max(targets, 1), tokens / seconds
-        values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
-        run_log.record(step + 1, **values, tokens_per_second=speed)
-        if problem is not None:
-            self._leave_out(problem)
-        return f"loss {self.loss:.3f}, {speed:.0f} tok/s"
+            return None
+
+        return self._not_finite(micro_batches, losses, norm)
 
     def _gradients(self) -> list[Tensor]:
         return [master.grad for master in self.master_weights.masters.values() if master.grad is not None]
@@ -170,7 +187,7 @@ class Trainer:
         if self.half and self.progress.good_steps % _GROW_AFTER == 0:
             self.progress.loss_scale *= 2
 
-    def _leave_out(self, problem: str) -> None:
+    def _skip(self, problem: str) -> None:
         """Continue with the weights as they were: one bad row is no reason to lose a night.
 
         Raises:
@@ -209,7 +226,8 @@ class Trainer:
         Raises:
             NumericalError: The loss is not finite.
         """
-        metrics, progress = validate(self.model, self.validation, self.objective), self.progress
+        progress = self.progress
+        metrics = validate(self.model, self.validation, self.objective)
         run_log.record(progress.step, **{f"validation_{name}": value for name, value in metrics.items()})
         loss = metrics["loss"]
         if not math.isfinite(loss):
@@ -223,14 +241,18 @@ class Trainer:
             return
         log.note(f"step {progress.step} of {self.total}: loss {self.loss:.4f}, {shown}")
         if not progress.best_metrics or self._rank(metrics) > self._rank(progress.best_metrics):
-            progress.best_metrics, progress.best_step, progress.waited = metrics, progress.step, 0
+            progress.best_metrics = metrics
+            progress.best_step = progress.step
+            progress.waited = 0
         else:
             progress.waited += 1
 
     def _rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         """Larger for better weights; between equal metrics the lower loss decides."""
-        by, loss = self.config.best_metric, -metrics["loss"]
-        return (loss,) if by == "loss" else (metrics[by], loss)
+        negative_loss = -metrics["loss"]
+        if self.config.best_metric == "loss":
+            return (negative_loss,)
+        return metrics[self.config.best_metric], negative_loss
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -244,6 +266,7 @@ def _mixed(seed: int, step: int) -> int:
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
-    """The first of them, separated by commas."""
+    """The first of them, separated by commas, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
