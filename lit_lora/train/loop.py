@@ -109,13 +109,16 @@ def fit(
 def _result(trainer: Trainer, best: int, records: list[dict[str, Any]]) -> FitResult:
     """The outcome of the run, from its log and from the step whose weights the model now has."""
     steps = [record for record in records if "tokens" in record]
+    untrained = next((record for record in records if record["step"] == 0), None)
+    best_metrics = dict(trainer.progress.best_metrics)
+    best_loss = best_metrics.pop("loss", None)  # there are none without validation rows
     return FitResult(
         steps=trainer.progress.step,
         best_step=best,
         loss=steps[-1]["loss"] if steps else None,
-        validation_loss=trainer.progress.best_metrics.get("loss"),
-        untrained_validation_loss=next((r["validation_loss"] for r in records if r["step"] == 0), None),
-        metrics={name: value for name, value in trainer.progress.best_metrics.items() if name != "loss"},
+        validation_loss=best_loss,
+        untrained_validation_loss=untrained["validation_loss"] if untrained else None,
+        metrics=best_metrics,
         tokens=sum(record["tokens"] for record in steps),
         seconds=sum(record["tokens"] / record["tokens_per_second"] for record in steps),
         peak_memory_bytes=peak_memory_bytes(trainer.device),

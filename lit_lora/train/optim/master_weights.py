@@ -42,7 +42,7 @@ class MasterWeights:
             self._hooks.append(hook)
 
         if not self.masters:
-            raise UsageError("no parameter requires a gradient: the method trains no part of this model")
+            raise UsageError("no parameter requires a gradient: the method trains nothing in this model")
 
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters, in place."""
