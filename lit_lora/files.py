@@ -6,6 +6,7 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lit_lora.errors import DiskError, InputError
 
@@ -30,6 +32,8 @@ __all__ = [
     "free_bytes",
     "human_bytes",
     "lock_folder",
+    "read_json",
+    "read_text",
     "remove_folder",
     "require_free_space",
     "require_new",
@@ -170,6 +174,37 @@ def lock_folder(folder: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: The file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands of levels
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-__all__ = ["note", "progress", "say", "table", "warn"]
+__all__ = ["note", "progress", "say", "shortened", "table", "warn"]
 
 
 def _console(stderr: bool = False) -> Console:
@@ -34,6 +34,12 @@ def say(text: str = "", style: str | None = None) -> None:
     """Print a result line to stdout. ``style`` is a rich style such as ``bold green``."""
     with _line() as console:
         console.print(text, style=style)
+
+
+def shortened(text: str, most: int) -> str:
+    """One line of at most ``most`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def note(text: str) -> None:

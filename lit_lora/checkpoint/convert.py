@@ -24,7 +24,7 @@ from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
 from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, open_tensors, read_weight_map
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
-from lit_lora.files import atomic_folder, human_bytes, require_free_space, sha256_file, write_text
+from lit_lora.files import atomic_folder, human_bytes, read_json, require_free_space, sha256_file, write_text
 from lit_lora.model import ModelConfig
 from lit_lora.model.families import DecoderNames
 from lit_lora.quantize import QuantizeConfig, quantize
@@ -290,13 +290,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="give the model's config.json by --config")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected an object, got {type(data).__name__}")
-    return data
+    return read_json(path)
 
 
 def _tied(source: Source, config: dict[str, Any], parts: DecoderNames) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError
+from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES
 
 __all__ = ["LitGPTReader"]
@@ -130,7 +130,7 @@ class LitGPTReader:
         }
         generation = self.folder / "generation_config.json"
         if generation.is_file():
-            known = json.loads(generation.read_text(encoding="utf-8"))
+            known = read_json(generation)
             config.update({key: known[key] for key in ("bos_token_id", "eos_token_id") if key in known})
         return config
 

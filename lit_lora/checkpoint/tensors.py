@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_lora.errors import InputError
-from lit_lora.files import require_safe_names
+from lit_lora.files import read_json, require_safe_names
 
 __all__ = ["INDEX", "TensorReader", "Tensors", "check_tensors", "open_tensors", "read_weight_map"]
 
@@ -172,9 +171,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
         InputError: Not such an index, or a shard is missing.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         shards = dict.fromkeys(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of shards, expected JSON with a 'weight_map'") from error
     require_safe_names(shards, index)
     for name in shards:

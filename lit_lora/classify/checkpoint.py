@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lit_lora.classify.task import Kind, Task
 from lit_lora.data.labelled import Tokens
 from lit_lora.data.padded import Layout
 from lit_lora.errors import InputError, UsageError
+from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES
 
 __all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
@@ -225,7 +225,9 @@ def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {what}, expected a checkpoint folder", hint="lit-lora download fetches a model")
-    data = _read_json(folder / "config.json")
+    data = read_json(folder / "config.json")
+    if "model_type" not in data:
+        raise InputError(f"{folder / 'config.json'}: names no model_type")
     kind = str(data["model_type"])
     if kind in FAMILIES:
         raise InputError(
@@ -250,14 +252,6 @@ def _read_config(folder: Path) -> Any:
             hint="BERT, RoBERTa, DeBERTa, ELECTRA, DistilBERT, T5 and many others have one",
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {**data, "model_type": data["model_type"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: names no model_type") from error
 
 
 def _without_code(data: Any) -> Any:

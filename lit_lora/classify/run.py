@@ -287,15 +287,11 @@ def prediction_samples(
         model.eval()
         for example, found in zip(data.examples, predict(model, shape.tokenizer, data.task, batches), strict=True):
             sure = "" if found.probability is None else f" ({found.probability:.0%})"
-            log.note(f"step {step}: {_short(example.text)}: {found.answer}{sure}, expected {example.label}")
+            text = log.shortened(example.text, 80)
+            log.note(f"step {step}: {text!r}: {found.answer}{sure}, expected {example.label}")
         model.train(training)
 
     return show
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 80 else text[:79] + "…")
 
 
 def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: LabelledData, result: FitResult) -> Path:

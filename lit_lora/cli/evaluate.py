@@ -266,12 +266,12 @@ def _print(results: list[Result], path: str, samples: int) -> None:
 
     header, lines = comparison_table(results)
     for number, answer in enumerate(results[0].answers[:samples]):
-        log.say(f"{number + 1}. {_short(str(answer.messages[-1]['content']))}", style="bold")
-        log.say(f"   expected: {_short(answer.reference)}")
+        log.say(f"{number + 1}. {log.shortened(str(answer.messages[-1]['content']), 300)}", style="bold")
+        log.say(f"   expected: {log.shortened(answer.reference, 300)}")
         for result in results:
             other = result.answers[number]
             mark = "=" if other.right else "≠"
-            log.say(f"   {mark} {result.candidate.label}: {_short(other.answer)}")
+            log.say(f"   {mark} {result.candidate.label}: {log.shortened(other.answer, 300)}")
     log.table(f"{path} (shares with 95 % interval)", header, lines, right=range(1, len(header)))
     for metric in results[0].metrics:
         if metric.why:
@@ -279,9 +279,3 @@ def _print(results: list[Result], path: str, samples: int) -> None:
     for result in results:
         if result.adapter_sha256:
             log.say(f"{result.candidate.label}: {result.candidate.adapter}, sha256 {result.adapter_sha256[:16]}")
-
-
-def _short(text: str, most: int = 300) -> str:
-    """One line of at most ``most`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -15,7 +15,7 @@ import typer
 from lit_lora import log
 from lit_lora.cli.prepare import parse_columns
 from lit_lora.errors import InputError
-from lit_lora.files import human_bytes, require_new, write_text
+from lit_lora.files import human_bytes, read_json, require_new, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,9 +201,9 @@ def _token_counts(samples: list[PlacedSample], model: Path | None) -> list[int]:
 def _most_tokens(model: Path) -> int:
     """2048, or what the model can take if that is less."""
     try:
-        known = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+        known = read_json(model / "config.json")["max_position_embeddings"]
         return min(2048, int(known))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, ValueError, KeyError, TypeError):
         return 2048
 
 

@@ -6,7 +6,6 @@ One process per run keeps the peak of memory that of this run, and a run that fa
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 from lit_lora.compare.settings import EvaluateSection, Variant, slug
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import Interrupted, UsageError
-from lit_lora.files import disk_errors, write_text
+from lit_lora.files import disk_errors, read_json, write_text
 from lit_lora.recipe import FinetuneConfig
 
 __all__ = ["Job", "Outcome", "Runner", "locked"]
@@ -118,7 +117,7 @@ class Runner:
             if error:
                 return Outcome(job, error=error)
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # only for resuming, and large
-        result = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
+        result = read_json(job.folder / "result.json")
         measured = result.pop("metrics", None) or result.pop("figures", {})  # called figures before
         scores = {f"validation {name}": value for name, value in measured.items()}
         return Outcome(job, result, scores, found=found)
@@ -226,7 +225,7 @@ def _read_evaluation(file: Path) -> list[dict[str, Any]]:
     """The scores of each model in a file of ``evaluate``."""
     if not file.is_file():
         return []
-    models = json.loads(file.read_text(encoding="utf-8"))["models"]
+    models = read_json(file)["models"]
     return [{name: score["value"] for name, score in model["scores"].items()} for model in models]
 
 

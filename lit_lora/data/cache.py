@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from lit_lora import log
 from lit_lora.data.rows import EncodedRow, TokenTable, record_batch
-from lit_lora.files import disk_errors, sha256_file, write_text
+from lit_lora.errors import InputError
+from lit_lora.files import disk_errors, read_json, sha256_file, write_text
 
 __all__ = ["CODE_VERSION", "cache_key", "cached_table"]
 
@@ -60,9 +61,9 @@ def cached_table(
     marker = folder / "complete.json"
     if marker.is_file():
         try:
-            info.update(json.loads(marker.read_text(encoding="utf-8")))
+            info.update(read_json(marker))
             return _open(folder, info["files"]), True
-        except (pa.ArrowException, OSError, ValueError, KeyError):
+        except (InputError, pa.ArrowException, OSError, ValueError, KeyError):
             log.warn(f"{folder}: the cache entry is damaged; rebuilding it")
             shutil.rmtree(folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
+from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES, DecoderNames
 
 __all__ = ["DTYPES", "KEEP_DTYPE", "ModelConfig", "Rope"]
@@ -95,13 +95,7 @@ class ModelConfig(Settings):
                 f"{path}: no such file, expected a checkpoint folder with config.json and *.safetensors",
                 hint="lit-lora download fetches one, lit-lora convert makes one of a GGUF, .bin or .pth file",
             )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: expected an object, got {type(data).__name__}")
-        return cls.from_hf(data, name=str(path))
+        return cls.from_hf(read_json(path), name=str(path))
 
     @classmethod
     def from_hf(cls, data: dict[str, Any], *, name: str = "config.json") -> ModelConfig:

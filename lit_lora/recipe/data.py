@@ -101,12 +101,7 @@ def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Call
         answers = answer_all(model, tokenizer, [prompt for prompt, _ in samples], sampling)
         model.train(training)
         for given, (_, expected) in zip(answers, samples, strict=True):
-            log.note(f"step {step}: answers {_short(given.text)}, expected {_short(tokenizer.decode(expected))}")
+            shown, wanted = log.shortened(given.text, 100), log.shortened(tokenizer.decode(expected), 100)
+            log.note(f"step {step}: answers {shown!r}, expected {wanted!r}")
 
     return answer
-
-
-def _short(text: str) -> str:
-    """One line of at most 100 characters, in quotes."""
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 100 else text[:99] + "…")

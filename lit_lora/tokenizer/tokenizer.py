@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from lit_lora.errors import InputError
-from lit_lora.files import write_text
+from lit_lora.files import read_json, read_text, write_text
 from lit_lora.tokenizer.stream import TextStream
 from lit_lora.tokenizer.template import ChatTemplate, default_template
 
@@ -94,7 +94,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise InputError(f"{folder}: no tokenizer.json", hint=_no_tokenizer_hint(folder))
-        text = _read_text(path)
+        text = read_text(path)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception
@@ -102,9 +102,9 @@ class Tokenizer:
         files: dict[str, Any] = {}
         for name in _SIDE_FILES:
             if (folder / name).is_file():
-                files[name] = _read_json(folder / name)
+                files[name] = read_json(folder / name)
         if (folder / _TEMPLATE_FILE).is_file():
-            files[_TEMPLATE_FILE] = _read_text(folder / _TEMPLATE_FILE)
+            files[_TEMPLATE_FILE] = read_text(folder / _TEMPLATE_FILE)
         return cls(backend, files, str(folder))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -356,23 +356,6 @@ _MODEL = "config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 _SIDE_FILES = (_CONFIG, _SPECIAL_MAP, _GENERATION, _MODEL)
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
 
 
 def _no_tokenizer_hint(folder: Path) -> str:

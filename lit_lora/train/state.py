@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_lora.errors import InputError
-from lit_lora.files import atomic_folder, remove_folder, restore_replaced
+from lit_lora.files import atomic_folder, read_json, remove_folder, restore_replaced
 from lit_lora.train.optim.master_weights import MasterWeights
 
 __all__ = ["CheckpointStore"]
@@ -102,10 +102,9 @@ class CheckpointStore:
             _restore_optimizer(folder, master_weights, optimizer)
 
         try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return read_json(folder / "state.json")
+        except InputError as error:
             raise _damaged(folder / "state.json", error) from error
-        return state
 
 
 def _optimizer_tensors(master_weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

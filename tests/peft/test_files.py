@@ -219,10 +219,10 @@ def test_broken_files_are_one_clear_line(folder):
         load(folder)
     (folder / WEIGHTS).write_bytes(data)
     (folder / CONFIG).write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="not valid JSON"):
         load(folder)
     (folder / CONFIG).write_text("[]")
-    with pytest.raises(InputError, match="expected an object"):
+    with pytest.raises(InputError, match="expected a JSON object"):
         load(folder)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.config import validate
 from lit_lora.errors import InputError, LitLoraError, UsageError
-from lit_lora.files import atomic_folder, disk_errors
+from lit_lora.files import atomic_folder, disk_errors, read_json
 from lit_lora.peft.core.adapter_method import CONFIG, OWN, WEIGHTS, AdapterMethod
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import base_tensors
@@ -235,7 +235,7 @@ def quantization_of(folder: Path) -> QuantizeConfig | None:
 
 
 def _extras(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    return read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
 
 
 def _method(raw: Mapping[str, Any]) -> type[AdapterMethod]:
@@ -283,7 +283,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected an adapter folder with {CONFIG} and {WEIGHTS}")
-    return _read_json(path)
+    return read_json(path)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -307,13 +307,3 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected an object, got {type(data).__name__}")
-    return data

@@ -6,7 +6,6 @@ the same numbers at all, and what was trained on them would not fit.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
-from lit_lora.files import atomic_folder, write_text
+from lit_lora.files import atomic_folder, read_json, write_text
 from lit_lora.peft.core.method import Method
 from lit_lora.peft.core.modules import own_modules
 
@@ -43,8 +42,8 @@ def kept_method(folder: Path, method: Method) -> Method | None:
     if not path.is_file():
         return None
     try:
-        return validate(json.loads(path.read_text(encoding="utf-8")), type(method), name=str(path))
-    except (OSError, ValueError, UsageError) as error:
+        return validate(read_json(path), type(method), name=str(path))
+    except (InputError, UsageError) as error:
         raise InputError(f"{path}: cannot be read: {error}", hint="start a new run in another folder") from error
 
 
