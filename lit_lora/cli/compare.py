@@ -1,4 +1,4 @@
-"""``lit-lora compare``: methods on the same rows, seeds and budget, and what each reached and cost."""
+"""``lit-lora compare``: methods on the same rows, seeds and budget, with what each reaches and costs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ __all__ = ["command"]
 
 
 def command(
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file, or name of a shipped one: compare.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of a comparison; compare is a shipped one.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as base.train.max_steps=20.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config, such as base.train.max_steps=20."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they take; run none.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and their estimated time; train nothing.")
+    ] = False,
 ) -> None:
-    """Compare methods fairly: the same rows, seeds and budget, each at a learning rate of its own.
+    """Compare methods fairly: on the same rows, seeds and budget, each at its own best learning rate.
 
-    Every run of the list is trained at the learning rates of the grid; the one with the lowest validation loss is
-    chosen and run with all seeds. Each run is an ordinary run folder, made by a process of its own. The same command
-    goes on where it was stopped. The result: a table, and comparison.csv, .html and .png in the folder out.
+    Each method is trained at every learning rate of the grid; the rate with the lowest validation loss is run with all
+    seeds. Each run is an ordinary run folder, trained in a process of its own. If stopped, the same command resumes.
+    The result is a table, and comparison.csv, .html and .png in the folder out.
 
     Examples:
         lit-lora compare --config compare --dry-run
@@ -54,7 +57,8 @@ def command(
     seconds = seconds_per_run(settings, variants)
     _show_plan(settings, variants, seconds)
     if dry_run:
-        log.say(f"dry run: nothing trained; next: lit-lora compare --config {config}")
+        log.say("dry run: nothing was trained")
+        log.say(f"next: lit-lora compare --config {config}")
         return
     outcomes: list[Outcome] = []
     with locked(settings.out) as lock:
@@ -72,61 +76,73 @@ def command(
 
 
 def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Sequence[float]) -> None:
-    """The table of what will run, and how long all of it takes."""
+    """Print the runs and their estimated time."""
     from lit_lora.compare import count_runs
     from lit_lora.recipe import duration
 
-    counts = [count_runs(settings, variant) for variant in variants]
-    times = [each * count for each, count in zip(seconds, counts, strict=True)]
+    total_count = 0
+    total_seconds = 0.0
     rows = []
-    for variant, count, its_time in zip(variants, counts, times, strict=True):
+    for variant, seconds_per_run in zip(variants, seconds, strict=True):
+        count = count_runs(settings, variant)
+        variant_seconds = count * seconds_per_run
+        total_count += count
+        total_seconds += variant_seconds
         rates = " ".join(f"{rate:g}" for rate in variant.rates)
-        own, takes = variant.config, duration(its_time) if its_time else "done"
-        rows.append([variant.name, own.recipe, own.peft.about, rates, str(count), takes])
+        estimate = duration(variant_seconds) if variant_seconds else "done"
+        rows.append([variant.name, variant.config.recipe, variant.config.peft.about, rates, str(count), estimate])
     columns = ["run", "recipe", "method", "learning rates", "runs", "estimated time"]
-    log.table("What will run", columns, rows, right=(4, 5))
+    log.table("Runs", columns, rows, right=(4, 5))
+
     seeds = " ".join(map(str, settings.seeds))
-    measured = "" if settings.evaluate is None else f", without measuring on {settings.evaluate.data}"
-    log.say(f"{sum(counts)} runs, seeds {seeds}, about {duration(sum(times))}{measured}; folder {settings.out}")
+    evaluation = "" if settings.evaluate is None else f" plus evaluation on {settings.evaluate.data}"
+    log.say(f"{total_count} runs, seeds {seeds}, about {duration(total_seconds)}{evaluation}; folder {settings.out}")
 
 
 def _train(runner: Runner, settings: CompareConfig, variants: Sequence[Variant], outcomes: list[Outcome]) -> None:
-    """Do all runs, with a line for each."""
+    """Train all runs, with a line for each."""
     from lit_lora.compare import count_runs, run_all
     from lit_lora.recipe import duration
 
     total = sum(count_runs(settings, variant) for variant in variants)
-    started, found = time.perf_counter(), 0
+    started = time.perf_counter()
+    trained = 0
     for outcome in run_all(runner, settings, variants):
         outcomes.append(outcome)
-        found += outcome.found
-        what = f"failed: {outcome.error}" if outcome.error else f"validation loss {outcome.loss:.4f}"
-        rest = ""
+        line = f"[{len(outcomes)}/{total}] {outcome.job}: "
+        line += f"failed: {outcome.error}" if outcome.error else f"validation loss {outcome.loss:.4f}"
         if outcome.found:
-            rest = " (found)"
-        elif len(outcomes) < total:
-            each = (time.perf_counter() - started) / (len(outcomes) - found)
-            rest = f"; about {duration(each * (total - len(outcomes)))} left"
-        log.note(f"[{len(outcomes)}/{total}] {outcome.job}: {what}{rest}")
+            line += " (from an earlier run)"
+        else:
+            trained += 1
+            if len(outcomes) < total:
+                seconds_per_run = (time.perf_counter() - started) / trained
+                line += f"; about {duration(seconds_per_run * (total - len(outcomes)))} left"
+        log.note(line)
 
 
 def _show(rows: Sequence[Row]) -> None:
-    """The table, and what to know before believing it."""
+    """Print the table, and warnings about its rows."""
     from lit_lora.compare import summary_table
 
     header, lines = summary_table(rows)
-    log.table("Comparison, the lowest validation loss first", header, lines, right=range(1, len(header)))
+    log.table("Comparison, by validation loss", header, lines, right=range(1, len(header)))
     for row in rows:
         for note in row.notes:
             log.warn(f"{row.variant.name}: {note}")
 
 
 def _about(settings: CompareConfig) -> dict[str, object]:
-    """For the report: the settings, versions, machine and day."""
+    """Settings, versions, machine and date, for the report."""
     import torch
 
     from lit_lora.config import dump_yaml
 
     versions = f"lit-lora {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return {"Day": time.strftime("%Y-%m-%d"), "Versions": versions, "Machine": machine, "Settings": dump_yaml(settings)}
+    return {
+        "Date": time.strftime("%Y-%m-%d"),
+        "Versions": versions,
+        "Machine": machine,
+        "Settings": dump_yaml(settings),
+    }

@@ -1,4 +1,4 @@
-"""``lit-lora configs``: list, show or copy the shipped configs; the schema that editors complete them by."""
+"""``lit-lora configs``: list, print or copy the shipped configs; write the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["command"]
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A shipped config to print.")] = None,
-    copy: Annotated[Path | None, typer.Option("--copy", metavar="FILE", help="Copy it to FILE, to edit.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Shipped config to print.")] = None,
+    copy: Annotated[Path | None, typer.Option("--copy", metavar="FILE", help="Copy it to this file.")] = None,
     schema: Annotated[
-        Path | None, typer.Option("--schema", metavar="FILE", help="Write the JSON Schema of configs, for your editor.")
+        Path | None, typer.Option("--schema", metavar="FILE", help="Write a JSON Schema of configs, for your editor.")
     ] = None,
 ) -> None:
     """List the shipped configs, print one, or copy one to edit.
@@ -36,15 +36,15 @@ def command(
         from lit_lora.recipe import config_schema
 
         write_text(schema, json.dumps(config_schema(), indent=1) + "\n")
-        log.say(f"wrote {schema}; next: a config beside it that begins so is completed and checked by your editor:")
+        log.say(f"wrote {schema}")
+        log.say("next: begin a config with this line, and your editor completes and checks it:")
         log.say(f"# yaml-language-server: $schema={schema}")
         return
     if name is None:
         if copy is not None:
             raise UsageError("--copy needs the name of a config", hint="lit-lora configs lists them")
-        log.table(
-            "Shipped configs", ["name", "what"], [[name, _about(path)] for name, path in shipped_configs().items()]
-        )
+        rows = [[config, _about(path)] for config, path in shipped_configs().items()]
+        log.table("Shipped configs", ["name", "description"], rows)
         return
     text = find_config(name).read_text(encoding="utf-8")
     if copy is None:
@@ -53,7 +53,8 @@ def command(
     require_new(copy, hint="choose another name, or remove it first")
     write_text(copy, text)
     reader = "compare" if "runs" in read_yaml(copy) else "finetune"
-    log.say(f"wrote {copy}; next: lit-lora {reader} --config {copy}")
+    log.say(f"wrote {copy}")
+    log.say(f"next: lit-lora {reader} --config {copy}")
 
 
 def _about(path: Path) -> str:

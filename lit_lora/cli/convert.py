@@ -1,4 +1,4 @@
-"""``lit-lora convert``: any supported checkpoint to a Hugging Face folder, or to another dtype."""
+"""``lit-lora convert``: convert a supported checkpoint to a Hugging Face folder, or to another dtype."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ __all__ = ["command"]
 
 def command(
     source: Annotated[
-        Path, typer.Argument(help="A .gguf, .bin or .pth file, or a folder of such, safetensors or LitGPT.")
+        Path, typer.Argument(help="File (.gguf, .bin or .pth), or folder of such files, of safetensors or of LitGPT.")
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder to write. Default: checkpoints/NAME.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; checkpoints/NAME if omitted.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="bf16|fp16|fp32", help="Of the weights. Default: as stored; GGUF: bf16.")
+        str | None,
+        typer.Option(metavar="fp32|bf16|fp16", help="Dtype of the weights; as stored if omitted, bf16 for GGUF."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Take the tokenizer from this folder instead of the source.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to take the tokenizer from, instead of the source.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take this config.json instead of the source's.")
+        Path | None, typer.Option(metavar="FILE", help="config.json to use instead of the source's.")
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="Linear layers of the decoder in nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."
+            metavar="TYPE", help="Quantise the linear layers to nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."
         ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Weights that share a scale when quantising. Default: 64.")
+        int | None, typer.Option(metavar="N", help="Number of weights per quantisation scale; 64 if omitted.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")] = False,
 ) -> None:
-    """Turn GGUF, .bin/.pth or LitGPT files into a checkpoint, change the dtype of one, or quantise it.
+    """Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, change the dtype of a checkpoint, or quantise it.
 
-    The result is a Hugging Face folder: safetensors, config.json and the tokenizer. It is written tensor by tensor,
-    so a model larger than the memory converts too, and appears under its name only when it is complete.
+    The result is a Hugging Face folder: safetensors, config.json and the tokenizer. It is written tensor by tensor, so
+    models larger than memory can be converted, and gets its name only once it is complete.
 
     Examples:
         lit-lora convert SmolLM2-135M-Instruct.Q4_1.gguf
@@ -67,11 +68,12 @@ def command(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     if quantize is None and block_size is not None:
-        raise UsageError("--block-size: has no effect without --quantize")
+        raise UsageError("--block-size needs --quantize")
     chosen = None if quantize is None else parse(quantize, option="--quantize", block_size=block_size)
     started = time.perf_counter()
     opened = open_source(source)
-    out = out or Path("checkpoints") / (opened.name + (f"-{quantize}" if quantize else ""))
+    if out is None:
+        out = Path("checkpoints") / (f"{opened.name}-{quantize}" if quantize else opened.name)
     plan = plan_conversion(
         opened, dtype=DTYPES[dtype] if dtype else None, config=config, tokenizer=tokenizer, quantize=chosen
     )
@@ -87,12 +89,13 @@ def command(
 
 
 def _report(plan: Plan, out: Path) -> None:
-    stored = sum(file.stat().st_size for file in plan.source.files)
+    source_bytes = sum(file.stat().st_size for file in plan.source.files)
+    exists = " (already exists)" if out.exists() else ""
     rows = [
-        ("source", f"{plan.source.format}, {human_bytes(stored)}"),
+        ("source", f"{plan.source.format}, {human_bytes(source_bytes)}"),
         ("architecture", plan.config["model_type"]),
         ("tensors", len(plan.dtypes)),
         ("result", plan.weights()),
-        ("out", f"{out}{' (exists already)' if out.exists() else ''}, {human_bytes(free_bytes(out))} free"),
+        ("out", f"{out}{exists}, {human_bytes(free_bytes(out))} free"),
     ]
-    log.table("Nothing written: dry run", ["what", "value"], rows)
+    log.table("Dry run: nothing was written", ["item", "value"], rows)

@@ -1,4 +1,4 @@
-"""``lit-lora finetune``: run a recipe from a config."""
+"""``lit-lora finetune``: finetune a model as a config says."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from typing import Annotated
 
 import typer
 
+from lit_lora.cli import options
+
 __all__ = ["command"]
 
 
 def command(
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file, or name of a shipped config.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as peft.rank=16.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to the first step.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue after the newest checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the folder.")] = False,
+    config: options.Config,
+    overrides: options.Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything up to the first step; train nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run in the folder.")] = False,
 ) -> None:
-    """Finetune a model: by LoRA, or in full, as the config says.
+    """Finetune a model with the recipe and the method that the config names.
 
     Examples:
         lit-lora finetune --config lora data.path=mine.jsonl --dry-run

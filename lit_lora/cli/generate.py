@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lit_lora import log
-from lit_lora.cli import answering as options
+from lit_lora.cli import options
+from lit_lora.cli.answering import next_command, read_template, sampling_from
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import require_new
 
@@ -23,18 +24,21 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, a run folder or an adapter folder.")],
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question; stdin if omitted.")] = None,
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Prompt; read from stdin if omitted.")] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Many prompts: rows with 'prompt' or 'messages', or text lines.")
+        Path | None,
+        typer.Option(metavar="FILE", help="File of prompts: rows with 'prompt' or 'messages', or lines of text."),
     ] = None,
-    column: Annotated[str, typer.Option(metavar="NAME", help="The file's column with the prompt.")] = "prompt",
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the file that contains the prompt.")
+    ] = "prompt",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the answers go (JSONL), instead of stdout.")
+        Path | None, typer.Option(metavar="FILE", help="File for the answers (JSON Lines); stdout if omitted.")
     ] = None,
     adapter: options.Adapter = None,
     system: options.System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -44,7 +48,7 @@ def command(
     seed: options.Seed = None,
     stop: options.Stop = None,
     template: options.Template = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts of a file at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts answered together.")] = 32,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
     quantize: options.Quantize = None,
@@ -52,8 +56,8 @@ def command(
 ) -> None:
     """Answer one prompt, or a file of prompts.
 
-    The answer goes to stdout, notes to stderr. The rows of a file come back in their order with two more columns:
-    'answer', and 'ended' (stop: by itself; length: cut off).
+    The answer goes to stdout, notes go to stderr. The rows of a file are written in the same order with two more
+    columns: 'answer', and 'ended' (stop: complete; length: cut off).
 
     Examples:
         lit-lora generate out/quickstart "Where is my order 48213?"
@@ -65,14 +69,14 @@ def command(
         lit-lora generate out/quickstart --file mails.csv --column body --out answers.jsonl
     """
     if file is not None and prompt is not None:
-        raise UsageError("give a PROMPT or --file, not both")
+        raise UsageError("expected either a PROMPT or --file, got both")
     if out is not None and file is None:
         raise UsageError("--out needs --file")
     if out is not None:
         require_new(out)
     if column != "prompt" and file is None:
         raise UsageError("--column needs --file")
-    sampling = options.sampling_from(
+    sampling = sampling_from(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -87,17 +91,17 @@ def command(
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, drop_layers=drop_layers)
     log.note(opened.description)
     if template is not None:
-        options.read_template(opened.tokenizer, template)
+        read_template(opened.tokenizer, template)
     prompts = [_encode(opened, messages, raw, place) for place, _, messages in rows]
     if file is None:
         _answer_one(opened, prompts[0], sampling, stop or [])
     else:
         _answer_file(opened, rows, prompts, sampling, stop or [], batch_size, out)
-    log.note(f"next: {options.next_command('chat', model, adapter)}")
+    log.note(f"next: {next_command('chat', model, adapter)}")
 
 
 Row = tuple[str, dict[str, Any], "list[Message]"]
-"""(where it stands, its columns, the conversation to answer)."""
+"""Its ``file:line``, its columns, and the conversation to answer."""
 
 
 def _one(prompt: str | None, system: str | None) -> list[Row]:
@@ -114,7 +118,7 @@ def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
     """The rows of a file of prompts.
 
     Raises:
-        InputError: The file cannot be read, holds no prompt, or a row is none.
+        InputError: The file cannot be read or has no prompts, or a row has none.
     """
     from lit_lora.data.read import read_rows
 
@@ -122,43 +126,64 @@ def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
         raise InputError(f"{file}: {'is a folder, expected a file' if file.is_dir() else 'no such file'}")
     rows: list[Row] = []
     for number, row in read_rows(file):
-        if set(row) == {"text"} and column == "prompt":
-            lines = enumerate(row["text"].split("\n"), number)
-            rows += [
-                (f"{file}:{n}", {"prompt": line}, _conversation(line, system)) for n, line in lines if line.strip()
-            ]
+        if set(row) == {"text"} and column == "prompt":  # a text file: each line is a prompt
+            for line_number, line in enumerate(row["text"].split("\n"), number):
+                if line.strip():
+                    rows.append((f"{file}:{line_number}", {"prompt": line}, _conversation(line, system)))
         else:
-            rows.append((f"{file}:{number}", row, _messages(row, column, system, raw, f"{file}:{number}")))
+            place = f"{file}:{number}"
+            rows.append((place, row, _messages(row, column, system, raw, place)))
     if not rows:
-        raise InputError(f"{file}: holds no prompts")
+        raise InputError(f"{file}: no prompts in it")
     return rows
 
 
 def _messages(row: dict[str, Any], column: str, system: str | None, raw: bool, place: str) -> list[Message]:
-    """The conversation of one row."""
-    prompt, messages = row.get(column), row.get("messages")
+    """The conversation of one row, from its prompt or its messages.
+
+    Raises:
+        InputError: The row has neither, or its messages end with an answer.
+    """
+    prompt = row.get(column)
     if isinstance(prompt, str) and prompt.strip():
-        own = row.get("system")
-        return _conversation(prompt, own if isinstance(own, str) and own else system)
+        row_system = row.get("system")
+        if isinstance(row_system, str) and row_system:
+            system = row_system
+        return _conversation(prompt, system)
+
+    messages = row.get("messages")
     if isinstance(messages, list) and messages and not raw:
-        if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-            raise InputError(f"{place}: the conversation ends with the assistant, so there is nothing to answer")
-        has_system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
-        return messages if has_system or not system else [{"role": "system", "content": system}, *messages]
-    wanted = f"{column!r} with text" if raw else f"{column!r} with text, or 'messages'"
+        if _role(messages[-1]) == "assistant":
+            raise InputError(f"{place}: the conversation ends with an answer, expected a user message at the end")
+        if system and _role(messages[0]) != "system":
+            return [{"role": "system", "content": system}, *messages]
+        return messages
+
+    expected = f"{column!r} with text" if raw else f"{column!r} with text, or 'messages'"
     raise InputError(
-        f"{place}: expected {wanted}, found columns {', '.join(map(str, row)) or 'none'}",
-        hint="--column NAME says which column holds the prompt",
+        f"{place}: expected {expected}, found columns {', '.join(map(str, row)) or 'none'}",
+        hint="--column NAME says which column contains the prompt",
     )
 
 
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
 def _conversation(prompt: str, system: str | None) -> list[Message]:
-    before: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": prompt}]
+    messages: list[Message] = []
+    if system:
+        messages.append({"role": "system", "content": system})
+    messages.append({"role": "user", "content": prompt})
+    return messages
 
 
 def _encode(opened: OpenedModel, messages: list[Message], raw: bool, place: str) -> list[int]:
-    """Ids of one prompt, short enough for the model."""
+    """Ids of one prompt.
+
+    Raises:
+        InputError: The chat template rejects it, or it is too long for the model.
+    """
     from lit_lora.tokenizer import encode_prompt, encode_text
 
     try:
@@ -170,12 +195,14 @@ def _encode(opened: OpenedModel, messages: list[Message], raw: bool, place: str)
         raise InputError(f"{place}: {error}", hint=error.hint) from error
     context = opened.model.context
     if len(ids) >= context:
-        raise InputError(f"{place}: the prompt has {len(ids)} tokens, the model reads at most {context}")
+        raise InputError(
+            f"{place}: the prompt has {len(ids)} tokens, expected fewer than the model's context of {context}"
+        )
     return ids
 
 
 def _answer_one(opened: OpenedModel, prompt: list[int], sampling: Sampling, stop: list[str]) -> None:
-    """Print the answer as it comes."""
+    """Print the answer as it is generated."""
     import time
 
     from lit_lora.generate import stream_answer
@@ -186,9 +213,10 @@ def _answer_one(opened: OpenedModel, prompt: list[int], sampling: Sampling, stop
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    answer, seconds = stream.answer, time.perf_counter() - start
-    how = "ended by itself" if answer.ended == "stop" else f"cut off at --max-new-tokens {sampling.max_new_tokens}"
-    log.note(f"{len(prompt)} + {len(answer.ids)} tokens in {seconds:.1f} s, {how}")
+    seconds = time.perf_counter() - start
+    answer = stream.answer
+    end = "complete" if answer.ended == "stop" else f"cut off at --max-new-tokens {sampling.max_new_tokens}"
+    log.note(f"{len(prompt)} + {len(answer.ids)} tokens in {seconds:.1f} s, {end}")
 
 
 def _answer_file(
@@ -200,7 +228,7 @@ def _answer_file(
     batch_size: int,
     out: Path | None,
 ) -> None:
-    """Write one JSON line a row, all of them or none."""
+    """Write one JSON line per row, all of them or none."""
     from lit_lora.files import write_text
     from lit_lora.generate import answer_all
 
@@ -208,16 +236,15 @@ def _answer_file(
         answers = answer_all(
             opened.model, opened.tokenizer, prompts, sampling, stop=stop, batch_size=batch_size, on_answer=bar.update
         )
-    lines = [
-        json.dumps({**row, "answer": answer.text, "ended": answer.ended}, ensure_ascii=False, default=str)
-        for (_, row, _), answer in zip(rows, answers, strict=True)
-    ]
-    text = "".join(f"{line}\n" for line in lines)
+    text = ""
+    for (_, row, _), answer in zip(rows, answers, strict=True):
+        record = {**row, "answer": answer.text, "ended": answer.ended}
+        text += json.dumps(record, ensure_ascii=False, default=str) + "\n"
     if out is None:
         sys.stdout.write(text)
     else:
         write_text(out, text)
-        log.say(f"wrote {out}: {len(lines)} answers")
-    cut = sum(answer.ended == "length" for answer in answers)
-    if cut:
-        log.note(f"{cut} of {len(answers)} answers were cut off at --max-new-tokens {sampling.max_new_tokens}")
+        log.say(f"wrote {out}: {len(answers)} answers")
+    cut_off = sum(answer.ended == "length" for answer in answers)
+    if cut_off:
+        log.note(f"{cut_off} of {len(answers)} answers were cut off at --max-new-tokens {sampling.max_new_tokens}")

@@ -1,4 +1,4 @@
-"""``lit-lora merge``: an adapter into its base model, proved."""
+"""``lit-lora merge``: merge an adapter into its base model, and verify the result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lit_lora import log
+from lit_lora.cli import options
 from lit_lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,34 +31,34 @@ class _Dtype(str, Enum):
 
 
 def command(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder, or an adapter folder.")],
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model, if not the one it names.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to write; RUN/merged when omitted.")] = None,
-    dtype: Annotated[_Dtype | None, typer.Option(help="Of the merged weights; as the base's when omitted.")] = None,
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
+    base: options.Base = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write; RUN/merged if omitted.")] = None,
+    dtype: Annotated[_Dtype | None, typer.Option(help="Dtype of the merged weights; the base's if omitted.")] = None,
     into: Annotated[
         _Into | None,
         typer.Option(
-            help="After training over a quantised base: add to it dequantised (default: what was trained), to its "
-            "16-bit original, or quantise again; the last two change what the model does, and say how much."
+            help="For an adapter trained on a quantised base: merge into the dequantised base (default), into its "
+            "16-bit original, or quantise the result. The last two change the model's outputs, and report how much."
         ),
     ] = None,
     subtract: Annotated[
         Path | None,
-        typer.Option(metavar="RUN_OR_ADAPTER", help="Take this task back out of a base it was merged into before."),
+        typer.Option(metavar="RUN_OR_ADAPTER", help="Adapter to remove from a base that it was merged into before."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be kept in each dtype; write nothing.")
+        bool, typer.Option("--dry-run", help="Report what each dtype would preserve; write nothing.")
     ] = False,
     allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="Write even if rounding loses the update.")
+        bool, typer.Option("--allow-lossy", help="Write the result even if rounding loses the update.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take a base that the adapter was not trained on.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Accept a base that the adapter was not trained on.")] = False,
 ) -> None:
-    """Merge an adapter into its base model and prove the result.
+    """Merge an adapter into its base model and verify the result.
 
-    The update is added in float32 and rounded once, tensor by tensor, so memory stays small however large the model.
-    The new folder appears only when the proof holds: how much of the update every tensor kept, and that every block
-    gives the outputs of base + adapter. It opens in transformers, vLLM and llama.cpp's converter as it is.
+    The update is added in float32 and rounded once, tensor by tensor, so little memory is needed, whatever the size of
+    the model. The new folder is written only if the verification passes: every tensor preserves the update, and every
+    block gives the outputs of base + adapter. transformers, vLLM and llama.cpp's converter read the folder as it is.
 
     Examples:
         lit-lora merge out/quickstart
@@ -73,29 +74,30 @@ def command(
     from lit_lora.open.folders import find_adapter
 
     places = find_places(source, base=base, out=out)
-    taken = None if subtract is None else find_adapter(subtract)
+    subtracted = None if subtract is None else find_adapter(subtract)
     plan = plan_merge(
         places,
-        subtract=taken,
+        subtract=subtracted,
         dtype=DTYPES[dtype.value] if dtype else None,
         into=into.value if into else None,
         force=force,
     )
     log.note(f"base {places.base}, adapter {places.adapter}: {len(plan.updates)} of {len(plan.names)} tensors change")
     if dry_run and plan.into == "quantized":
-        raise UsageError("--dry-run: measures rounding to 16 and 32 bits, it does not apply to --into quantized")
+        raise UsageError("--dry-run measures rounding to 16 and 32 bits, and cannot be used with --into quantized")
     if dry_run:
         _forecast(plan)
-        log.say(f"dry run: nothing written; without --dry-run the merged model goes to {places.out}")
+        log.say(f"dry run: nothing was written; without --dry-run, the merged model goes to {places.out}")
         return
     report = merge(plan, places.out, allow_lossy=allow_lossy)
     for line in report.lines():
         log.say(line)
-    log.say(f"wrote {places.out}; next: lit-lora chat {places.out}")
+    log.say(f"wrote {places.out}")
+    log.say(f"next: lit-lora chat {places.out}")
 
 
 def _forecast(plan: MergePlan) -> None:
-    """A table of what each dtype costs and keeps."""
+    """Print what each dtype costs and preserves."""
     from dataclasses import replace
 
     from lit_lora.errors import NumericalError
@@ -107,11 +109,11 @@ def _forecast(plan: MergePlan) -> None:
     for name, dtype in DTYPES.items():
         size = human_bytes(replace(plan, dtype=dtype).bytes())
         try:
-            found = forecast(plan, dtype)
+            report = forecast(plan, dtype)
         except NumericalError:
-            rows.append([name, size, "does not fit", "", ""])
+            rows.append([name, size, "out of range", "", ""])
             continue
-        whole = found.totals
-        rows.append([name, size, f"{found.proof.lost:.2%}", f"{whole.relative_error:.2%}", f"{whole.kept:.1%}"])
-    columns = ["dtype", "size", "effect lost", "update off by", "values kept"]
+        totals = report.totals
+        rows.append([name, size, f"{report.proof.lost:.2%}", f"{totals.relative_error:.2%}", f"{totals.kept:.1%}"])
+    columns = ["dtype", "size", "effect lost", "update error", "values preserved"]
     log.table("Merged", columns, rows, right=[1, 2, 3, 4])

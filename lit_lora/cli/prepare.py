@@ -1,4 +1,4 @@
-"""``lit-lora prepare``: read and tokenise a dataset, and report what is in it."""
+"""``lit-lora prepare``: read and tokenise a dataset, and report its contents."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lit_lora import log
+from lit_lora.cli import options
 from lit_lora.config import validate
 from lit_lora.errors import UsageError
 from lit_lora.files import require_new
@@ -18,29 +19,35 @@ __all__ = ["command", "parse_columns", "parse_validation"]
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, hub:OWNER/NAME, alpaca or dolly.")],
-    model: Annotated[
-        Path, typer.Option(metavar="DIR", help="The checkpoint whose tokenizer and chat template are used.")
-    ],
-    format_: Annotated[str | None, typer.Option("--format", help="Instead of looking at the columns.")] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option(metavar="A=B", help="The format's column A is your column B; may be repeated.")
+    path: options.Data,
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint whose tokenizer and chat template to use.")],
+    format_: options.Format = None,
+    columns: options.Columns = None,
+    system: options.RowSystem = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Maximum row length in tokens; 2048 if omitted.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
-    max_seq_length: Annotated[int | None, typer.Option(help="The most tokens a row may have.")] = None,
-    too_long: Annotated[str | None, typer.Option(help="drop, truncate_prompt or error.")] = None,
-    learn: Annotated[str | None, typer.Option(help="answers or all.")] = None,
-    validation: Annotated[str | None, typer.Option(help="A fraction (0.1), a number of rows (200) or a file.")] = None,
-    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of equal rows.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides which rows are held out.")] = 0,
-    show: Annotated[int, typer.Option(help="Print so many rows with what is learned of them marked.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also write the rows as plain JSON Lines.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only; keep nothing.")] = False,
+    too_long: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="What to do with longer rows: drop (if omitted), truncate_prompt or error."),
+    ] = None,
+    learn: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Tokens to train on: answers (if omitted) or all.")
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="Held-out rows: a fraction (0.1), a number of rows (200) or a file."),
+    ] = None,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of identical rows.")] = False,
+    limit: options.Limit = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice of held-out rows.")] = 0,
+    show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows with their target tokens marked.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write the rows to, as JSON Lines.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only; write nothing.")] = False,
 ) -> None:
-    """Read and tokenise a dataset, and report what is in it.
+    """Read and tokenise a dataset, and report its contents.
 
-    The tokens are kept in a cache, so that finetuning with the same settings starts at once.
+    The tokens are cached, so that finetuning with the same settings need not tokenise again.
 
     Examples:
         lit-lora prepare alpaca --model checkpoints/smollm2
@@ -55,7 +62,7 @@ def command(
 
     if out is not None and not dry_run:
         require_new(out)
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "path": path,
         "format": format_,
         "columns": parse_columns(columns or []) or None,
@@ -67,7 +74,7 @@ def command(
         "deduplicate": deduplicate or None,
         "limit": limit,
     }
-    config = validate({key: value for key, value in given.items() if value is not None}, DataConfig, name="prepare")
+    config = validate({key: value for key, value in settings.items() if value is not None}, DataConfig, name="prepare")
     tokenizer = Tokenizer.load(model)
     with tempfile.TemporaryDirectory(prefix="lit-lora-") as temporary:
         cache = Path(temporary) if dry_run else cache_folder()
@@ -78,10 +85,16 @@ def command(
         if out is not None and not dry_run:
             for file in export(config, prepared, out):
                 log.say(f"wrote {file}")
-    # What --out wrote is in a form that needs no telling.
-    told = [("--format", format_), ("--system", system), *(("--columns", pair) for pair in columns or [])]
-    same = [word for option in told if option[1] and out is None for word in option]
-    log.say(f"next: {shlex.join(['lit-lora', 'init', str(out or path), '--model', str(model), *map(str, same)])}")
+
+    command_line = ["lit-lora", "init", str(out or path), "--model", str(model)]
+    if out is None:  # what --out wrote is in the messages format, and has its system messages
+        if format_:
+            command_line += ["--format", format_]
+        if system:
+            command_line += ["--system", system]
+        for pair in columns or []:
+            command_line += ["--columns", pair]
+    log.say(f"next: {shlex.join(command_line)}")
 
 
 def parse_columns(pairs: list[str]) -> dict[str, str]:
@@ -102,10 +115,12 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
 
 
 def parse_validation(text: str | None) -> int | float | str | None:
-    """A fraction, a number of rows, or else a file's name."""
+    """A number of rows, a fraction, or else the name of a file."""
+    if text is None:
+        return None
     for kind in (int, float):
         try:
-            return kind(text or "")
+            return kind(text)
         except ValueError:
             continue
     return text

@@ -1,4 +1,4 @@
-"""``lit-lora quickstart``: the whole path, from fetching a model to its first answer as a specialist."""
+"""``lit-lora quickstart``: the whole path, from downloading a model to its first answer as a specialist."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lit_lora import __version__, log
+from lit_lora.cli import options
 from lit_lora.errors import InputError
 from lit_lora.files import human_bytes, write_text
 
@@ -34,18 +35,21 @@ _QUESTION = (
 
 
 def command(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config, such as peft.rank=8.")
-    ] = None,
+    overrides: options.Overrides = None,
     source: Annotated[
-        str, typer.Option(help="Where the model comes from; HuggingFaceTB/SmolLM2-135M-Instruct takes it from the Hub.")
+        str,
+        typer.Option(
+            metavar="SOURCE", help="Source of the model; HuggingFaceTB/SmolLM2-135M-Instruct downloads it from the Hub."
+        ),
     ] = _SOURCE,
-    rows: Annotated[int, typer.Option(min=1, max=200, help="Held-out rows to answer before and after.")] = 200,
+    rows: Annotated[
+        int, typer.Option(metavar="N", min=1, max=200, help="Number of held-out rows to answer before and after.")
+    ] = 200,
 ) -> None:
-    """The whole path on a real model: fetch, convert, prepare, finetune, compare, merge, answer.
+    """Try the whole path on a real model: download, convert, prepare, finetune, compare, merge, answer.
 
-    SmolLM2-135M learns to turn customers' messages into JSON tickets, which it cannot do before. It takes minutes on
-    two CPU cores and leaves everything in out/quickstart, the figures in out/quickstart/report.json.
+    SmolLM2-135M learns to turn customers' messages into JSON tickets, which it cannot do before. This takes minutes on
+    two CPU cores and writes everything to out/quickstart, with a report in out/quickstart/report.json.
 
     Examples:
         lit-lora quickstart
@@ -57,7 +61,7 @@ def command(
     started = time.perf_counter()
     finetune, config = load_recipe("quickstart", overrides or [])
     steps = _Steps(total=6)
-    with steps("Fetch and convert the model"):
+    with steps("Download and convert the model"):
         _fetch(source, config.model.path)
     with steps(f"Ask the base model {rows} held-out questions"):
         before = _score(config.model.path, rows)
@@ -78,7 +82,7 @@ def command(
 
 
 class _Steps:
-    """Numbered headings, and how long each step took."""
+    """Numbered headings, and the duration of each step."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -96,25 +100,28 @@ class _Steps:
 
 
 def _fetch(source: str, target: Path) -> None:
-    """Fetch and convert the model into ``target``, unless it is already there."""
+    """Download the model and convert it to ``target``, unless that exists."""
     from lit_lora.cli.download import command as download
 
     if (target / "config.json").is_file():
-        log.say(f"using {target}, already fetched and converted")
+        log.say(f"{target}: already downloaded and converted")
         return
     download(source, out=target if source.count("/") == 1 else None, convert=True, revision=None)
     if not (target / "config.json").is_file():
-        raise InputError(f"{source}: no model in {target} after the download", hint="see lit-lora download --help")
+        raise InputError(
+            f"{source}: no model in {target} after the download", hint="lit-lora download --help lists the sources"
+        )
 
 
 class _Score:
-    """What a model does on the held-out rows."""
+    """The loss and the answers of a model on the held-out rows."""
 
     def __init__(self, loss: float, scores: Scores) -> None:
-        self.loss, self.scores = loss, scores
+        self.loss = loss
+        self.scores = scores
 
     def to_json(self) -> dict[str, Any]:
-        """For the report."""
+        """Plain data for the report."""
         scores = self.scores
         return {
             "exact_match": scores.exact_match.value,
@@ -125,7 +132,7 @@ class _Score:
 
 
 def _score(model: Path, rows: int) -> _Score:
-    """Loss and answers on the held-out rows."""
+    """Open a model and score it on the held-out rows."""
     from lit_lora.open.decoder import open_model
 
     opened = open_model(model)
@@ -148,14 +155,14 @@ def _score_opened(model: CausalLM, tokenizer: Tokenizer, rows: int) -> _Score:
 
 
 def _show(before: _Score, after: _Score) -> None:
-    """Before and after, side by side, with three answers."""
+    """Print metrics before and after side by side, and three answers."""
     lines: list[tuple[str, Callable[[_Score], object]]] = [
         ("whole ticket right", lambda score: score.scores.exact_match),
         *((f"  {name}", lambda score, name=name: score.scores.fields[name]) for name in after.scores.fields),
         ("valid JSON", lambda score: score.scores.valid_json),
-        ("loss per learned token", lambda score: f"{score.loss:.3f}"),
+        ("loss per target token", lambda score: f"{score.loss:.3f}"),
     ]
-    table = [[name, str(figure(before)), str(figure(after))] for name, figure in lines]
+    table = [[name, str(metric(before)), str(metric(after))] for name, metric in lines]
     title = f"{after.scores.rows} held-out messages, 95% intervals in brackets"
     log.table(title, ["metric", "before", "after"], table, right=(1, 2))
     for old, new in list(zip(before.scores.answers, after.scores.answers, strict=True))[:3]:
@@ -167,6 +174,7 @@ def _show(before: _Score, after: _Score) -> None:
 
 
 def _answer(model: Path) -> None:
+    """Print the merged model's answer to a new question, under the system message of the rows."""
     from lit_lora.data import DataConfig
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
@@ -186,7 +194,7 @@ def _answer(model: Path) -> None:
 
 
 def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[str, float], total: float) -> None:
-    """Write the figures, and say what to type next."""
+    """Write the report, and print a summary and what to do next."""
     import torch
 
     from lit_lora.recipe import duration
@@ -196,7 +204,7 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
     tokens = sum(record["tokens"] for record in records)
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in records)
     peak = _peak()
-    figures = {
+    report = {
         "before": before.to_json(),
         "after": after.to_json(),
         "rows": after.scores.rows,
@@ -211,7 +219,7 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
         "peak_memory_bytes": peak,
         "versions": {"lit-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    write_text(path, json.dumps(figures, indent=1) + "\n")
+    write_text(path, json.dumps(report, indent=1) + "\n")
     log.say(
         f"\nexact match {before.scores.exact_match.value:.1%} → {after.scores.exact_match.value:.1%} "
         f"in {duration(total)}, peak memory {human_bytes(peak)}",
@@ -219,7 +227,7 @@ def _report(run: Path, path: Path, before: _Score, after: _Score, steps: dict[st
     )
     log.say(f"report: {path}, loss plot: {run / 'loss.png'}")
     log.say(f"next: lit-lora chat {run / 'merged'}")
-    log.say("with your own data: lit-lora init MYFILE")
+    log.say("for your own data: lit-lora init MYFILE")
 
 
 def _peak() -> int:

@@ -41,7 +41,7 @@ def test_the_sum_is_exact_over_other_ranks_and_targets(
     second = make_adapter(base, tmp_path / "b", rank=3, alpha=1.0, seed=5, target_modules=["v_proj", "up_proj"])
     code, out, err = call(capsys, first, second, "--weights", "2,-0.5", "--out", tmp_path / "both")
     assert code == 0, err
-    assert "2 adapters in 6 modules, ranks 2 to 5, 0.00% off the exact sum" in out
+    assert "2 adapters, 6 modules, ranks 2 to 5, 0.00% off the exact sum" in out
     before = {name: p.detach() for name, p in load_model(base).named_parameters()}
     one, two, both = (merged(tmp_path / name, base) for name in ("a", "b", "both"))
     for name, value in both.items():

@@ -66,7 +66,7 @@ def table(out: str, title: str) -> dict[str, dict[str, str]]:
 def test_a_dry_run_lists_the_runs_and_trains_nothing(task: Path, call: Call) -> None:
     code, out, _ = call("--dry-run", "seeds=[0, 1, 2]")
     assert code == 0
-    plan = table(out, "What will run")["lora"]
+    plan = table(out, "Runs")["lora"]
     assert (plan["method"], plan["learning rates"], plan["runs"]) == ("LoRA, rank 2, alpha 4", "0.001 0.01", "4")
     assert plan["estimated time"].endswith(" s")
     assert "4 runs, seeds 0 1 2, about" in out
@@ -78,9 +78,9 @@ def test_what_is_there_already_is_not_rehearsed_again(task: Path, call: Call) ->
         (task / "out" / "runs" / f"lora-{run}").mkdir(parents=True)
         (task / "out" / "runs" / f"lora-{run}" / "result.json").write_text("{}")
     _, out, _ = call("--dry-run", "seeds=[0, 1]")
-    assert table(out, "What will run")["lora"]["estimated time"] == "done"
+    assert table(out, "Runs")["lora"]["estimated time"] == "done"
     _, out, _ = call("--dry-run", "seeds=[0, 1, 2]")
-    assert table(out, "What will run")["lora"]["estimated time"].endswith(" s")
+    assert table(out, "Runs")["lora"]["estimated time"].endswith(" s")
 
 
 def test_a_method_that_does_not_fit_the_model_is_told_before_anything_runs(task: Path, call: Call) -> None:
@@ -128,8 +128,8 @@ def test_a_comparison_runs_measures_and_reports_and_a_second_start_finds_it_done
     assert code == 0
     assert again.partition("# Comparison")[2] == out.partition("# Comparison")[2]
     assert {path: path.stat().st_mtime_ns for path in logs} == logs, "nothing of it ran again"
-    assert err.count("(found)") == 5
-    times = {name: plan["estimated time"] for name, plan in table(again, "What will run").items()}
+    assert err.count("(from an earlier run)") == 5
+    times = {name: plan["estimated time"] for name, plan in table(again, "Runs").items()}
     assert (times["lora"], times["houlsby"]) == ("done", "done")
 
     code, _, err = call("base.train.max_steps=7")

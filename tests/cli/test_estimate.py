@@ -26,7 +26,7 @@ def test_parts_add_up_and_what_comes_next_has_the_same_settings(task: Path, call
     assert code == 0, err
     table = rows(out)
     parts = ["weights", "trained", "optimizer", "gradients", "activations", "logits", "workspace", "process"]
-    assert sum(size(table[part][0]) for part in parts) == pytest.approx(size(table["together"][0]), rel=0.01)
+    assert sum(size(table[part][0]) for part in parts) == pytest.approx(size(table["total"][0]), rel=0.01)
     assert table["weights"][1] == "the model in nf4-dq, blocks of 32 and float32"
     assert [name for name in table if name in ("full", "lora", "lora, base in nf4-dq, blocks of 32")] == [
         "full", "lora", "lora, base in nf4-dq, blocks of 32"
@@ -58,8 +58,8 @@ def test_lq_lora_counts_its_budget(task: Path, call: Call, bits: float, total: f
     table = rows(out)
     held = 6_476_005_376 * total / 8 + 2 * (2 * 32_000 * 4096 + 65 * 4096)
     assert size(table["weights"][0]) == pytest.approx(held, rel=0.02)
-    assert table["weights"][1] == "the model in types by layer and bfloat16"
-    assert "lq-lora, base in types by layer" in table
+    assert table["weights"][1] == "the model in one type per layer and bfloat16"
+    assert "lq-lora, base in one type per layer" in table
 
 
 def test_rows_that_weigh_errors_take_the_model_in_full_once(task: Path, call: Call) -> None:  # noqa: F811
@@ -68,13 +68,13 @@ def test_rows_that_weigh_errors_take_the_model_in_full_once(task: Path, call: Ca
     code, out, err = call(*given, "--memory", "9GB")
     assert code == 0, err
     table = rows(out)
-    weighing, step = size(table["weighing"][0]), size(table["together"][0])
+    weighing, step = size(table["calibration"][0]), size(table["total"][0])
     assert weighing > step
-    assert table["weighing"][1] == "once, before the first step: 3 rows through the model in full"
-    assert f"fits: {table['weighing'][0]} of 9.0 GB" in out
+    assert table["calibration"][1] == "once, before the first step: 3 rows through the unquantised model"
+    assert f"fits: {table['calibration'][0]} of 9.0 GB" in out
     _, without, _ = call(*given, "peft.fisher_rows=0", "--memory", "9GB")
-    assert "weighing" not in rows(without)
-    assert size(rows(without)["together"][0]) == step
+    assert "calibration" not in rows(without)
+    assert size(rows(without)["total"][0]) == step
     _, out, err = call(*given, "--memory", f"{(weighing + step) / 2:.0f}")
     assert "does not fit" in err
     assert out.splitlines()[-1].endswith("peft.fisher_rows=0 --dry-run")

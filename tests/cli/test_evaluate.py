@@ -99,7 +99,7 @@ def test_pain_46_equal_scores_of_base_and_tuned_are_a_warning(
 ) -> None:
     idle = make_run(tmp_path / "idle", base, size=0.0)
     assert evaluate(idle, "--data", tickets) == 0
-    assert "idle/adapter scores exactly as tiny in everything" in capsys.readouterr().err
+    assert "idle/adapter has exactly the scores of tiny" in capsys.readouterr().err
     assert evaluate(run, "--data", tickets) == 0
     assert "scores exactly as" not in capsys.readouterr().err
 
@@ -149,7 +149,7 @@ def test_the_runs_own_files_and_columns_are_the_default(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--task", "los"], 2, "--task los: not known (did you mean 'loss'?)"),
+        (["--task", "los"], 2, "--task los: unknown task (did you mean 'loss'?)"),
         (["--shots", "2"], 2, "--shots 2 needs rows to draw from"),
         (["--shots", "9", "--examples", "DATA"], 2, "there are only 5 examples"),
         (["--task", "options"], 3, "no column for options"),

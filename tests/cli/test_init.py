@@ -130,7 +130,7 @@ def test_the_length_follows_the_longest_row_up_to_what_the_model_takes(run: Run,
     _write([*ROWS, {"prompt": "word " * 900, "completion": "y"}], "long.jsonl")
     assert run("init", "long.jsonl", "--model", model, "--out", "long.yaml")[0] == 0
     assert _load("long.yaml").data.max_seq_length == 512
-    assert "rows are longer: they are dropped" in Path("long.yaml").read_text()
+    assert "rows are longer and are dropped" in Path("long.yaml").read_text()
 
 
 def test_very_few_rows_are_not_split_and_a_folder_with_held_out_rows_is_taken_as_it_is(run: Run, model: Path) -> None:

@@ -111,7 +111,7 @@ def test_pain_45_without_a_network_two_lines_say_which_file_to_get(run: Run) -> 
     code = "from lit_lora.cli import main; main(['prepare', 'alpaca', '--model', 'model'])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 2)
-    assert "get alpaca_data.json from" in done.stderr
+    assert "download alpaca_data.json from" in done.stderr
     assert not Path("cache/hub").exists() or not any(Path("cache/hub").iterdir())
 
 
