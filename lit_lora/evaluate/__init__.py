@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from lit_lora.config import did_you_mean
+from lit_lora.errors import UsageError
 from lit_lora.evaluate.answers import Answer, Scores
 from lit_lora.evaluate.generation import evaluate_generation
 from lit_lora.evaluate.likelihood import evaluate_loss
@@ -22,6 +24,7 @@ __all__ = [
     "Scores",
     "Share",
     "Subject",
+    "check_tasks",
     "evaluate_generation",
     "evaluate_loss",
     "evaluate_options",
@@ -35,6 +38,21 @@ TASKS: dict[str, str] = {
     "json_fields": "lit_lora.evaluate.tasks:json_fields",
     "options": "lit_lora.evaluate.tasks:options",
 }
+
+
+def check_tasks(names: Iterable[str], *, option: str = "") -> list[str]:
+    """Names of tasks, each once.
+
+    Raises:
+        UsageError: There is no such task; the message begins with ``option``.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in TASKS:
+            raise UsageError(
+                f"{option}{name}: unknown task{did_you_mean(name, TASKS)}", hint=f"known: {', '.join(TASKS)}"
+            )
+    return names
 
 
 def load_task(name: str) -> Callable[[Subject], list[Metric]]:
