@@ -1,8 +1,7 @@
 """Finetune by a low-rank method on a quantized base: ``python finetune/qlora.py --config configs/qlora.yaml``.
 
-``y = deq(codes) x + (alpha / r) B A x``: the base weights are held in about 4 bits and dequantized for each product, in
-the forward and again in the backward; only the small ``A`` and ``B`` train. Source: QLoRA, arXiv:2305.14314, section 3.
-Methods that choose codes and update together (LoftQ, LQ-LoRA) start from the weights in full, one tensor at a time.
+``y = deq(codes) x + (alpha / r) B A x``: weights in about 4 bits, dequantized per product; only ``A`` and ``B`` train
+(QLoRA, arXiv:2305.14314, section 3). Methods that choose the codes too (LoftQ, LQ-LoRA) read one full tensor at a time.
 """
 
 from __future__ import annotations
