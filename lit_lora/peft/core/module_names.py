@@ -34,8 +34,8 @@ def default_names(*parts: str) -> list[str]:
 def names_of(model: nn.Module) -> PartNames:
     """What ``model`` calls its parts: by the type in its config, else by what names its modules have.
 
-    Types that are not in the tables share the names of some that are, and what holds no more than the tensors of a file
-    has no config. Where nothing fits, such as in a convolutional network, the names are a Llama's.
+    Types that are not in the tables share the names of some that are. Where nothing fits, such as in a convolutional
+    network, the names are a Llama's.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     tables = {name: family.names for name, family in FAMILIES.items()} | ENCODERS
