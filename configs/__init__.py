@@ -1,1 +1,1 @@
-"""Shipped configs: only what differs from the defaults."""
+"""Shipped configs, with only the settings that differ from the defaults."""

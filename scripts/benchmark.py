@@ -1,4 +1,4 @@
-"""LoRA and QLoRA finetuning, speed and memory against PEFT (+ bitsandbytes), TRL and LitGPT, on the same rows.
+"""Speed and memory of LoRA and QLoRA finetuning against PEFT (+ bitsandbytes), TRL and LitGPT, on the same rows.
 
 Each contender runs in its own virtual environment, one process at a time. A survey runs every variant of a contender
 once; then the fastest variant of each runs in several alternating rounds (A B C A B C …), and the medians are
@@ -48,7 +48,7 @@ PLACES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 @dataclass
 class Result:
-    """What one process did."""
+    """The measurements of one process."""
 
     contender: str
     variant: str
@@ -65,25 +65,25 @@ class Result:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """On a GPU its memory, reserved and allocated; else the process's, resident and the anonymous part of that."""
+        """Peak memory in bytes: on a GPU reserved and allocated, else resident and its anonymous part."""
         if "gpu_reserved_bytes" in self.extra:
             return self.extra["gpu_reserved_bytes"], self.extra["gpu_allocated_bytes"]
         return self.peak_rss_bytes, self.peak_anonymous_bytes
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the timed steps."""
+        """Tokens per second, over the timed steps."""
         return sum(self.tokens[self.warmup :]) / sum(self.seconds[self.warmup :])
 
     @property
     def tokens_per_cpu_second(self) -> float:
-        """Per second of processor time: what tells contenders apart while other programs take the processor."""
+        """Tokens per second of processor time, which other programs on the machine affect less."""
         return sum(self.tokens[self.warmup :]) / sum(self.cpu_seconds[self.warmup :])
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all processes share."""
+    """What all processes have in common."""
 
     folder: Path
     models: dict[str, Path]
@@ -96,13 +96,15 @@ class Job:
 
 
 def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> Result:
-    """Run one contender in one process of its own and read its record.
+    """Run one contender in a process of its own, and read its record.
 
     Raises:
-        LitLoraError: The process failed; its last lines are in the message.
+        LitLoraError: The process failed; the message contains its last lines.
     """
     contender = CONTENDERS[name]
-    orders, out, log = (job.folder / f"{name}.{kind}" for kind in ("orders.json", "record.json", "log"))
+    orders = job.folder / f"{name}.orders.json"
+    out = job.folder / f"{name}.record.json"
+    log = job.folder / f"{name}.log"
     out.unlink(missing_ok=True)
     write_text(
         orders,
@@ -132,7 +134,7 @@ def run_once(job: Job, name: str, variant: str, *, rows: Path, warmup: int) -> R
         raise LitLoraError(f"{name} ({variant}) ended with status {status}:\n" + "\n".join(tail))
     record = json.loads(out.read_text(encoding="utf-8"))
     if len(record["steps"]) <= warmup:
-        raise LitLoraError(f"{name} ({variant}): no step is left to time after {warmup} of warm-up: give more --steps")
+        raise LitLoraError(f"{name} ({variant}): no step is left to time after {warmup} warm-up steps; raise --steps")
     return Result(
         contender=name,
         variant=variant,
@@ -156,7 +158,7 @@ def _environment(job: Job) -> dict[str, str]:
 
 
 def watch(pid: int) -> tuple[int, int, int]:
-    """Wait for a process: its exit status, its peak resident bytes, and the peak of its anonymous ones (sampled)."""
+    """Wait for a process; return its exit status and its peak of resident and of anonymous bytes (sampled)."""
     peak = 0
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -173,21 +175,21 @@ def watch(pid: int) -> tuple[int, int, int]:
 
 
 def survey(job: Job, variants: Mapping[str, Sequence[str]], rows: Path, warmup: int) -> list[Result]:
-    """These variants of the contenders once; one that fails is noted and left out."""
+    """Run these variants of the contenders once; one that fails is reported and skipped."""
     results = []
     for name, chosen in variants.items():
         for variant in chosen:
             try:
                 results.append(run_once(job, name, variant, rows=rows, warmup=warmup))
             except LitLoraError as error:
-                note(f"left out: {error}")
+                note(f"skipped: {error}")
                 continue
             note(describe(results[-1]))
     return results
 
 
 def alternate(job: Job, chosen: dict[str, str], rows: Path, *, warmup: int, rounds: int) -> list[Result]:
-    """The chosen variant of each contender, ``rounds`` times: A B C A B C …, each in a fresh process."""
+    """Run the chosen variant of each contender ``rounds`` times: A B C A B C …, each in a new process."""
     results = []
     for _ in range(rounds):
         for name, variant in chosen.items():
@@ -197,7 +199,7 @@ def alternate(job: Job, chosen: dict[str, str], rows: Path, *, warmup: int, roun
 
 
 def describe(result: Result) -> str:
-    """One line on one process."""
+    """One line about one process."""
     return (
         f"{result.contender} {result.variant}: {result.tokens_per_second:.0f} tokens/s "
         f"({result.tokens_per_cpu_second:.0f} per processor second), peak {human_bytes(result.peaks[0])}, "
@@ -210,23 +212,22 @@ def summarise(results: Sequence[Result]) -> list[list[str]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.contender, []).append(result)
-    speed = {name: statistics.median(run.tokens_per_second for run in runs) for name, runs in groups.items()}
-    fastest_peer = max((speed[name] for name in groups if name in PEERS), default=0.0)
+    median = {name: statistics.median(run.tokens_per_second for run in runs) for name, runs in groups.items()}
+    fastest_peer = max((speed for name, speed in median.items() if name in PEERS), default=0.0)
+
     rows = []
-    for name, runs in sorted(groups.items(), key=lambda item: (item[0] not in PEERS, speed[item[0]])):
-        low, high = (pick(run.tokens_per_second for run in runs) for pick in (min, max))
-        is_limit = name == "limit"
-        rows.append(
-            [
-                CONTENDERS[name].title,
-                runs[0].variant,
-                f"{speed[name]:.0f}",
-                f"{low:.0f}–{high:.0f}",
-                f"{speed[name] / fastest_peer:.2f}" if fastest_peer and not is_limit else "",
-                f"{speed[name] / speed['limit']:.0%}" if "limit" in speed else "",
-                *("" if is_limit else human_bytes(statistics.median(run.peaks[i] for run in runs)) for i in (0, 1)),
-            ]
-        )
+    for name in sorted(groups, key=lambda name: (name not in PEERS, median[name])):
+        runs = groups[name]
+        speeds = [run.tokens_per_second for run in runs]
+        versus_peer = f"{median[name] / fastest_peer:.2f}" if fastest_peer else ""
+        versus_limit = f"{median[name] / median['limit']:.0%}" if "limit" in median else ""
+        peaks = [human_bytes(statistics.median(run.peaks[kind] for run in runs)) for kind in (0, 1)]
+        if name == "limit":  # products alone: nothing to compare but their speed
+            versus_peer = ""
+            peaks = ["", ""]
+        speed_range = f"{min(speeds):.0f}–{max(speeds):.0f}"
+        title = CONTENDERS[name].title
+        rows.append([title, runs[0].variant, f"{median[name]:.0f}", speed_range, versus_peer, versus_limit, *peaks])
     return rows
 
 
@@ -234,27 +235,40 @@ _PEAKS = {"cpu": ("peak RSS", "peak RssAnon"), "cuda": ("peak reserved", "peak a
 
 
 def columns(device: str) -> tuple[str, ...]:
-    """Of the final table."""
+    """The header of the final table."""
     return ("contender", "variant", "tokens/s", "range", "× fastest peer", "of the limit", *_PEAKS[device])
 
 
 def loss_rows(results: Sequence[Result], warmup: int) -> tuple[list[str], list[list[str]]]:
-    """Loss per target token at each step, of the first run of each contender and variant on the very same steps."""
-    firsts = {(run.contender, run.variant): run for run in reversed(results) if not math.isnan(run.losses[0])}
-    same = [run for run in firsts.values() if run.tokens == _ordered_tokens(results)]
-    header = ["step", *(f"{CONTENDERS[run.contender].title} {run.variant}" for run in same)]
-    steps = [f"{step + 1}{' (warm-up)' if step < warmup else ''}" for step in range(len(same[0].losses) if same else 0)]
-    rows = [[name, *(f"{run.losses[step]:.4f}" for run in same)] for step, name in enumerate(steps)]
-    rows.append(["mean", *(f"{statistics.mean(run.losses):.4f}" for run in same)])
-    if any("validation_loss" in run.extra for run in same):
-        rows.append(["validation", *(f"{run.extra.get('validation_loss', math.nan):.4f}" for run in same)])
+    """A table of the loss per target token at each step.
+
+    It has a column for the first run of each contender and variant, if that trained on exactly the same steps.
+    """
+    runs: dict[tuple[str, str], Result] = {}
+    for run in results:
+        is_comparable = run.tokens == _ordered_tokens(results) and not math.isnan(run.losses[0])
+        if is_comparable:
+            runs.setdefault((run.contender, run.variant), run)
+
+    columns = list(runs.values())
+    header = ["step", *(f"{CONTENDERS[run.contender].title} {run.variant}" for run in columns)]
+    rows = []
+    step_count = len(columns[0].losses) if columns else 0
+    for step in range(step_count):
+        name = f"{step + 1} (warm-up)" if step < warmup else f"{step + 1}"
+        rows.append([name, *(f"{run.losses[step]:.4f}" for run in columns)])
+    rows.append(["mean", *(f"{statistics.mean(run.losses):.4f}" for run in columns)])
+    if any("validation_loss" in run.extra for run in columns):
+        rows.append(["validation", *(f"{run.extra.get('validation_loss', math.nan):.4f}" for run in columns)])
     return header, rows
 
 
 def _ordered_tokens(results: Sequence[Result]) -> list[int]:
-    """Tokens of each step as ordered: the limit's process and the plain loops take the steps as they are."""
-    plain = (run for run in results if run.contender != "trl" and not run.variant.endswith("/length"))
-    return next((run.tokens for run in plain), [])
+    """Tokens of each step as written for the contenders; TRL packs rows and ``/length`` regroups them."""
+    for run in results:
+        if run.contender != "trl" and not run.variant.endswith("/length"):
+            return run.tokens
+    return []
 
 
 def report(
@@ -264,7 +278,7 @@ def report(
     reference: list[Result],
     about: dict[str, Any],
 ) -> str:
-    """The record as Markdown; ``reference`` is shown for its losses only."""
+    """The record as Markdown; only the losses of ``reference`` are shown."""
     leanest = min(
         (run for run in surveyed + final if run.contender in PEERS), key=lambda run: run.peaks[0], default=None
     )
@@ -275,8 +289,8 @@ def report(
         "",
         *(f"- **{key}**: {value}" for key, value in about.items()),
         "",
-        "Tokens per second count prompt and answer tokens, no padding, over the timed steps of one process; the table",
-        f"holds the median of {args.rounds} alternating processes of each. Peak memory is the whole process's.",
+        "Tokens per second count prompt and answer tokens, without padding, over the timed steps of one process; the",
+        f"table shows the median of {args.rounds} alternating processes of each. Peak memory is that of the process.",
         "The limit is the time of the unavoidable matrix products alone (see `scripts/benchmark_peers/gemm_limit.py`).",
         "",
         *markdown_table(columns(args.device), summarise(final)),
@@ -310,7 +324,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 
 def machine() -> dict[str, str]:
-    """The processor, its cores and memory, and what runs on it."""
+    """The processor, its cores and the operating system, for the record."""
     about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "system": platform.platform()}
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -324,7 +338,7 @@ def machine() -> dict[str, str]:
 
 
 def create_venv(folder: Path, contender: Contender, torch_index: str | None) -> Path:
-    """A virtual environment with PyTorch first, then the contender; returns its Python.
+    """Create a virtual environment with PyTorch first, then the contender; return its Python.
 
     Raises:
         UsageError: pip failed.
@@ -349,14 +363,17 @@ def choose_pythons(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     """The Python of each contender.
 
     Raises:
-        UsageError: A peer has none.
+        UsageError: A contender has none.
     """
-    given = {name: Path(path) for name, _, path in (text.partition("=") for text in args.venv)}
+    own_pythons = {}
+    for text in args.venv:
+        name, _, path = text.partition("=")
+        own_pythons[name] = Path(path)
     pythons = {}
     for name in names:
         contender = CONTENDERS[name]
-        if name in given:
-            pythons[name] = given[name]
+        if name in own_pythons:
+            pythons[name] = own_pythons[name]
         elif args.python:
             pythons[name] = args.python
         elif not contender.requirements:
@@ -373,7 +390,7 @@ def choose_pythons(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
 
 
 def choose_models(model: Path, pythons: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """The model folder of each contender, converted where it needs its own format.
+    """The model folder of each contender, converted if it needs a format of its own.
 
     Raises:
         LitLoraError: A conversion failed.
@@ -394,110 +411,123 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line.
 
     Raises:
-        UsageError: A contender or a variant is not known.
+        UsageError: Options contradict each other, or there is no such contender or variant.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="Hugging Face folder, weights in bf16")
-    parser.add_argument("--data", type=Path, help="gsm8k_train.jsonl.gz: question and answer a line")
+    parser.add_argument("--data", type=Path, help="gsm8k_train.jsonl.gz: a question and an answer per line")
     about = "random weights of this size, such as llama-3.2-1b, and random rows, or those of --model and --data"
     parser.add_argument("--shape", metavar="NAME", help=about)
-    parser.add_argument("--length", type=int, default=512, help="with --shape alone: tokens of a random row (512)")
-    parser.add_argument("--device", choices=list(PLACES), default="cpu", help="where everybody trains (cpu)")
-    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of all contenders that have no other")
-    parser.add_argument("--venv", action="append", default=[], metavar="NAME=PYTHON", help="a contender's Python")
+    parser.add_argument("--length", type=int, default=512, help="tokens per random row, with --shape alone (512)")
+    parser.add_argument("--device", choices=list(PLACES), default="cpu", help="device of all contenders (cpu)")
+    parser.add_argument("--python", type=Path, metavar="PATH", help="Python of all contenders without one of their own")
+    parser.add_argument("--venv", action="append", default=[], metavar="NAME=PYTHON", help="Python of a contender")
     parser.add_argument(
-        "--create-venvs", type=Path, metavar="FOLDER", help="make the missing ones there, and keep them"
+        "--create-venvs",
+        type=Path,
+        metavar="FOLDER",
+        help="folder in which to create and keep missing virtual environments",
     )
-    parser.add_argument("--torch-index", metavar="URL", help="package index for PyTorch, such as its CPU builds'")
-    parser.add_argument("--method", choices=list(METHODS), default="lora", help="what is compared (lora)")
+    parser.add_argument(
+        "--torch-index", metavar="URL", help="package index for PyTorch, such as that of its CPU builds"
+    )
+    parser.add_argument("--method", choices=list(METHODS), default="lora", help="method to compare (lora)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=", ".join(CONTENDERS))
     parser.add_argument(
-        "--variant", action="append", default=[], metavar="NAME=VARIANT", help="this, or the fastest of several"
+        "--variant", action="append", default=[], metavar="NAME=VARIANT", help="variant to run; of several, the fastest"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--batch", type=int, default=8, help="rows a step (8)")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step (8)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts (2)")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a process (8)")
-    parser.add_argument("--survey-steps", type=int, default=2, help="timed steps of a survey's process (2)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per process (8)")
+    parser.add_argument("--survey-steps", type=int, default=2, help="timed steps per process of the survey (2)")
     parser.add_argument("--validation", type=int, default=0, help="rows for a loss after the last step (0)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each contender at the end (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per contender in the final rounds (3)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the record (benchmarks)")
-    parser.add_argument("--no-reference", action="store_true", help="leave out the run in float32")
+    parser.add_argument("--no-reference", action="store_true", help="skip the run in float32")
     args = parser.parse_args(arguments)
     if (args.model is None) != (args.data is None) or not (args.shape or args.model):
         raise UsageError("expected --model and --data, or --shape, or all three")
     if args.validation and not args.data:
-        raise UsageError("--validation: there are no other rows than random ones")
+        raise UsageError("--validation needs --data: random rows have nothing to validate")
     args.only = args.only or list(METHODS[args.method])
-    given: dict[str, list[str]] = {}
+    variants_by_name: dict[str, list[str]] = {}
     for text in args.variant:
-        given.setdefault(text.partition("=")[0], []).append(text.partition("=")[2])
-    args.variant = given
+        name, _, variant = text.partition("=")
+        variants_by_name.setdefault(name, []).append(variant)
+    args.variant = variants_by_name
     for name in [*args.only, *args.variant]:
         if name not in CONTENDERS:
             raise UsageError(f"{name}: no such contender{did_you_mean(name, CONTENDERS)}")
     for name, variants in args.variant.items():
-        known = CONTENDERS[name].variants
         for variant in variants:
-            if variant not in known:
-                raise UsageError(f"{name}: no variant {variant!r}, known: {', '.join(known)}")
+            if variant not in CONTENDERS[name].variants:
+                raise UsageError(f"{name}: no variant {variant!r}, known: {', '.join(CONTENDERS[name].variants)}")
     return args
 
 
 def measure(args: argparse.Namespace, folder: Path) -> str:
-    """Do all runs in ``folder`` and write the record.
+    """Do all runs in ``folder`` and write the record; return its text.
 
     Raises:
         LitLoraError: A contender failed in the final rounds.
     """
     pythons = choose_pythons(args, args.only)
-    rows, few = folder / "rows.json", folder / "few-rows.json"
+    rows = folder / "rows.json"
+    survey_rows = folder / "survey-rows.json"
     model = folder / Path(args.shape).name if args.shape else args.model.resolve()
-    portions: dict[str, Any] = {"batch": args.batch, "steps": args.warmup + args.steps, "target": rows}
+    amount: dict[str, Any] = {"batch": args.batch, "steps": args.warmup + args.steps, "target": rows}
     if args.shape:
         write_random_model(args.shape, model, device=args.device, tokenizer=args.model)
     if args.data:
-        sizes = write_rows(args.data, args.model, seed=0, validation=args.validation, **portions)
+        sizes = write_rows(args.data, args.model, seed=0, validation=args.validation, **amount)
     else:
-        sizes = write_random_rows(model, length=args.length, **portions)
+        sizes = write_random_rows(model, length=args.length, **amount)
     job = Job(folder, choose_models(model, pythons, folder), pythons, args.threads, args.device)
     steps = json.loads(rows.read_text(encoding="utf-8"))["steps"]
-    write_text(few, json.dumps({"steps": steps[: 1 + args.survey_steps], "validation": []}))
+    write_text(survey_rows, json.dumps({"steps": steps[: 1 + args.survey_steps], "validation": []}))
+
     variants = {name: args.variant.get(name) or list(CONTENDERS[name].variants) for name in args.only}
-    several = {name: known for name, known in variants.items() if len(known) > 1}
-    surveyed = survey(job, several, few, warmup=1)
+    undecided = {name: choices for name, choices in variants.items() if len(choices) > 1}
+    surveyed = survey(job, undecided, survey_rows, warmup=1)
     chosen = {}
-    for name, known in variants.items():
-        tried = [run for run in surveyed if run.contender == name]
-        best = max(tried, key=lambda run: run.tokens_per_second, default=None)
-        chosen[name] = best.variant if best else known[0]
+    for name, choices in variants.items():
+        runs_of_name = [run for run in surveyed if run.contender == name]
+        fastest = max(runs_of_name, key=lambda run: run.tokens_per_second, default=None)
+        chosen[name] = fastest.variant if fastest else choices[0]
     final = alternate(job, chosen, rows, warmup=args.warmup, rounds=args.rounds)
     reference = []
     if REFERENCES[args.method][0] in args.only and not args.no_reference:
         reference = [run_once(job, *REFERENCES[args.method], rows=rows, warmup=args.warmup)]
-    versions = {name: version for run in final for name, version in run.versions.items()}
-    about = {
-        **machine(),
-        **({"GPU": torch.cuda.get_device_name()} if args.device == "cuda" else {}),
+
+    versions: dict[str, str] = {}
+    for run in final:
+        versions |= run.versions
+    about: dict[str, Any] = machine()
+    if args.device == "cuda":
+        about["GPU"] = torch.cuda.get_device_name()
+    about |= {
         "threads": args.threads,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": commit(),
         "command": f"`{shlex.join(['python', 'scripts/benchmark.py', *sys.argv[1:]])}`",
         "model": model.name,
         "training": f"{TITLES[args.method]} r={job.rank} alpha={job.alpha} on all linear layers, "
-        f"AdamW lr {job.learning_rate}, {args.batch} rows a step, {args.warmup} steps of warm-up, {args.steps} timed",
+        f"AdamW lr {job.learning_rate}, {args.batch} rows per step, {args.warmup} warm-up steps, {args.steps} timed",
         "rows": ", ".join(f"{name} {value:.0f}" for name, value in sizes.items()),
     }
     if args.validation:
         about["validation"] = f"{args.validation} further rows, after the last step"
+
     size = f"_{model.name}" if args.shape else ""
     place = {"cpu": "cpu", "cuda": "gpu"}[args.device]
     stem = args.out / f"{place}_{args.method}{size}_{date.today():%Y%m}"
     text = report(args, surveyed, final, reference, about)
     write_text(Path(f"{stem}.md"), text)
-    groups = {"survey": surveyed, "final": final, "reference": reference}
-    runs = {"about": about, **{name: [asdict(run) for run in group] for name, group in groups.items()}}
-    write_text(Path(f"{stem}.json"), json.dumps(runs, indent=1) + "\n")
+    record: dict[str, Any] = {"about": about}
+    for name, runs in {"survey": surveyed, "final": final, "reference": reference}.items():
+        record[name] = [asdict(run) for run in runs]
+    write_text(Path(f"{stem}.json"), json.dumps(record, indent=1) + "\n")
     header = columns(args.device)
     table(f"{TITLES[args.method]} on {PLACES[args.device]}", header, summarise(final), right=range(2, len(header)))
     say(f"record: {stem}.md")
@@ -505,14 +535,14 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this file lies in, and whether it was changed since."""
+    """The commit of this checkout, marked if files have changed since."""
     command = ["git", "-C", str(RUNNERS), "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return done.stdout.strip() or "not a checkout"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record; returns the exit code."""
+    """Measure, print the table and write the record; return the exit code."""
     try:
         args = parse(arguments)
         with tempfile.TemporaryDirectory(prefix="lit-lora-benchmark-") as folder:

@@ -1,4 +1,4 @@
-"""Who is measured by the benchmark, and in which settings."""
+"""The contenders of the benchmark, and their settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["CONTENDERS", "METHODS", "PEERS", "REFERENCES", "TITLES", "Contender"
 
 @dataclass(frozen=True)
 class Contender:
-    """One program to be measured: its runner, what its virtual environment needs, its settings worth trying."""
+    """A program to measure: its runner, its settings worth trying, and its virtual environment."""
 
     title: str
     runner: str
     variants: dict[str, dict[str, Any]]
     requirements: tuple[str, ...] = ()
-    """What ``--create-venvs`` installs beside PyTorch; empty: it runs in this Python."""
+    """Packages that ``--create-venvs`` installs beside PyTorch; if there are none, it runs in this Python."""
     convert: str | None = None
-    """A script that writes the model folder in the contender's own format, in its Python."""
+    """Script, run by its Python, that converts the model folder to its own format."""
 
 
 _PRECISIONS = ("fp32", "bf16", "autocast")
@@ -40,7 +40,7 @@ def _peft_variants() -> dict[str, dict[str, Any]]:
         variants[f"{precision}/2/packed"] = {"precision": precision, "micro_batch": 2, "packed": True}
         variants[f"{precision}/8/packed"] = {"precision": precision, "micro_batch": 8, "packed": True}
     variants["bf16/1/checkpointing"] = {"precision": "bf16", "micro_batch": 1, "checkpointing": True}
-    for size in (8, 16, 32):  # for a GPU, where an adapter in fp32 over bf16 weights wants autocast
+    for size in (8, 16, 32):  # for a GPU, where an fp32 adapter on bf16 weights needs autocast
         variants[f"bf16/{size}"] = {"precision": "bf16", "micro_batch": size}
         variants[f"bf16, autocast/{size}"] = {"precision": "bf16, autocast", "micro_batch": size}
     variants["bf16, autocast/32/packed"] = {"precision": "bf16, autocast", "micro_batch": 32, "packed": True}
@@ -53,7 +53,7 @@ def _peft_variants() -> dict[str, dict[str, Any]]:
 
 
 def _peft_quantized_variants() -> dict[str, dict[str, Any]]:
-    """NF4 with double quantisation: as plain users load it, and as ``prepare_model_for_kbit_training`` makes it."""
+    """NF4 with double quantisation: as usually loaded, and as ``prepare_model_for_kbit_training`` prepares it."""
     variants: dict[str, dict[str, Any]] = {}
     for precision in ("bf16", "autocast"):
         for size in (1, 2, 4, 8):
@@ -116,7 +116,7 @@ def _our_variants(**settings: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-# A variant is called precision/rows of a micro-batch/anything else.
+# A variant is named PRECISION/ROWS_PER_MICRO_BATCH/ANYTHING_ELSE.
 CONTENDERS = {
     "peft": Contender("PEFT + transformers", "peft_loop.py", _peft_variants(), ("peft", "transformers", "accelerate")),
     "trl": Contender("TRL", "trl_sft.py", _trl_variants(), ("trl", "peft", "transformers", "datasets")),
@@ -133,7 +133,7 @@ CONTENDERS = {
 }
 PEERS = ("peft", "trl", "litgpt", "peft-bnb")
 METHODS = {"lora": ("peft", "trl", "litgpt", "ours", "limit"), "qlora": ("peft-bnb", "ours-qlora", "ours", "limit")}
-"""Who is measured at what."""
+"""Method -> the contenders that are compared."""
 TITLES = {"lora": "LoRA", "qlora": "QLoRA"}
 REFERENCES = {"lora": ("peft", "fp32/1"), "qlora": ("peft-bnb", "fp32/1")}
-"""Run once more at the end: its losses are what the others' are held against."""
+"""Method -> contender and variant whose losses are the reference; run once at the end."""

@@ -1,4 +1,4 @@
-"""Turn GGUF, .bin/.pth or LitGPT files into a checkpoint: ``lit-lora convert`` without the command line tool.
+"""Convert GGUF, .bin/.pth or LitGPT files to a checkpoint: ``lit-lora convert`` without the installed tool.
 
 python scripts/convert.py SmolLM2-135M-Instruct.Q4_1.gguf --out checkpoints/smollm2
 """

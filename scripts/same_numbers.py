@@ -1,12 +1,12 @@
-"""Show that a change leaves every number alone: 20 steps of each recipe at seed 0, to compare with another revision.
+"""Check that a change leaves all numbers identical: 20 steps of each recipe at seed 0, compared with a saved record.
 
     python scripts/same_numbers.py --out before.json        # at the revision before the change
     python scripts/same_numbers.py --against before.json    # at the revision after it
 
-Each recipe is started as a user starts it, on a tiny random model, so the script asks nothing of the code between the
-command and ``metrics.jsonl``. Per run it keeps the loss and the gradient norm of every step in full precision, the
-validation losses, and a hash of the weights that were written: equal hashes after 20 steps mean equal gradients. Two
-machines may differ in the last bits; compare on one.
+Each recipe is run through the command line, on a tiny random model, so the script depends on no code between the
+command and ``metrics.jsonl``. For each run it records the loss and the gradient norm of every step in full precision,
+the validation losses, and a hash of the saved weights: equal hashes after 20 steps mean equal gradients. Two machines
+may differ in the last bits, so compare on one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 THINGS = ("red lamp", "blue chair", "green table", "small radio", "old clock", "new phone", "wooden shelf")
-# Name of the run -> what its config says beyond the common part. bfloat16 and float32 take different kernels.
+# Name of the run -> its config beyond the common part. bfloat16 and float32 use different kernels.
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"recipe": "lora", "peft": {"name": "lora", "rank": 4, "dropout": 0.1}},
     "lora fp32": {"recipe": "lora", "model": {"dtype": "fp32"}, "peft": {"name": "lora", "rank": 4, "init": "eva"}},
@@ -51,40 +51,42 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run every recipe, then write or compare the figures."""
+    """Run every recipe, then write or compare the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the figures to this file")
-    parser.add_argument("--against", type=Path, help="compare with the figures in this file; exit 1 if any differs")
+    parser.add_argument("--out", type=Path, help="write the record to this file")
+    parser.add_argument("--against", type=Path, help="compare with the record in this file; exit 1 if anything differs")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder))
+        record = measure(Path(folder))
     if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.against:
         before = json.loads(arguments.against.read_text(encoding="utf-8"))
-        differing = [name for name in RUNS if figures[name] != before.get(name)]
+        differing = [name for name in RUNS if record[name] != before.get(name)]
         for name in RUNS:
-            print(f"{name:12} {'differs' if name in differing else 'identical'}", explain(figures[name]))
+            print(f"{name:12} {'differs' if name in differing else 'identical'}", explain(record[name]))
         sys.exit(bool(differing))
     for name in RUNS:
-        print(f"{name:12} {explain(figures[name])}")
+        print(f"{name:12} {explain(record[name])}")
 
 
-def explain(figures: dict[str, Any]) -> str:
+def explain(metrics: dict[str, Any]) -> str:
     """The first and last loss of a run and the start of its hash, for the reader."""
-    losses = figures["loss"]
-    return f"loss {losses[0]:.6f} to {losses[-1]:.6f}, weights {figures['weights'][:12]}"
+    losses = metrics["loss"]
+    return f"loss {losses[0]:.6f} to {losses[-1]:.6f}, weights {metrics['weights'][:12]}"
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """The figures of every run, by its name."""
-    decoder, encoder = folder / "decoder", folder / "encoder"
+    """The metrics of every run, by its name."""
+    decoder = folder / "decoder"
+    encoder = folder / "encoder"
     make_decoder(decoder)
     make_encoder(encoder)
-    chats, labels = folder / "chats.jsonl", folder / "labels.jsonl"
+    chats = folder / "chats.jsonl"
+    labels = folder / "labels.jsonl"
     write_rows(chats, labels)
-    figures = {}
+    record = {}
     for name, settings in RUNS.items():
         classify = settings["recipe"] == "classify"
         common = {
@@ -95,8 +97,8 @@ def measure(folder: Path) -> dict[str, Any]:
             "out": str(folder / "runs" / name),
         }
         config = {key: merged(common.get(key), settings.get(key)) for key in {**common, **settings}}
-        figures[name] = run(config, folder)
-    return figures
+        record[name] = run(config, folder)
+    return record
 
 
 def merged(common: Any, own: Any) -> Any:
@@ -107,8 +109,9 @@ def merged(common: Any, own: Any) -> Any:
 
 
 def run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Start one run as a user would, and read what it wrote."""
-    path, out = folder / "config.yaml", Path(config["out"])
+    """Run one config through the command line, and read its metrics and weights."""
+    path = folder / "config.yaml"
+    out = Path(config["out"])
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIT_LORA_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "lit_lora", "finetune", "--config", str(path)]
@@ -116,12 +119,12 @@ def run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{' '.join(command)} exits with {done.returncode}\n{done.stderr}")
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
-        "loss": [record["loss"] for record in records if "loss" in record],
-        "grad_norm": [record["grad_norm"] for record in records if "grad_norm" in record],
-        "validation_loss": [record["validation_loss"] for record in records if "validation_loss" in record],
-        "weights": hash_of(sorted(out.glob("adapter/*.safetensors")) or sorted(out.glob("model/*.safetensors"))),
-    }
+    metrics: dict[str, Any] = {}
+    for name in ("loss", "grad_norm", "validation_loss"):
+        metrics[name] = [record[name] for record in records if name in record]
+    weights = sorted(out.glob("adapter/*.safetensors")) or sorted(out.glob("model/*.safetensors"))
+    metrics["weights"] = hash_of(weights)
+    return metrics
 
 
 def hash_of(files: list[Path]) -> str:
@@ -199,7 +202,7 @@ def make_encoder(folder: Path) -> None:
 
 
 def save_random(kind: Any, config: Any, folder: Path) -> None:
-    """Write a model of this shape with values that depend on nothing but the seed."""
+    """Write a model of this shape with values that depend only on the seed."""
     torch.manual_seed(0)
     kind(config).to(torch.float32).save_pretrained(folder)
 

@@ -1,7 +1,7 @@
 """The phrases from which ``generate_samples.py`` composes the bundled tickets.
 
-Two pools written apart from each other: ``TRAIN`` and ``HELDOUT``. They share no sentence, no name, no word for a
-product and, once composed, no run of five words; ``tests/test_samples.py`` proves it on the files.
+The two pools, ``TRAIN`` and ``HELDOUT``, were written independently. They share no sentence, no name, no word for a
+product and, once composed, no sequence of five words; ``tests/test_samples.py`` checks it on the files.
 
 Slots: ``{product}`` (a word of one category), ``{order}``, ``{name}``, ``{price}``, ``{percent}``; and, because some
 product words are plural (marked ``*``), ``{it}`` (it/them), ``{they}`` (it/they), ``{a}``, ``{this}``, ``{that}``,
@@ -18,7 +18,7 @@ __all__ = ["HELDOUT", "TRAIN", "Phrases"]
 
 @dataclass(frozen=True)
 class Phrases:
-    """One pool. What decides each field of the ticket stands in a pool of its own."""
+    """One pool, with the phrases grouped by what they say about the ticket."""
 
     products: Mapping[str, Sequence[str]]
     """Category (the ticket's ``product``) to the words customers use; ``*`` marks a plural."""
@@ -27,7 +27,7 @@ class Phrases:
     openings: Sequence[str]
     """Greetings that say nothing about the ticket."""
     faults: Sequence[str]
-    """What went wrong with the product: fits a refund, an exchange and a request for help alike."""
+    """What is wrong with the product: fits a refund, an exchange and a request for help."""
     facts: Mapping[str, Sequence[str]]
     """Per intent: what happened."""
     requests: Mapping[str, Sequence[str]]
@@ -35,11 +35,11 @@ class Phrases:
     terse: Mapping[str, Sequence[str]]
     """Per intent: fact and request in a few words."""
     urgent: Sequence[str]
-    """A deadline, a danger, or work that stands still: the ticket's ``urgency`` is high."""
+    """A deadline, a danger, or work that cannot continue: the ticket's ``urgency`` is high."""
     relaxed: Sequence[str]
     """The customer says that it can wait."""
     chatter: Sequence[str]
-    """Tone and side remarks, which decide nothing."""
+    """Tone and side remarks, which do not affect the ticket."""
     orders: Sequence[str]
     """How the order number is given."""
     introductions: Sequence[str]
