@@ -74,14 +74,17 @@ def command(
     columns = ["method", "weights", "trainable and optimizer", "rest of a step", "total"]
     log.table("The same settings by method", columns, rows, right=(1, 2, 3, 4))
     again = shlex.join([config, *(overrides or [])])
+    # The model that the config names is another one where --shape is given.
+    run = again if shape is None else f"{again} model.path=CHECKPOINT_OF_THAT_SHAPE"
     if budget is None:
         log.say("the free memory of this device is unknown; --memory SIZE says whether it fits")
-        log.say(f"next: lit-lora estimate --config {again} --memory SIZE")
+        shape_option = "" if shape is None else f"--shape {shape} "
+        log.say(f"next: lit-lora estimate --config {again} {shape_option}--memory SIZE")
     elif estimated.peak_bytes <= budget:
         log.say(f"fits: {human_bytes(estimated.peak_bytes)} of {human_bytes(budget)}", style="bold green")
-        log.say(f"next: lit-lora finetune --config {again} --dry-run")
+        log.say(f"next: lit-lora finetune --config {run} --dry-run")
     else:
-        _show_advice(setup, estimated, budget, again)
+        _show_advice(setup, estimated, budget, run)
 
 
 def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Setup:
@@ -188,8 +191,8 @@ def _shares(estimated: Estimate) -> tuple[int, int, int, int]:
     return memory.weights, trained, memory.total - memory.weights - trained, estimated.peak_bytes
 
 
-def _show_advice(setup: Setup, estimated: Estimate, budget: float, again: str) -> None:
-    """Print the settings that were tried; ``again`` is the config and its overrides, to repeat in a command."""
+def _show_advice(setup: Setup, estimated: Estimate, budget: float, run: str) -> None:
+    """Print the settings that were tried; ``run`` is the config with its overrides, as a command takes them."""
     from lit_lora.estimate.advice import advise
 
     log.warn(f"does not fit: {human_bytes(estimated.peak_bytes)} of {human_bytes(budget)}")
@@ -199,7 +202,7 @@ def _show_advice(setup: Setup, estimated: Estimate, budget: float, again: str) -
         rows.append([" ".join(advice.overrides), human_bytes(advice.memory_bytes), "yes" if advice.fits else "no"])
     log.table("What would make it fit", ["settings", "memory", "fits"], rows, right=(1,))
     if tried and tried[-1].fits:
-        log.say(f"next: lit-lora finetune --config {again} {' '.join(tried[-1].overrides)} --dry-run")
+        log.say(f"next: lit-lora finetune --config {run} {' '.join(tried[-1].overrides)} --dry-run")
     else:
         log.say("none of these fit: use a smaller model")
 

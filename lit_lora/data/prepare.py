@@ -166,7 +166,11 @@ def _require_rows(table: TokenTable, report: FileReport, config: DataConfig) -> 
         reason = (
             f"{len(report.too_long):,} of {report.rows:,} rows are longer than max_seq_length {config.max_seq_length:,}"
         )
-        hint = f"the longest has {report.longest:,} tokens: raise max_seq_length, or set too_long: truncate_prompt"
+        hint = f"the longest has {report.longest:,} tokens: raise max_seq_length"
+        if config.too_long == "truncate_prompt":
+            hint += "; their answers alone are too long, so cutting prompts does not help"
+        else:
+            hint += ", or set too_long: truncate_prompt"
     else:
         reason = f"{len(report.nothing_to_learn):,} of {report.rows:,} rows have no target tokens"
         hint = "every conversation needs an assistant message with text; lit-lora prepare --show 3 prints rows"

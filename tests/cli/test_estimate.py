@@ -42,7 +42,7 @@ def test_the_change_that_makes_it_fit_comes_after_those_that_were_given(task: Pa
     assert code == 0, err
     assert "warning: does not fit" in err
     (command,) = re.findall(r"^next: lit-lora finetune (.*) --dry-run$", out, re.MULTILINE)
-    given = "--config qlora peft.rank=8 "
+    given = "--config qlora peft.rank=8 model.path=CHECKPOINT_OF_THAT_SHAPE "  # not the model of the config
     assert command.startswith(given)
     code, out, _ = call("estimate", *arguments, *command.removeprefix(given).split())
     assert code == 0

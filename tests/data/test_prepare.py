@@ -256,3 +256,16 @@ def test_exported_rows_are_prepared_to_the_same_tokens(run: Prepare, write_rows:
     assert again.validation.fingerprint == prepared.validation.fingerprint
     with pytest.raises(DiskError, match="already exists"):
         export(config, prepared, tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("too_long", "remedy"),
+    [("drop", "or set too_long: truncate_prompt"), ("truncate_prompt", "their answers alone are too long")],
+)
+def test_the_remedy_for_rows_that_are_all_too_long_is_none_that_was_taken_already(
+    run: Prepare, write_rows: WriteRows, too_long: str, remedy: str
+) -> None:
+    rows = write_rows([{"prompt": "x", "completion": "word " * 50}])
+    with pytest.raises(InputError) as raised:
+        run(rows, max_seq_length=20, too_long=too_long)
+    assert remedy in str(raised.value.hint)
