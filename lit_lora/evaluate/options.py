@@ -82,10 +82,10 @@ def evaluate_options(
     chat = tokenizer.has_own_template if chat is None else chat
     encode = _encode_chat if chat else _encode_plain
     encoded = [encode(tokenizer, row, option, shots) for row in rows for option in row.options]
-    tokenised = Rows.from_tokens((each.ids, each.loss_mask) for each in encoded)
+    tokenized = Rows.from_tokens((each.ids, each.loss_mask) for each in encoded)
     option_counts = [len(row.options) for row in rows]
     sums = log_likelihoods(
-        model, tokenised, micro_batch_tokens=micro_batch_tokens, what="options", groups=option_counts
+        model, tokenized, micro_batch_tokens=micro_batch_tokens, what="options", groups=option_counts
     )
 
     right_by_sum = 0
