@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face folders read and written tensor by tensor, and the formats that convert into them."""
+"""Checkpoints: Hugging Face folders, read and written tensor by tensor, and the formats that convert to them."""
 
 from __future__ import annotations
 

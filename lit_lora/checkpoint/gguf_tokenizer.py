@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, rebuilt as ``tokenizer.json`` with the files that go with it."""
+"""The tokenizer inside a GGUF file, rebuilt as ``tokenizer.json`` and the files that go with it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lit_lora.files import write_text
 
 __all__ = ["write_tokenizer"]
 
-# tokenizer.ggml.token_type
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# Values of tokenizer.ggml.token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
-# Tokens that end a turn or a text in the chat templates in use; a checkpoint stops on those it has as control tokens.
+# Tokens that end a turn or a text in common chat templates; a checkpoint stops at those it has as control tokens.
 _END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "</s>")
 
 _CONTRACTIONS = r"'(?:[sdmt]|ll|ve|re)"
@@ -32,10 +32,10 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# tokenizer.ggml.pre -> regular expressions applied one after the other, each splitting the pieces of the one before
+# tokenizer.ggml.pre -> regular expressions, each splitting the pieces that the one before it left
 _SPLITS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),  # every digit alone, though the second expression would join a run of them
+    "smollm": (r"\p{N}", _GPT2),  # every digit alone; the second expression by itself would keep runs together
     "starcoder": (r"\p{N}", _GPT2),
     "refact": (r"\p{N}", _GPT2),
     "command-r": (r"\p{N}", _GPT2),
@@ -52,6 +52,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "stablelm2": (_QWEN2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
+# Those that take a word whole if the vocabulary has it, without merging, and add BOS unless the file says otherwise.
 _LLAMA3_LIKE = ("llama-bpe", "llama-v3", "llama3", "falcon3", "tekken")
 
 
@@ -64,19 +65,22 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path, source: Path) -> Non
         source: The GGUF file, for messages.
 
     Raises:
-        InputError: The metadata holds no tokenizer, or one of a kind that is not known here.
+        InputError: The metadata holds no tokenizer, or one of an unsupported kind.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     kind = metadata.get("tokenizer.ggml.model")
     if not tokens or kind not in ("gpt2", "llama"):
         what = f"its tokenizer {kind!r} is not supported, expected 'gpt2' or 'llama'" if kind else "no tokenizer in it"
-        raise InputError(f"{source}: {what}", hint="give a folder that has tokenizer.json by --tokenizer FOLDER")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        raise InputError(f"{source}: {what}", hint="give a folder that has tokenizer.json with --tokenizer FOLDER")
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
     tokenizer = _byte_level(metadata, tokens, source) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
-    special = [_added(tokens[index], True) for index, type_ in enumerate(types) if type_ in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([_added(tokens[index], False) for index, type_ in enumerate(types) if type_ == _USER_DEFINED])
+
+    special = [tokens[index] for index, type_ in enumerate(types) if type_ in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    user_defined = [tokens[index] for index, type_ in enumerate(types) if type_ == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in user_defined])
     _add_bos_and_eos(tokenizer, metadata, tokens, kind)
+
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, tokens))
     _write_json(folder / "generation_config.json", _generation_config(metadata, tokens, types))
@@ -87,13 +91,19 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> To
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         pre = "default"
-        log.warn(f"{source}: names no pre-tokenizer, the default may not be the model's; --tokenizer FOLDER is safer")
+        log.warn(
+            f"{source}: names no pre-tokenizer; using the default, which may not be the model's "
+            "(--tokenizer FOLDER takes the original)"
+        )
     if pre not in _SPLITS:
         raise InputError(
-            f"{source}: pre-tokenizer {pre!r} is not known, so its tokens would come out wrong",
-            hint="give a folder that has the model's tokenizer.json by --tokenizer FOLDER",
+            f"{source}: pre-tokenizer {pre!r} is not known, so texts would be split into wrong tokens",
+            hint="give a folder that has the model's tokenizer.json with --tokenizer FOLDER",
         )
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in metadata["tokenizer.ggml.merges"])]
+    pairs = []
+    for merge in metadata["tokenizer.ggml.merges"]:
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in _LLAMA3_LIKE))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
@@ -105,53 +115,59 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> To
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece's BPE: of two neighbours, those whose joined piece has the best score are joined first."""
+    """SentencePiece's BPE: of all neighbouring pieces, those whose joined piece has the best score are joined first."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     scores = metadata.get("tokenizer.ggml.scores") or [-float(index) for index in range(len(tokens))]
     unknown = next((tokens[index] for index, type_ in enumerate(types) if type_ == _UNKNOWN), None)
-    merges = [
-        (-scores[index], vocabulary[piece[:cut]], vocabulary[piece[cut:]], piece[:cut], piece[cut:])
-        for index, piece in enumerate(tokens)
-        if types[index] == 1
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    pairs = [(left, right) for *_, left, right in sorted(merges)]
+
+    # SentencePiece stores no merges. Every way to cut a piece into two others is one, the best score first.
+    ranked_merges = []
+    for index, piece in enumerate(tokens):
+        if types[index] != _NORMAL:
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                ranked_merges.append((-scores[index], vocabulary[left], vocabulary[right], left, right))
+    pairs = [(left, right) for *_, left, right in sorted(ranked_merges)]
+
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    normalizer: list[Any] = [normalizers.Replace(" ", "▁")]
+    decoder: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        normalizer.insert(0, normalizers.Prepend("▁"))
+        decoder.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(normalizer) if len(normalizer) > 1 else normalizer[0]
+    tokenizer.decoder = decoders.Sequence(decoder)
     return tokenizer
 
 
-def _added(token: str, special: bool) -> AddedToken:
-    return AddedToken(token, special=special, normalized=False)
-
-
 def _add_bos_and_eos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], kind: str) -> None:
-    """What other programs add around a text when they ask for special tokens."""
-    starts = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_LIKE
-    bos = _token(metadata, tokens, "bos") if metadata.get("tokenizer.ggml.add_bos_token", starts) else None
+    """Let ``tokenizer`` add BOS and EOS around a text where the file says so, if special tokens are asked for."""
+    bos_by_default = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_LIKE
+    bos = _token(metadata, tokens, "bos") if metadata.get("tokenizer.ggml.add_bos_token", bos_by_default) else None
     eos = _token(metadata, tokens, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     byte_level = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
     if bos is None and eos is None:
         if byte_level:
             tokenizer.post_processor = byte_level[0]
         return
-    around = [*([bos] if bos else []), "{}", *([eos] if eos else [])]
+
+    # $A and $B are the texts of a pair; `:1` marks every token of the second one.
+    first = [part for part in (bos, "$A", eos) if part]
+    second = [f"{part}:1" for part in (bos, "$B", eos) if part]
     template = processors.TemplateProcessing(
-        single=" ".join(part.format("$A") for part in around),
-        pair=" ".join([part.format("$A") for part in around] + [f"{part.format('$B')}:1" for part in around]),
+        single=" ".join(first),
+        pair=" ".join([*first, *second]),
         special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys([bos, eos]) if token],
     )
     tokenizer.post_processor = processors.Sequence([*byte_level, template])
 
 
 def _token(metadata: dict[str, Any], tokens: list[str], role: str) -> str | None:
+    """The token of a role such as ``bos``; ``None`` where the file names none, or one beyond the vocabulary."""
     index = metadata.get(f"tokenizer.ggml.{role}_token_id")
     return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
@@ -172,12 +188,13 @@ def _tokenizer_config(metadata: dict[str, Any], tokens: list[str]) -> dict[str, 
 
 
 def _generation_config(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
-    ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
-    controls = {
+    candidates = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    control_tokens = {
         token: index for index, (token, type_) in enumerate(zip(tokens, types, strict=False)) if type_ == _CONTROL
     }
-    ends += [controls.get(token) for token in _END_TOKENS]
-    stops = list(dict.fromkeys(index for index in ends if index is not None))
+    candidates += [control_tokens.get(token) for token in _END_TOKENS]
+    stops = list(dict.fromkeys(index for index in candidates if index is not None))
+
     config: dict[str, Any] = {}
     if "tokenizer.ggml.bos_token_id" in metadata:
         config["bos_token_id"] = metadata["tokenizer.ggml.bos_token_id"]

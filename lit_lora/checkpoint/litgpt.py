@@ -33,11 +33,11 @@ _LAYER_NAMES = {
     "mlp.proj": _LLAMA_NAMES.mlp_out,
 }
 _QKV = {"q": _LLAMA_NAMES.query, "k": _LLAMA_NAMES.key, "v": _LLAMA_NAMES.value}
-# LitGPT up to 0.5.3 stores attn.attn, its rows group by group: the group's queries, its key, its value.
-# Later versions store attn.qkv, all queries, then all keys, then all values.
+# Fused projections, and whether their rows are interleaved. LitGPT up to 0.5.3 stores attn.attn group by group: the
+# group's queries, its key, its value. Later versions store attn.qkv: all queries, then all keys, then all values.
 _FUSED = {"attn.attn": True, "attn.qkv": False}
 
-# What a Llama is, in LitGPT's config; anything else is another architecture.
+# What makes a Llama in LitGPT's config; with any other value it is another architecture.
 _LLAMA: dict[str, Any] = {
     "norm_class_name": "RMSNorm",
     "mlp_class_name": "LLaMAMLP",
@@ -70,17 +70,18 @@ class LitGPTReader:
         self.folder = self.file.parent
         self._lit_config = _read_config(self.folder / "model_config.yaml")
         self._reader = TorchReader([self.file])
-        self._places: dict[str, tuple[str, str | None]] = {}  # HF name -> LitGPT's, and which of q, k, v
+        # Hugging Face name -> LitGPT's, and which of q, k and v it is of a fused tensor.
+        self._sources: dict[str, tuple[str, str | None]] = {}
         for name in self._reader.names():
-            self._places.update(self._translate(name))
+            self._sources.update(self._translate(name))
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors."""
-        return list(self._places)
+        return list(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        stored, part = self._places[name]
+        stored, part = self._sources[name]
         shape = self._reader.shape(stored)
         if part is None:
             return shape
@@ -89,14 +90,15 @@ class LitGPTReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is stored."""
-        return self._reader.dtype(self._places[name][0])
+        return self._reader.dtype(self._sources[name][0])
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor; q, k and v are cut from the fused one."""
-        stored, part = self._places[name]
+        stored, part = self._sources[name]
         tensor = self._reader.read(stored)
         if part is not None:
-            tensor = self._cut(tensor, part, interleaved=_FUSED["attn.attn" if ".attn.attn." in stored else "attn.qkv"])
+            fused = "attn.attn" if ".attn.attn." in stored else "attn.qkv"
+            tensor = self._cut(tensor, part, interleaved=_FUSED[fused])
         return tensor if dtype is None else tensor.to(dtype)
 
     def config(self) -> dict[str, Any]:
@@ -123,27 +125,32 @@ class LitGPTReader:
             "rope_theta": float(self._lit_config.get("rope_base", 10000)),
             "rope_scaling": self._rope_scaling(),
             "max_position_embeddings": self._number("block_size"),
-            "attention_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.query}.bias" in self._places,
-            "mlp_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.mlp_gate}.bias" in self._places,
+            "attention_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.query}.bias" in self._sources,
+            "mlp_bias": f"{_LLAMA_NAMES.layers}.0.{_LLAMA_NAMES.mlp_gate}.bias" in self._sources,
             "tie_word_embeddings": self._tied(),
-            **({"sliding_window": window} if window else {}),
         }
-        generation = self.folder / "generation_config.json"
-        if generation.is_file():
-            known = read_json(generation)
-            config.update({key: known[key] for key in ("bos_token_id", "eos_token_id") if key in known})
+        if window:
+            config["sliding_window"] = window
+        generation_file = self.folder / "generation_config.json"
+        if generation_file.is_file():
+            generation = read_json(generation_file)
+            config.update({key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation})
         return config
 
     def _tied(self) -> bool:
-        """LitGPT stores a tied head twice; it is one when the two are the same numbers."""
-        head, embedding = f"{_LLAMA_NAMES.head}.weight", f"{_LLAMA_NAMES.embedding}.weight"
-        return head not in self._places or torch.equal(self.read(head), self.read(embedding))
+        """Whether the head is the embedding. LitGPT stores both even if they are tied, and then with equal values."""
+        head = f"{_LLAMA_NAMES.head}.weight"
+        if head not in self._sources:
+            return True
+        return torch.equal(self.read(head), self.read(f"{_LLAMA_NAMES.embedding}.weight"))
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         adjustments = self._lit_config.get("rope_adjustments")
         condense = self._lit_config.get("rope_condense_ratio", 1)
+        if not adjustments and condense == 1:
+            return None
         if not adjustments:
-            return {"rope_type": "linear", "factor": float(condense)} if condense != 1 else None
+            return {"rope_type": "linear", "factor": float(condense)}
         try:
             return {
                 "rope_type": "llama3",
@@ -154,32 +161,36 @@ class LitGPTReader:
             }
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"{self.folder / 'model_config.yaml'}: rope_adjustments is not that of Llama 3, which is not supported"
+                f"{self.folder / 'model_config.yaml'}: only Llama 3's rope_adjustments are supported"
             ) from error
 
     def _cut(self, tensor: Tensor, part: str, *, interleaved: bool) -> Tensor:
         """The rows of q, k or v of a fused tensor with (N + 2 K) * H rows."""
-        groups, size, queries = self._groups(), self._head_size(), self._number("n_head") // self._groups()
+        groups = self._groups()
+        head_size = self._head_size()
+        queries = self._number("n_head") // groups  # of a group
         if interleaved:
-            rows = tensor.reshape(groups, queries + 2, size, *tensor.shape[1:])  # (K, N / K + 2, H, …)
-            cut = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, None)}[part]
-            return rows[:, cut].reshape(-1, *tensor.shape[1:])
-        start = {"q": 0, "k": groups * queries * size, "v": groups * (queries + 1) * size}[part]
-        return tensor[start : start + groups * size * (queries if part == "q" else 1)]
+            rows = tensor.reshape(groups, queries + 2, head_size, *tensor.shape[1:])  # (K, N / K + 2, H, …)
+            heads = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, None)}[part]
+            return rows[:, heads].reshape(-1, *tensor.shape[1:])
+        sizes = [groups * queries * head_size, groups * head_size, groups * head_size]
+        q, k, v = torch.split(tensor, sizes)
+        return {"q": q, "k": k, "v": v}[part]
 
     def _translate(self, name: str) -> dict[str, tuple[str, str | None]]:
+        """The Hugging Face tensors that a stored one gives, as entries of ``_sources``."""
         match = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?([\w.]+)\.(weight|bias)", name)
         layer, module, kind = match.groups() if match else (None, name, "")
         if layer is None and module in _NAMES:
             return {f"{_NAMES[module]}.{kind}": (name, None)}
-        place = f"{_LLAMA_NAMES.layers}.{layer}."
+        prefix = f"{_LLAMA_NAMES.layers}.{layer}."
         if layer is not None and module in _LAYER_NAMES:
-            return {f"{place}{_LAYER_NAMES[module]}.{kind}": (name, None)}
+            return {f"{prefix}{_LAYER_NAMES[module]}.{kind}": (name, None)}
         if layer is not None and module in _FUSED:
             rows = (self._number("n_head") + 2 * self._groups()) * self._head_size()
             if self._reader.shape(name)[0] != rows:
                 raise InputError(f"{self.file}: {name} has {self._reader.shape(name)[0]} rows, expected {rows}")
-            return {f"{place}{cut}.{kind}": (name, part) for part, cut in _QKV.items()}
+            return {f"{prefix}{projection}.{kind}": (name, part) for part, projection in _QKV.items()}
         hint = "merge the adapter with litgpt merge_lora first" if "lora_" in name else None
         raise InputError(f"{self.file}: {name} is not part of a Llama model, so it would be lost", hint=hint)
 
@@ -200,12 +211,13 @@ class LitGPTReader:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file, a LitGPT checkpoint needs it")
+        raise InputError(f"{path}: no such file, but a LitGPT checkpoint needs it")
     config = read_yaml(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: expected keys and values")
+        raise InputError(f"{path}: expected a mapping of keys to values, got {type(config).__name__}")
     for key, expected in _LLAMA.items():
-        # LitGPT leaves out nothing it knows; a key that is not there is one that its version did not have.
+        # LitGPT writes every key that its version has, so a missing one is as good as expected. False, 0 and null all
+        # say that a feature is off.
         if (config.get(key, expected) or None) != (expected or None):
             raise InputError(
                 f"{path}: {key} is {config[key]!r}, expected {expected!r}: only Llama models are supported"

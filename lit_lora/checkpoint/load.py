@@ -1,4 +1,4 @@
-"""A model from a Hugging Face folder: built without memory, then filled tensor by tensor from mapped files."""
+"""A model from a Hugging Face folder: built on the meta device, then filled tensor by tensor from mapped files."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ def load_model(
 
     On the CPU, tensors that are stored in ``dtype`` stay pages of the mapped file until something writes to them, so
     loading takes no memory of its own; other tensors are copied one at a time. With ``quantize`` every linear layer of
-    the decoder is quantised as its tensor comes, so the whole model never exists in 16 bits. Layers that the folder
-    holds quantised stay so.
+    the decoder is quantised as soon as it is read, so the whole model is never in memory in 16 bits. Layers that are
+    stored quantised stay so.
 
     Args:
         folder: A Hugging Face folder.
-        dtype: Of all weights; as stored when omitted.
-        device: Where they go.
-        quantize: How the linear layers of the decoder are held, or what makes each from its tensor; in ``dtype``, or as
-            stored, when omitted.
+        dtype: Dtype of all weights; as stored when omitted.
+        device: Device of the weights.
+        quantize: How to quantise the linear layers of the decoder, or a function that does; as stored when omitted.
 
     Raises:
         InputError: Files are missing or broken, or the tensors are not those that ``config.json`` describes.
@@ -50,6 +49,7 @@ def load_model(
     to_quantize = set(decoder_linears(model)) if quantize is not None else set()
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     check_tensors(folder, stored, expected, head=config.names.head)
+
     for name in expected:
         parent, _, last = name.rpartition(".")
         if stored.quantized(name):
@@ -61,6 +61,7 @@ def load_model(
         else:
             tensor = stored.read(name, dtype).to(device)
             setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
+
     if config.tie_word_embeddings:
         model.tie_weights()
     if dtype is not None:
@@ -72,11 +73,11 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
     """A model on the meta device: shapes and dtypes without memory.
 
     Args:
-        config: Its sizes; ``config.dtype`` is that of its parameters if it is quantised.
-        quantize: How the linear layers of the decoder are held, or what makes each from its tensor.
+        config: Its sizes; with ``quantize``, ``config.dtype`` is the dtype of its parameters.
+        quantize: How to quantise the linear layers of the decoder, or a function that does.
 
     Raises:
-        UsageError: The block size does not divide the rows of a layer.
+        UsageError: The block size does not divide the row length of a layer.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -89,7 +90,7 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
 
 
 def decoder_linears(model: CausalLM) -> list[str]:
-    """Names of the layers that are quantised: every linear layer but the head."""
+    """Names of the layers to quantise: every linear layer except the head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
@@ -101,7 +102,7 @@ def _quantized(layer: str, weight: torch.Tensor, quantize: QuantizeConfig | Quan
 
 
 def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.dtype) -> None:
-    """Put a quantised layer in the place of the one called ``name``, with its bias."""
+    """Replace the layer called ``name`` with a quantised one that keeps its bias."""
     parent, _, last = name.rpartition(".")
     bias = model.get_submodule(name).bias
     layer = QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None, dtype)
@@ -109,15 +110,15 @@ def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.d
 
 
 def _check_quantization(folder: Path, stored: list[QuantizeConfig], wanted: QuantizeConfig | Quantizer | None) -> None:
-    """Refuse to quantise what is quantised.
+    """Refuse to quantise a second time.
 
     Raises:
         UsageError: The folder is quantised in another way than wanted.
     """
     if stored and wanted is not None and stored != [wanted]:
-        found = ", ".join(map(str, stored))
-        aim = f", cannot become {wanted}" if isinstance(wanted, QuantizeConfig) else ""
+        present = ", ".join(map(str, stored))
+        refused = f", cannot become {wanted}" if isinstance(wanted, QuantizeConfig) else ""
         raise UsageError(
-            f"{folder}: is quantised already ({found}){aim}",
-            hint=f"ask for {found}, or start from the original 16-bit checkpoint",
+            f"{folder}: already quantised ({present}){refused}",
+            hint=f"ask for {present}, or start from the original 16-bit checkpoint",
         )

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,9 +22,17 @@ from lit_lora.quantize import QuantizedLinear
 __all__ = ["CheckpointWriter", "copy_side_files", "save_model", "save_quantized"]
 
 # A shard starts with the length of its JSON header, the header, and then the bytes of the tensors. Room for the
-# header is kept when the shard is opened and filled in when it is closed (the format allows trailing spaces), so a
-# tensor goes to the disk as it comes and is never held. 64 KiB describe about 500 tensors; more start a new shard.
+# header is left when the shard is opened and filled when it is closed (the format allows trailing spaces), so every
+# tensor is written as soon as it is added. 64 KiB describe about 500 tensors; more start a new shard.
 _HEADER_BYTES = (1 << 16) - 8
+
+# At most, the two offsets and the punctuation of a tensor's entry in the header.
+_OFFSETS_BYTES = 80
+
+# Tensors follow one another without gaps, but each must begin at a multiple of its element size.
+_ALIGNMENT = 8
+# A tensor of odd size with at most this many values is written last.
+_MAX_POSTPONED = 1 << 16
 
 _DTYPES = {
     torch.float64: "F64",
@@ -57,14 +65,14 @@ _SIDE_FILES = (
 
 
 class CheckpointWriter:
-    """Tensors into safetensors shards, each written as it is added; nothing is held in memory.
+    """Writes safetensors shards, each tensor as soon as it is added, so that none has to stay in memory.
 
     Shards get their final names, and the index is written, on ``close`` or at the end of a ``with`` block. The folder
-    is meant to be the temporary one of :func:`lit_lora.files.atomic_folder`: until ``close`` it is no checkpoint.
+    is meant to be the temporary one of :func:`lit_lora.files.atomic_folder`: until ``close`` it is not a checkpoint.
 
     Args:
         folder: An existing folder.
-        max_shard_bytes: A shard is closed before it would grow beyond this; a larger tensor gets its own.
+        max_shard_bytes: Maximum size of a shard; a larger tensor gets a shard of its own.
     """
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = 2_000_000_000) -> None:
@@ -75,35 +83,37 @@ class CheckpointWriter:
         self._total_bytes = 0
         self._file: BinaryIO | None = None
         self._header: dict[str, object] = {}
-        self._header_size = self._shard_bytes = 0
-        self._odd: dict[str, Tensor] = {}
+        self._header_size = 0
+        self._shard_bytes = 0
+        self._postponed: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, from any device.
 
-        A small one of odd size waits for ``close``: what followed it would stand at an address that its dtype forbids.
+        A small one of odd size waits for ``close``: the tensor after it would not be aligned.
 
         Raises:
-            ValueError: The name was added before, or its dtype has no place in safetensors.
+            ValueError: The name has already been added, or safetensors has no such dtype.
             OSError: The disk is full or failing.
         """
         if name in self._shard_of:
             raise ValueError(f"{name} was added twice")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} cannot be stored")
-        if tensor.numel() * tensor.element_size() % 8 and tensor.numel() <= 1 << 16:
-            self._shard_of[name] = 0
-            self._odd[name] = tensor
+        if tensor.nbytes % _ALIGNMENT and tensor.numel() <= _MAX_POSTPONED:
+            self._shard_of[name] = 0  # known, and in no shard yet
+            self._postponed[name] = tensor
         else:
             self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        count = tensor.numel() * tensor.element_size()
+        count = tensor.nbytes
         entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        entry_size = len(json.dumps({name: entry})) + 80  # and two offsets
+        entry_size = len(json.dumps({name: entry})) + _OFFSETS_BYTES
         full = self._shard_bytes + count > self._max_shard_bytes or self._header_size + entry_size > _HEADER_BYTES
         if self._file is not None and self._shard_bytes and full:
             self._close_shard()
+
         file = self._file or self._open_shard()
         entry["data_offsets"] = [self._shard_bytes, self._shard_bytes + count]
         if count:
@@ -121,12 +131,14 @@ class CheckpointWriter:
         Raises:
             OSError: The disk is full or failing.
         """
-        for name, tensor in sorted(self._odd.items(), key=lambda item: -item[1].element_size()):
+        # From the largest elements to the smallest, so that each begins at a multiple of its element size.
+        for name, tensor in sorted(self._postponed.items(), key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
-        if self._file is None and self._shards == 0:
+        if self._file is None and self._shards == 0:  # no tensor was added: an empty checkpoint is one too
             self._open_shard()
         if self._file is not None:
             self._close_shard()
+
         if self._shards == 1:
             self._temporary(1).rename(self._folder / "model.safetensors")
             return
@@ -158,7 +170,8 @@ class CheckpointWriter:
     def _open_shard(self) -> BinaryIO:
         self._shards += 1
         self._header = {"__metadata__": {"format": "pt"}}
-        self._header_size, self._shard_bytes = 100, 0
+        self._header_size = 100  # an upper bound for the header so far
+        self._shard_bytes = 0
         self._file = open(self._temporary(self._shards), "wb")  # noqa: SIM115 - open while tensors are added
         self._file.write(bytes(_HEADER_BYTES + 8))
         return self._file
@@ -176,26 +189,18 @@ def save_model(model: CausalLM, folder: Path, *, side_files: Path, card: str) ->
     """Write a whole model as a Hugging Face folder, which appears complete or not at all.
 
     Args:
-        model: Its weights are written in their own dtype, a tied head once.
-        folder: The folder; an older one is replaced.
-        side_files: The checkpoint that tokenizer, template and the like are copied from.
+        model: The model; its weights keep their dtypes, and a tied head is written once.
+        folder: The folder; an existing one is replaced.
+        side_files: The checkpoint that tokenizer, chat template and the like are copied from.
         card: The text of its README.md.
 
     Returns:
         The folder.
 
     Raises:
-        DiskError: The disk is full or read-only; an older folder is kept.
+        DiskError: The disk is full or read-only; an existing folder is kept.
     """
-    with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
-        with CheckpointWriter(temporary) as writer:
-            for name, parameter in model.named_parameters():
-                writer.add(name, parameter)
-        config = json.dumps(model.config.to_hf(), indent=2) + "\n"
-        (temporary / "config.json").write_text(config, encoding="utf-8")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        copy_side_files(side_files, temporary)
-    return Path(folder)
+    return _write_folder(folder, model.named_parameters(), model.config.to_hf(), side_files, card)
 
 
 def save_quantized(
@@ -209,37 +214,43 @@ def save_quantized(
     """Write a model with quantised layers as a Hugging Face folder, which appears complete or not at all.
 
     Args:
-        config: The model's.
-        tensors: Name and values of each; a tied head is left out, and a quantised layer's weight is the layer.
-        folder: The folder; an older one is replaced.
-        side_files: The checkpoint that tokenizer, template and the like are copied from.
+        config: The model's config.
+        tensors: Every tensor by name, with the layer itself instead of a quantised weight; a tied head is skipped.
+        folder: The folder; an existing one is replaced.
+        side_files: The checkpoint that tokenizer, chat template and the like are copied from.
         card: The text of its README.md.
 
     Returns:
         The folder.
 
     Raises:
-        DiskError: The disk is full or read-only; an older folder is kept.
+        DiskError: The disk is full or read-only; an existing folder is kept.
     """
     head = config.names.head
-    found = {name: tensor for name, tensor in tensors if not (config.tie_word_embeddings and name == f"{head}.weight")}
+    parts = {name: tensor for name, tensor in tensors if not (config.tie_word_embeddings and name == f"{head}.weight")}
+    layers = [part for part in parts.values() if isinstance(part, QuantizedLinear)]
+    config_json = config.to_hf()
+    configs = (layer.quantized.config for layer in layers)
+    config_json["quantization_config"] = quantization_config(configs, layers[0].dtype, head=head)
 
     def stored() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in found.items():
-            if isinstance(tensor, QuantizedLinear):
-                yield from packed_tensors(name.removesuffix(".weight"), tensor.quantized, tensor.dtype).items()
+        for name, part in parts.items():
+            if isinstance(part, QuantizedLinear):
+                yield from packed_tensors(name.removesuffix(".weight"), part.quantized, part.dtype).items()
             else:
-                yield name, tensor
+                yield name, part
 
-    layers = [tensor for tensor in found.values() if isinstance(tensor, QuantizedLinear)]
-    described = config.to_hf()
-    held = (layer.quantized.config for layer in layers)
-    described["quantization_config"] = quantization_config(held, layers[0].dtype, head=head)
+    return _write_folder(folder, stored(), config_json, side_files, card)
+
+
+def _write_folder(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], config_json: dict[str, Any], side_files: Path, card: str
+) -> Path:
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         with CheckpointWriter(temporary) as writer:
-            for name, tensor in stored():
+            for name, tensor in tensors:
                 writer.add(name, tensor)
-        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         copy_side_files(side_files, temporary)
     return Path(folder)
@@ -248,7 +259,7 @@ def save_quantized(
 def copy_side_files(src: Path, dst: Path) -> list[str]:
     """Copy what belongs to a checkpoint besides its weights: config, tokenizer, chat templates, licence.
 
-    A file that ``dst`` already has is kept. The model card is not copied: what is written gets its own.
+    Files that ``dst`` already has are kept. The model card is not copied, because the new model gets its own.
 
     Returns:
         The names of the files copied.
@@ -259,11 +270,12 @@ def copy_side_files(src: Path, dst: Path) -> list[str]:
     copied = []
     for path in sorted(Path(src).iterdir()):
         target = Path(dst) / path.name
-        if path.name == "additional_chat_templates" and path.is_dir() and not target.exists():
-            shutil.copytree(path, target)
-        elif path.is_file() and not target.exists() and any(fnmatch.fnmatch(path.name, known) for known in _SIDE_FILES):
-            shutil.copyfile(path, target)
-        else:
+        if target.exists():
             continue
-        copied.append(path.name)
+        if path.name == "additional_chat_templates" and path.is_dir():
+            shutil.copytree(path, target)
+            copied.append(path.name)
+        elif path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SIDE_FILES):
+            shutil.copyfile(path, target)
+            copied.append(path.name)
     return copied

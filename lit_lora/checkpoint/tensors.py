@@ -1,4 +1,4 @@
-"""Reading the tensors of a Hugging Face folder one at a time: one or many safetensors shards, memory-mapped."""
+"""Reading the tensors of a Hugging Face folder one at a time, from one or many memory-mapped safetensors shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DTYPES = {
 
 
 class Tensors(Protocol):
-    """What every reader offers: tensors under their Hugging Face names."""
+    """What every reader of a format offers: tensors by their Hugging Face names."""
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -50,13 +50,13 @@ class Tensors(Protocol):
 
 
 class TensorReader:
-    """The tensors of some safetensors files by name. Shapes and dtypes come from the headers, values on ``read``.
+    """The tensors of safetensors files by name. Shapes and dtypes come from the headers, values on ``read``.
 
     Args:
-        files: The shards. Each is opened at once, which checks its header against its length.
+        files: The shards. Opening one checks its header against its length.
 
     Raises:
-        InputError: A file is missing, truncated or not safetensors, or two files hold the same name.
+        InputError: A file is missing, truncated or not safetensors, or two files hold a tensor of the same name.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -68,7 +68,8 @@ class TensorReader:
             for name in shard.offset_keys():
                 if name in self._shards:
                     raise InputError(f"{file}: tensor {name} is in another shard too, expected it once")
-                self._shards[name], self._files[name] = shard, file
+                self._shards[name] = shard
+                self._files[name] = file
                 self._slices[name] = shard.get_slice(name)
 
     def names(self) -> list[str]:
@@ -83,7 +84,7 @@ class TensorReader:
         """Dtype in which a tensor is stored.
 
         Raises:
-            InputError: The file uses a dtype that is not known here.
+            InputError: The file uses an unsupported dtype.
         """
         stored = self._slices[name].get_dtype()
         if stored not in _DTYPES:
@@ -98,10 +99,10 @@ class TensorReader:
         return tensor
 
     def read_once(self, name: str) -> Tensor:
-        """The values of a tensor that is soon dropped, in a mapping of their own.
+        """The values of a tensor that is dropped soon, in a mapping of their own.
 
-        Its pages leave the process with the tensor. Those of the shared mapping would count as the process's memory for
-        as long as any tensor of the file is in use.
+        Their pages are released with the tensor. Those of the shared mapping would count as the process's memory as
+        long as any tensor of the file is in use.
         """
         tensor: Tensor = _open_shard(self._files[name]).get_tensor(name)
         return tensor
@@ -111,7 +112,7 @@ def open_tensors(folder: Path) -> TensorReader:
     """Open the safetensors shards of a Hugging Face folder (those of its index, or ``model.safetensors``).
 
     Raises:
-        InputError: There are none, a shard is missing or truncated, or a tensor of the index is not there.
+        InputError: There are none, a shard is missing or truncated, or a tensor of the index is in no shard.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -124,7 +125,7 @@ def open_tensors(folder: Path) -> TensorReader:
         raise InputError(f"{folder}: no such folder")
     raise InputError(
         f"{folder}: no model.safetensors and no {INDEX}, expected a Hugging Face checkpoint folder",
-        hint="lit-lora convert makes one from GGUF, .bin/.pth or LitGPT files",
+        hint="lit-lora convert makes one from GGUF, PyTorch (.bin, .pth) or LitGPT files",
     )
 
 
@@ -139,11 +140,11 @@ def _open_index(index: Path) -> TensorReader:
 
 
 def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], *, head: str) -> None:
-    """Compare names and shapes before anything is read. A tied head's copy and rotary tables are let be.
+    """Compare names and shapes before any values are read. The copy of a tied head and rotary tables are ignored.
 
     Args:
         where: The file or folder, for the message.
-        tensors: What is stored.
+        tensors: The stored tensors.
         expected: Shape of every tensor of the model by name.
         head: Name of the model's head.
 
@@ -155,17 +156,17 @@ def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[in
     extra = sorted(
         name for name in stored - set(expected) if not name.endswith(("rotary_emb.inv_freq", f"{head}.weight"))
     )
-    for what, names in (("is missing", missing), ("is not part of the model that its config describes", extra)):
+    for problem, names in (("is missing", missing), ("is not part of the model that its config describes", extra)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise InputError(f"{where}: tensor {names[0]} {what}{more}")
+            raise InputError(f"{where}: tensor {names[0]} {problem}{more}")
     for name, shape in expected.items():
         if tensors.shape(name) != shape:
-            raise InputError(f"{where}: tensor {name}: shape {tensors.shape(name)}, the config says {shape}")
+            raise InputError(f"{where}: tensor {name}: shape {tensors.shape(name)}, expected {shape} from the config")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to shard file name, from a ``*.index.json``; every shard is there.
+    """Tensor name to shard file name, from a ``*.index.json``; every shard exists.
 
     Raises:
         InputError: Not such an index, or a shard is missing.
@@ -191,7 +192,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 def _open_shard(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    file.open("rb").close()  # safetensors would tell a file that must not be read as one that is not there
+    file.open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

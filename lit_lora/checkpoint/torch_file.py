@@ -1,4 +1,4 @@
-"""PyTorch's own files (``.bin``, ``.pth``, ``.pt``): the one place that calls ``torch.load``.
+"""PyTorch's own files (``.bin``, ``.pth``, ``.pt``): the only module that calls ``torch.load``.
 
 Such a file is a pickle, which can run code. It is only ever opened with ``weights_only=True``, and no option of
 lit-lora changes that: a file that needs more is refused.
@@ -20,14 +20,14 @@ from lit_lora.errors import InputError
 
 __all__ = ["TorchReader"]
 
-# Training scripts wrap the weights; one of these keys leads to them.
+# Training scripts wrap the weights in dicts, under one of these keys.
 _WRAPPERS = ("model", "state_dict", "module")
 
 
 class TorchReader:
-    """The tensors of some state dicts by name, memory-mapped.
+    """The tensors of state dicts by name, memory-mapped.
 
-    Files in PyTorch's format before 1.6 cannot be mapped: they are read whole, one file's size of memory each.
+    Files in the format of PyTorch before 1.6 cannot be mapped: they are read into memory whole.
 
     Args:
         files: The shards, each a state dict.
@@ -66,15 +66,15 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         mapped = zipfile.is_zipfile(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles: what matters is an error
+            warnings.simplefilter("ignore")  # torch warns of unusual pickles; what matters raises
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
+        refused_name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused_name is None:
             raise InputError(f"{file}: not a PyTorch file, or damaged", hint="download it again") from error
         raise InputError(
-            f"{file}: refused: the file asks for {wanted[1]}, which is not a weight; nothing of it was run",
-            hint="take the safetensors version of this model, or a file that holds only tensors",
+            f"{file}: refused: the file asks for {refused_name[1]}, which is not a weight; none of it was run",
+            hint="use the safetensors version of this model, or a file that holds only tensors",
         ) from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -91,8 +91,10 @@ def _state_dict(file: Path, loaded: Any) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded:
         raise InputError(f"{file}: holds a {type(loaded).__name__}, expected a state dict of tensors by name")
-    odd = [name for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if odd:
-        raise InputError(f"{file}: entry {odd[0]!r} is not a tensor, expected a state dict of tensors by name")
-    prefixed = all(name.startswith("module.") for name in loaded)  # saved from DistributedDataParallel
-    return {name.removeprefix("module.") if prefixed else name: tensor for name, tensor in loaded.items()}
+
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{file}: entry {name!r} is not a tensor, expected a state dict of tensors by name")
+    if all(name.startswith("module.") for name in loaded):  # saved from DistributedDataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return loaded

@@ -44,7 +44,7 @@ def command(
 
         HF_TOKEN=… lit-lora download meta-llama/Llama-3.2-1B --out checkpoints/llama
     """
-    from lit_lora.checkpoint.convert import open_source, plan_conversion, quantisation_stripped
+    from lit_lora.checkpoint.convert import open_source, plan_conversion, quantization_stripped
     from lit_lora.classify import is_encoder
     from lit_lora.cli.convert import command as convert_command
 
@@ -78,7 +78,7 @@ def command(
         return
 
     log.say(f"{path}: {opened.format}, {size}")
-    target = out if convert and out else _CHECKPOINTS / quantisation_stripped(path.name.removesuffix(".gguf"))
+    target = out if convert and out else _CHECKPOINTS / quantization_stripped(path.name.removesuffix(".gguf"))
     if target.resolve() == path.resolve():
         target = target.with_name(f"{target.name}-converted")
     if not convert:

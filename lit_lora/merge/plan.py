@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.checkpoint.load import decoder_linears, empty_model
-from lit_lora.checkpoint.quantized import StoredTensors, packed_sizes
+from lit_lora.checkpoint.quantized import StoredTensors, packed_bytes
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.open.folders import find_adapter, find_base
@@ -167,7 +167,7 @@ class MergePlan:
         """Bytes of all tensors to write."""
         packed = [name for name in self.names if self.packs(name)]
         small = sum(
-            packed_sizes(n.removesuffix(".weight"), self.base.shape(n), self.quantize) for n in packed if self.quantize
+            packed_bytes(n.removesuffix(".weight"), self.base.shape(n), self.quantize) for n in packed if self.quantize
         )
         return small + sum(
             self.rows(name) * int(torch.Size(self.base.shape(name)[1:]).numel()) * self.target(name).itemsize

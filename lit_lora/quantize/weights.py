@@ -20,7 +20,7 @@ from lit_lora.quantize import bitsandbytes
 from lit_lora.quantize.codes import TABLES, dynamic, nearest_dynamic, table
 from lit_lora.quantize.config import BlockSize, QuantizeConfig
 
-__all__ = ["TYPES", "Blocks", "Groups", "Int8", "Quantized", "Quantizer", "quantize"]
+__all__ = ["NESTED", "TYPES", "Blocks", "Groups", "Int8", "Quantized", "Quantizer", "quantize"]
 
 NESTED = 256
 """Scales of blocks that share one scale of their own when double quantised."""

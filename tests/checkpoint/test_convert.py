@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 
 from lit_lora.checkpoint import load_model
-from lit_lora.checkpoint.convert import convert, open_source, plan_conversion, quantisation_stripped
+from lit_lora.checkpoint.convert import convert, open_source, plan_conversion, quantization_stripped
 from lit_lora.checkpoint.tensors import INDEX, open_tensors
 from lit_lora.errors import DiskError, InputError
 from lit_lora.files import sha256_file
@@ -190,7 +190,7 @@ def test_a_missing_tokenizer_is_warned_about(
     (folder / "tokenizer.json").unlink()
     converted(folder, tmp_path / "out")
     assert "--tokenizer" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"no tokenizer\.json there"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json in it"):
         plan_conversion(open_source(folder), tokenizer=folder)
 
 
@@ -225,9 +225,10 @@ def test_an_existing_folder_is_never_touched(tmp_path: Path, tokenizer_folder: P
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no weights there"),
-        ({"a.gguf": b"", "b.gguf": b""}, r"several files of weights and no index \(a\.gguf, b\.gguf\)"),
-        ({"training_args.bin": b"x", "optimizer.pt": b"x"}, "no weights there"),
+        ({}, "no weights in it"),
+        ({"a.gguf": b"", "b.gguf": b""}, r"several files with weights and no index \(a\.gguf, b\.gguf\)"),
+        ({"training_args.bin": b"x", "optimizer.pt": b"x"}, "no weights in it"),
+        ({"m-00002-of-00002.gguf": b"GGUF"}, r"1 of 2 parts are missing: m-00001-of-00002\.gguf"),
         ({"pytorch_model.bin.index.json": b'{"weight_map": {"a": "x.bin"}}'}, r"1 of 1 shards are missing: x\.bin"),
         ({INDEX: b'{"weight_map": {"a": "x.safetensors"}}'}, "1 of 1 shards are missing"),
     ],
@@ -263,4 +264,4 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_the_name_of_a_gguf_file_loses_its_quantisation(stem: str, name: str) -> None:
-    assert quantisation_stripped(stem) == name
+    assert quantization_stripped(stem) == name

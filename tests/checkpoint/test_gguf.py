@@ -67,7 +67,7 @@ def test_every_quantisation_is_dequantised_in_pieces_as_in_one(
     path = tmp_path / "raw"
     path.write_bytes(b"12345" + data.tobytes())
     monkeypatch.setattr(module, "_CHUNK_VALUES", 10 * block)
-    found = module._dequantise(module._Stored(path, 5, kind, (37, 2 * block)), torch.float32)
+    found = module._dequantize(module._Stored(path, 5, kind, (37, 2 * block)), torch.float32)
     assert torch.equal(found, torch.from_numpy(quants.dequantize(data, kind)))
 
 
@@ -184,7 +184,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_experts_are_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", config_metadata() | {"llama.expert_count": 8}, gguf_tensors(state_dict()))
-    with pytest.raises(InputError, match="mixture of experts"):
+    with pytest.raises(InputError, match="mixtures of experts"):
         GGUFReader(path)
 
 

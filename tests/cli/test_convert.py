@@ -57,8 +57,8 @@ def test_a_dry_run_reports_and_writes_nothing(gguf: Path, capsys: Any) -> None:
         (["nowhere.gguf"], 3, "nowhere.gguf: no such file or folder"),
         (["tiny.Q8_0.gguf", "--dtype", "int8"], 2, "--dtype int8: expected one of bf16, fp16, fp32"),
         (["tiny.Q8_0.gguf", "--out", "tokenizer"], 4, "tokenizer: already exists"),
-        (["tokenizer"], 3, "tokenizer: no weights there"),
-        (["tiny.Q8_0.gguf", "--tokenizer", "."], 3, "no tokenizer.json there"),
+        (["tokenizer"], 3, "tokenizer: no weights in it"),
+        (["tiny.Q8_0.gguf", "--tokenizer", "."], 3, "no tokenizer.json in it"),
         (["cut.gguf"], 3, "cut.gguf: truncated"),
     ],
 )
