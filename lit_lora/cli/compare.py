@@ -71,8 +71,8 @@ def command(
     rows = rows_of(outcomes)
     _show(rows)
     log.say(f"wrote {', '.join(map(str, written))}", style="bold green")
-    if rows[0].kept:
-        log.say(f"next: lit-lora chat {rows[0].kept[0].job.folder}")
+    if rows[0].finished:
+        log.say(f"next: lit-lora chat {rows[0].finished[0].job.folder}")
 
 
 def _show_plan(settings: CompareConfig, variants: Sequence[Variant], seconds: Sequence[float]) -> None:
@@ -111,7 +111,7 @@ def _train(runner: Runner, settings: CompareConfig, variants: Sequence[Variant],
         outcomes.append(outcome)
         line = f"[{len(outcomes)}/{total}] {outcome.job}: "
         line += f"failed: {outcome.error}" if outcome.error else f"validation loss {outcome.loss:.4f}"
-        if outcome.found:
+        if outcome.reused:
             line += " (from an earlier run)"
         else:
             trained += 1

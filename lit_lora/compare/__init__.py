@@ -1,4 +1,4 @@
-"""A fair comparison of methods: the same rows, seeds and budget for each, with its own learning rate."""
+"""A fair comparison of methods: the same rows, seeds and budget for all, and a learning rate chosen for each."""
 
 from lit_lora.compare.jobs import Job, Outcome, Runner, locked
 from lit_lora.compare.plan import check_folders, count_runs, run_all, seconds_per_run

@@ -1,6 +1,7 @@
-"""The runs of a comparison: each an ordinary run folder, made by a process of its own, so a start again finds it.
+"""The runs of a comparison: each an ordinary run folder, which a repeated command finds again.
 
-One process per run keeps the peak of memory that of this run, and a run that fails is a line of the table, not the end.
+Every run has a process of its own. So its peak memory is its own, and a run that fails becomes a line of the table
+instead of ending the comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lit_lora.recipe import FinetuneConfig
 __all__ = ["Job", "Outcome", "Runner", "locked"]
 
 _PROMPT = "$ lit-lora "
-"""Begins the output of a command in the log of a run."""
+"""The beginning of the line above a command's output in the log of a run."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Job:
 
     @classmethod
     def of(cls, variant: Variant, rate: float, seed: int, out: Path) -> Job:
-        """The run of a variant, in its place below ``out``."""
+        """The run of a variant, in its folder below ``out``."""
         return cls(variant, rate, seed, out / "runs" / f"{slug(variant.name)}-lr{rate:g}-seed{seed}")
 
     def __str__(self) -> str:
@@ -50,10 +51,10 @@ class Job:
 
     @property
     def config(self) -> FinetuneConfig:
-        """The run's own config."""
-        own = self.variant.config
-        optimizer = own.optimizer.model_copy(update={"lr": self.rate})
-        return own.model_copy(update={"optimizer": optimizer, "seed": self.seed, "out": self.folder})
+        """The run's config."""
+        shared = self.variant.config
+        optimizer = shared.optimizer.model_copy(update={"lr": self.rate})
+        return shared.model_copy(update={"optimizer": optimizer, "seed": self.seed, "out": self.folder})
 
     @property
     def done(self) -> bool:
@@ -61,102 +62,111 @@ class Job:
         return (self.folder / "result.json").is_file()
 
     def check(self) -> str | None:
-        """How a run that is in its folder already differs from this one, in words."""
-        there, config = self.folder / "config.yaml", self.config
-        try:  # read, not compared as text: another version may write more defaults
-            same = not there.is_file() or load_config(there, type(config)) == config
+        """What is wrong with a run that is already in its folder; ``None`` if there is none, or it is this one."""
+        saved = self.folder / "config.yaml"
+        if not saved.is_file():
+            return None
+        try:  # by value, not as text: another version may write more defaults
+            same = load_config(saved, type(self.config)) == self.config
         except UsageError:
             same = False
-        return None if same else f"{self.folder}: holds a run with other settings"
+        return None if same else f"{self.folder}: already contains a run with other settings"
 
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """The outcome of a run."""
 
     job: Job
     result: dict[str, Any] = field(default_factory=dict)
-    """``result.json``; empty where the run failed."""
+    """``result.json``; empty if the run failed."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """Metric to its value: what validation measured beside the loss, and of ``evaluate``."""
+    """Scores by name: the validation's metrics other than the loss, and those of ``evaluate``."""
     base_scores: dict[str, Any] = field(default_factory=dict)
-    """Of the base model, where this measurement had it too."""
+    """Those of the base model, if it was measured together with this run."""
     error: str = ""
     """Why it failed."""
-    found: bool = False
-    """It was complete before."""
+    reused: bool = False
+    """Whether it was already complete."""
 
     @property
     def loss(self) -> float:
-        """The validation loss; infinite where there is none."""
+        """The validation loss; infinite if there is none."""
         loss = self.result.get("validation_loss")
         return float("inf") if loss is None else float(loss)
 
 
 class Runner:
-    """Starts the processes, one at a time, and waits for them; a signal goes on to the one that is running."""
+    """Runs one process after the other; a signal is passed on to the one that is running.
+
+    Args:
+        lock: The handle from :func:`locked`, which every process inherits: the folder stays locked while one lives.
+    """
 
     def __init__(self, lock: int | None = None) -> None:
         self._lock = lock
-        self._stopped: list[int] = []
+        self._signals: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
 
     def train(self, job: Job) -> Outcome:
-        """Do a run, or what is left of it.
+        """Do a run, or the rest of it; a run that is complete is only read.
 
         Raises:
-            Interrupted: A signal came; the run has saved a checkpoint.
+            Interrupted: A signal arrived; the run has saved a checkpoint.
             DiskError: The disk is full or read-only.
         """
-        found = job.done
-        if not found:
+        reused = job.done
+        if not reused:
             config = job.folder.with_name(f"{job.folder.name}.yaml")
             write_text(config, dump_yaml(job.config))
-            again = ["--resume"] if (job.folder / "config.yaml").is_file() else []
-            error = self._call(["finetune", "--config", str(config), *again], job)
+            command = ["finetune", "--config", str(config)]
+            if (job.folder / "config.yaml").is_file():  # begun before
+                command.append("--resume")
+            error = self._call(command, job)
             if error:
                 return Outcome(job, error=error)
-            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # only for resuming, and large
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # large, and only needed to resume
+
         result = read_json(job.folder / "result.json")
-        measured = result.pop("metrics", None) or result.pop("figures", {})  # called figures before
-        scores = {f"validation {name}": value for name, value in measured.items()}
-        return Outcome(job, result, scores, found=found)
+        metrics = result.pop("metrics", None) or result.pop("figures", {})  # "figures" in older runs
+        scores = {f"validation {name}": value for name, value in metrics.items()}
+        return Outcome(job, result, scores, reused=reused)
 
     def measure(self, outcome: Outcome, section: EvaluateSection, *, with_base: bool) -> None:
-        """Give an outcome its scores, from its file where it was measured already.
+        """Evaluate a run and add its scores to ``outcome``; a run that has already been evaluated is only read.
+
+        Args:
+            outcome: A run that succeeded.
+            section: What to evaluate it on.
+            with_base: Evaluate the base model too.
 
         Raises:
-            Interrupted: A signal came.
+            Interrupted: A signal arrived.
         """
         job = outcome.job
         digest = hashlib.sha256(section.model_dump_json().encode()).hexdigest()[:8]
         file = job.folder / f"evaluation-{digest}.json"
-        found = _read_evaluation(file)
-        if len(found) < 1 + with_base:
+        scores = _read_evaluation(file)
+        if len(scores) < 1 + with_base:
             file.unlink(missing_ok=True)
-            options = {"--task": ",".join(section.tasks), "--limit": section.limit}
-            options["--max-new-tokens"] = section.max_new_tokens
-            words = [word for name, value in options.items() if value for word in (name, str(value))]
-            models = [str(job.config.model.path)] if with_base else []
-            command = ["evaluate", *models, str(job.folder), "--data", section.data, "--out", str(file), *words]
-            outcome.error = self._call([*command, "--samples", "0", *([] if with_base else ["--skip-base"])], job)
-            found = _read_evaluation(file)
-        if found:
-            outcome.scores |= found[-1]
-            outcome.base_scores = found[0] if len(found) > 1 else {}
+            outcome.error = self._call(_evaluation(job, section, file, with_base=with_base), job)
+            scores = _read_evaluation(file)
+        if scores:  # the base first, if it was measured
+            outcome.scores |= scores[-1]
+            outcome.base_scores = scores[0] if len(scores) > 1 else {}
 
     def _call(self, arguments: list[str], job: Job) -> str:
-        """Run one command of the command line; returns why it failed, or nothing.
+        """Run one lit-lora command; returns why it failed, or an empty string.
 
         Raises:
-            Interrupted: A signal came.
+            Interrupted: A signal arrived.
         """
         self._check_stopped()
         log = job.folder.with_name(f"{job.folder.name}.log")
         with disk_errors(log), log.open("ab") as file:
             file.write(f"{_PROMPT}{shlex.join(arguments)}\n".encode())
             file.flush()
-            # A session of its own: Ctrl-C reaches this process, which passes one signal on.
+            # In a session of its own, so that Ctrl-C reaches only this process, which then passes on one signal.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lit_lora", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -171,17 +181,19 @@ class Runner:
         return "" if code == 0 else _why(log, code)
 
     def _check_stopped(self) -> None:
-        if self._stopped:
-            raise Interrupted(self._stopped[0], "stopped, and what is done is kept", hint="the same command continues")
+        if self._signals:
+            raise Interrupted(
+                self._signals[0], "stopped; finished runs are kept", hint="run the same command again: it resumes"
+            )
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While the block runs, the first SIGINT or SIGTERM lets the run save itself, a second one kills it."""
+        """While the block runs, the first SIGINT or SIGTERM lets the run save a checkpoint, a second one kills it."""
 
         def stop(number: int, frame: Any) -> None:
-            self._stopped.append(number)
+            self._signals.append(number)
             if self._process is not None:
-                self._process.send_signal(signal.SIGTERM if len(self._stopped) == 1 else signal.SIGKILL)
+                self._process.send_signal(signal.SIGTERM if len(self._signals) == 1 else signal.SIGKILL)
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -193,12 +205,13 @@ class Runner:
 
 @contextmanager
 def locked(out: Path) -> Iterator[int | None]:
-    """Keep other starts out of a folder as long as this one, or a run that it started, lives.
+    """Lock a folder for as long as this process, or a run that it started, lives.
 
-    On Windows, which has no such locks, nothing is kept out.
+    Yields:
+        The handle that holds the lock; ``None`` on Windows, which has no such locks.
 
     Raises:
-        UsageError: Another one is at work in it.
+        UsageError: Another process has locked it.
     """
     try:
         import fcntl  # noqa: PLC0415 - not on Windows
@@ -213,27 +226,52 @@ def locked(out: Path) -> Iterator[int | None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"{out}: a run of this comparison is going on, from another start",
-                hint="wait for its end, or stop it; or choose another out",
+                f"{out}: this comparison is already running in another process",
+                hint="wait until it ends, stop it, or choose another out",
             ) from None
         yield handle
     finally:
         os.close(handle)
 
 
+def _evaluation(job: Job, section: EvaluateSection, file: Path, *, with_base: bool) -> list[str]:
+    """The command that evaluates a run, and with it the base model, into ``file``."""
+    command = ["evaluate"]
+    if with_base:
+        command.append(str(job.config.model.path))
+    command += [str(job.folder), "--data", section.data, "--out", str(file)]
+    options = {
+        "--task": ",".join(section.tasks),
+        "--limit": section.limit,
+        "--max-new-tokens": section.max_new_tokens,
+    }
+    for option, value in options.items():
+        if value:
+            command += [option, str(value)]
+    command += ["--samples", "0"]
+    if not with_base:
+        command.append("--skip-base")
+    return command
+
+
 def _read_evaluation(file: Path) -> list[dict[str, Any]]:
-    """The scores of each model in a file of ``evaluate``."""
+    """The scores of each model in a file written by ``evaluate``; empty if there is no file."""
     if not file.is_file():
         return []
-    models = read_json(file)["models"]
-    return [{name: score["value"] for name, score in model["scores"].items()} for model in models]
+    scores = []
+    for model in read_json(file)["models"]:
+        scores.append({name: score["value"] for name, score in model["scores"].items()})
+    return scores
 
 
 def _why(log: Path, code: int) -> str:
-    """Why a command failed: its last line of error, or the signal that killed it."""
+    """Why a command failed: its last error message, or the signal that killed it."""
     if code < 0:
         name = signal.Signals(-code).name
-        return f"killed by {name}" + (", perhaps for lack of memory" if name == "SIGKILL" else "")
-    lines = log.read_text(encoding="utf-8", errors="replace").rpartition(_PROMPT)[2].splitlines()
+        return "killed by SIGKILL, perhaps for lack of memory" if name == "SIGKILL" else f"killed by {name}"
+    _, _, output = log.read_text(encoding="utf-8", errors="replace").rpartition(_PROMPT)
+    lines = output.splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return errors[-1] if errors else f"exit code {code}: {lines[-1] if lines else 'no output'}"
+    if errors:
+        return errors[-1]
+    return f"exit code {code}: {lines[-1] if lines else 'no output'}"

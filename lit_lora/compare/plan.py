@@ -1,7 +1,8 @@
-"""What a comparison will do, before it starts: does every run fit its model, is there room, how long will it take."""
+"""What a comparison will do, before it starts: does every method fit the model, and how long will it take."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from lit_lora.compare.jobs import Job, Outcome, Runner
@@ -17,44 +18,45 @@ from lit_lora.train.device import choose_device, choose_dtype
 __all__ = ["check_folders", "count_runs", "run_all", "seconds_per_run"]
 
 _START_SECONDS = 6.0
-"""Of a process: imports, opening the model, writing its result."""
+"""What a process takes beside its steps: imports, opening the model, writing the result."""
 
 
 def count_runs(config: CompareConfig, variant: Variant) -> int:
-    """Runs of one variant: every learning rate, then the other seeds at the chosen one."""
+    """Number of runs of one variant: every learning rate, then the other seeds at the chosen one."""
     return len(variant.rates) + len(config.seeds) - 1
 
 
 def check_folders(config: CompareConfig, variants: Sequence[Variant]) -> None:
-    """Make sure that runs which are there already are those of this comparison.
+    """Make sure that existing runs belong to this comparison.
 
     Raises:
-        UsageError: Naming all that are not.
+        UsageError: With one line per run that does not.
     """
-    problems = [
-        problem
-        for variant in variants
-        for rate in variant.rates
-        for seed in config.seeds
-        if (problem := Job.of(variant, rate, seed, config.out).check())
-    ]
+    problems = []
+    for variant in variants:
+        for rate, seed in itertools.product(variant.rates, config.seeds):
+            problem = Job.of(variant, rate, seed, config.out).check()
+            if problem:
+                problems.append(problem)
     if problems:
         raise UsageError("\n".join(problems), hint="choose another out, or remove these folders")
 
 
 def seconds_per_run(config: CompareConfig, variants: Sequence[Variant]) -> list[float]:
-    """About how long a run of each variant takes; each is rehearsed on paper, which finds settings that cannot be.
+    """Estimated duration of a run of each variant; 0 for a variant whose runs are all complete.
 
-    The rows are tokenised for it, so that no run has to. A variant whose runs are all there takes no time.
+    A step of each is rehearsed on tensors without values, which finds settings that do not fit the model. The rows are
+    tokenised for that, so that no run has to do it again.
 
     Raises:
-        UsageError: Naming every variant whose method does not fit the model.
+        UsageError: With a line per problem of every variant that does not fit the model.
         InputError: Model or rows cannot be read.
     """
-    seconds, problems = [], []
+    seconds = []
+    problems = []
     for variant in variants:
         try:
-            seconds.append(0.0 if _all_there(config, variant) else _seconds(variant, config.seeds[0]))
+            seconds.append(0.0 if _complete(config, variant) else _seconds(variant, config.seeds[0]))
         except UsageError as error:
             problems += [f"{variant.name}: {line}" for line in str(error).splitlines()]
     if problems:
@@ -62,13 +64,14 @@ def seconds_per_run(config: CompareConfig, variants: Sequence[Variant]) -> list[
     return seconds
 
 
-def _all_there(config: CompareConfig, variant: Variant) -> bool:
-    """Whether every rate has run, and with every further seed one of them."""
+def _complete(config: CompareConfig, variant: Variant) -> bool:
+    """Whether all learning rates are done with the first seed, and one of them with every other seed."""
     first, *others = ([Job.of(variant, rate, seed, config.out).done for rate in variant.rates] for seed in config.seeds)
     return all(first) and all(any(done) for done in others)
 
 
 def _seconds(variant: Variant, seed: int) -> float:
+    """Estimated duration of one run."""
     config = variant.config
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=seed)
     lengths = lengths_of(prepared.train, config.peft)
@@ -76,33 +79,42 @@ def _seconds(variant: Variant, seed: int) -> float:
     dtype = choose_dtype(config.model.dtype, device)
     shape = ModelConfig.from_folder(config.model.path)
     step = estimate(setup_for(config, shape=shape, rows=lengths, dtype=dtype, device=device)).seconds_per_step or 0.0
-    size = min(config.train.batch_size, len(lengths))
-    steps = config.train.total_steps(-(-len(lengths) // size))
-    held_out = prepared.validation.token_counts.sum() if prepared.validation is not None else 0
+
+    batch_size = min(config.train.batch_size, len(lengths))
+    steps = config.train.total_steps(-(-len(lengths) // batch_size))
+    validation_tokens = prepared.validation.token_counts.sum() if prepared.validation is not None else 0
     validations = 1 + steps / config.train.eval_interval(steps)
-    share = float(held_out) / (float(lengths.token_counts.mean()) * size)
-    return _START_SECONDS + step * (steps + validations * share / 3)  # a forward is a third of a step
+    # A validation in units of a training step, of which the forward pass is about a third.
+    validation = float(validation_tokens) / (float(lengths.token_counts.mean()) * batch_size) / 3
+    return _START_SECONDS + step * (steps + validations * validation)
 
 
 def run_all(runner: Runner, config: CompareConfig, variants: Sequence[Variant]) -> Iterator[Outcome]:
-    """Train and measure everything, and give each run as soon as it is trained; scores come into it later.
+    """Train and evaluate everything. Each run is yielded as soon as it is trained; its scores are added later.
 
     Raises:
-        Interrupted: A signal came.
+        Interrupted: A signal arrived.
         DiskError: The disk is full or read-only.
     """
-    with_base = True
+    with_base = True  # the base model is measured once, with the first run that succeeds
     for variant in variants:
         tried = []
         for rate in variant.rates:
-            tried.append(runner.train(Job.of(variant, rate, config.seeds[0], config.out)))
-            yield tried[-1]
+            outcome = runner.train(Job.of(variant, rate, config.seeds[0], config.out))
+            tried.append(outcome)
+            yield outcome
         best = min(tried, key=lambda outcome: outcome.loss)
-        chosen = [best] if best.result else []
-        for seed in config.seeds[1:] if chosen else []:
-            chosen.append(runner.train(Job.of(variant, best.job.rate, seed, config.out)))
-            yield chosen[-1]
+        if not best.result:
+            continue
+
+        chosen = [best]
+        for seed in config.seeds[1:]:
+            outcome = runner.train(Job.of(variant, best.job.rate, seed, config.out))
+            chosen.append(outcome)
+            yield outcome
+        if config.evaluate is None:
+            continue
         for outcome in chosen:
-            if outcome.result and config.evaluate is not None:
+            if outcome.result:
                 runner.measure(outcome, config.evaluate, with_base=with_base)
                 with_base = with_base and not outcome.base_scores

@@ -1,4 +1,4 @@
-"""The rows of a comparison: a method with the runs that were tried and those that were chosen."""
+"""The rows of a comparison: a variant with the runs that were tried and those that were chosen."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Row:
 
     variant: Variant
     tried: list[Outcome]
-    """At every learning rate, with the first seed."""
+    """One run per learning rate, with the first seed."""
     chosen: list[Outcome]
-    """At the chosen learning rate, one for each seed; empty where every run failed."""
+    """One run per seed, at the chosen learning rate; empty if every run failed."""
 
     @property
     def rate(self) -> float | None:
@@ -29,48 +29,57 @@ class Row:
         return self.chosen[0].job.rate if self.chosen else None
 
     @property
-    def kept(self) -> list[Outcome]:
+    def finished(self) -> list[Outcome]:
         """The chosen runs that have a result."""
         return [outcome for outcome in self.chosen if outcome.result]
 
     @property
     def loss(self) -> float:
-        """Mean validation loss of the chosen runs."""
-        return statistics.fmean(outcome.loss for outcome in self.kept) if self.kept else math.inf
+        """Mean validation loss of the chosen runs; infinite if none has a result."""
+        return statistics.fmean(outcome.loss for outcome in self.finished) if self.finished else math.inf
 
     def values(self, key: str) -> list[float]:
-        """A figure of ``result.json``, or a score, of every chosen run that has it."""
-        found = [outcome.result.get(key, outcome.scores.get(key)) for outcome in self.kept]
-        return [float(value) for value in found if value is not None]
+        """A value of ``result.json``, or a score, from every chosen run that has it."""
+        values = [outcome.result.get(key, outcome.scores.get(key)) for outcome in self.finished]
+        return [float(value) for value in values if value is not None]
 
     @property
     def merges(self) -> str:
-        """Whether the result can be one model of the base's shape."""
+        """Whether the result can be merged into one model of the base's shape."""
         return {"added": "no", "full": "is a model"}.get(self.variant.config.peft.kind, "yes")
 
     @property
     def notes(self) -> list[str]:
-        """What one should know before believing the figures."""
-        notes, rates = [], self.variant.rates
+        """What makes the results doubtful."""
+        notes = []
+        lowest, highest = self.variant.rates[0], self.variant.rates[-1]
         finite = [outcome for outcome in self.tried if math.isfinite(outcome.loss)]
-        if len(finite) > 1 and self.rate in (rates[0], rates[-1]):
-            notes.append(f"lr {self.rate:g} is the {'lowest' if self.rate == rates[0] else 'highest'} that was tried")
-        notes += [f"failed at lr {o.job.rate:g}: {o.error}" for o in self.tried if not o.result]
-        notes += [f"failed with seed {o.job.seed}: {o.error}" for o in self.chosen if not o.result]
-        notes += [f"not measured: {o.error}" for o in self.kept if o.error]
-        best = [outcome.result for outcome in self.kept]
-        if any(result["validation_loss"] >= result["untrained_validation_loss"] for result in best):
+        if len(finite) > 1 and self.rate in (lowest, highest):  # a better one may lie beyond
+            notes.append(f"lr {self.rate:g} is the {'lowest' if self.rate == lowest else 'highest'} that was tried")
+
+        for outcome in self.tried:
+            if not outcome.result:
+                notes.append(f"failed at lr {outcome.job.rate:g}: {outcome.error}")
+        for outcome in self.chosen:
+            if not outcome.result:
+                notes.append(f"failed with seed {outcome.job.seed}: {outcome.error}")
+        for outcome in self.finished:
+            if outcome.error:
+                notes.append(f"not evaluated: {outcome.error}")
+
+        results = [outcome.result for outcome in self.finished]
+        if any(result["validation_loss"] >= result["untrained_validation_loss"] for result in results):
             notes.append("the validation loss did not fall")
         return list(dict.fromkeys(notes))
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
     """The rows, the lowest validation loss first."""
-    found: dict[str, list[Outcome]] = {}
+    runs_by_name: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        found.setdefault(outcome.job.variant.name, []).append(outcome)
+        runs_by_name.setdefault(outcome.job.variant.name, []).append(outcome)
     rows = []
-    for runs in found.values():
+    for runs in runs_by_name.values():
         tried = [run for run in runs if run.job.seed == runs[0].job.seed]
         best = min(tried, key=lambda run: run.loss)
         chosen = [run for run in runs if run.job.rate == best.job.rate] if best.result else []

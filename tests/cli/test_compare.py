@@ -134,7 +134,7 @@ def test_a_comparison_runs_measures_and_reports_and_a_second_start_finds_it_done
 
     code, _, err = call("base.train.max_steps=7")
     assert code == 2
-    assert f"error: {Path('out/runs/lora-lr0.001-seed0')}: holds a run with other settings" in err
+    assert f"error: {Path('out/runs/lora-lr0.001-seed0')}: already contains a run with other settings" in err
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(task: Path, number: signal.Si
     if number == signal.SIGKILL:  # its run goes on alone, and keeps a second start out
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 2:
-            assert "a run of this comparison is going on, from another start" in done.stderr
+            assert "this comparison is already running in another process" in done.stderr
             while not (run / "result.json").is_file():
                 assert time.monotonic() < end
                 time.sleep(0.1)
@@ -177,7 +177,7 @@ def test_a_folder_where_another_start_works_is_refused(task: Path, call: Call) -
     with locked(task / "out"):
         code, _, err = call()
     assert code == 2
-    assert "a run of this comparison is going on" in err
+    assert "this comparison is already running" in err
     assert os.listdir(task / "out") == [".lock"]
 
 

@@ -44,7 +44,7 @@ def test_a_run_of_an_older_version_is_still_this_one_and_another_config_is_not(t
     for other in (text.replace("rank: 8", "rank: 9"), text.replace("rank: 8", "rnk: 8"), ":"):
         assert other != text
         (job.folder / "config.yaml").write_text(other)
-        assert "holds a run with other settings" in (job.check() or "")
+        assert "already contains a run with other settings" in (job.check() or "")
 
 
 def test_the_lowest_validation_loss_of_the_first_seed_chooses_the_rate() -> None:
@@ -53,18 +53,18 @@ def test_the_lowest_validation_loss_of_the_first_seed_chooses_the_rate() -> None
     runs += [outcome(a, 1e-3, 1.4, seed=1)]
     second, first = sorted(rows_of(runs), key=lambda row: row.variant.name)
     assert [row.variant.name for row in rows_of(runs)] == ["b", "a"]
-    assert (second.rate, second.loss, len(second.kept)) == (1e-3, pytest.approx(1.2), 2)
+    assert (second.rate, second.loss, len(second.finished)) == (1e-3, pytest.approx(1.2), 2)
     assert (second.notes, first.notes) == ([], [])
 
 
-def test_what_makes_figures_doubtful_is_noted() -> None:
+def test_what_makes_results_doubtful_is_noted() -> None:
     a = variant("a", 1e-4, 1e-3)
     (row,) = rows_of([outcome(a, 1e-4, 2.0), outcome(a, 1e-3, 1.0)])
     assert row.notes == ["lr 0.001 is the highest that was tried"]
     (row,) = rows_of([outcome(a, 1e-4, 3.5), outcome(a, 1e-3, None, error="killed")])
     assert row.notes == ["failed at lr 0.001: killed", "the validation loss did not fall"]
     (row,) = rows_of([outcome(a, 1e-4, None, error="x"), outcome(a, 1e-3, None, error="y")])
-    assert (row.rate, row.kept, row.notes) == (None, [], ["failed at lr 0.0001: x", "failed at lr 0.001: y"])
+    assert (row.rate, row.finished, row.notes) == (None, [], ["failed at lr 0.0001: x", "failed at lr 0.001: y"])
 
 
 def test_the_table_has_means_and_spreads_and_the_base() -> None:
@@ -77,7 +77,7 @@ def test_the_table_has_means_and_spreads_and_the_base() -> None:
     runs[0].base_scores = {"loss": 4.0, "perplexity": 55.0, "exact match": 0.0}
     header, (first, second, base) = summary_table(rows_of(runs))
     table = dict(zip(header, first, strict=True))
-    assert (table["lr"], table["trains"], table["memory"], table["merges"]) == ("0.001", "1,000", "1.0 GB", "yes")
+    assert (table["lr"], table["trainable"], table["memory"], table["merges"]) == ("0.001", "1,000", "1.0 GB", "yes")
     assert table["validation loss"] == "1.5000 ± 0.7071"
     assert (table["held-out loss"], table["exact match"]) == ("0.6000 ± 0.1414", "50.0% ± 35.4")
     assert "perplexity" not in table
@@ -109,6 +109,6 @@ def test_the_files_hold_every_run_and_need_nothing_beside_them(tmp_path: Path) -
         assert image.size[0] > 500
 
 
-def test_without_a_result_there_is_no_picture(tmp_path: Path) -> None:
+def test_without_a_result_there_is_no_plot(tmp_path: Path) -> None:
     written = write_report(tmp_path, [outcome(variant("a", 1e-3), 1e-3, None, error="x")], {})
     assert [path.name for path in written] == ["comparison.csv", "comparison.html"]

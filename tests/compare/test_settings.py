@@ -100,7 +100,7 @@ def test_all_problems_are_told_at_once_by_file_and_line(load) -> None:
     assert found["10"].startswith("peft.rank: input should be greater than or equal to 1, got 0")
     assert found["11"].startswith("runs.3.sweep.peft.rank: input should be a valid list, got 2")
     assert found["12"].startswith("unknown key 'trian' (did you mean 'train'?)")
-    assert found["13"] == "seed: the comparison itself has seeds"
+    assert found["13"] == "seed: set seeds of the comparison instead"
     assert found["14"].startswith("data.validation: is missing")
     assert found["15"] == "recipe 'loara' is not known (did you mean 'lora'?)"
     of_one_run = [line for line in lines if line.startswith("16:")]
@@ -119,7 +119,7 @@ def test_all_problems_are_told_at_once_by_file_and_line(load) -> None:
         ("runs: lora\n", "valid list"),
         ("runs: [lora]\n", "runs.0"),
         ("runs: [{name: a}, {name: A}]\n", "two are called 'A'"),
-        ("runs: [{name: a, out: x}]\n", "out: the comparison itself has out"),
+        ("runs: [{name: a, out: x}]\n", "out: set out of the comparison instead"),
         ("runs: [{name: a}]\nevaluate: {limit: 3}\n", "'evaluate.data' is missing"),
         ("runs: [{name: a}]\nseeds: []\n", "seeds"),
     ],
