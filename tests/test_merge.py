@@ -137,7 +137,7 @@ def test_bfloat16_merge_rounds_once_from_float32(tmp_path):
 def test_pain_16_a_merge_that_loses_the_update_is_refused_with_the_remedy(tmp_path):
     base = save_base(make_model(dtype=torch.bfloat16), tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", size=0.001)
-    with pytest.raises(NumericalError, match=r"rounding to bf16 loses \d\d% of what the adapter does") as error:
+    with pytest.raises(NumericalError, match=r"rounding to bf16 loses \d\d% of the adapter's effect") as error:
         merge(adapter, tmp_path / "merged")
     assert "--dtype fp16" in error.value.hint
     assert "--dtype fp32" in error.value.hint

@@ -66,7 +66,7 @@ def test_pain_16_by_default_the_trained_function_is_written(
 ) -> None:
     code, out, _ = call("merge", adapter, "--out", tmp_path / "merged")
     assert code == 0
-    assert "merged into the dequantised base (nf4-dq, blocks of 32): the function that was trained" in out
+    assert "merged into the dequantised base (nf4-dq, blocks of 32): the model computes what was trained" in out
     merged = load_model(tmp_path / "merged")
     assert found_config(merged) is None
     torch.testing.assert_close(logits(merged), trained(base, adapter), atol=1e-4, rtol=1e-4)
@@ -78,12 +78,12 @@ def test_pain_16_into_the_original_gives_original_and_adapter_and_says_what_diff
 ) -> None:
     code, out, _ = call("merge", adapter, "--into", "original", "--out", tmp_path / "merged")
     assert code == 0
-    assert "merged into the original base: trained was over nf4-dq" in out
+    assert "merged into the original base: training was over nf4-dq" in out
     got = logits(load_model(tmp_path / "merged"))
     torch.testing.assert_close(got, trained(base, adapter, None), atol=1e-4, rtol=1e-4)
     worst = (got - trained(base, adapter))[:, -16:].abs().max()
     assert worst > 1e-2
-    (figures,) = re.findall(r"logits differ by (\S+) at most, KL (\S+) ", out)
+    (figures,) = re.findall(r"logits differ by at most (\S+), KL (\S+) ", out)
     assert 0 < float(figures[0]) < 10 * worst
     assert float(figures[1]) > 0
 
@@ -94,7 +94,7 @@ def test_pain_16_into_quantized_writes_codes_and_says_what_they_keep(
     code, out, _ = call("merge", adapter, "--into", "quantized", "--out", tmp_path / "merged")
     assert code == 0
     assert "merged and quantised again to nf4-dq, blocks of 32" in out
-    (kept,) = re.findall(r"([\d.]+)% of its values are in", out)
+    (kept,) = re.findall(r"([\d.]+)% of its values survive", out)
     assert 10 < float(kept) < 99
     merged = load_model(tmp_path / "merged")
     assert found_config(merged) == HELD
@@ -123,7 +123,7 @@ def test_over_a_prequantised_folder(base: Path, adapter: Path, tmp_path: Path, c
     assert call("merge", adapter, "--base", packed, "--into", "quantized", "--out", tmp_path / "again")[0] == 0
     code, _, err = call("merge", adapter, "--base", packed, "--into", "original", "--out", tmp_path / "x")
     assert code == 2
-    assert "holds codes only (nf4-dq, blocks of 32)" in err
+    assert "is quantised itself (nf4-dq, blocks of 32)" in err
     assert "--base" in err
     assert not (tmp_path / "x").exists()
 

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model, with proof, combining adapters, switching tasks, and what a run changed."""
+"""Merge an adapter into its base model with proof, combine adapters, switch tasks, and see what a run changed."""
 
 from lit_lora.merge.combine import Combined, combine
 from lit_lora.merge.folder import Forecast, MergeReport, forecast, merge

@@ -1,4 +1,4 @@
-"""Merging: base + update into a Hugging Face folder that is proved before it appears under its name."""
+"""Merge base and update into a Hugging Face folder, which appears under its name only once it is proved."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from lit_lora.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Forecast", "MergeReport", "forecast", "merge"]
 
-# More than this of what the adapter does lost to rounding is refused: about a twentieth of what training gained.
+# A merge that loses more than this share of the adapter's effect to rounding is refused. It corresponds to about a
+# twentieth of what training gained: see Proof.lost.
 MAX_LOST = 0.15
-# Any text will do; its tokens' embeddings are what the blocks are compared on.
+# Any text will do: the blocks are compared on the embeddings of its tokens.
 _TEXT = (
     "The parcel arrived on Tuesday, three days late and with a dented corner. She opened it at the kitchen table, "
     "counted the parts against the list (twelve screws, two hinges, one handle), and wrote back: 'Everything is here, "
@@ -38,44 +39,45 @@ _MAX_TOKENS = 64
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged, and the proof of it."""
+    """What was merged, and the proof that it is right."""
 
     out: Path
     """The folder written."""
     tensors: list[TensorProof]
-    """Per tensor with an update."""
+    """One per tensor with an update."""
     totals: Totals
     """Over all of them."""
     proof: Proof
     """Merged against base + adapter, block by block and end to end."""
     untied: bool
-    """Head and embedding were one tensor and are two now."""
+    """Head and embedding were one tensor and are now two."""
     onto: str = ""
     """What the update of a quantised base was added to."""
     lossy: bool = False
-    """It was asked to change what the model does."""
+    """The merge was asked for although it changes the model's function."""
 
     def lines(self) -> list[str]:
         """The report in a few lines."""
         worst = max(self.tensors, key=lambda proof: proof.relative_error)
         block = max([*self.proof.blocks, *self.proof.ends], key=lambda proof: proof.error)
-        logits, how = self.proof.logits, "compared" if self.lossy else "agree"
-        lost = f"{self.proof.lost:.2%} of what the adapter does is lost"
+        logits = self.proof.logits
+        verb = "compared" if self.lossy else "agree"
+        lost = f"{self.proof.lost:.2%} of the adapter's effect is lost"
         if self.proof.lost > 1:
-            lost = f"that is {self.proof.lost:.3g} times what the adapter does"
+            lost = f"that is {self.proof.lost:.3g} times the adapter's effect"
         lines = [
-            f"{len(self.tensors)} tensors updated: rounding is {self.totals.relative_error:.2%} of the update "
-            f"(worst {worst.relative_error:.2%}, {worst.name}), {self.totals.kept:.1%} of its values are in",
-            f"{len(self.proof.blocks)} blocks {how} with base + adapter: outputs differ by {block.error:.1e} at most "
+            f"{len(self.tensors)} tensors updated: rounding error {self.totals.relative_error:.2%} of the update "
+            f"(at most {worst.relative_error:.2%}, {worst.name}); {self.totals.kept:.1%} of its values survive",
+            f"{len(self.proof.blocks)} blocks {verb} with base + adapter: outputs differ by at most {block.error:.1e} "
             f"({block.place}); {lost}",
-            f"predictions: logits differ by {logits.worst:.2g} at most, KL {logits.kl:.1e} "
+            f"predictions: logits differ by at most {logits.worst:.2g}, KL {logits.kl:.1e} "
             f"(the adapter changed them by {logits.base_kl:.1e}), "
-            f"{logits.agreement:.0%} same most likely token",
+            f"same most likely token for {logits.agreement:.0%}",
         ]
         if self.onto:
             lines.insert(0, self.onto)
         if self.untied:
-            lines.append("head and embedding differ now, so the head is stored too and tie_word_embeddings is false")
+            lines.append("head and embedding now differ, so both are stored and tie_word_embeddings is false")
         return lines
 
 
@@ -84,9 +86,9 @@ class Forecast:
     """What merging into a dtype would keep."""
 
     totals: Totals
-    """Of the weights' update."""
+    """Of the update itself."""
     proof: Proof
-    """Of what it does."""
+    """Of its effect on the model's outputs."""
 
 
 def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: bool = False) -> MergeReport:
@@ -95,23 +97,26 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
     Args:
         plan: The merge.
         out: The folder to create.
-        allow_lossy: Write a merge even if rounding loses much of what the adapter does.
+        allow_lossy: Write the merge even if rounding loses much of the adapter's effect.
         replace: Replace an existing ``out``.
 
     Raises:
         NumericalError: The update does not survive rounding, or merged and base + adapter differ.
-        DiskError: ``out`` exists, or there is no room.
+        DiskError: ``out`` exists, or the disk has too little space.
     """
     require_free_space(out, plan.bytes() + (1 << 24), "the merged model")
     with atomic_folder(out, replace=replace) as temporary, disk_errors(out):
         proofs = _write_tensors(plan, temporary)
         _write_side_files(plan, temporary)
-        dtype = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
+
+        # Proved on what is now in the files.
+        coarsest = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
         written = BaseTensors(temporary, plan.config, exact=plan.into == "quantized")
-        proof = prove(plan, _token_ids(plan, temporary), dtype=dtype, merged=written)
+        proof = prove(plan, _token_ids(plan, temporary), dtype=coarsest, merged=written)
         report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
-        kept = plan.into == "quantized" and plan.keeps_codes  # in 32 bits, whatever it is then computed in
-        if not (proof.lost <= MAX_LOST or allow_lossy or plan.lossy or kept):
+        # The zeros between unchanged codes are float32: nothing is lost, in whatever dtype the model then computes.
+        exact = plan.into == "quantized" and plan.keeps_codes
+        if not (proof.lost <= MAX_LOST or allow_lossy or plan.lossy or exact):
             raise _lossy(plan, report)
         write_text(temporary / "README.md", _card(plan, report))
     return report
@@ -121,7 +126,7 @@ def forecast(plan: MergePlan, dtype: torch.dtype) -> Forecast:
     """Measure what merging into ``dtype`` would keep, without writing anything.
 
     Raises:
-        NumericalError: The result would differ by more than rounding explains, as when values overflow.
+        NumericalError: The result would differ by more than rounding explains, such as when values overflow.
     """
     folder = plan.adapter.folder if (plan.adapter.folder / "tokenizer.json").is_file() else plan.folder
     return Forecast(measure(plan, dtype), prove(plan, _token_ids(plan, folder), dtype=dtype))
@@ -132,7 +137,8 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
     with CheckpointWriter(folder) as writer:
         for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
             if isinstance(tensor, Quantized):
-                for part, values in packed_tensors(name.removesuffix(".weight"), tensor, plan.base.dtype(name)).items():
+                parts = packed_tensors(name.removesuffix(".weight"), tensor, plan.base.dtype(name))
+                for part, values in parts.items():
                     writer.add(part, values)
             else:
                 writer.add(name, tensor)
@@ -142,17 +148,17 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
 
 
 def _onto(plan: MergePlan) -> str:
-    """What the update was added to, where there is a choice."""
+    """What the update was added to, in words; empty if the base is not quantised."""
     if plan.into == "quantized" and plan.keeps_codes:
         return (
-            f"merged into the zeros of {plan.quantize}: the codes stay, the function is the one that was trained "
-            "(a model that computes in 16 bits rounds the sum of weight and update)"
+            f"merged into the zeros of {plan.quantize}: the codes stay, and the model computes what was trained "
+            "(up to the rounding of weight + update in 16 bits)"
         )
     return {
         None: "",
-        "dequantized": f"merged into the dequantised base ({plan.quantize}): the function that was trained",
-        "original": f"merged into the original base: trained was over {plan.quantize}, so this is another function",
-        "quantized": f"merged and quantised again to {plan.quantize}: codes cannot hold all of a small update",
+        "dequantized": f"merged into the dequantised base ({plan.quantize}): the model computes what was trained",
+        "original": f"merged into the original base: training was over {plan.quantize}, so the results differ",
+        "quantized": f"merged and quantised again to {plan.quantize}: its codes cannot hold all of a small update",
     }[plan.into]
 
 
@@ -162,26 +168,27 @@ def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
     names = sorted(name for name, dtype in DTYPES.items() if dtype in used)
     remedies = []
     for name in ("fp16", "bf16", "fp32"):
-        with contextlib.suppress(NumericalError):  # values that overflow it: no remedy
-            lost = 1.0 if DTYPES[name] in used else forecast(plan, DTYPES[name]).proof.lost
+        if DTYPES[name] in used:
+            continue
+        with contextlib.suppress(NumericalError):  # values overflow this dtype
+            lost = forecast(plan, DTYPES[name]).proof.lost
             if lost <= MAX_LOST:
                 remedies.append(f"--dtype {name} (loses {lost:.1%})")
-    use = f"use {' or '.join(remedies)}; or " if remedies else ""
+    use = f"use {' or '.join(remedies)}, or " if remedies else ""
     return NumericalError(
-        f"rounding to {'/'.join(names)} loses {report.proof.lost:.0%} of what the adapter does, more than "
+        f"rounding to {'/'.join(names)} loses {report.proof.lost:.0%} of the adapter's effect, more than "
         f"{MAX_LOST:.0%} ({1 - report.totals.kept:.0%} of the update's values vanish); nothing was written",
-        hint=f"{use}keep the adapter beside the base; or --allow-lossy",
+        hint=f"{use}keep the adapter beside the base, or accept the loss with --allow-lossy",
     )
 
 
 def _write_side_files(plan: MergePlan, folder: Path) -> None:
-    """Config, tokenizer, templates: the adapter's tokenizer where it has one, else the base's."""
+    """Config, tokenizer and templates; the adapter's tokenizer if it has one, else the base's."""
     config = {**plan.config.to_hf(), KEEP_DTYPE: True}
     if plan.into == "quantized" and plan.quantize is not None:
+        configs = plan.base.reader.configs() or [plan.quantize]
         config["quantization_config"] = quantization_config(
-            plan.base.reader.configs() or [plan.quantize],
-            getattr(torch, plan.config.dtype),
-            head=plan.config.names.head,
+            configs, getattr(torch, plan.config.dtype), head=plan.config.names.head
         )
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if (plan.adapter.folder / "tokenizer.json").is_file():
@@ -190,7 +197,7 @@ def _write_side_files(plan: MergePlan, folder: Path) -> None:
 
 
 def _token_ids(plan: MergePlan, folder: Path) -> list[int]:
-    """Token ids of some text, or spread over the vocabulary where there is no tokenizer."""
+    """Token ids of a text; without a tokenizer, ids spread over the vocabulary."""
     vocabulary = plan.config.vocab_size
     if (folder / "tokenizer.json").is_file():
         ids = [token for token in Tokenizer.load(folder).encode(_TEXT) if token < vocabulary]
@@ -203,7 +210,7 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     adapter = plan.adapter
     metrics = {
         "Rounding error of the update": f"{report.totals.relative_error:.2%}",
-        "Lost of what the adapter does": f"{report.proof.lost:.2%}",
+        "Adapter's effect lost to rounding": f"{report.proof.lost:.2%}",
         "Same most likely token as base + adapter": f"{report.proof.logits.agreement:.0%}",
     }
     method = f"{adapter.config.about}, merged ({plan.config.dtype})"

@@ -1,7 +1,8 @@
-"""What a merge will do, known before anything is read in full or written: base, combined updates, ties, sizes."""
+"""What a merge will do, worked out before values are read or written: base, combined updates, ties, sizes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 Into = Literal["dequantized", "original", "quantized"]
-"""Onto what an update of a quantised base is added."""
+"""What an update trained over a quantised base is added to."""
 
 
 class BaseTensors(Base):
@@ -41,8 +42,8 @@ class BaseTensors(Base):
     Args:
         folder: The checkpoint.
         config: Its config, which says what embedding and head are called, and whether they are one.
-        quantize: Tensors that are given as if they had been quantised, and how.
-        exact: Give quantised tensors in float32, whatever the model computes in: what the codes say.
+        quantize: Tensors to return as they would be after quantisation, and how they are quantised.
+        exact: Dequantise to float32, which rounds nothing, instead of the model's dtype.
     """
 
     def __init__(
@@ -53,14 +54,15 @@ class BaseTensors(Base):
         quantize: Mapping[str, QuantizeConfig] | None = None,
         exact: bool = False,
     ) -> None:
-        self.reader, self.exact = StoredTensors(folder), exact
+        self.reader = StoredTensors(folder)
+        self.exact = exact
         self.quantize = quantize or {}
         self.tied = config.tie_word_embeddings
         self.embedding, self.head = f"{config.names.embedding}.weight", f"{config.names.head}.weight"
         names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
         self.stored = [name for name in names if not (self.tied and name == self.head)]
 
-    def _place(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str:
         return self.embedding if self.tied and name == self.head else name
 
     def __getitem__(self, name: str) -> Tensor:
@@ -68,10 +70,10 @@ class BaseTensors(Base):
             raise KeyError(name)
         if self.quantized(name):
             return self.packed(name).dequantize(torch.float32 if self.exact else self.dtype(name))
-        return self.reader.read(self._place(name))
+        return self.reader.read(self._stored_name(name))
 
     def packed(self, name: str) -> Quantized:
-        """A quantised tensor."""
+        """The codes of a tensor that is quantised, stored so or made now."""
         if self.reader.quantized(name):
             return self.reader.packed(name)
         return quantize(self.reader.read(name), self.quantize[name], name=name)
@@ -89,15 +91,15 @@ class BaseTensors(Base):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self.reader.shape(self._place(name))
+        return self.reader.shape(self._stored_name(name))
 
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is, or is given as if it had been, quantised."""
+        """Whether a tensor is stored quantised, or returned as it would be after quantisation."""
         return name in self.quantize or self.reader.quantized(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is stored."""
-        return self.reader.dtype(self._place(name))
+        return self.reader.dtype(self._stored_name(name))
 
 
 @dataclass(frozen=True)
@@ -114,39 +116,39 @@ class Places:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that fits together: the adapter belongs to the base."""
+    """A merge that has been checked: the adapter belongs to the base."""
 
     folder: Path
     """The base model's folder."""
     adapter: Adapter
-    """What is added."""
+    """The adapter to merge."""
     base: BaseTensors
-    """The base model's tensors."""
+    """The tensors that the updates are added to."""
     updates: dict[str, Update]
-    """By tensor; what is subtracted is in them."""
+    """By tensor; those of an adapter to subtract are already taken off."""
     names: list[str]
     """Tensors to write, in order."""
     config: ModelConfig
     """``config.json`` of the result."""
     untied: bool
-    """The base is tied and the result is not: its head and its embedding differ now."""
+    """The base is tied and the result is not, because head and embedding now differ."""
     dtype: torch.dtype | None
-    """Of every tensor, or each as in the base."""
+    """Dtype of every tensor; ``None`` keeps each as in the base."""
     trained: BaseTensors
     """The base as it was in training: ``base``, unless that is the original of a quantised one."""
     into: Into | None
-    """Onto what the update is added; ``None`` for a base that is not quantised."""
+    """What the update is added to; ``None`` for a base that is not quantised."""
     quantize: QuantizeConfig | None
     """How the base was quantised."""
 
     @property
     def lossy(self) -> bool:
-        """What was asked for is not the function that was trained."""
+        """Whether the merge, as asked for, computes something else than what was trained."""
         return self.into == "original" or (self.into == "quantized" and not self.keeps_codes)
 
     @property
     def keeps_codes(self) -> bool:
-        """The update fits between the codes of the base, which stay."""
+        """Whether the update goes into the zeros of the base's groups, so that its codes stay."""
         return self.quantize is not None and _keeps_codes(self.adapter, self.quantize)
 
     def packs(self, name: str) -> bool:
@@ -165,15 +167,14 @@ class MergePlan:
 
     def bytes(self) -> int:
         """Bytes of all tensors to write."""
-        packed = [name for name in self.names if self.packs(name)]
-        small = sum(
-            packed_bytes(n.removesuffix(".weight"), self.base.shape(n), self.quantize) for n in packed if self.quantize
-        )
-        return small + sum(
-            self.rows(name) * int(torch.Size(self.base.shape(name)[1:]).numel()) * self.target(name).itemsize
-            for name in self.names
-            if not self.packs(name)
-        )
+        total = 0
+        for name in self.names:
+            shape = self.base.shape(name)
+            if self.quantize is not None and self.packs(name):
+                total += packed_bytes(name.removesuffix(".weight"), shape, self.quantize)
+            else:
+                total += self.rows(name) * math.prod(shape[1:]) * self.target(name).itemsize
+        return total
 
 
 def find_places(source: Path, *, base: Path | None = None, out: Path | None = None) -> Places:
@@ -209,45 +210,48 @@ def plan_merge(
 
     Args:
         places: The folders.
-        subtract: An adapter that was merged into the base before and is taken back: task switching.
-        dtype: Of the result; as in the base when omitted.
-        into: Onto what the update of a quantised base is added: what is the function that was trained, when omitted:
-            codes that the update leaves as they are, or else the dequantised base.
-        force: Take a base that is not the one the adapter was trained on.
+        subtract: An adapter that has been merged into the base, to be taken out again (task switching).
+        dtype: Dtype of the result; as in the base when omitted.
+        into: What the update of a quantised base is added to. By default what computes the same as in training: the
+            codes, if the update leaves them as they are, else the dequantised base.
+        force: Accept a base that is not the one the adapter was trained on.
 
     Raises:
         InputError: Something is broken or does not fit.
-        UsageError: ``into`` does not apply, or the adapter is to be added and subtracted.
+        UsageError: ``into`` does not apply, or the same adapter is to be added and subtracted.
     """
     if subtract is not None and Path(subtract).resolve() == Path(places.adapter).resolve():
         raise UsageError(
-            f"{subtract}: is to be added and subtracted, which leaves nothing to merge",
-            hint="--subtract takes the adapter of the task that was merged into --base before",
+            f"{subtract}: cannot be added and subtracted in the same merge",
+            hint="--subtract takes the adapter of a task that has already been merged into --base",
         )
     config = ModelConfig.from_folder(places.base)
     tied = config.tie_word_embeddings
     adapter = read_adapter(places.adapter)
-    trained, base, held = _bases(places.base, config, adapter, into)
-    if held is not None:
-        into = into or ("quantized" if _keeps_codes(adapter, held) else "dequantized")
+    trained, base, quantization = _bases(places.base, config, adapter, into)
+    if quantization is not None:
+        into = into or ("quantized" if _keeps_codes(adapter, quantization) else "dequantized")
         trained.exact = into == "quantized"
+
     adapter.require_updates()
     # A base with another task merged into it does not have the values that the adapter was trained on.
     updates = check_base(adapter, trained, empty_model(config), force=force or subtract is not None)
     if subtract is not None:
-        taken = read_adapter(subtract)
-        taken.require_updates()
-        updates = _subtracted(updates, check_base(taken, base, empty_model(config), force=True), taken.folder)
+        former = read_adapter(subtract)
+        former.require_updates()
+        updates = _subtracted(updates, check_base(former, base, empty_model(config), force=True), former.folder)
+
+    # An adapter of a tied model gives its embedding and its head one and the same update, unless it trained them apart.
     untied = tied and updates.get(base.embedding) is not updates.get(base.head)
     rows = base.shape(base.embedding)[0] if base.embedding in base else config.vocab_size
-    if base.embedding in updates:
+    if base.embedding in updates:  # it may add tokens
         rows = updates[base.embedding].rows(rows)
     stored = str(dtype).removeprefix("torch.") if dtype else config.dtype
     if isinstance(adapter.config, ChangesConfig):
         config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
     names = base.stored + ([base.head] if untied else [])
-    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, held)
+    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, quantization)
 
 
 def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
@@ -258,39 +262,41 @@ def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
 def _bases(
     folder: Path, config: ModelConfig, adapter: Adapter, into: Into | None
 ) -> tuple[BaseTensors, BaseTensors, QuantizeConfig | None]:
-    """The base as it was in training, the one to add to, and how the former was quantised.
+    """The base as it was in training, the base to add the update to, and how the former was quantised.
 
     Raises:
         UsageError: ``into`` does not apply.
     """
     stored = BaseTensors(folder, config)
-    packed = next(iter(stored.reader.configs()), None)
-    held = packed or adapter.quantize
-    if held is None and into is not None:
+    stored_quantized = next(iter(stored.reader.configs()), None)
+    quantization = stored_quantized or adapter.quantize
+    if quantization is None and into is not None:
         raise UsageError(f"--into {into}: has no effect, the base of {adapter.folder} is not quantised")
-    if held is None or packed is not None:
-        if into == "original":
-            raise UsageError(
-                f"--into original: {folder} holds codes only ({held})", hint="give the 16-bit checkpoint with --base"
-            )
-        return stored, stored, held
+    if stored_quantized is not None and into == "original":
+        raise UsageError(
+            f"--into original: {folder} is quantised itself ({quantization})",
+            hint="give the 16-bit checkpoint with --base",
+        )
+    if quantization is None or stored_quantized is not None:
+        return stored, stored, quantization
+    # Training quantised a 16-bit checkpoint as it loaded it: do the same to the same layers.
     names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
-    trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, held))
-    return trained, stored if into == "original" else trained, held
+    trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, quantization))
+    return trained, stored if into == "original" else trained, quantization
 
 
-def _subtracted(updates: Updates, taken: Updates, folder: Path) -> dict[str, Update]:
-    """``updates`` with ``taken`` taken back.
+def _subtracted(updates: Updates, former: Updates, folder: Path) -> dict[str, Update]:
+    """``updates`` minus the ``former`` ones, which are those of the adapter in ``folder``.
 
     Raises:
-        InputError: ``taken`` replaced values, and what was there before is not known.
+        InputError: A former update replaced values, so the original ones are not known.
     """
     result = dict(updates)
-    for name, update in taken.items():
+    for name, update in former.items():
         added = updates.get(name)
         if not isinstance(update, LowRank) or not isinstance(added, LowRank | None):
             raise InputError(
-                f"{folder}: cannot be subtracted: {name} was replaced and its old values are not in the adapter",
+                f"{folder}: cannot be subtracted: {name} was replaced, and the adapter does not have its old values",
                 hint="merge onto the original base model instead",
             )
         result[name] = update.negative() if added is None else added.plus(update.negative())

@@ -1,8 +1,8 @@
 """The merged checkpoint against base + adapter, block by block, reading weights from the files some rows at a time.
 
-Three models share one decoder layer's code: the base, the base with the adapter's branch beside it (``x A^T B^T``, not
-the merged matrix), and the merged files as they were written. All compute in float32, so what differs is what rounding
-the merged weights did.
+Three models run the same decoder code: the base, the base with the adapter's branch beside it (``x A^T B^T``, not the
+merged matrix), and the merged files as they were written. All compute in float32, so the only difference is the
+rounding of the merged weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lit_lora.peft.core.updates import LowRank, Updates
 
 __all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
 
-# Norm of the difference of a block's outputs relative to the outputs. Rounding gives a third of this or less; a wrong
-# scaling, a swapped factor or a missing tensor gives far more.
+# Allowed norm of the difference of a block's outputs, relative to the outputs. Rounding gives a third of it or less; a
+# wrong scaling, a swapped factor or a missing tensor gives far more.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _CHUNK_VALUES = 1 << 22
 _LAST_TOKENS = 16
@@ -34,11 +34,11 @@ class BlockProof:
     """A decoder layer, the embedding or the head, on the same inputs."""
 
     place: str
-    """Which."""
+    """Which one, in words."""
     output: float
     """Norm of the output of base + adapter."""
     effect: float
-    """Norm of what the adapter does to it."""
+    """Norm of what the adapter changes in the output."""
     difference: float
     """Norm of merged minus base + adapter."""
 
@@ -49,18 +49,18 @@ class BlockProof:
 
     @property
     def lost(self) -> float:
-        """The difference relative to what the adapter does; 0 where it does nothing."""
+        """The difference relative to the adapter's effect; 0 where it has none."""
         return self.difference / self.effect if self.effect else 0.0
 
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """The last tokens' predictions, all blocks one after the other."""
+    """The predictions after the last tokens, with every model running on its own from the embedding to the head."""
 
     kl: float
     """Mean Kullback-Leibler divergence of merged from base + adapter, in nats."""
     base_kl: float
-    """The same of the base model: what the adapter changed."""
+    """The same for the base model, which is what the adapter changed."""
     worst: float
     """Largest difference of a logit."""
     agreement: float
@@ -80,53 +80,68 @@ class Proof:
 
     @property
     def lost(self) -> float:
-        """Share of what the adapter does that is lost: over all layers, or at an end where that is more.
+        """Share of the adapter's effect that is lost: over all layers, or at the embedding or the head if more.
 
-        The rounding error of the weights overstates it several times: it is noise in all directions, of which few
+        The rounding error of the weights overstates the loss several times: it is noise in all directions, of which few
         matter. Measured on a trained adapter scaled down step by step (SmolLM2-135M, bfloat16): weights off by 34 %,
         this 10 %, 0.1 % of the gain in loss gone; then 53 %, 13 %, 2 %; then 72 %, 23 %, 18 %.
         """
         effect = math.hypot(*(block.effect for block in self.blocks))
-        layers = math.hypot(*(block.difference for block in self.blocks)) / effect if effect else 0.0
-        return max(layers, *(end.lost for end in self.ends))
+        difference = math.hypot(*(block.difference for block in self.blocks))
+        of_layers = difference / effect if effect else 0.0
+        return max([of_layers, *(end.lost for end in self.ends)])
 
 
 class _Weights:
-    """A checkpoint's weights: with an adapter's branch beside them, or merged and rounded, or as they are."""
+    """A checkpoint's weights: with an adapter's branch beside them, or merged and rounded, or as they are.
+
+    Args:
+        tensors: The checkpoint's.
+        updates: Those of the adapter; empty to leave the weights as they are.
+        rounded: Merge the updates and round to this dtype, instead of computing low-rank ones beside the weights.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], updates: Updates, rounded: torch.dtype | None = None) -> None:
-        self.tensors, self.updates, self.rounded = tensors, updates, rounded
+        self.tensors = tensors
+        self.updates = updates
+        self.rounded = rounded
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """(T, in) to (T, out) by the matrix of ``name``, some rows at a time."""
-        weight, update = self.tensors[f"{name}.weight"], self.updates.get(f"{name}.weight")
+        weight = self.tensors[f"{name}.weight"]
+        update = self.updates.get(f"{name}.weight")
         rows = len(weight) if update is None else update.rows(len(weight))
+        branch = update if isinstance(update, LowRank) and self.rounded is None else None
+
         step = max(1, _CHUNK_VALUES // weight.shape[1])
         parts = []
-        beside = isinstance(update, LowRank) and self.rounded is None
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            part = x @ (weight[start:stop].float() if beside else self._rows(f"{name}.weight", start, stop)).T
-            if beside and isinstance(update, LowRank):
-                part += update.scaling * (x @ update.right.float().T) @ update.left[start:stop].float().T
+            if branch is None:
+                part = x @ self._rows(f"{name}.weight", start, stop).T
+            else:
+                part = x @ weight[start:stop].float().T
+                part += branch.scaling * (x @ branch.right.float().T) @ branch.left[start:stop].float().T
             parts.append(part)
         out = torch.cat(parts, dim=-1)
         return out + self.vector(f"{name}.bias") if f"{name}.bias" in self.tensors else out
 
     def vector(self, name: str) -> Tensor:
-        """A bias or the weight of a norm."""
+        """A bias, or the weight of a norm."""
         return self._rows(name, 0, len(self.tensors[name]))
 
     def embed(self, name: str, ids: Tensor) -> Tensor:
-        """(T,) token ids to (T, D) by the matrix of ``name``; tokens that it does not have count as its last one."""
+        """(T,) token ids to (T, D) by the matrix of ``name``; ids beyond the vocabulary count as its last one."""
         weight = f"{name}.weight"
-        rows, update = len(self.tensors[weight]), self.updates.get(weight)
+        rows = len(self.tensors[weight])
+        update = self.updates.get(weight)
         last = (rows if update is None else update.rows(rows)) - 1
         return torch.cat([self._rows(weight, token, token + 1) for token in ids.clamp(max=last).tolist()])
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows with the update in them, float32."""
-        weight, update = self.tensors[name], self.updates.get(name)
+        """Rows with the update merged in, float32, and rounded in between if asked for."""
+        weight = self.tensors[name]
+        update = self.updates.get(name)
         rows = weight[start:stop].float() if update is None else update.apply(weight, start, stop)
         return rows if self.rounded is None else rows.to(self.rounded).float()
 
@@ -136,7 +151,9 @@ class _Streamed(nn.Module):
 
     def __init__(self, weights: _Weights, name: str, *, embedding: bool) -> None:
         super().__init__()
-        self.weights, self.name, self.embedding = weights, name, embedding
+        self.weights = weights
+        self.name = name
+        self.embedding = embedding
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) to (T, out), or (T,) ids to (T, D)."""
@@ -152,34 +169,34 @@ def prove(
     Args:
         plan: The merge.
         ids: Token ids of some text.
-        dtype: The coarsest dtype of the result: it sets the tolerance.
-        merged: The merged tensors as they were written; without them, what rounding to ``dtype`` would give.
+        dtype: The coarsest dtype of the result, which sets the tolerance.
+        merged: The merged tensors as they were written; without them, what rounding to ``dtype`` would give is proved.
 
     Raises:
-        NumericalError: A block differs by more than rounding explains, and the weights are not quantised otherwise.
+        NumericalError: A block differs by more than rounding explains, and the plan is not for a lossy merge.
     """
     written = _Weights(plan.base, plan.updates, dtype) if merged is None else _Weights(merged, {})
-    base, adapted, final = (
-        _streaming_model(plan.config, weights)
-        for weights in (_Weights(plan.trained, {}), _Weights(plan.trained, plan.updates), written)
-    )
-    found: dict[str, BlockProof] = {}
+    base = _streaming_model(plan.config, _Weights(plan.trained, {}))
+    adapted = _streaming_model(plan.config, _Weights(plan.trained, plan.updates))
+    final = _streaming_model(plan.config, written)
+    proofs: dict[str, BlockProof] = {}
 
     def compare(name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        """The same block of the three models on the same inputs."""
-        wanted, plain, got = (
-            _sum(out) for out in (output, base.get_submodule(name)(*inputs), final.get_submodule(name)(*inputs))
-        )
-        known = plain.shape[-1]  # logits of added tokens: the base has none
-        effect = torch.hypot((wanted[..., :known] - plain).norm(), wanted[..., known:].norm())
+        """Run the same block of the other two models on the inputs that ``adapted`` has."""
+        expected = _total(output)
+        plain = _total(base.get_submodule(name)(*inputs))
+        merged_output = _total(final.get_submodule(name)(*inputs))
+        # The adapter may add tokens, whose logits the base does not have: they count as its effect in full.
+        base_size = plain.shape[-1]
+        effect = torch.hypot((expected[..., :base_size] - plain).norm(), expected[..., base_size:].norm())
         place = f"layer {layers.index(name)}" if name in layers else name
-        proof = BlockProof(place, float(wanted.norm()), float(effect), float((got - wanted).norm()))
+        proof = BlockProof(place, float(expected.norm()), float(effect), float((merged_output - expected).norm()))
         if not (proof.error <= TOLERANCES[dtype] or plan.lossy):
             raise NumericalError(
                 f"{place}: merged and base + adapter differ by {proof.error:.2g} of the output, expected at most "
                 f"{TOLERANCES[dtype]:.2g} in {str(dtype).removeprefix('torch.')}; nothing was written"
             )
-        found[name] = proof
+        proofs[name] = proof
 
     layers, ends = list(adapted.blocks()), [plan.config.names.embedding, plan.config.names.head]
     for name in [*layers, *ends]:
@@ -187,15 +204,18 @@ def prove(
             lambda _, inputs, output, name=name: compare(name, inputs, output)
         )
     tokens = torch.tensor([list(ids)])
-    exact, plain, rounded = (
+    adapted_logits, base_logits, merged_logits = (
         model.logits(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, final)
     )
-    blocks, both_ends = ([found[name] for name in names] for names in (layers, ends))
-    return Proof(blocks, both_ends, _compare_logits(plain, exact, rounded))
+    return Proof(
+        [proofs[name] for name in layers],
+        [proofs[name] for name in ends],
+        _compare_logits(base_logits, adapted_logits, merged_logits),
+    )
 
 
 def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
-    """A model that streams its matrices; its small vectors are in memory."""
+    """A model that streams its matrices from the files and keeps its small vectors in memory."""
     with torch.device("meta"):
         model = CausalLM(config)
     for name, module in list(model.named_modules()):
@@ -209,20 +229,26 @@ def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
     return model.eval()
 
 
-def _sum(output: Any) -> Tensor:
-    """A block's output, which may come in parts that are yet to be added."""
+def _total(output: Any) -> Tensor:
+    """A block's output, which a decoder layer returns in parts that the next one adds up."""
     parts = output if isinstance(output, tuple) else (output,)
     total: Tensor = sum(part for part in parts if isinstance(part, Tensor))  # type: ignore[assignment]
     return total
 
 
 def _compare_logits(base: Tensor, adapted: Tensor, merged: Tensor) -> LogitsProof:
-    shared = base.shape[-1]  # added tokens are unknown to the base
-    wanted, got = adapted.log_softmax(-1), merged.log_softmax(-1)
-    kl = (wanted.exp() * (wanted - got)).sum(-1).mean()
-    known = adapted[..., :shared].log_softmax(-1)
-    base_kl = (known.exp() * (known - base.log_softmax(-1))).sum(-1).mean()
-    agreement = (wanted.argmax(-1) == got.argmax(-1)).float().mean()
+    """Compare (T, V) logits; those of the base lack the tokens that the adapter added."""
+    shared = adapted[..., : base.shape[-1]]
+    agreement = (adapted.argmax(-1) == merged.argmax(-1)).float().mean()
     return LogitsProof(
-        max(float(kl), 0.0), max(float(base_kl), 0.0), float((merged - adapted).abs().max()), float(agreement)
+        kl=_kl(adapted, merged),
+        base_kl=_kl(shared, base),
+        worst=float((merged - adapted).abs().max()),
+        agreement=float(agreement),
     )
+
+
+def _kl(expected: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of predictions, from (T, V) logits, in nats; never below 0 by rounding."""
+    expected, other = expected.log_softmax(-1), other.log_softmax(-1)
+    return max(float((expected.exp() * (expected - other)).sum(-1).mean()), 0.0)

@@ -1,4 +1,4 @@
-"""Task switching on a loaded model: one task's merged update out, another's in, without reloading and without drift."""
+"""Task switching on a loaded model: take one task's merged update out and put another's in, without any drift."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["TaskSwitcher"]
 class TaskSwitcher:
     """Puts one adapter at a time into the weights of a loaded model.
 
-    Each switch computes the tensors that the old or the new task touches from the base's mapped files, in float32 and
-    rounded once, so the hundredth switch gives the same bits as the first. The other tensors are not touched.
+    Each switch computes the tensors that the old or the new task changes from the base's mapped files, in float32 and
+    rounded once, so the hundredth switch gives the same bits as the first. Other tensors are left alone.
 
     Args:
         model: As loaded from ``base``, without an adapter.
@@ -36,10 +36,13 @@ class TaskSwitcher:
 
     def __init__(self, model: CausalLM, base: Path) -> None:
         if own_modules(model):
-            raise UsageError(f"{base}: the model has an adapter beside its weights", hint="take it out first")
-        held = found_config(model)
-        if held is not None:
-            raise UsageError(f"{base}: tasks are switched in full weights, these are {held}", hint="load it in 16 bits")
+            raise UsageError(f"{base}: the model has an adapter beside its weights", hint="load it without an adapter")
+        quantization = found_config(model)
+        if quantization is not None:
+            raise UsageError(
+                f"{base}: switching tasks needs full weights, but the model's are {quantization}",
+                hint="load it in 16 bits",
+            )
         self.model = model
         self.config = model.config
         self.tensors = BaseTensors(base, self.config)
@@ -64,7 +67,7 @@ class TaskSwitcher:
             touched |= {head: None}
         self._set_tie(tied and not untied)
         for name in touched:
-            if not (name == head and tied and not untied):
+            if not (name == head and tied and not untied):  # a tied head follows its embedding
                 # Assigned, never written in place: the old values may be pages of the base's files.
                 self.model.get_parameter(name).data = self._merged(name, updates.get(name))
         if tied and not untied:
@@ -76,11 +79,15 @@ class TaskSwitcher:
         self.updates = updates
 
     def _merged(self, name: str, update: Update | None) -> Tensor:
-        weight, here = self.tensors[name], self.model.get_parameter(name)
+        """The base's tensor with an update in it, on the device and in the dtype of the model's."""
+        weight = self.tensors[name]
+        parameter = self.model.get_parameter(name)
         values = weight if update is None else update.apply(weight, 0, update.rows(len(weight)))
-        return values.to(device=here.device, dtype=here.dtype)
+        return values.to(device=parameter.device, dtype=parameter.dtype)
 
     def _set_tie(self, tied: bool) -> None:
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings().get_parameter("weight")
+        """Give the head a parameter of its own where it is to be untied; ``switch`` ties it again after writing."""
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings().get_parameter("weight")
         if not tied and head.weight is embedding:
             head.weight = nn.Parameter(embedding.detach(), requires_grad=False)

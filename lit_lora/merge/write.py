@@ -1,4 +1,4 @@
-"""Tensors merged some rows at a time: in float32, rounded once, and measured while they pass.
+"""Tensors merged some rows at a time: in float32, rounded once, and measured on the way.
 
 Memory: the rounded tensor and a few megabytes of rows; base and adapter are mapped from their files.
 """
@@ -29,11 +29,11 @@ class TensorProof:
     name: str
     """The tensor."""
     dtype: torch.dtype
-    """As it is stored."""
+    """Dtype in which it is stored."""
     values: int = 0
     """Values that the update changes."""
     changed: int = 0
-    """Those that are stored as something else than the base's value: the rest lost their update."""
+    """Those whose stored value differs from the base's; the rest lost their update to rounding."""
     update_square: float = 0.0
     """Squared norm of the exact update."""
     error_square: float = 0.0
@@ -41,7 +41,7 @@ class TensorProof:
 
     @property
     def relative_error(self) -> float:
-        """Norm of what rounding did to the update, relative to the update."""
+        """Norm of the rounding error relative to the norm of the update."""
         return math.sqrt(self.error_square / self.update_square) if self.update_square else 0.0
 
     @property
@@ -62,60 +62,66 @@ class Totals:
 
 def totals(proofs: list[TensorProof]) -> Totals:
     """Sum up the tensors' proofs."""
-    whole = TensorProof("all", torch.float32)
+    total = TensorProof("all", torch.float32)
     for proof in proofs:
-        whole.values += proof.values
-        whole.changed += proof.changed
-        whole.update_square += proof.update_square
-        whole.error_square += proof.error_square
-    return Totals(whole.relative_error, whole.kept)
+        total.values += proof.values
+        total.changed += proof.changed
+        total.update_square += proof.update_square
+        total.error_square += proof.error_square
+    return Totals(total.relative_error, total.kept)
 
 
 def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor | Quantized, TensorProof | None]]:
-    """Every tensor of the result with its proof; ``None`` for a tensor without an update.
+    """Every tensor of the result with its proof, which is ``None`` for a tensor without an update.
 
     Raises:
         NumericalError: A value overflows the dtype.
     """
     for name in plan.names:
         if plan.packs(name):
-            yield (name, *_packed(plan, name))
+            packed, proof = _packed(plan, name)
+            yield name, packed, proof
             continue
-        weight, dtype = plan.base[name], plan.target(name)
+
+        weight = plan.base[name]
+        dtype = plan.target(name)
         update = plan.updates.get(name)
         if update is None:
-            tensor, proof = weight.to(dtype), None
+            tensor = weight.to(dtype)
+            proof = None
         else:
             proof = TensorProof(name, dtype)
             tensor = torch.empty(plan.rows(name), *weight.shape[1:], dtype=dtype)
             for start, stop, exact in _exact_rows(weight, update, len(tensor)):
                 tensor[start:stop] = _measured(proof, weight, start, stop, exact)
         if dtype == torch.float16 and weight.dtype != dtype and torch.isinf(tensor).any():
-            raise NumericalError(f"{name}: values beyond {dtype}'s range", hint="choose bf16 or fp32")
+            raise NumericalError(f"{name}: values beyond the range of float16", hint="use --dtype bf16 or fp32")
         yield name, tensor, proof
 
 
 def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
-    """A tensor quantised again with its update in it, as far as the codes can say it."""
+    """A quantised tensor with its update merged in as well as codes allow, and the proof of it."""
     update = plan.updates.get(name)
     if update is None or plan.quantize is None:
         return plan.base.packed(name), None
-    weight, proof = plan.base[name].float(), TensorProof(name, torch.float32)
-    exact = torch.cat([rows for _, _, rows in _exact_rows(weight, update, plan.rows(name))])
     codes = plan.base.packed(name)
+    weight = plan.base[name].float()
+    exact = torch.cat([rows for _, _, rows in _exact_rows(weight, update, plan.rows(name))])
     packed = _shifted(codes, update) or quantize(exact, codes.config, name=name)
     stored = packed.dequantize(torch.float32)
-    wanted = exact != weight
-    proof.values = int(wanted.sum())
-    # Another scale changes every value of a block: kept is what came nearer to where it should be.
-    proof.changed = int((wanted & ((stored - exact).abs() < (weight - exact).abs())).sum())
+
+    proof = TensorProof(name, torch.float32)
+    to_change = exact != weight
+    proof.values = int(to_change.sum())
+    # A new scale changes every value of a block, so here a value counts as changed if it came nearer to its target.
+    proof.changed = int((to_change & ((stored - exact).abs() < (weight - exact).abs())).sum())
     proof.error_square = float((stored - exact).square().sum(dtype=torch.float64))
     proof.update_square = float((exact - weight).square().sum(dtype=torch.float64))
     return packed, proof
 
 
 def _shifted(packed: Quantized, update: Update) -> Quantized | None:
-    """Codes with the update in their zeros, where it is constant within each group."""
+    """The same codes with the update in their zeros; ``None`` unless it is constant within each group."""
     if isinstance(packed, Groups) and isinstance(update, LowRank):
         return packed.plus(update.left * update.scaling, update.right)
     return None
@@ -123,16 +129,16 @@ def _shifted(packed: Quantized, update: Update) -> Quantized | None:
 
 def measure(plan: MergePlan, dtype: torch.dtype) -> Totals:
     """What merging into ``dtype`` would keep, without writing anything."""
-    whole = TensorProof("all", dtype)
+    total = TensorProof("all", dtype)
     for name, update in plan.updates.items():
         weight = plan.base[name]
         for start, stop, exact in _exact_rows(weight, update, plan.rows(name)):
-            _measured(whole, weight, start, stop, exact)
-    return Totals(whole.relative_error, whole.kept)
+            _measured(total, weight, start, stop, exact)
+    return Totals(total.relative_error, total.kept)
 
 
 def _exact_rows(weight: Tensor, update: Update, rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Updated rows in float32, a chunk at a time."""
+    """Updated rows in float32, a chunk at a time, each with its first row and the one after its last."""
     step = max(1, _CHUNK_VALUES // max(1, weight[:1].numel()))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
@@ -140,14 +146,14 @@ def _exact_rows(weight: Tensor, update: Update, rows: int) -> Iterator[tuple[int
 
 
 def _measured(proof: TensorProof, weight: Tensor, start: int, stop: int, exact: Tensor) -> Tensor:
-    """The rows as they are stored; ``proof`` is added to."""
+    """The exact rows rounded as they are stored; ``proof`` is updated in place."""
     stored = exact.to(proof.dtype)
-    old = torch.zeros_like(exact)
-    known = weight[start:stop]
-    old[: len(known)] = known
-    wanted = exact != old
-    proof.values += int(wanted.sum())
-    proof.changed += int((wanted & (stored != old.to(proof.dtype))).sum())
+    old = torch.zeros_like(exact)  # rows that the update adds count as zeros before
+    base_rows = weight[start:stop]
+    old[: len(base_rows)] = base_rows
+    to_change = exact != old
+    proof.values += int(to_change.sum())
+    proof.changed += int((to_change & (stored != old.to(proof.dtype))).sum())
     proof.error_square += float((stored.float() - exact).square_().sum(dtype=torch.float64))
     proof.update_square += float((exact - old).square_().sum(dtype=torch.float64))
     return stored

@@ -141,7 +141,7 @@ def test_bad_input_is_told_in_one_line(base: Path, tmp_path: Path, capsys: pytes
         ([tmp_path / "nowhere"], 3, "no such folder"),
         ([tmp_path / "empty"], 3, "expected a run folder"),
         ([base], 2, "its base model (none named) is not a folder here"),
-        ([other, "--base", base], 3, "embed_tokens.weight has shape [40, 16], in"),
+        ([other, "--base", base], 3, "embed_tokens.weight has shape [40, 16], but"),
         ([tmp_path / "broken", "--base", base], 3, "up_proj.weight: the change has NaN"),
         ([tmp_path / "prefix"], 3, "computes beside the base's weights"),
         ([tmp_path / "adapter", "--plot", tmp_path / "no" / "folder.png"], 4, "the plot cannot be written"),

@@ -33,7 +33,7 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
 def test_a_run_is_merged_into_its_folder_and_the_next_command_is_shown(run, capsys):
     code, out, err = call(capsys, "merge", run)
     assert code == 0
-    assert "14 tensors updated: rounding is" in out
+    assert "14 tensors updated: rounding error" in out
     assert "2 blocks agree with base + adapter" in out
     assert out.endswith(f"wrote {run / 'merged'}\nnext: lit-lora chat {run / 'merged'}\n")
     assert "14 of 29 tensors change" in err
@@ -87,7 +87,7 @@ def test_pain_16_a_lossy_merge_exits_5_and_names_the_remedies(run, capsys, tmp_p
     make_adapter(tmp_path / "base", tmp_path / "weak", size=0.001)
     code, out, err = call(capsys, "merge", tmp_path / "weak", "--out", tmp_path / "merged")
     assert (code, out) == (5, "")
-    assert "of what the adapter does" in err
+    assert "of the adapter's effect" in err
     assert "--dtype fp16" in err
     assert "--allow-lossy" in err
     assert not (tmp_path / "merged").exists()
@@ -105,7 +105,7 @@ def test_pain_16_a_lossy_merge_exits_5_and_names_the_remedies(run, capsys, tmp_p
         (["{run}", "--base", "{tmp}/nowhere"], 3, "no such file, expected a checkpoint folder"),
         (["{run}", "--base", "{tmp}/other"], 3, "trained on another base model"),
         (["{run}", "--subtract", "{tmp}/nowhere"], 3, "nowhere: no such folder"),
-        (["{run}", "--subtract", "{run}"], 2, "is to be added and subtracted, which leaves nothing to merge"),
+        (["{run}", "--subtract", "{run}"], 2, "cannot be added and subtracted in the same merge"),
         (["{run}", "--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         ([], 2, "Missing argument"),
     ],
