@@ -135,9 +135,9 @@ def _show_parts(setup: Setup, estimated: Estimate) -> None:
     }
     rows = [[part, human_bytes(getattr(memory, part)), text] for part, text in descriptions.items()]
     rows.append(["total", human_bytes(memory.total), ""])
-    if estimated.weighing_bytes:
+    if estimated.calibration_bytes:
         text = f"once, before the first step: {calibration_rows(setup.peft)} rows through the unquantised model"
-        rows.append(["calibration", human_bytes(estimated.weighing_bytes), text])
+        rows.append(["calibration", human_bytes(estimated.calibration_bytes), text])
     log.table("Estimated memory", ["component", "bytes", "description"], rows, right=(1,))
     seconds = estimated.seconds_per_step
     if seconds is None:

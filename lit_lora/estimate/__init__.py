@@ -1,4 +1,4 @@
-"""What a run will need, said before it starts: memory by rehearsing a step on paper, time by its products."""
+"""What a run will need, before it starts: memory by rehearsing a step on tensors without values, time by its work."""
 
 from lit_lora.estimate.estimate import Estimate, Memory, estimate, outline
 from lit_lora.estimate.rehearsal import on_paper

@@ -1,4 +1,4 @@
-"""What would make a run fit: changes in the order of what they cost, each with the memory that it leads to."""
+"""What would make a run fit: changes of its settings, the least costly first, each with the memory it leads to."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from lit_lora.train.optim import optimizers
 
 __all__ = ["Advice", "Change", "advise"]
 
-_FEWEST_TOKENS, _LOWEST_RANK, _SHORTEST_ROWS = 256, 4, 256
+# No change goes below these.
+_FEWEST_TOKENS = 256
+_LOWEST_RANK = 4
+_SHORTEST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setup with other settings."""
+    """A setup with some settings changed."""
 
     overrides: tuple[str, ...]
-    """The settings, as ``key=value``."""
+    """The changed settings, as ``key=value``."""
     setup: Setup
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One change, or several together, that was tried."""
+    """One change, or several together, and whether it fits."""
 
     overrides: tuple[str, ...]
     memory_bytes: int
@@ -37,17 +40,18 @@ class Advice:
 
 
 def advise(setup: Setup, budget_bytes: float) -> list[Advice]:
-    """Try changes until one fits: each kind alone, the cheapest first, then all kinds one on top of the other.
+    """Try changes until one fits: each kind alone, the least costly first, then all kinds on top of each other.
 
     Returns:
-        What was tried; the last one fits, unless nothing does.
+        What was tried; the last one fits, unless none does.
     """
     tried: list[Advice] = []
 
     def fits(change: Change) -> bool:
+        """Estimate a change and add it to what was tried."""
         try:
             total = estimate(change.setup).peak_bytes
-        except UsageError:  # the change does not go with this model or method
+        except UsageError:  # the change does not suit this model or method
             return False
         tried.append(Advice(change.overrides, total, total <= budget_bytes))
         return tried[-1].fits
@@ -55,37 +59,42 @@ def advise(setup: Setup, budget_bytes: float) -> list[Advice]:
     start = Change((), setup)
     for kind in _KINDS:
         steps = list(kind(start))
-        if steps and fits(steps[-1]):  # the strongest does: find the mildest
+        if steps and fits(steps[-1]):  # the strongest step fits: go back to the mildest that does
             tried.pop()
             next(step for step in steps if fits(step))
             return tried
+
     together = start
     for kind in _KINDS:
-        for step in [*kind(together)][-1:]:
-            if fits(step):
+        steps = list(kind(together))
+        if steps:
+            together = steps[-1]
+            if fits(together):
                 return tried
-            together = step
     return tried
 
 
+# Each of the following yields changes of one kind, from the mildest to the strongest; the docstring names the cost.
+
+
 def _smaller_micro_batches(change: Change) -> Iterator[Change]:
-    """Nothing but some time; a micro-batch holds at least one row."""
-    train, longest = change.setup.train, int(change.setup.rows.token_counts.max())
-    tokens = train.micro_batch_tokens
+    """Some time; a micro-batch holds at least one row."""
+    longest = int(change.setup.rows.token_counts.max())
+    tokens = change.setup.train.micro_batch_tokens
     while tokens > max(longest, _FEWEST_TOKENS):
         tokens = max(tokens // 2, min(longest, tokens), _FEWEST_TOKENS)
         yield _train(change, micro_batch_tokens=tokens)
 
 
 def _checkpointing(change: Change) -> Iterator[Change]:
-    """A fifth to a third more time, the same results."""
+    """A fifth to a third more time, for the same results."""
     levels = ["none", "selective", "full"]
     for level in levels[levels.index(change.setup.train.activation_checkpointing) + 1 :]:
         yield _train(change, activation_checkpointing=level)
 
 
 def _smaller_optimizer_state(change: Change) -> Iterator[Change]:
-    """Nearly the same results."""
+    """A small rounding error in the optimizer state."""
     optimizer = change.setup.optimizer
     name = optimizer.smaller_state
     if name is not None:
@@ -93,48 +102,52 @@ def _smaller_optimizer_state(change: Change) -> Iterator[Change]:
         yield _with(change, f"optimizer.name={name}", optimizer=settings)
 
 
-def _without_weighing(change: Change) -> Iterator[Change]:
-    """A start a little further from the original weights."""
+def _without_calibration(change: Change) -> Iterator[Change]:
+    """A quantised base a little further from the original weights."""
     peft = change.setup.peft
     if calibration_rows(peft):
         yield _with(change, "peft.fisher_rows=0", peft=peft.model_copy(update={"fisher_rows": 0}))
 
 
 def _fewer_bits(change: Change) -> Iterator[Change]:
-    """A base that is near the 16-bit one, and little of it that trains."""
-    setup, lora = change.setup, methods("mergeable")["lora"]
-    name = ""
+    """Fewer trainable parameters, and a base with a small quantisation error."""
+    setup = change.setup
+    method = ""
     if setup.peft.kind == "full":
-        name, setup = " peft.name=lora", replace(setup, peft=lora())
-        yield _with(replace(change, setup=setup), f"recipe=lora{name}")
+        lora = methods("mergeable")["lora"]
+        method = " peft.name=lora"
+        setup = replace(setup, peft=lora())
+        yield _with(replace(change, setup=setup), f"recipe=lora{method}")
     if setup.peft.kind == "mergeable" and setup.quantize is None:
-        yield _with(replace(change, setup=setup), f"recipe=qlora{name}", quantize=QuantizeConfig())
+        yield _with(replace(change, setup=setup), f"recipe=qlora{method}", quantize=QuantizeConfig())
 
 
 def _lower_rank(change: Change) -> Iterator[Change]:
-    """Less is learned."""
-    peft, rank = change.setup.peft, getattr(change.setup.peft, "rank", 0)
+    """Less capacity to learn."""
+    peft = change.setup.peft
+    rank = getattr(peft, "rank", 0)
     while rank > _LOWEST_RANK:
         rank = max(rank // 2, _LOWEST_RANK)
         yield _with(change, f"peft.rank={rank}", peft=peft.model_copy(update={"rank": rank}))
 
 
 def _shorter_rows(change: Change) -> Iterator[Change]:
-    """Less is seen."""
+    """The ends of long rows are not seen."""
     rows = change.setup.rows
     longest = int(rows.token_counts.max())
     while longest > _SHORTEST_ROWS:
         longest = max(longest // 2, _SHORTEST_ROWS)
         shorter = _with(change, f"data.max_seq_length={longest}", rows=rows.cut(longest))
-        tokens = change.setup.train.micro_batch_tokens
-        yield _train(shorter, micro_batch_tokens=longest) if tokens > longest else shorter
+        if change.setup.train.micro_batch_tokens > longest:
+            shorter = _train(shorter, micro_batch_tokens=longest)
+        yield shorter
 
 
 _KINDS: tuple[Callable[[Change], Iterator[Change]], ...] = (
     _smaller_micro_batches,
     _checkpointing,
     _smaller_optimizer_state,
-    _without_weighing,
+    _without_calibration,
     _fewer_bits,
     _lower_rank,
     _shorter_rows,
@@ -142,12 +155,13 @@ _KINDS: tuple[Callable[[Change], Iterator[Change]], ...] = (
 
 
 def _train(change: Change, **settings: Any) -> Change:
+    """With one more setting of the section ``train``."""
     ((key, value),) = settings.items()
     return _with(change, f"train.{key}={value}", train=change.setup.train.model_copy(update=settings))
 
 
 def _with(change: Change, override: str, **fields: Any) -> Change:
-    """With one more setting, which replaces a former one of its key."""
+    """With one more setting, instead of an earlier one with the same key."""
     key = override.partition("=")[0]
-    kept = tuple(former for former in change.overrides if former.partition("=")[0] != key)
-    return Change((*kept, override), replace(change.setup, **fields))
+    others = tuple(other for other in change.overrides if other.partition("=")[0] != key)
+    return Change((*others, override), replace(change.setup, **fields))

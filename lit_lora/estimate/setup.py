@@ -19,26 +19,27 @@ __all__ = ["RowLengths", "Setup"]
 
 @dataclass(frozen=True, eq=False)
 class RowLengths:
-    """The training rows as far as memory knows them."""
+    """The lengths of the training rows, which are all that memory and time depend on."""
 
     token_counts: Integers
     target_counts: Integers
-    """Learned tokens."""
+    """Target tokens of each row."""
     shared_prefix: int = 0
-    """Tokens that all rows begin with, where a micro-batch computes them once."""
+    """Length of the prefix that all rows share; 0 if a micro-batch does not compute it only once."""
 
     def __len__(self) -> int:
         return len(self.token_counts)
 
     @classmethod
     def alike(cls, rows: int, tokens: int) -> RowLengths:
-        """Rows of one length, learned whole: what is known without the data."""
+        """Rows of one length in which every token is a target, to estimate without the data."""
         counts = np.full(rows, tokens, dtype=np.int64)
         return cls(counts, counts)
 
     def cut(self, longest: int) -> RowLengths:
-        """The rows when none is longer than that."""
-        counts, targets = self.token_counts.clip(max=longest), self.target_counts.clip(max=longest)
+        """The rows cut to at most ``longest`` tokens."""
+        counts = self.token_counts.clip(max=longest)
+        targets = self.target_counts.clip(max=longest)
         return RowLengths(counts, targets, min(self.shared_prefix, longest - 1))
 
 

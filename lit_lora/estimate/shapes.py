@@ -1,4 +1,4 @@
-"""Sizes of well-known models, to estimate a run without their weights."""
+"""Sizes of well-known models, to estimate a run without a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, False),
     "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, False),
     "mistral-7b": (32000, 4096, 14336, 32, 32, 8, False),
-    # Not a Llama: an MLP with three matrices of 8/3 of the width has as many weights as its MLP with two of 4.
+    # Not a Llama: a gated MLP of 8/3 of the width has as many weights in its three matrices as GPT-3's has in two of 4.
     "gpt-3-175b": (50257, 12288, 32768, 96, 96, 96, True),
 }
 
 
 def model_shape(name: str) -> ModelConfig:
-    """The sizes of a model of the table, or of the ``config.json`` of a folder, which needs no weights.
+    """The sizes of a model in the table, or of a folder with a ``config.json``, which needs no weights.
 
     Raises:
-        UsageError: Neither.
+        UsageError: ``name`` is neither.
         InputError: The ``config.json`` is broken.
     """
     if name in SHAPES:
@@ -51,5 +51,5 @@ def model_shape(name: str) -> ModelConfig:
         return ModelConfig.from_folder(folder)
     raise UsageError(
         f"--shape {name}: neither a folder with config.json nor a known shape{did_you_mean(name, SHAPES)}, "
-        f"known: {', '.join(SHAPES)}"
+        f"expected a folder or one of {', '.join(SHAPES)}"
     )
