@@ -1,7 +1,7 @@
-"""Encoders and encoder-decoders of transformers: rows with labels, loading with a head, predictions.
+"""Classification, regression and sequence-to-sequence with encoders and encoder-decoders from transformers.
 
-The model and its tokenizer are transformers', imported only when one is opened; the methods, the loop and the files are
-those of all recipes.
+Model and tokenizer are transformers', which is imported only when one is opened; methods, loop and files are those of
+all recipes.
 """
 
 from lit_lora.classify.checkpoint import Pretrained, head_of, is_encoder, load_with_head, read_pretrained

@@ -1,8 +1,8 @@
-"""Checkpoints of transformers' encoders and encoder-decoders: their tokenizer, their weights, their head."""
+"""Checkpoints of transformers' encoders and encoder-decoders: tokenizer, weights and head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ from lit_lora.model.families import FAMILIES
 
 __all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
 
-# Whose positions are counted from behind the padding token's id: so many fewer tokens fit than there are positions.
+# Types that number positions from the padding token's id + 1, so that fewer tokens fit than there are positions.
 _COUNTED_FROM_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm"}
-_UNLIMITED = 512  # tokens of a row where positions are relative: no limit, but a habit
+_DEFAULT_ROW_TOKENS = 512  # of a model with relative positions, which has no limit of its own
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a checkpoint folder says before its weights are read."""
+    """A checkpoint folder before its weights are read."""
 
     folder: Path
     config: Any
@@ -38,26 +38,27 @@ class Pretrained:
 
     @property
     def writes_text(self) -> bool:
-        """An encoder-decoder."""
+        """Whether it is an encoder-decoder."""
         return bool(self.config.is_encoder_decoder)
 
     @property
     def positions(self) -> int | None:
-        """The most tokens of a row; ``None`` where positions are relative."""
-        given = getattr(self.config, "max_position_embeddings", None)
-        if given is None or self.writes_text:
+        """Maximum number of tokens in a row; ``None`` if positions are relative."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is None or self.writes_text:
             return None
-        offset = self.config.pad_token_id + 1 if self.config.model_type in _COUNTED_FROM_PADDING else 0
-        return min(int(given) - offset, int(self.tokenizer.model_max_length))
+        unused = self.config.pad_token_id + 1 if self.config.model_type in _COUNTED_FROM_PADDING else 0
+        return min(int(positions) - unused, int(self.tokenizer.model_max_length))
 
     @property
-    def known_labels(self) -> tuple[str, ...]:
-        """The labels of its config, if it names any."""
+    def labels(self) -> tuple[str, ...]:
+        """The labels that its config names, by id; empty if it has only transformers' placeholders."""
         names = [str(self.config.id2label[number]) for number in sorted(self.config.id2label)]
-        return () if names == [f"LABEL_{number}" for number in range(len(names))] else tuple(names)
+        placeholders = [f"LABEL_{number}" for number in range(len(names))]
+        return () if names == placeholders else tuple(names)
 
     def kind(self, asked: str) -> Kind:
-        """What the model can be trained to say, where ``asked`` leaves it open.
+        """What the model can be trained to predict, if ``asked`` is ``auto``; else what was asked.
 
         Raises:
             UsageError: The model cannot do what was asked.
@@ -67,12 +68,20 @@ class Pretrained:
             raise UsageError(f"data.task: {asked}, but {self.folder} ({self.config.model_type}) {what}")
         if self.writes_text:
             return "seq2seq"
-        number = self.config.problem_type == "regression" or self.config.num_labels == 1
-        return "regression" if asked == "regression" or (asked == "auto" and number) else "classification"
+        if asked == "regression":
+            return "regression"
+        predicts_number = self.config.problem_type == "regression" or self.config.num_labels == 1
+        return "regression" if asked == "auto" and predicts_number else "classification"
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None, longest: int | None) -> list[Tokens]:
-        """Tokens of each text, or of each pair; the longer of the two is cut where there are more than ``longest``."""
-        cut = {"truncation": "longest_first", "max_length": longest} if longest else {"truncation": False}
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None, max_tokens: int | None) -> list[Tokens]:
+        """Ids and token types of each text, or of each pair of texts.
+
+        Args:
+            texts: The texts.
+            pairs: The second text of each, or ``None``.
+            max_tokens: Where to cut a row, from the longer text of a pair; never when omitted.
+        """
+        cut = {"truncation": "longest_first", "max_length": max_tokens} if max_tokens else {"truncation": False}
         with _quiet():
             encoded = self.tokenizer(
                 list(texts),
@@ -81,42 +90,43 @@ class Pretrained:
                 return_token_type_ids=True,
                 **cut,
             )
-        types = encoded["token_type_ids"]
         return [
-            (np.array(ids, dtype=np.int32), np.array(of, dtype=np.int32))
-            for ids, of in zip(encoded["input_ids"], types, strict=True)
+            (np.array(ids, dtype=np.int32), np.array(types, dtype=np.int32))
+            for ids, types in zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
         ]
 
     def row_tokens(self, asked: int | None) -> int:
-        """The most tokens of a row.
+        """Maximum number of tokens in a row: as asked for, else as many as the model has positions.
 
         Raises:
             UsageError: More are asked for than the model has positions.
         """
-        most = self.positions
-        if asked is not None and most is not None and asked > most:
-            raise UsageError(f"data.max_seq_length: {asked}, but {self.folder} has positions for {most} tokens")
-        return asked or most or _UNLIMITED
+        positions = self.positions
+        if asked is not None and positions is not None and asked > positions:
+            raise UsageError(f"data.max_seq_length: {asked}, but {self.folder} has positions for {positions} tokens")
+        return asked or positions or _DEFAULT_ROW_TOKENS
 
     @property
     def layout(self) -> Layout:
-        """How it wants its rows.
+        """How rows are padded for this model.
 
         Raises:
-            InputError: It names no token to pad with.
+            InputError: The tokenizer has no padding token.
         """
         pad = self.tokenizer.pad_token_id
         if pad is None:
-            raise InputError(f"{self.folder}: the tokenizer names no padding token", hint="tokenizer_config.json does")
-        types = getattr(self.config, "type_vocab_size", 0) > 1
-        return Layout(pad, types, self.config.decoder_start_token_id if self.writes_text else None)
+            raise InputError(
+                f"{self.folder}: the tokenizer has no padding token", hint="set pad_token in its tokenizer_config.json"
+            )
+        has_types = getattr(self.config, "type_vocab_size", 0) > 1
+        return Layout(pad, has_types, self.config.decoder_start_token_id if self.writes_text else None)
 
 
 def read_pretrained(folder: Path) -> Pretrained:
     """Read the configuration and the tokenizer of a checkpoint folder.
 
     Raises:
-        InputError: The folder is not one of an encoder or encoder-decoder that transformers knows.
+        InputError: The folder is not that of an encoder or encoder-decoder that transformers knows.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -126,16 +136,16 @@ def read_pretrained(folder: Path) -> Pretrained:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, config=config, local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # of the file formats of a dozen tokenizers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a dozen tokenizer formats raise almost anything
+        reason = _first_line(error)
         if "contains custom code" in reason or "references custom code" in reason:
             raise _needs_code(f"{folder}: its tokenizer") from error
-        raise InputError(f"{folder}: its tokenizer cannot be read: {reason[:160]}") from error
+        raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from error
     return Pretrained(folder, config, tokenizer)
 
 
 def is_encoder(folder: Path) -> bool:
-    """Whether a checkpoint's config.json is of an encoder or encoder-decoder: one for recipe classify."""
+    """Whether a folder is a checkpoint for recipe classify: an encoder or encoder-decoder, by its config.json."""
     try:
         config = _read_config(folder)
     except InputError:
@@ -147,18 +157,18 @@ def is_encoder(folder: Path) -> bool:
 def load_with_head(
     shape: Pretrained, task: Task, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, list[str]]:
-    """The model with a head for the task; a head that the checkpoint lacks, or has for others, starts at random.
+    """The model with a head for the task, initialised at random unless the checkpoint has that very head.
 
     Returns:
-        The model, and the names of the modules that started at random.
+        The model, and the names of the modules that were initialised at random.
 
     Raises:
-        InputError: The weights cannot be read, or lack more than a head.
+        InputError: The weights cannot be read, or more than a head is missing.
     """
     config = type(shape.config).from_dict({**shape.config.to_dict(), **task.config})
     try:
         with _quiet():
-            model, found = _class(config).from_pretrained(
+            model, loading_info = _class(config).from_pretrained(
                 shape.folder,
                 config=config,
                 dtype=dtype,
@@ -169,35 +179,38 @@ def load_with_head(
                 trust_remote_code=False,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{shape.folder}: its weights cannot be read: {reason[:160]}",
-            hint="safetensors are read; lit-lora download takes the model from the Hub with them",
+            f"{shape.folder}: its weights cannot be read: {_first_line(error)}",
+            hint="only safetensors are read; lit-lora download fetches models with them",
         ) from error
-    lacking = [*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])]
-    fresh = sorted({name.rpartition(".")[0] for name in lacking})
-    head = {*_outside(model), *(name for name in fresh if "pooler" in name)} if task.kind != "seq2seq" else set()
-    broken = [name for name in fresh if not any(f"{name}.".startswith(f"{root}.") for root in head)]
+
+    missing = [*loading_info["missing_keys"], *(entry[0] for entry in loading_info["mismatched_keys"])]
+    initialized = sorted({name.rpartition(".")[0] for name in missing})
+    # Only a head, and the pooler before it, may be missing: pretraining did not need them.
+    replaceable: set[str] = set()
+    if task.kind != "seq2seq":
+        replaceable = {*_outside_encoder(model), *(name for name in initialized if "pooler" in name)}
+    broken = [name for name in initialized if not _within(name, replaceable)]
     if broken:
         raise InputError(
             f"{shape.folder}: weights are missing or of another shape: {len(broken)} modules, such as {broken[0]}",
-            hint="the checkpoint is incomplete, or its config.json is of another model",
+            hint="the checkpoint is incomplete, or its config.json belongs to another model",
         )
     model.to(device).eval()
-    return model, fresh
+    return model, initialized
 
 
-def head_of(model: nn.Module, fresh: Sequence[str], task: Task) -> list[str]:
-    """The modules that must train whole with whatever else trains: those behind the encoder, and what is new in it."""
+def head_of(model: nn.Module, initialized: Sequence[str], task: Task) -> list[str]:
+    """Names of the modules to train in full beside any method: those after the encoder, and new ones within it."""
     if task.kind == "seq2seq":
         return []
-    roots = _outside(model)
-    inside = [name for name in fresh if not any(f"{name}.".startswith(f"{root}.") for root in roots)]
-    return [*dict.fromkeys([*inside, *roots])]
+    outside = _outside_encoder(model)
+    inside = [name for name in initialized if not _within(name, outside)]
+    return list(dict.fromkeys([*inside, *outside]))
 
 
-def _outside(model: Any) -> list[str]:
-    """The children with parameters beside the encoder."""
+def _outside_encoder(model: Any) -> list[str]:
+    """Names of the model's children with parameters, other than the encoder."""
     return [
         name
         for name, child in model.named_children()
@@ -205,22 +218,24 @@ def _outside(model: Any) -> list[str]:
     ]
 
 
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
 def _class(config: Any) -> Any:
-    """Transformers' class with the head for a configuration; ``None`` without one."""
+    """The class of transformers that has the head for a configuration; ``None`` if there is none."""
     auto = _transformers().models.auto.modeling_auto
-    table = (
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-        if config.is_encoder_decoder
-        else auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    )
-    return table.get(type(config), None)
+    if config.is_encoder_decoder:
+        return auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
+    return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
 
 
 def _read_config(folder: Path) -> Any:
     """Transformers' configuration of a checkpoint folder.
 
     Raises:
-        InputError: The folder is not one of an encoder or encoder-decoder that transformers knows.
+        InputError: The folder is not that of an encoder or encoder-decoder that transformers knows.
     """
     if not (folder / "config.json").is_file():
         what = "no config.json in it" if folder.is_dir() else "no such folder"
@@ -231,8 +246,8 @@ def _read_config(folder: Path) -> Any:
     kind = str(data["model_type"])
     if kind in FAMILIES:
         raise InputError(
-            f"{folder}: a decoder ({kind}); recipe classify is for encoders and encoder-decoders",
-            hint="recipe: lora learns the label as an answer: columns: {prompt: …, completion: label}",
+            f"{folder}: a decoder ({kind}), but recipe classify is for encoders and encoder-decoders",
+            hint="with recipe lora a decoder learns the label as its answer: columns: {prompt: …, completion: label}",
         )
     transformers = _transformers()
     if kind not in transformers.CONFIG_MAPPING:
@@ -242,22 +257,21 @@ def _read_config(folder: Path) -> Any:
     try:
         with _quiet():
             config = transformers.CONFIG_MAPPING[kind].from_dict(_without_code(data), name_or_path=str(folder))
-    except Exception as error:  # of the checks of a hundred models
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {reason[:160]}") from error
+    except Exception as error:  # every model type has checks of its own, which raise almost anything
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {_first_line(error)}") from error
     if _class(config) is None:
         raise InputError(
-            f"{folder}: transformers has no classification head for model_type {kind!r}, nor is it an encoder-decoder "
-            "of texts",
-            hint="BERT, RoBERTa, DeBERTa, ELECTRA, DistilBERT, T5 and many others have one",
+            f"{folder}: transformers has no classification head for model_type {kind!r}, and it is not an "
+            "encoder-decoder of texts",
+            hint="use a model such as BERT, RoBERTa, DeBERTa, ELECTRA, DistilBERT or T5",
         )
     return config
 
 
 def _without_code(data: Any) -> Any:
-    """A config.json without the keys by which it names Python code or kernels to fetch and run.
+    """A config.json without the keys that name Python code or kernels to download and run.
 
-    At every depth: a model made of others opens these by AutoModel, which then asks about their code again.
+    At every depth, because a model made of others opens these by AutoModel, which asks about their code again.
     """
     if isinstance(data, dict):
         return {
@@ -265,18 +279,26 @@ def _without_code(data: Any) -> Any:
             for key, value in data.items()
             if key != "auto_map" and not key.endswith("_implementation")
         }
-    return [_without_code(value) for value in data] if isinstance(data, list) else data
+    if isinstance(data, list):
+        return [_without_code(value) for value in data]
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error, of at most 160 characters; its type if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
 
 
 def _needs_code(what: str) -> InputError:
     return InputError(
         f"{what} needs Python code from the checkpoint (auto_map), which lit-lora never runs",
-        hint="use a checkpoint of a type built into transformers, such as bert, roberta, deberta-v2 or t5",
+        hint="use a checkpoint of a type that is built into transformers, such as bert, roberta, deberta-v2 or t5",
     )
 
 
 def _transformers() -> Any:
-    """The library, which takes seconds to import: only once a model of it is opened."""
+    """The library, which takes seconds to import: only when a model of its is opened."""
     import transformers  # noqa: PLC0415
     import transformers.models.auto.modeling_auto  # noqa: PLC0415
 
@@ -285,9 +307,10 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's own messages and bars: what matters of them is said here."""
+    """Silence the library's messages and progress bars; lit-lora reports what matters itself."""
     logging = _transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

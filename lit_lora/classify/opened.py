@@ -1,4 +1,4 @@
-"""A finetuned encoder or encoder-decoder to use, from whatever the user names: a run, an adapter, a whole model."""
+"""Open a finetuned encoder or encoder-decoder from whatever the user names: a run, an adapter, or a whole model."""
 
 from __future__ import annotations
 
@@ -83,10 +83,12 @@ def _task_of_adapter(adapter: Adapter, shape: Pretrained) -> Task:
     if shape.writes_text:
         return Task("seq2seq")
     ends = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classification_head.out_proj.weight")
-    heads = [len(tensor) for name, tensor in adapter.values.items() if name.endswith(ends)]
-    if not heads:
-        raise InputError(f"{adapter.folder}: holds no classification head", hint="it is an adapter for another task")
-    if heads[0] == 1:
+    sizes = [len(tensor) for name, tensor in adapter.values.items() if name.endswith(ends)]
+    if not sizes:
+        raise InputError(f"{adapter.folder}: has no classification head", hint="it is an adapter for another task")
+    if sizes[0] == 1:
         return Task("regression")
-    known = shape.known_labels
-    return Task("classification", known if len(known) == heads[0] else tuple(f"LABEL_{n}" for n in range(heads[0])))
+    labels = shape.labels
+    if len(labels) != sizes[0]:
+        labels = tuple(f"LABEL_{number}" for number in range(sizes[0]))
+    return Task("classification", labels)

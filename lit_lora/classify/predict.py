@@ -1,4 +1,4 @@
-"""Predictions for rows: the likeliest label with its probability, a number, a text."""
+"""Predictions for rows: the most likely label with its probability, a number, or a text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Prediction", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one row."""
+    """The prediction for one row."""
 
     answer: str
     """The label's name, the number or the text."""
     probabilities: tuple[float, ...] = ()
-    """Of each label, by id."""
+    """Probability of each label, by id; empty for a number or a text."""
 
     @property
     def probability(self) -> float | None:
-        """Of the label that is named."""
+        """Probability of the predicted label."""
         return max(self.probabilities) if self.probabilities else None
 
 
@@ -35,35 +35,42 @@ class Prediction:
 def predict(
     model: Any, tokenizer: Any, task: Task, batches: Sequence[LabelledBatch], *, max_target_length: int = 128
 ) -> list[Prediction]:
-    """The model's prediction for every row, in the order of the rows; texts are written greedily.
+    """The model's prediction for every row, in the order of the rows; texts are generated greedily.
 
     Args:
         model: In evaluation mode.
         tokenizer: transformers' tokenizer.
         task: What is predicted.
-        batches: That hold each row from 0 on once.
-        max_target_length: The most tokens of a text.
+        batches: Together they hold every row once.
+        max_target_length: Maximum number of tokens in a text.
     """
-    found: dict[int, Prediction] = {}
+    predictions: dict[int, Prediction] = {}
     for batch in log.progress(batches, what="predicting", unit="batch"):
         if task.kind == "seq2seq":
-            answers = _written(model, tokenizer, batch, max_target_length)
+            answers = _generate(model, tokenizer, batch, max_target_length)
         else:
-            answers = _labelled(model, task, batch)
-        found.update(zip(batch.rows, answers, strict=True))
-    return [found[row] for row in range(len(found))]
+            answers = _classify(model, task, batch)
+        predictions.update(zip(batch.rows, answers, strict=True))
+    return [predictions[row] for row in range(len(predictions))]
 
 
-def _labelled(model: Any, task: Task, batch: LabelledBatch) -> list[Prediction]:
+def _classify(model: Any, task: Task, batch: LabelledBatch) -> list[Prediction]:
+    """Labels or numbers, from the head."""
     logits = logits_of(model, batch)[0].float().cpu()
     if task.kind == "regression":
         return [Prediction(f"{number:.6g}") for number in logits[:, 0].tolist()]
-    rows = logits.softmax(1).tolist()
-    return [Prediction(task.labels[row.index(max(row))], tuple(row)) for row in rows]
+    predictions = []
+    for probabilities in logits.softmax(1).tolist():
+        best = probabilities.index(max(probabilities))
+        predictions.append(Prediction(task.labels[best], tuple(probabilities)))
+    return predictions
 
 
-def _written(model: Any, tokenizer: Any, batch: LabelledBatch, most: int) -> list[Prediction]:
+def _generate(model: Any, tokenizer: Any, batch: LabelledBatch, max_tokens: int) -> list[Prediction]:
+    """Texts, from the decoder."""
     device = next(iter(model.parameters())).device
+    # The batch's decoder inputs are the targets of training.
     inputs = {name: value.to(device) for name, value in batch.inputs.items() if not name.startswith("decoder")}
-    written = model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
-    return [Prediction(text.strip()) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    outputs = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1)
+    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    return [Prediction(text.strip()) for text in texts]

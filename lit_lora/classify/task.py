@@ -1,4 +1,4 @@
-"""What a model says of a row: one of some names, a number, or a text."""
+"""What a model predicts for a row: one of several labels, a number, or a text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Task:
 
     kind: Kind
     labels: tuple[str, ...] = ()
-    """Names by id, of a classification."""
+    """Names of the classes by id; empty unless it is classification."""
 
     @property
     def objective(self) -> Objective:
-        """The loss and the figures of a validation."""
+        """The loss and the validation's metrics."""
         return objective_class(self.kind)()
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says of it, by transformers' names."""
+        """Its entries in ``config.json``, by transformers' names."""
         if self.kind == "seq2seq":
             return {}
         names = self.labels or ("LABEL_0",)
@@ -46,14 +46,14 @@ class Task:
         return "SEQ_2_SEQ_LM" if self.kind == "seq2seq" else "SEQ_CLS"
 
     def to_json(self) -> dict[str, Any]:
-        """For the file beside an adapter."""
+        """Its form in the file beside an adapter."""
         return {"kind": self.kind, "labels": list(self.labels)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task | None:
-        """What :meth:`to_json` wrote; ``None`` if it is not that."""
+        """The task that :meth:`to_json` wrote; ``None`` if ``data`` is something else."""
         labels = data.get("labels")
-        kind = next((known for known in get_args(Kind) if known == data.get("kind")), None)
+        kind: Kind | None = next((kind for kind in get_args(Kind) if kind == data.get("kind")), None)
         if kind is None or not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             return None
         return cls(kind, tuple(labels))
@@ -61,5 +61,5 @@ class Task:
     def __str__(self) -> str:
         if self.kind != "classification":
             return self.kind
-        names = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
-        return f"classification, {len(self.labels)} labels: {names}"
+        more = ", …" if len(self.labels) > 8 else ""
+        return f"classification, {len(self.labels)} labels: {', '.join(self.labels[:8])}{more}"

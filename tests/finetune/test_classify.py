@@ -188,13 +188,13 @@ def test_pairs_have_token_types_of_their_own(call, tmp_path):
     assert out.splitlines()[0] in ("yes", "no")
 
 
-@pytest.mark.parametrize(("too_long", "said"), [("truncate", "are cut to that"), ("drop", "are left out")])
+@pytest.mark.parametrize(("too_long", "said"), [("truncate", "are cut"), ("drop", "are dropped")])
 def test_longer_rows_are_counted(call, tmp_path, too_long, said):
     config = task(tmp_path, "bert", data={"max_seq_length": 7, "too_long": too_long})
     code, out, err = call("finetune", "--config", config, "--dry-run")
     assert code == 0, err
     assert f"rows have more than 7 tokens and {said}" in err
-    assert "the longest 7" in out
+    assert "longest row 7" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -215,7 +215,7 @@ BAD = {
         "label '7' is not one of the 2 training labels: 0, 1",
     ),
     "target that matches nothing": (["peft.target_modules=[q_proj]"], 2, "'q_proj' matches no module"),
-    "a start from rows": (["peft.init=eva"], 2, "peft.init: eva and lora-ga look at a decoder's rows"),
+    "a start from rows": (["peft.init=eva"], 2, "peft.init: eva and lora-ga need a decoder"),
     "a longer context": (["peft={name: longlora}"], 2, "longlora needs a decoder of this package"),
     "too long": (["data.max_seq_length=6", "data.too_long=error"], 3, "more than the 6 allowed"),
     "more positions than there are": (["data.max_seq_length=64"], 2, "has positions for 32 tokens"),
@@ -226,7 +226,7 @@ BAD = {
         2,
         "trains nothing beside its own modules, and classifier must",
     ),
-    "a decoder": (["model.path={}/decoder"], 3, "a decoder (llama); recipe classify is for encoders"),
+    "a decoder": (["model.path={}/decoder"], 3, "a decoder (llama), but recipe classify is for encoders"),
     "no head": (["model.path={}/vision"], 3, "has no classification head for model_type 'vit'"),
     "unknown model": (["model.path={}/odd"], 3, "model_type 'odd' is not known to transformers"),
     "nothing": (["model.path={}/nothing"], 3, "no such folder, expected a checkpoint folder"),
