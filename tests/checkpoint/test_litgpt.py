@@ -91,3 +91,10 @@ def test_a_config_that_is_missing_or_wrong_is_an_error(tmp_path: Path) -> None:
     (folder / "model_config.yaml").unlink()
     with pytest.raises(InputError, match=r"model_config\.yaml: no such file"):
         LitGPTReader(folder)
+
+
+def test_a_broken_generation_config_is_one_clear_line(tmp_path: Path) -> None:
+    folder = write_litgpt(tmp_path, litgpt_state(state_dict(), grouped=False))
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json:1: not valid JSON"):
+        LitGPTReader(folder).config()
