@@ -12,6 +12,7 @@ import numpy as np
 
 from lit_lora import log
 from lit_lora.files import disk_errors, write_text
+from lit_lora.plots import new_figure
 
 __all__ = ["RunLog", "loss_figure", "plot_losses", "read_metrics"]
 
@@ -119,12 +120,9 @@ def loss_figure(records: list[dict[str, Any]], *, title: str, unit: str, best_st
     if not training and not validation:
         return None
     # matplotlib takes a second to import: only when there is something to draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     smoothed = _smooth(training)
     if smoothed != training:
