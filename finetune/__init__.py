@@ -1,1 +1,1 @@
-"""The recipes: each reads top to bottom as the story of one kind of finetuning."""
+"""The recipes. Each one tells how one kind of finetuning works, top to bottom."""

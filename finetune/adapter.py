@@ -1,37 +1,30 @@
 """Finetune by added modules or prompts: ``python finetune/adapter.py --config configs/adapter.yaml``.
 
-The base keeps its weights and its shape; small modules beside it train: adapters after a block's parts, keys and values
-or embeddings before every document, gated prompts. What they compute depends on the input, so they do not merge.
+The base is frozen; small modules beside it train: adapters after attention and MLP, keys and values or embeddings
+before every document, gated prompts. Their output depends on the input, so they cannot be merged.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lit_lora.checkpoint.load import load_model
+from lit_lora.checkpoint import load_model
 from lit_lora.config import OneOf
 from lit_lora.peft import Method, freeze, lr_factors, methods, with_text
 from lit_lora.peft.adapters.bottleneck import HoulsbyConfig
-from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe import FinetuneConfig, Options, begin, finish, main, show_plan, start, write_adapter
 from lit_lora.recipe.data import answer_samples, load_data
-from lit_lora.recipe.entry import main
-from lit_lora.recipe.plan import show_plan
-from lit_lora.recipe.run import Options, begin, finish, start, write_adapter
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
-
-__all__ = ["Config", "finetune"]
 
 
 class Config(FinetuneConfig):
     """A run by a method that adds modules or prompts."""
 
-    recipe: Literal["adapter"] = Field("adapter", description="The recipe that runs.")
-    peft: Annotated[Method, OneOf(methods("added"))] = Field(HoulsbyConfig(), description="The method; name picks it.")
+    recipe: Literal["adapter"] = Field("adapter", description="The recipe to run.")
+    peft: Annotated[Method, OneOf(methods("added"))] = Field(HoulsbyConfig(), description="The method, by name.")
 
 
 def finetune(config: Config, options: Options) -> Path:
@@ -40,13 +33,16 @@ def finetune(config: Config, options: Options) -> Path:
     tokenizer = Tokenizer.load(config.model.path)
     method = with_text(config.peft, tokenizer.encode)
     data = load_data(config, tokenizer)
+
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     method.apply(model)
     model.checkpoint_activations(config.train.activation_checkpointing)
+
     show_plan(run, model, data)
     if not begin(run, model, method):  # a dry run
         return run.folder
+
     objective = NextToken(graph_safe=method.graph_safe)
     show = answer_samples(model, tokenizer, data)
     result = fit(run.training, model, data, objective, lr_factors=lr_factors(method, model), sample=show)

@@ -1,10 +1,8 @@
-"""Finetune an encoder or an encoder-decoder on rows with labels: ``python finetune/classify.py --config FILE``.
+"""Finetune an encoder or an encoder-decoder on labelled rows: ``python finetune/classify.py --config FILE``.
 
-BERT, RoBERTa, DeBERTa and their like get a head that trains in full beside the method; T5 and its like learn to write
+BERT, RoBERTa, DeBERTa and the like get a head, which trains in full beside the method; T5 and the like learn to write
 the label. The models are transformers'; methods, loop and files are those of the other recipes.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,38 +22,38 @@ from lit_lora.classify.run import (
 from lit_lora.config import OneOf
 from lit_lora.peft import Method, freeze, lr_factors, methods
 from lit_lora.peft.lora.config import LoRAConfig
-from lit_lora.recipe.entry import main
-from lit_lora.recipe.run import Options, begin, finish, start
+from lit_lora.recipe import Options, begin, finish, main, start
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
-
-__all__ = ["Config", "finetune"]
 
 
 class Config(ClassifyConfig):
     """A run on rows with labels."""
 
-    recipe: Literal["classify"] = Field("classify", description="The recipe that runs.")
+    recipe: Literal["classify"] = Field("classify", description="The recipe to run.")
     peft: Annotated[Method, OneOf(methods("mergeable", "added", "full"))] = Field(
-        LoRAConfig(), description="The method; name picks it."
+        LoRAConfig(), description="The method, by name."
     )
     train: TrainConfig = Field(
-        TrainConfig(batch_size=32, micro_batch_tokens=4096), description="How long and in what portions."
+        TrainConfig(batch_size=32, micro_batch_tokens=4096), description="Training length, batches and validation."
     )
 
 
 def finetune(config: Config, options: Options) -> Path:
-    """Train head and method, save them as ``adapter/``, or the whole model as ``model/``, and return the run folder."""
+    """Train head and method, save them as ``adapter/`` (the whole model as ``model/``), and return the run folder."""
     run = start(config, options)
     shape = read_pretrained(config.model.path)
     data = load_labelled(config, shape)
+
     model, fresh = load_with_head(shape, data.task, dtype=run.dtype, device=run.device)
     freeze(model)
     method = apply_with_head(config.peft, model, head_of(model, fresh, data.task))
     checkpoint_activations(model, config.train.activation_checkpointing)
+
     plan_labelled(run, model, data)
     if not begin(run, model, method):  # a dry run
         return run.folder
+
     show = prediction_samples(model, shape, config, data)
     result = fit(run.training, model, data, data.task.objective, lr_factors=lr_factors(method, model), sample=show)
     written = save_result(run, model, shape, method, data, result)

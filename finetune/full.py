@@ -1,39 +1,32 @@
 """Finetune the model's own weights, all or some: ``python finetune/full.py --config configs/full.yaml``.
 
-Weights in bfloat16 have float32 masters, so that updates smaller than their rounding are not lost.
+Weights in bfloat16 get float32 masters, so that updates smaller than bfloat16's rounding are not lost.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lit_lora.checkpoint.load import load_model
+from lit_lora.checkpoint import load_model
 from lit_lora.checkpoint.save import save_model
 from lit_lora.config import OneOf
 from lit_lora.peft import freeze, methods
 from lit_lora.peft.selective.full import FullConfig
-from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe import FinetuneConfig, Options, begin, card_of_model, finish, main, show_plan, start, summary
 from lit_lora.recipe.data import answer_samples, load_data
-from lit_lora.recipe.entry import main
-from lit_lora.recipe.plan import show_plan
-from lit_lora.recipe.run import Options, begin, card_of_model, finish, start, summary
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
 
-__all__ = ["Config", "finetune"]
-
 
 class Config(FinetuneConfig):
     """A run that trains the model's own weights."""
 
-    recipe: Literal["full"] = Field("full", description="The recipe that runs.")
-    peft: Annotated[FullConfig, OneOf(methods("full"))] = Field(FullConfig(), description="Which weights train.")
-    optimizer: AnyOptimizer = Field(AdamWConfig(lr=2e-5), description="The optimizer and its settings; name picks it.")
+    recipe: Literal["full"] = Field("full", description="The recipe to run.")
+    peft: Annotated[FullConfig, OneOf(methods("full"))] = Field(FullConfig(), description="The weights to train.")
+    optimizer: AnyOptimizer = Field(AdamWConfig(lr=2e-5), description="The optimizer, by name.")
 
 
 def finetune(config: Config, options: Options) -> Path:
@@ -41,17 +34,20 @@ def finetune(config: Config, options: Options) -> Path:
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
     data = load_data(config, tokenizer)
+
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
     config.peft.apply(model)
     model.checkpoint_activations(config.train.activation_checkpointing)
+
     show_plan(run, model, data)
     if not begin(run, model, config.peft):  # a dry run
         return run.folder
+
     result = fit(run.training, model, data, NextToken(), sample=answer_samples(model, tokenizer, data))
     card = card_of_model(run, data.about, summary(result))
-    whole = save_model(model, run.folder / "model", side_files=config.model.path, card=card)
-    return finish(run, result, whole, f"lit-lora chat {whole}   or   lit-lora evaluate {whole} --data FILE")
+    saved = save_model(model, run.folder / "model", side_files=config.model.path, card=card)
+    return finish(run, result, saved, f"lit-lora chat {saved}   or   lit-lora evaluate {saved} --data FILE")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Finetune by a low-rank method on a quantized base: ``python finetune/qlora.py --config configs/qlora.yaml``.
 
-``y = deq(codes) x + (alpha / r) B A x``: weights in about 4 bits, dequantized per product; only ``A`` and ``B`` train
-(QLoRA, arXiv:2305.14314, section 3). Methods that choose the codes too (LoftQ, LQ-LoRA) read one full tensor at a time.
+``y = deq(codes) x + (alpha / r) B A x``: the base weights take about 4 bits each and are dequantized for every product,
+forward and backward; only the small ``A`` and ``B`` train. Source: QLoRA, arXiv:2305.14314, section 3.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,47 +13,46 @@ from lit_lora.config import OneOf
 from lit_lora.peft import Method, lr_factors, methods, with_token_ids
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize import QuantizeConfig
-from lit_lora.recipe.config import FinetuneConfig
+from lit_lora.recipe import FinetuneConfig, Options, begin, finish, main, show_plan, start, write_adapter
 from lit_lora.recipe.data import answer_samples, load_data
-from lit_lora.recipe.entry import main
 from lit_lora.recipe.method import finalize
-from lit_lora.recipe.plan import show_plan
 from lit_lora.recipe.quantized_base import for_quantized_base, keep_base, load_base
-from lit_lora.recipe.run import Options, begin, finish, start, write_adapter
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
-
-__all__ = ["Config", "finetune"]
 
 
 class Config(FinetuneConfig):
     """A run by a low-rank method on a quantized base."""
 
-    recipe: Literal["qlora"] = Field("qlora", description="The recipe that runs.")
+    recipe: Literal["qlora"] = Field("qlora", description="The recipe to run.")
     peft: Annotated[Method, OneOf(methods("mergeable", "quantized"))] = Field(
-        LoRAConfig(), description="The method; name picks it."
+        LoRAConfig(), description="The method, by name."
     )
-    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the base model's linear layers are held.")
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="Quantization of the base model's linear layers.")
 
     @property
     def quantization(self) -> QuantizeConfig:
-        """How the base is quantized."""
+        """The quantization of the base."""
         return self.quantize
 
 
 def finetune(config: Config, options: Options) -> Path:
-    """Train an adapter, save it as ``adapter/``, in PEFT's format, and return the run folder."""
+    """Train an adapter, save it as ``adapter/`` in PEFT's format, and return the run folder."""
     run = start(config, options)
     tokenizer = Tokenizer.load(config.model.path)
-    method = for_quantized_base(config.peft, config.quantize)  # not every method is for every base
+    method = for_quantized_base(config.peft, config.quantize)
     method = with_token_ids(method, tokenizer.add_tokens)
     data = load_data(config, tokenizer)
-    model, method = load_base(run, config.quantize, method, data)  # quantized, with the method applied
+
+    # LoftQ and LQ-LoRA choose codes and update together, so the base is quantized and the method applied in one step.
+    model, method = load_base(run, config.quantize, method, data)
     model.checkpoint_activations(config.train.activation_checkpointing)
+
     show_plan(run, model, data)
     if not begin(run, model, method):  # a dry run
         return run.folder
+
     base = keep_base(run, method, model)
     objective = NextToken(graph_safe=method.graph_safe)
     show = answer_samples(model, tokenizer, data)
