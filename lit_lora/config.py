@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from lit_lora import log
 from lit_lora.errors import UsageError, first_line
@@ -41,6 +41,7 @@ __all__ = [
     "dump_yaml",
     "find_config",
     "load_config",
+    "problem_at",
     "read_config",
     "read_yaml",
     "shipped_configs",
@@ -73,6 +74,12 @@ class Settings(BaseModel):
                 log.note(f"config: {key} is now called {present}")
             renamed[present] = value
         return renamed
+
+
+def problem_at(path: KeyPath, message: str) -> ValidationError:
+    """What a validator of a whole section raises to blame the value at ``path`` below the section."""
+    problem = PydanticCustomError("value_error", "{message}", {"message": message})
+    return ValidationError.from_exception_data("settings", [{"type": problem, "loc": path, "input": None}])
 
 
 class OneOf:
@@ -364,7 +371,11 @@ def _describe(problem: Any, places: Mapping[KeyPath, str], name: str, model: typ
     for part in pydantic_path:  # contains the tags of unions, which are no keys of the file
         if (*path, part) in places or part == pydantic_path[-1]:
             path = (*path, part)
+    if problem["type"] == "union_tag_invalid":  # pydantic blames the section
+        path = (*path, "name")
     where = _nearest_place(path, places, name)
+    if problem["type"] == "value_error":
+        where += _overrides_within(path, places)
     key = ".".join(str(part) for part in path)
 
     if problem["type"] == "extra_forbidden":
@@ -376,7 +387,7 @@ def _describe(problem: Any, places: Mapping[KeyPath, str], name: str, model: typ
     if problem["type"] == "union_tag_invalid":
         names = re.findall(r"'([^']+)'", str(problem["ctx"]["expected_tags"]))
         tag = str(problem["ctx"]["tag"])
-        return f"{where}: {key}.name: unknown name {tag!r}{did_you_mean(tag, names)}, known: {', '.join(names)}"
+        return f"{where}: {key}: unknown name {tag!r}{did_you_mean(tag, names)}, known: {', '.join(names)}"
 
     message = _PLAIN.get(problem["type"], problem["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -396,12 +407,22 @@ def _nearest_place(path: KeyPath, places: Mapping[KeyPath, str], name: str) -> s
     return name
 
 
+def _overrides_within(section: KeyPath, places: Mapping[KeyPath, str]) -> str:
+    """`` with 'train.epochs=2'``: the overrides in a section whose values do not fit together."""
+    overrides = [place for path, place in places.items() if path and path[:-1] == section and _is_override(place)]
+    return f" with {', '.join(overrides)}" if section and overrides else ""
+
+
+def _is_override(place: str) -> bool:
+    """Whether a place names an override, which is quoted, instead of a line of the file."""
+    return place.startswith(("'", '"'))
+
+
 def _replace_section(path: KeyPath, places: Mapping[KeyPath, str], where: str) -> str:
     """What to type if an override chose another method, and the file's options belong to the former one."""
     override = places.get((*path[:-1], "name"), "").strip("'")
     section, sign, name = override.partition(".name=")
-    key_is_in_file = not where.startswith("'")  # places of overrides are quoted
-    return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and key_is_in_file else ""
+    return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and not _is_override(where) else ""
 
 
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
-from lit_lora.config import OneOf, Settings, did_you_mean, find_config, load_config, read_yaml
+from lit_lora.config import OneOf, Settings, did_you_mean, find_config, load_config, problem_at, read_yaml
 from lit_lora.data import DataConfig
 from lit_lora.data.config import RowsConfig
 from lit_lora.errors import UsageError
@@ -83,7 +83,8 @@ class RunConfig(Settings):
         if name not in METHODS:
             return data  # reported with the section
         if name not in cls.method_table():
-            raise ValueError(f"peft.name: {name!r} is not for this recipe (did you mean recipe: {recipe_for(name)}?)")
+            message = f"{name!r} is not for this recipe (did you mean recipe: {recipe_for(name)}?)"
+            raise problem_at(("peft", "name"), message)
         optimizer = data.get("optimizer", {})
         if not isinstance(optimizer, dict) or "lr" in optimizer:
             return data

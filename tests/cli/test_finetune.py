@@ -396,6 +396,9 @@ def test_pain_40_a_text_in_the_place_of_a_number_is_told_with_its_line(task, cal
         ("model.device=cuda:7", 2, "device 'cuda:7' is not available"),
         ("train.max_stpes=3", 2, "unknown key 'train.max_stpes' (did you mean 'max_steps'?)"),
         ("schedule.name=cosin", 2, "error: 'schedule.name=cosin': schedule.name: "),
+        ("peft.name=lroa", 2, "error: 'peft.name=lroa': peft.name: unknown name 'lroa' (did you mean 'lora'?)"),
+        ("peft.name=prefix", 2, "error: 'peft.name=prefix': peft.name: 'prefix' is not for this recipe"),
+        ("optimizer.name=adamww", 2, "error: 'optimizer.name=adamww': optimizer.name: unknown name 'adamww'"),
         ("data.max_seq_length=3", 3, "no rows to train on"),
         ("data.validation=99", 3, "validation: 99 holds out 99 rows, but there are only 24"),
     ],
@@ -408,6 +411,13 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(task, call, override, cod
     assert "Traceback" not in err
     assert out == ""
     assert not (task / "run").exists()
+
+
+def test_an_override_that_contradicts_its_section_is_named_beside_the_line(task, call):
+    write_config(task, train={"max_steps": 3})
+    code, _, err = call("seed=1", "train.epochs=2")
+    assert code == 2
+    assert re.search(r"config.yaml:\d+ with 'train.epochs=2': train: give epochs or max_steps, not both", err)
 
 
 def test_another_method_over_options_of_the_file_says_how_to_replace_the_section(task, call):
