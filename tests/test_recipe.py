@@ -106,7 +106,7 @@ def test_every_recipe_is_found_by_its_name(tmp_path):
 
 def test_an_unknown_recipe_is_named_with_those_that_there_are(tmp_path):
     path = write_config(tmp_path, recipe="qlorra")
-    with pytest.raises(UsageError, match=r"recipe 'qlorra' is not known.*known: lora, qlora, adapter, full, classify"):
+    with pytest.raises(UsageError, match=r"unknown recipe 'qlorra'.*known: lora, qlora, adapter, full, classify"):
         load_recipe(path, [])
 
 
@@ -156,13 +156,13 @@ def test_samples_of_a_conversation_stop_at_its_first_answer(task):
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["schedule.warmup=7"], "schedule.warmup: 7 steps are more than half of all 8: the warm-up takes 4"),
-        (["schedule.warmup=0.9"], "schedule.warmup: 7 steps are more than half of all 8: the warm-up takes 4"),
+        (["schedule.warmup=7"], "schedule.warmup: 7 steps are more than half of all 8, so the warm-up is cut to 4"),
+        (["schedule.warmup=0.9"], "schedule.warmup: 7 steps are more than half of all 8, so the warm-up is cut to 4"),
         (["data.validation=null"], "no validation rows: overfitting will not show"),
         (["data.validation=null", "train.patience=3"], "train.patience has no effect without validation rows"),
         (
             ["data.path=long.jsonl"],
-            "the longest row has 255 tokens, the model was made for 128: data.max_seq_length=128",
+            "the longest row has 255 tokens, more than the model's context of 128; data.max_seq_length=128",
         ),
     ],
 )

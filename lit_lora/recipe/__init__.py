@@ -1,7 +1,6 @@
-"""What the recipes share: the config, a run from start to result, its rows, the plan printed before it.
+"""The steps that recipes share: config, rows, applying the method, the plan, the run from start to result.
 
-A recipe in ``finetune/`` is the one place where a model, a method, data and the loop meet; this package holds the steps
-that would otherwise be written in each.
+A recipe in ``finetune/`` is the only place where model, method, data and training loop meet.
 """
 
 from lit_lora.recipe.config import (

@@ -1,4 +1,4 @@
-"""What a config file says: the sections that all recipes share, and the recipe that it names."""
+"""The config file: the sections that all recipes share, and the table of recipes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ __all__ = [
     "recipe_for",
 ]
 
-# `recipe:` in a config -> the file in finetune/ that runs it
 RECIPES: dict[str, str] = {
     "lora": "lit_lora.finetune.lora",
     "qlora": "lit_lora.finetune.qlora",
@@ -39,66 +38,71 @@ RECIPES: dict[str, str] = {
     "full": "lit_lora.finetune.full",
     "classify": "lit_lora.finetune.classify",
 }
+"""``recipe:`` in a config: the module that runs it. Names instead of modules, because recipes import this package."""
 
 
 class ModelSettings(Settings):
-    """The base model, and how it is held."""
+    """The base model, its precision and its device."""
 
     path: Path = Field(description="Checkpoint folder, as written by lit-lora download or convert.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Precision of the base weights; auto is bf16 where the hardware multiplies it."
+        "auto", description="Precision of the base weights; auto is bf16 if the hardware supports it."
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
+    device: str = Field("auto", description="Device to train on: auto, cpu, cuda, cuda:1 or mps.")
 
 
 class RunConfig(Settings):
-    """One finetuning run; the YAML file's sections. Each recipe declares a ``Config`` of its own on top of it."""
+    """The config of a finetuning run. Each recipe declares its own ``Config``, a subclass of this."""
 
-    recipe: str = Field("lora", description="Which recipe runs: lora, qlora, adapter, full or classify.")
+    recipe: str = Field("lora", description="The recipe to run: lora, qlora, adapter, full or classify.")
     model: ModelSettings = Field(description="The base model.")
-    data: RowsConfig = Field(description="The rows to learn from.")
-    peft: Method = Field(description="The method and its settings; name picks it.")
-    train: TrainConfig = Field(TrainConfig(), description="How long and in what portions.")
-    optimizer: AnyOptimizer = Field(AdamWConfig(), description="The optimizer and its settings; name picks it.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over the run.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Of the split, the order of rows, initial values and dropout.")
+    data: RowsConfig = Field(description="The training data.")
+    peft: Method = Field(description="The method, by name.")
+    train: TrainConfig = Field(TrainConfig(), description="Training length, batches and validation.")
+    optimizer: AnyOptimizer = Field(AdamWConfig(), description="The optimizer, by name.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate schedule.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seeds the split, row order, initialization and dropout.")
     out: Path = Field(Path("out/finetune"), description="The run folder.")
 
     @property
     def quantization(self) -> QuantizeConfig | None:
-        """How the recipe quantizes the base while it loads; ``None`` where it does not."""
+        """How the base is quantized when it is loaded; ``None`` if it is not."""
         return None
 
     @classmethod
     def method_table(cls) -> Mapping[str, type[Settings]]:
-        """The methods that the recipe runs, by name; the first is the default."""
-        return next(mark.models for mark in cls.model_fields["peft"].metadata if isinstance(mark, OneOf))
+        """The methods that the recipe can run, by name; the first is the default."""
+        return next(marker.models for marker in cls.model_fields["peft"].metadata if isinstance(marker, OneOf))
 
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_method(cls, data: Any) -> Any:
-        """Refuse a method of another recipe by naming that recipe; take the method's learning rate if none is given."""
+        """Refuse a method of another recipe by naming that recipe; use the method's learning rate if none is given."""
         section = data.get("peft", {}) if isinstance(data, dict) else None
-        name = section.get("name", next(iter(cls.method_table()))) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            return data  # reported when the section itself is validated
+        default_method = next(iter(cls.method_table()))
+        name = section.get("name", default_method)
         if name not in METHODS:
-            return data  # reported with the section
+            return data  # likewise
         if name not in cls.method_table():
             message = f"{name!r} is not for this recipe (did you mean recipe: {recipe_for(name)}?)"
             raise problem_at(("peft", "name"), message)
+
         optimizer = data.get("optimizer", {})
         if not isinstance(optimizer, dict) or "lr" in optimizer:
             return data
         try:
             lr = methods()[name].model_validate(section).lr
         except ValidationError:
-            return data  # reported with the section
+            return data  # likewise
         return data if lr is None else {**data, "optimizer": {**optimizer, "lr": lr}}
 
 
 class FinetuneConfig(RunConfig):
-    """A run of a decoder, which learns to answer."""
+    """The config of a run that trains a decoder to answer."""
 
-    data: DataConfig = Field(description="The rows to learn from.")
+    data: DataConfig = Field(description="The training data.")
 
 
 def load_settings(recipe: str) -> type[RunConfig]:
@@ -108,43 +112,48 @@ def load_settings(recipe: str) -> type[RunConfig]:
 
 
 def recipe_for(method: str) -> str:
-    """The first recipe that runs a method of the table."""
+    """The first recipe that can run a method of ``METHODS``."""
     return next(recipe for recipe in RECIPES if method in load_settings(recipe).method_table())
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str]) -> tuple[Callable[..., Path], RunConfig]:
-    """The recipe that a config file names, and its config, of the recipe's own class.
+    """The recipe that a config file names, and its config as an instance of the recipe's ``Config``.
 
     Args:
-        source: Path of a YAML file or name of a shipped one.
-        overrides: ``key.sub=value``.
+        source: Path of a YAML file, or name of a shipped config.
+        overrides: Settings such as ``train.max_steps=20``.
 
     Raises:
         UsageError: Unknown recipe, or problems in the config, all at once.
     """
-    # Problems of the YAML are reported by load_config, with all others.
+    # Problems of the YAML are ignored until load_config reports them with all others.
     data = read_yaml(find_config(source), problems=[])
-    given = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
-    if isinstance(data, dict) and "runs" in data:
+    if not isinstance(data, dict):
+        data = {}
+    if "runs" in data:
         raise UsageError(f"{source}: is a comparison of runs", hint=f"lit-lora compare --config {source}")
-    name = str(given[-1] if given else data.get("recipe", "lora") if isinstance(data, dict) else "lora")
+
+    where, name = str(source), str(data.get("recipe", "lora"))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "recipe":
+            where, name = repr(override), value
     if name not in RECIPES:
-        raise UsageError(
-            f"{source}: recipe {name!r} is not known{did_you_mean(name, RECIPES)}, known: {', '.join(RECIPES)}"
-        )
+        known = ", ".join(RECIPES)
+        raise UsageError(f"{where}: unknown recipe {name!r}{did_you_mean(name, RECIPES)}, known: {known}")
     config = load_config(source, load_settings(name), overrides)
     return importlib.import_module(RECIPES[name]).finetune, config
 
 
 def config_schema() -> dict[str, Any]:
-    """The JSON Schema of a config file, by which an editor completes and checks the YAML; ``recipe`` picks the part."""
+    """The JSON Schema of a config file, for completion and checks in an editor. ``recipe`` selects the subschema."""
     configs = {name: load_settings(name) for name in RECIPES}
     parts, schema = models_json_schema([(config, "validation") for config in configs.values()])
     cases = []
     for name, config in configs.items():
         case: dict[str, Any] = {"properties": {"recipe": {"const": name}}}
         if name != RunConfig.model_fields["recipe"].default:
-            case["required"] = ["recipe"]
+            case["required"] = ["recipe"]  # without it, a config with no recipe would match every case
         cases.append({"if": case, "then": parts[config, "validation"]})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

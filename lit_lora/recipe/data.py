@@ -1,4 +1,4 @@
-"""The rows of a run, portioned, and the few that are answered while it trains."""
+"""The rows of a run in micro-batches, and the few that are answered during training."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = ["RunData", "answer_samples", "lengths_of", "load_data", "row_lengths"
 
 @dataclass
 class RunData:
-    """The rows, portioned."""
+    """The rows of a run: tokenized, and in micro-batches."""
 
     batches: Batches
     validation: list[MicroBatch]
     prepared: Prepared
     samples: list[tuple[list[int], list[int]]]
-    """Validation rows that are answered while training: token ids of the prompt, and of the answer in the data."""
+    """Validation rows to answer during training: token ids of the prompt, and of the expected answer."""
 
     @property
     def about(self) -> str:
-        """One line on what it is, for a model card."""
+        """One line on the rows, for a model card."""
         return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
 
 
 def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
-    """Tokenise (or take from the cache), report, and portion the rows.
+    """Tokenize the rows or read them from the cache, print a report, and cut them into micro-batches.
 
     Raises:
-        InputError: The data cannot be read, or no row can be learned from.
+        InputError: The data cannot be read, or no row has target tokens.
     """
     prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
     for line in prepared.report.lines():
@@ -52,56 +52,60 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
         seed=config.seed,
         shared_prefix=lengths_of(prepared.train, config.peft).shared_prefix,
     )
-    validation = prepared.validation
-    if validation is None:
+    rows = prepared.validation
+    if rows is None:
         return RunData(batches, [], prepared, [])
-    held_out = list(validation_batches(validation, config.train.micro_batch_tokens))
-    samples = [_sample(validation[number]) for number in range(min(config.train.samples, len(validation)))]
-    return RunData(batches, held_out, prepared, samples)
+
+    validation = list(validation_batches(rows, config.train.micro_batch_tokens))
+    samples = [_sample(rows[number]) for number in range(min(config.train.samples, len(rows)))]
+    return RunData(batches, validation, prepared, samples)
 
 
 def _sample(row: Row) -> tuple[list[int], list[int]]:
-    """The first answer of a row and what stands before it; plain text is to be continued after a few words."""
-    ids, learned = row.input_ids.tolist(), row.loss_mask.tolist()
-    start = learned.index(True, 1)
-    if start == 1:
+    """Token ids of the prompt and of the first answer in a row."""
+    ids = row.input_ids.tolist()
+    is_target = row.loss_mask.tolist()
+    start = is_target.index(True, 1)
+    if start == 1:  # plain text, all of it target: let the model continue its beginning
         start = min(len(ids) // 2, 32)
-    end = learned.index(False, start) if False in learned[start:] else len(ids)
+    end = is_target.index(False, start) if False in is_target[start:] else len(ids)
     return ids[:start], ids[start:end]
 
 
 def row_lengths(config: FinetuneConfig) -> RowLengths:
-    """Of the training rows, tokenised or from the cache.
+    """Lengths of the training rows, tokenized now or read from the cache.
 
     Raises:
-        InputError: Tokenizer or data are not there, or not readable.
+        InputError: The tokenizer or the data cannot be read.
     """
     prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
     return lengths_of(prepared.train, config.peft)
 
 
 def lengths_of(rows: Rows, method: Method) -> RowLengths:
-    """Of training rows; their common beginning is that which a micro-batch computes once under the method."""
+    """Lengths of training rows, and of the shared prefix that the method lets a micro-batch compute once."""
     shared_prefix = 0 if isinstance(method, GroupsTokens) else rows.shared_prefix
     return RowLengths(rows.token_counts, rows.target_counts, shared_prefix)
 
 
 def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
-    """A function of the step that answers the sample rows and prints the answers beside those of the data.
+    """A function of the step that answers the sample rows and prints each answer beside the expected one.
 
-    It draws no random numbers and leaves the model as it was, so a run with samples trains like one without.
+    It draws no random numbers and leaves the model as it was, so samples do not change how a run trains.
     """
-    context = model.context
-    samples = [(prompt, expected) for prompt, expected in data.samples if len(prompt) < context]
+    prompts, expected = [], []
+    for prompt, answer in data.samples:
+        if len(prompt) < model.context:
+            prompts.append(prompt)
+            expected.append(log.shortened(tokenizer.decode(answer), 100))
     sampling = Sampling(max_new_tokens=60)
 
-    def answer(step: int) -> None:
-        training = model.training
+    def show(step: int) -> None:
+        was_training = model.training
         model.eval()
-        answers = answer_all(model, tokenizer, [prompt for prompt, _ in samples], sampling)
-        model.train(training)
-        for given, (_, expected) in zip(answers, samples, strict=True):
-            shown, wanted = log.shortened(given.text, 100), log.shortened(tokenizer.decode(expected), 100)
-            log.note(f"step {step}: answers {shown!r}, expected {wanted!r}")
+        answers = answer_all(model, tokenizer, prompts, sampling)
+        model.train(was_training)
+        for answer, expected_text in zip(answers, expected, strict=True):
+            log.note(f"step {step}: answers {log.shortened(answer.text, 100)!r}, expected {expected_text!r}")
 
-    return answer
+    return show

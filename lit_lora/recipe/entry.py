@@ -1,4 +1,4 @@
-"""Run a recipe from the command line, or as a plain file."""
+"""Run a recipe, from a command or as a file."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["execute", "main"]
 
 
 def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: Options) -> Path:
-    """Run a recipe.
+    """Run a recipe and return its run folder.
 
     Raises:
-        OutOfMemoryError: With the settings that would fit.
+        OutOfMemoryError: With settings that would fit.
     """
     try:
         return recipe(config, options)
@@ -34,11 +34,16 @@ def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: 
         if not isinstance(config, FinetuneConfig):
             raise
         device = choose_device(config.model.device)
-        shape, dtype = ModelConfig.from_folder(config.model.path), choose_dtype(config.model.dtype, device)
-        setup = setup_for(config, shape=shape, rows=row_lengths(config), dtype=dtype, device=device)
-        # What was free is not known any more; what was planned was too much.
-        tried = advise(setup, 0.8 * estimate(setup).peak_bytes)
-        raise OutOfMemoryError(str(error), hint=f"{in_words(tried)} by lit-lora estimate") from error
+        setup = setup_for(
+            config,
+            shape=ModelConfig.from_folder(config.model.path),
+            rows=row_lengths(config),
+            dtype=choose_dtype(config.model.dtype, device),
+            device=device,
+        )
+        # How much memory was free is unknown by now. The estimated need was too much, so look for clearly less.
+        advice = advise(setup, 0.8 * estimate(setup).peak_bytes)
+        raise OutOfMemoryError(str(error), hint=f"{in_words(advice)} by lit-lora estimate") from error
 
 
 def main(recipe: Callable[[Any, Options], Path], config: type[RunConfig]) -> None:
@@ -49,9 +54,9 @@ def main(recipe: Callable[[Any, Options], Path], config: type[RunConfig]) -> Non
     """
     parser = argparse.ArgumentParser(description=sys.modules[recipe.__module__].__doc__)
     parser.add_argument("--config", required=True, help="path of a YAML file, or name of a shipped config")
-    parser.add_argument("--dry-run", action="store_true", help="everything up to the first step")
+    parser.add_argument("--dry-run", action="store_true", help="stop before the first step and write nothing")
     parser.add_argument("--resume", action="store_true", help="continue after the newest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder already")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder already contains")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=20")
     arguments = parser.parse_args()
     options = Options(arguments.dry_run, arguments.resume, arguments.overwrite)

@@ -1,6 +1,6 @@
-"""A method put on its model at the start of a run, with a look at the rows where it asks for one, and its last word.
+"""Apply a method to the model at the start of a run, initialize it from data if it asks for that, and finalize it.
 
-What it made of the rows is kept in the run's ``start/``, so that a resumed run begins with the same modules.
+Ranks that the data has chosen are saved in the run's ``start/``, so that a resumed run has the same modules.
 """
 
 from __future__ import annotations
@@ -17,48 +17,54 @@ from lit_lora.peft import Method, count_parameters
 from lit_lora.peft.core.capabilities import FinalizesAfterTraining, InitializesFromData
 from lit_lora.peft.core.passes import Pass
 from lit_lora.peft.files.frozen_state import kept_method
-from lit_lora.recipe import Run, RunData
+from lit_lora.recipe.data import RunData
+from lit_lora.recipe.run import Run
 from lit_lora.train.loss import backward
 from lit_lora.train.validation import validation_loss
 
-__all__ = ["apply_method", "passes", "finalize"]
+__all__ = ["apply_method", "finalize", "passes"]
 
 
 def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Method:
     """Change ``model`` in place into one that trains by ``method``.
 
-    A dry run leaves the rows alone: its start has the right size, and other values.
+    A dry run does not initialize from data: its modules have the right shapes and other values.
 
     Args:
         run: The run.
         method: Its method.
-        model: Frozen.
+        model: The frozen base.
         data: The rows.
 
     Returns:
-        The method as it is now: settings by which ``apply`` gives these modules again.
+        The method as applied: settings whose ``apply`` gives modules of these shapes.
 
     Raises:
-        InputError: What a run to resume has kept is broken.
-        UsageError: The settings do not fit the model or the rows, or validation rows are needed and there are none.
+        InputError: What the run to resume has saved is broken.
+        UsageError: The settings do not fit the model or the rows, or there are no validation rows and some are needed.
     """
     if _finalizing(method) and not data.validation:
         raise UsageError(
             "peft.search: selections are scored on validation rows, and there are none",
-            hint="data.validation=0.1 holds a tenth of the rows out",
+            hint="data.validation=0.1 holds out a tenth of the rows",
         )
-    kept = kept_method(run.folder / "start", method) if run.options.resume else None
-    if kept is None and not run.options.dry_run and isinstance(method, InitializesFromData) and method.rows_for_init:
-        seen = list(first_batches(data.batches, method.rows_for_init))
-        looks = log.progress(passes(model, seen), total=len(seen), what="looking", unit="batch")
-        return method.init_from_data(model, looks)
-    method = method if kept is None else kept
+    saved = kept_method(run.folder / "start", method) if run.options.resume else None
+    if saved is not None:  # looking at the data again could choose other ranks
+        method = saved
+    elif isinstance(method, InitializesFromData) and method.rows_for_init and not run.options.dry_run:
+        return _init_from_data(method, model, data)
     method.apply(model)
     return method
 
 
+def _init_from_data(method: InitializesFromData, model: CausalLM, data: RunData) -> Method:
+    batches = list(first_batches(data.batches, method.rows_for_init))
+    progress = log.progress(passes(model, batches), total=len(batches), what="initializing", unit="batch")
+    return method.init_from_data(model, progress)
+
+
 def finalize(method: Method, model: CausalLM, data: RunData) -> Method:
-    """Choose in place what training has left open, by the validation loss; see :class:`FinalizesAfterTraining`.
+    """Choose, in place, what training has left open, by the validation loss; see :class:`FinalizesAfterTraining`.
 
     Returns:
         The method as it is now.
@@ -66,11 +72,13 @@ def finalize(method: Method, model: CausalLM, data: RunData) -> Method:
     open_method = _finalizing(method)
     if open_method is None:
         return method
+
     model.eval()
     before = count_parameters(model).trainable
     finalized = open_method.finalize(model, partial(validation_loss, model, data.validation))
-    now, loss = count_parameters(model).trainable, validation_loss(model, data.validation)
-    log.note(f"chose forms: {now:,} of {before:,} trained numbers are kept, validation loss {loss:.4f}")
+    after = count_parameters(model).trainable
+    loss = validation_loss(model, data.validation)
+    log.note(f"chose forms: {after:,} of {before:,} trainable parameters remain, validation loss {loss:.4f}")
     return finalized
 
 
@@ -80,18 +88,19 @@ def _finalizing(method: Method) -> FinalizesAfterTraining | None:
 
 
 def first_batches(batches: Batches, rows: int) -> Iterator[MicroBatch]:
-    """The micro-batches of the first steps, until so many rows, or all, have been in them."""
+    """The micro-batches of the first steps, until they contain ``rows`` rows, or all rows if there are fewer."""
+    needed = min(rows, len(batches.rows))
     seen = 0
     for step in count():
         for batch in batches.step(step):
-            if seen >= min(rows, len(batches.rows)):
+            if seen >= needed:
                 return
             seen += len(batch.rows)
             yield batch
 
 
 def passes(model: CausalLM, batches: Iterable[MicroBatch]) -> Iterator[Pass]:
-    """The micro-batches for a method, which knows neither of data nor of the loss."""
+    """The micro-batches in a form for methods, which know neither data nor loss."""
     for batch in batches:
         yield Pass(batch.labels[0] != IGNORE_INDEX, partial(_run, model, batch))
 

@@ -1,4 +1,4 @@
-"""What is printed before the first step: what trains, on how much, what it needs, what a user may want to change."""
+"""The plan printed before the first step: what trains, on which rows, what it needs, and what to change."""
 
 from __future__ import annotations
 
@@ -36,55 +36,53 @@ __all__ = [
 ]
 
 _GPU_TOKENS = 8192
-"""Computed at once, these keep a large GPU busy (``benchmarks/gpu_lora_202611.md``)."""
+"""Tokens per micro-batch that keep a large GPU busy (``benchmarks/gpu_lora_202611.md``)."""
 
 
 def show_plan(run: Run, model: CausalLM, data: RunData) -> None:
-    """Print what will train, on how much, and what it needs, before the first step.
+    """Print what will train, on which rows, and what the run needs, with warnings about doubtful settings.
 
     Raises:
-        DiskError: The disk has too little room for it.
-        UsageError: The best weights are to be picked by what is not measured.
+        DiskError: The disk has too little space for the run.
+        UsageError: ``train.best_metric`` is not measured.
     """
     config, rows = run.config, data.prepared.train
     check_best_metric(config.train, NextToken())
-    show_what_trains(model)
-    total = config.train.total_steps(data.batches.steps_per_epoch)
-    warn_of(config, total, validated=bool(data.validation))
-    _warn_of_length(model, data)
-    lengths, shared_prefix = lengths_of(rows, config.peft), data.batches.shared_prefix
+    steps = config.train.total_steps(data.batches.steps_per_epoch)
+    lengths = lengths_of(rows, config.peft)
     setup = setup_for(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     estimated = estimate(setup, on_paper(model))
+
+    show_what_trains(model)
+    warn_of(config, steps, validated=bool(data.validation))
+    _warn_of_length(model, data)
     _warn_of_memory(setup, estimated)
     note_larger_micro_batches(setup)
+
     tokens, targets = int(rows.token_counts.sum()), int(rows.target_counts.sum())
     table = [
         *planned_rows(run, model),
         *_base_row(model),
-        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them learned"],
-        *(
-            [["all rows begin with", f"the same {shared_prefix} tokens, computed once a micro-batch"]]
-            if shared_prefix
-            else []
-        ),
+        ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
+        *_prefix_row(data.batches.shared_prefix),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
         ["estimated memory", human_bytes(estimated.peak_bytes)],
-        ["estimated time", _planned_time(estimated.seconds_per_step, total)],
+        ["estimated time", _planned_time(estimated.seconds_per_step, steps)],
         ["estimated disk space", human_bytes(estimated.disk_bytes)],
         ["run folder", str(run.folder)],
     ]
-    log.table("Plan", ["what", "figure"], table)
+    log.table("Plan", ["item", "value"], table)
     require_free_space(run.folder, estimated.disk_bytes, "this run")
 
 
 def setup_for(
     config: RunConfig, *, shape: ModelConfig, rows: RowLengths, dtype: torch.dtype, device: torch.device
 ) -> Setup:
-    """What memory and time of a run depend on; placeholder ids stand for tokens that its config gives as text."""
-    new = shape.vocab_size
-    peft = with_token_ids(config.peft, lambda tokens: list(range(new, new + len(tokens))))
-    peft = with_text(peft, lambda text: [0] * (1 + len(text) // 4))
-    return Setup(shape, peft, config.train, config.optimizer, rows, dtype, device, config.seed, config.quantization)
+    """What memory and time of a run depend on. No tokenizer is needed: only the number of token ids matters."""
+    first_new = shape.vocab_size
+    method = with_token_ids(config.peft, lambda tokens: list(range(first_new, first_new + len(tokens))))
+    method = with_text(method, lambda text: [0] * (1 + len(text) // 4))  # about four characters per token
+    return Setup(shape, method, config.train, config.optimizer, rows, dtype, device, config.seed, config.quantization)
 
 
 def show_what_trains(model: nn.Module) -> None:
@@ -94,26 +92,39 @@ def show_what_trains(model: nn.Module) -> None:
 
 
 def planned_rows(run: Run, model: nn.Module) -> list[list[str]]:
-    """Lines of the plan on the model."""
-    counts = count_parameters(model)
+    """The plan's lines on the model."""
+    parameters = count_parameters(model)
     return [
-        ["trainable parameters", f"{counts.trainable:,} of {counts.total:,} ({counts.share:.2%})"],
+        ["trainable parameters", f"{parameters.trainable:,} of {parameters.total:,} ({parameters.share:.2%})"],
         ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
     ]
 
 
-def planned_steps(config: RunConfig, steps_per_epoch: int, held_out: int) -> list[list[str]]:
-    """Lines of the plan on validation, steps and learning rate."""
-    total = config.train.total_steps(steps_per_epoch)
-    passes, interval = total / steps_per_epoch, config.train.eval_interval(total)
+def planned_steps(config: RunConfig, steps_per_epoch: int, validation_rows: int) -> list[list[str]]:
+    """The plan's lines on validation, steps and learning rate."""
+    steps = config.train.total_steps(steps_per_epoch)
+    interval = config.train.eval_interval(steps)
+    every = "every step" if interval == 1 else f"every {interval} steps"
+    epochs = steps / steps_per_epoch
+    passes = f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"
+    warmup = config.schedule.warmup_steps(steps)
     return [
-        ["validation rows", f"{held_out:,}, every {interval} steps" if held_out else "none"],
-        ["steps", f"{total:,} of {config.train.batch_size} rows each, {passes:.3g} passes over the rows"],
-        [
-            "learning rate",
-            f"{config.optimizer.lr:g}, {config.schedule.name}, {config.schedule.warmup_steps(total)} steps of warm-up",
-        ],
+        ["validation rows", f"{validation_rows:,}, {every}" if validation_rows else "none"],
+        ["steps", f"{steps:,} of {_counted(config.train.batch_size, 'row')} each, {passes}"],
+        ["learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {_counted(warmup, 'warm-up step')}"],
     ]
+
+
+def _counted(count: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _prefix_row(shared_prefix: int) -> list[list[str]]:
+    """The plan's line on the tokens that all rows begin with, if there are any."""
+    if not shared_prefix:
+        return []
+    return [["shared prefix", f"{_counted(shared_prefix, 'token')}, computed once per micro-batch"]]
 
 
 def _planned_time(seconds_per_step: float | None, steps: int) -> str:
@@ -124,80 +135,87 @@ def _planned_time(seconds_per_step: float | None, steps: int) -> str:
 
 
 def _base_row(model: CausalLM) -> list[list[str]]:
-    """Bits and bytes of a quantised base."""
-    quantize, layers = found_config(model), [module for module in model.modules() if isinstance(module, Quantized)]
+    """The plan's line on a quantized base."""
+    quantize = found_config(model)
     if quantize is None:
         return []
-    held = sum(stored_bytes(layer) for layer in layers)
-    bits = f"{8 * held / count_quantized(model):.2f} bits a weight"
+    layers = [module for module in model.modules() if isinstance(module, Quantized)]
+    layer_bytes = sum(stored_bytes(layer) for layer in layers)
+    weights = count_quantized(model)
+
     types = sorted({layer.config for layer in layers}, key=lambda config: config.bits)
     name = str(quantize) if len(types) == 1 else f"{types[0]} to {types[-1]} by layer"
-    return [["base", f"{name}: {count_quantized(model):,} weights in {human_bytes(held)}, {bits}"]]
+    bits = 8 * layer_bytes / weights
+    return [["base", f"{name}: {weights:,} weights in {human_bytes(layer_bytes)}, {bits:.2f} bits per weight"]]
 
 
 def _warn_of_memory(setup: Setup, estimated: Estimate) -> None:
-    """Say it when a loaded model will not fit while it trains, and what would."""
-    free, memory = free_memory_bytes(setup.device), estimated.memory
-    there = _there(setup, memory)
-    if free is None or memory.total - there <= free:
+    """Warn if training will need more memory than is free, and say which settings would fit."""
+    free = free_memory_bytes(setup.device)
+    loaded = _loaded_bytes(setup, estimated.memory)
+    needed = estimated.memory.total - loaded
+    if free is None or needed <= free:
         return
     log.warn(
-        f"this run needs about {human_bytes(memory.total - there)} more, {human_bytes(free)} are free: "
-        f"{in_words(advise(setup, free + there))}"
+        f"this run needs about {human_bytes(needed)} more, {human_bytes(free)} are free: "
+        f"{in_words(advise(setup, free + loaded))}"
     )
 
 
-def _there(setup: Setup, memory: Memory) -> int:
-    """Bytes that a loaded model has taken already; a CPU's weights are mapped, not yet read."""
+def _loaded_bytes(setup: Setup, memory: Memory) -> int:
+    """Bytes that a loaded model occupies before it trains. A CPU's weights are mapped and not yet in memory."""
     return memory.process + (memory.weights if setup.device.type == "cuda" else 0)
 
 
 def note_larger_micro_batches(setup: Setup) -> None:
-    """Say it where a GPU would get too little to do at once, and has the memory for more."""
-    now, free = setup.train.micro_batch_tokens, free_memory_bytes(setup.device)
-    step = int(setup.rows.token_counts.mean()) * min(setup.train.batch_size, len(setup.rows))
-    if setup.device.type != "cuda" or free is None or now >= min(step, _GPU_TOKENS):
+    """Suggest larger micro-batches where the present ones underuse a GPU that has memory for more."""
+    tokens, free = setup.train.micro_batch_tokens, free_memory_bytes(setup.device)
+    tokens_per_step = int(setup.rows.token_counts.mean()) * min(setup.train.batch_size, len(setup.rows))
+    if setup.device.type != "cuda" or free is None or tokens >= min(tokens_per_step, _GPU_TOKENS):
         return
+
     larger = replace(setup, train=setup.train.model_copy(update={"micro_batch_tokens": _GPU_TOKENS}))
     memory = estimate(larger).memory
-    if memory.total - _there(larger, memory) <= free:
+    if memory.total - _loaded_bytes(larger, memory) <= free:
         log.note(
-            f"{now:,} tokens at once do not keep a GPU busy: the same results come sooner with "
-            f"train.micro_batch_tokens={_GPU_TOKENS}, which fits its memory"
+            f"micro-batches of {tokens:,} tokens underuse the GPU; train.micro_batch_tokens={_GPU_TOKENS} fits in "
+            "memory and is faster, with identical results"
         )
 
 
 def in_words(tried: Sequence[Advice]) -> str:
-    """What makes a run fit, or how near its settings can get."""
-    best = min(tried, key=lambda advice: (not advice.fits, advice.memory_bytes), default=None)
-    if best is None:
-        return "take a smaller model"
-    settings, needed = " ".join(best.overrides), human_bytes(best.memory_bytes)
-    return f"{settings} needs {needed}" if best.fits else f"even {settings} needs {needed}: take a smaller model"
+    """The settings with which a run fits, or those that come closest."""
+    if not tried:
+        return "use a smaller model"
+    best = min(tried, key=lambda advice: (not advice.fits, advice.memory_bytes))
+    needs = f"{' '.join(best.overrides)} needs {human_bytes(best.memory_bytes)}"
+    return needs if best.fits else f"even {needs}; use a smaller model"
 
 
-def warn_of(config: RunConfig, total: int, *, validated: bool) -> None:
-    """Say what a user would want to change before ``total`` steps begin."""
-    warmup, asked = config.schedule.warmup_steps(total), config.schedule.asked_steps(total)
-    if warmup < asked:
-        log.warn(f"schedule.warmup: {asked} steps are more than half of all {total}: the warm-up takes {warmup}")
+def warn_of(config: RunConfig, steps: int, *, validated: bool) -> None:
+    """Warn about settings that a user would want to change before a run of ``steps`` steps."""
+    warmup, requested = config.schedule.warmup_steps(steps), config.schedule.asked_steps(steps)
+    if warmup < requested:
+        log.warn(
+            f"schedule.warmup: {requested} steps are more than half of all {steps}, so the warm-up is cut to {warmup}"
+        )
     if validated:
         return
     log.warn(
-        "no validation rows: overfitting will not show, and the last weights are kept, not the best "
-        "(data.validation=0.1 holds a tenth of the rows out)"
+        "no validation rows: overfitting will not show, and the last weights are saved instead of the best "
+        "(data.validation=0.1 holds out a tenth of the rows)"
     )
     if config.train.patience is not None:
         log.warn("train.patience has no effect without validation rows")
 
 
 def _warn_of_length(model: CausalLM, data: RunData) -> None:
-    """Say it when rows are longer than what the model was made for."""
+    """Warn if rows are longer than the model's context."""
     longest, context = int(data.prepared.train.token_counts.max()), model.context
     if longest > context:
         log.warn(
-            f"the longest row has {longest:,} tokens, the model was made for {context:,}: "
-            f"data.max_seq_length={context} keeps to that"
+            f"the longest row has {longest:,} tokens, more than the model's context of {context:,}; "
+            f"data.max_seq_length={context} limits it"
         )
 
 
@@ -205,18 +223,17 @@ def duration(seconds: float) -> str:
     """``125.0`` as ``2 min 5 s``."""
     if seconds < 1:
         return "less than a second"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds_left} s" if minutes else f"{seconds_left} s"
 
 
 def step_duration(seconds: float) -> str:
-    """``1.62`` as ``1.6 s``, ``0.034`` as ``34 ms``; from 10 seconds on as :func:`duration`."""
+    """``1.62`` as ``1.6 s``, ``0.034`` as ``34 ms``; from 10 seconds on like :func:`duration`."""
     if seconds >= 10:
         return duration(seconds)
     if seconds >= 0.1:
         return f"{seconds:.2g} s"
-    # At least 1, so that a tiny model does not take no time at all.
-    return f"{max(1, round(1000 * seconds))} ms"
+    return f"{max(1, round(1000 * seconds))} ms"  # never 0, however small the model

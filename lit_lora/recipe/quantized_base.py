@@ -1,12 +1,15 @@
-"""The base of a run over a quantised model: quantised while loading, by the method where it chooses the codes.
+"""The quantized base of a run, quantized while it is loaded, by the method if the method chooses the codes.
 
-Codes that a method chose are not those of the original weights, so the run keeps its base as ``base/``, beside the
-adapter, which is nothing without it.
+Such codes are not those of the original weights. The adapter is useless without them, so the run saves its base as
+``base/`` beside the adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from lit_lora import log
 from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
@@ -20,8 +23,9 @@ from lit_lora.peft.core.capabilities import ChoosesCodes, Decomposer, NeedsQuant
 from lit_lora.peft.core.passes import mean_squares
 from lit_lora.peft.core.svd import Weights
 from lit_lora.quantize import QuantizeConfig, stored_bytes
-from lit_lora.recipe import Run, RunData
+from lit_lora.recipe.data import RunData
 from lit_lora.recipe.method import apply_method, passes
+from lit_lora.recipe.run import Run
 
 __all__ = ["for_quantized_base", "keep_base", "load_base"]
 
@@ -29,7 +33,7 @@ _BASE = "base"
 
 
 def for_quantized_base(method: Method, quantize: QuantizeConfig) -> Method:
-    """The settings as they are over a base quantized so.
+    """The method's settings for a base that is quantized in this way.
 
     Raises:
         UsageError: The method needs another base.
@@ -38,67 +42,83 @@ def for_quantized_base(method: Method, quantize: QuantizeConfig) -> Method:
 
 
 def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
-    """The quantised base with the method applied to it; a resumed run takes the base that it kept.
+    """The quantized base with the method applied to it. A resumed run loads the base that it saved.
 
     Args:
         run: The run.
         quantize: How the base is quantized.
-        method: Its method, over this base.
-        data: The rows, for a method that weighs errors by them or starts from them.
+        method: Its method, for this base.
+        data: The rows, for a method that weighs errors by them or initializes from them.
 
     Returns:
-        The model, and the method as it is applied; see :func:`lit_lora.recipe.method.apply_method`.
+        The model, and the method as applied; see :func:`lit_lora.recipe.method.apply_method`.
 
     Raises:
         InputError: The folder is broken.
-        UsageError: It is quantised already, or the settings do not fit it.
+        UsageError: The base is already quantized, or the settings do not fit it.
     """
-    kept, path = run.folder / _BASE, run.config.model.path
     decomposer: Decomposer | None = None
-    if run.options.resume and (kept / "config.json").is_file():
-        model = load_model(kept, dtype=run.dtype, device=run.device)  # quantized already
+    if _has_saved_base(run):
+        model = load_model(run.folder / _BASE, dtype=run.dtype, device=run.device)  # already quantized
     else:
         if isinstance(method, ChoosesCodes):
-            count = min(calibration_rows(method), len(data.prepared.train))
-            weights = _weights(run, data, count) if count else None
-            stored, skeleton = StoredTensors(path), empty_model(ModelConfig.from_folder(path))
-            decomposer = method.decomposer(
-                skeleton, quantize, lambda name: stored.read_once(f"{name}.weight").to(run.device), weights
-            )
-        model = load_model(path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
+            weights = _error_weights(run, data, calibration_rows(method))
+            decomposer = method.decomposer(_skeleton(run), quantize, _weight_reader(run), weights)
+        model = load_model(run.config.model.path, dtype=run.dtype, device=run.device, quantize=decomposer or quantize)
+
     freeze(model)
-    applied = apply_method(run, method, model, data)  # nothing that the model computes changes yet
+    applied = apply_method(run, method, model, data)  # the model still computes what the base does
     if decomposer is not None:
-        decomposer.fill(model)  # what the codes lost, B is not 0
+        decomposer.fill(model)  # the adapter starts from what the codes lost, so B is not 0
     return model, applied
 
 
-def _weights(run: Run, data: RunData, count: int) -> dict[str, Weights]:
-    """How much errors matter, by layer: means of the squared gradients of the loss of the first ``count`` rows.
+def _has_saved_base(run: Run) -> bool:
+    return run.options.resume and (run.folder / _BASE / "config.json").is_file()
 
-    Takes the model in full, and one layer's gradient at a time.
+
+def _skeleton(run: Run) -> CausalLM:
+    """The base without values."""
+    return empty_model(ModelConfig.from_folder(run.config.model.path))
+
+
+def _weight_reader(run: Run) -> Callable[[str], Tensor]:
+    """A function that reads a layer's weight by the layer's name, so that only one is in memory."""
+    stored = StoredTensors(run.config.model.path)
+    return lambda layer: stored.read_once(f"{layer}.weight").to(run.device)
+
+
+def _error_weights(run: Run, data: RunData, rows: int) -> dict[str, Weights] | None:
+    """How much errors matter, by layer: mean squared gradients of the loss of the first ``rows`` rows; ``None`` for 0.
+
+    Needs memory for the model in full precision and the gradient of one layer at a time.
     """
+    if rows == 0:
+        return None
+    rows = min(rows, len(data.prepared.train))
     model = load_model(run.config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    one_by_one = (collate(data.prepared.train, [number]) for number in range(count))
-    looks = log.progress(passes(model, one_by_one), total=count, what="weighing", unit=" rows")
-    means = mean_squares(model, decoder_linears(model), looks)
-    return {name: Weights.of_squares(*both) for name, both in means.items()}
+    single_rows = (collate(data.prepared.train, [row]) for row in range(rows))
+    progress = log.progress(passes(model, single_rows), total=rows, what="weighing", unit=" rows")
+
+    squares = mean_squares(model, decoder_linears(model), progress)
+    return {layer: Weights.of_squares(of_rows, of_columns) for layer, (of_rows, of_columns) in squares.items()}
 
 
 def keep_base(run: Run, method: Method, model: CausalLM) -> Path:
-    """The folder of the adapter's base: one in the run folder, written now, where the method chose the codes.
+    """The folder of the adapter's base. If the method chose the codes, that is ``base/``, which is written if missing.
 
     Raises:
-        DiskError: There is no room for it.
+        DiskError: The disk has too little space for it.
     """
-    original, kept = run.config.model.path, run.folder / _BASE
+    original = run.config.model.path
     if not isinstance(method, ChoosesCodes):
         return original
-    if not (run.options.resume and (kept / "config.json").is_file()):
-        require_free_space(kept, stored_bytes(model), "the quantised base")
-        card = model_card(
-            f"{original.name}, quantised by {method.title}", base=str(original), method=method.about, adapter=False
-        )
-        save_quantized(model.config, base_tensors(model).stored(), kept, side_files=original, card=card)
-    return kept
+
+    folder = run.folder / _BASE
+    if not _has_saved_base(run):
+        require_free_space(folder, stored_bytes(model), "the quantized base")
+        title = f"{original.name}, quantized by {method.title}"
+        card = model_card(title, base=str(original), method=method.about, adapter=False)
+        save_quantized(model.config, base_tensors(model).stored(), folder, side_files=original, card=card)
+    return folder

@@ -1,4 +1,4 @@
-"""A run from its start to its result: the folder, what is kept and written there, what the command line asks of it."""
+"""A run from start to result: its options, its folder, and what is written into it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["Options", "Run", "begin", "card_of_model", "finish", "start", "summa
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of a run beside its config."""
+    """Options of a run that are not part of its config."""
 
     dry_run: bool = False
-    """Stop before the first step, write nothing."""
+    """Stop before the first step and write nothing."""
     resume: bool = False
     """Continue after the newest checkpoint of the run folder."""
     overwrite: bool = False
-    """Replace a run that is in the folder already."""
+    """Replace the run that the folder already contains."""
 
 
 @dataclass(frozen=True)
@@ -49,132 +49,153 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where everything is written."""
+        """The run folder, to which everything is written."""
         return self.config.out
 
     @property
     def training(self) -> TrainingRun:
-        """The run as the loop takes it."""
-        config = self.config
+        """The part of the run that the training loop needs."""
         return TrainingRun(
-            config.train, config.optimizer, config.schedule, self.folder, config.seed, self.options.resume
+            train=self.config.train,
+            optimizer=self.config.optimizer,
+            schedule=self.config.schedule,
+            folder=self.folder,
+            seed=self.config.seed,
+            resume=self.options.resume,
         )
 
 
 def start(config: RunConfig, options: Options) -> Run:
-    """Seed, choose device and dtype, and look whether the run folder can be used.
+    """Set the seed, choose device and dtype, and check that the run folder can be used.
 
     Raises:
         DiskError: The folder is a file.
-        UsageError: It holds another run, or none to resume, or the device is not there.
+        UsageError: The folder contains another run, or none to resume; or the device is not available.
     """
     torch.manual_seed(config.seed)
     device = choose_device(config.model.device)
     run = Run(config, options, device, choose_dtype(config.model.dtype, device))
-    saved = run.folder / "config.yaml"
+
     if run.folder.exists() and not run.folder.is_dir():
         raise DiskError(f"{run.folder}: is a file, expected a folder for the run", hint="choose another out=FOLDER")
-    if options.resume and not saved.is_file():
-        raise UsageError(f"{run.folder}: holds no run to resume", hint="leave --resume out to start one")
+    saved_config = run.folder / "config.yaml"
     if options.resume:
-        _check_same_run(saved, config)
-    elif saved.is_file() and not (options.overwrite or options.dry_run):
+        if not saved_config.is_file():
+            raise UsageError(f"{run.folder}: no run to resume", hint="start one without --resume")
+        _check_same_run(saved_config, config)
+    elif saved_config.is_file() and not (options.overwrite or options.dry_run):
         raise UsageError(
-            f"{run.folder}: holds a run already",
-            hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another beside it",
+            f"{run.folder}: already contains a run",
+            hint="--resume continues it, --overwrite replaces it, out=FOLDER starts another one",
         )
     return run
 
 
 def begin(run: Run, model: nn.Module, method: Method) -> bool:
-    """Take the run folder and write the config into it; a run that is to be replaced is removed only now.
+    """Lock the run folder and write the config into it. With ``overwrite``, the old run is removed only now.
 
-    What the adapter has beside what trains is kept there, and taken from there where the run is resumed.
+    What the adapter has that does not train is saved in the folder, or loaded from it into ``model`` on resume.
 
     Args:
         run: The run.
         model: With its method applied.
-        method: As it was applied; a start from rows may have changed its settings.
+        method: As applied; initialization from data may have changed its settings.
 
     Returns:
-        Whether to train: a dry run ends here, with nothing written.
+        Whether to train. ``False`` for a dry run, which writes nothing.
 
     Raises:
         DiskError: The folder cannot be written.
-        InputError: What a run to resume has kept does not fit.
+        InputError: What the run to resume has saved does not fit.
         UsageError: Another process is training in it.
     """
+    resume = run.options.resume
     if run.options.dry_run:
         return False
-    _hold(run.folder)
-    if run.options.overwrite and not run.options.resume:
+
+    _lock(run.folder)
+    if run.options.overwrite and not resume:
         _remove_run(run.folder)
-    keep_frozen(model, run.folder / "start", resume=run.options.resume)
-    if rows_for_init(method) and not run.options.resume:
+
+    keep_frozen(model, run.folder / "start", resume=resume)
+    if rows_for_init(method) and not resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
     return True
 
 
-_HELD: dict[tuple[int, int], int] = {}
-"""Handles of the folders that this process trains in, by device and inode; the system closes them with the process."""
+_LOCKS: dict[tuple[int, int], int] = {}
+"""Device and inode of each folder that this process has locked: file descriptor of its lock."""
 
 
-def _hold(folder: Path) -> None:
-    """Keep other processes out of a run folder until this one ends, also by SIGKILL; it is made where there is none.
+def _lock(folder: Path) -> None:
+    """Create the run folder if needed, and keep other processes out of it until this one ends.
+
+    The system releases the lock with the process, however that ends, so that none is left behind by SIGKILL.
 
     Raises:
-        DiskError: It cannot be made.
-        UsageError: Another process holds it.
+        DiskError: The folder cannot be created.
+        UsageError: Another process has locked it.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    about = folder.stat()
-    if (about.st_dev, about.st_ino) in _HELD:
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in _LOCKS:  # a notebook may train in one folder twice
         return
     try:
-        _HELD[about.st_dev, about.st_ino] = lock_folder(folder)
+        _LOCKS[identity] = lock_folder(folder)
     except BlockingIOError:
         raise UsageError(
-            f"{folder}: another process is training in it", hint="wait for it or stop it, or take another out=FOLDER"
+            f"{folder}: another process is training in it", hint="wait for it, stop it, or choose another out=FOLDER"
         ) from None
-    except OSError:  # there are no such locks here
+    except OSError:  # the file system has no locks: train without one
         return
 
 
-# What a resumed run may do differently; anything else makes it another run.
-_MAY_CHANGE = {"out", "model.device", "train.micro_batch_tokens", "train.activation_checkpointing"} | {
-    f"train.{key}" for key in ("eval_every", "save_every", "keep_last", "patience", "samples")
+_CHANGEABLE = {
+    "out",
+    "model.device",
+    "train.activation_checkpointing",
+    "train.eval_every",
+    "train.keep_last",
+    "train.micro_batch_tokens",
+    "train.patience",
+    "train.samples",
+    "train.save_every",
 }
+"""Settings that may change when a run is resumed. A change of any other makes it another run."""
 
 
-def _check_same_run(saved: Path, config: RunConfig) -> None:
-    """Refuse to resume under another config.
+def _check_same_run(saved_config: Path, config: RunConfig) -> None:
+    """Refuse to resume with other settings.
 
     Raises:
         UsageError: Naming the keys that differ.
     """
-    old, new = _flat(load_config(saved, type(config))), _flat(config)
-    differing = [key for key in new.keys() | old.keys() if key not in _MAY_CHANGE and old.get(key) != new.get(key)]
-    if differing:
+    old = _flatten(load_config(saved_config, type(config)))
+    new = _flatten(config)
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - _CHANGEABLE
+    if changed:
         raise UsageError(
-            f"{saved}: the run to resume has other settings: {', '.join(sorted(differing))}",
+            f"{saved_config}: the run to resume has other settings: {', '.join(sorted(changed))}",
             hint="resume with the same config, or start a new run with out=ANOTHER_FOLDER",
         )
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """``section.key`` to value."""
+def _flatten(config: RunConfig) -> dict[str, Any]:
+    """The settings by their dotted keys, such as ``train.epochs``."""
     flat: dict[str, Any] = {}
     for section, value in config.model_dump(mode="json").items():
-        flat.update(
-            {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-        )
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": setting for key, setting in value.items()}
+        else:
+            flat[section] = value
     return flat
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a former run wrote into ``folder``, and nothing else."""
+    """Remove what a former run has written into ``folder``, and nothing else."""
     for name in ("checkpoints", "start", "adapter", "base", "model", "merged"):
         remove_folder(folder / name)
     files = [folder / name for name in ("metrics.jsonl", "loss.png", "result.json")]
@@ -192,16 +213,16 @@ def write_adapter(
     data: str,
     base: Path | None = None,
 ) -> Path:
-    """Write the adapter in ``model`` to ``adapter/`` in the run folder, with its own tokenizer where tokens were added.
+    """Write the trained adapter to ``adapter/`` in the run folder, with the tokenizer if it has new tokens.
 
     Args:
         run: The run.
-        model: Trained.
-        method: As it was applied.
-        tokenizer: The one that the rows were tokenized with.
-        result: What the training came to, for the model card.
-        data: What the rows are, for the model card.
-        base: The adapter's base, where it is not the model that the config names.
+        model: The trained model.
+        method: As applied.
+        tokenizer: The tokenizer of the rows.
+        result: The outcome of training, for the model card.
+        data: One line on the rows, for the model card.
+        base: The adapter's base, if it is not the model that the config names.
 
     Returns:
         The adapter folder.
@@ -217,45 +238,60 @@ def write_adapter(
 
 
 def card_of_model(run: Run, data: str, metrics: Mapping[str, object]) -> str:
-    """The model card of a whole model, finetuned on ``data``."""
+    """The model card of a whole model that was finetuned on ``data``."""
     base = run.config.model.path
-    return model_card(
-        f"{base.name}, finetuned", base=str(base), method="full", data=data, metrics=metrics, adapter=False
-    )
+    title = f"{base.name}, finetuned"
+    return model_card(title, base=str(base), method="full", data=data, metrics=metrics, adapter=False)
 
 
-def finish(run: Run, result: FitResult, written: Path, next_command: str) -> Path:
-    """Print what came out and what to type next, and write ``result.json``: with it the run is complete.
+def finish(run: Run, result: FitResult, saved: Path, next_command: str) -> Path:
+    """Print the outcome and the next command, and write ``result.json``, which marks the run as complete.
+
+    Args:
+        run: The run.
+        result: The outcome of training.
+        saved: The folder of the adapter or model.
+        next_command: What the user may run next.
 
     Returns:
         The run folder.
     """
-    rows = [[name, f"{value:.4f}" if isinstance(value, float) else value] for name, value in summary(result).items()]
-    log.table("Result", ["what", "figure"], rows)
-    before, after = result.untrained_validation_loss, result.validation_loss
-    if before is not None and after is not None and after >= before:
-        log.warn(
-            "the validation loss did not fall: try a lower optimizer.lr, and look at the rows with "
-            "lit-lora prepare FILE --show 3"
-        )
-    metrics = {**asdict(result), "tokens_per_second": result.tokens_per_second}
-    weights = sum(path.stat().st_size for path in written.glob("*.safetensors"))
-    write_text(run.folder / "result.json", json.dumps({**metrics, "written_bytes": weights}, indent=1) + "\n")
-    log.say(f"wrote {written}, plot {run.folder / 'loss.png'}", style="bold green")
+    rows = []
+    for name, value in summary(result).items():
+        rows.append([name, f"{value:.4f}" if isinstance(value, float) else value])
+    log.table("Result", ["metric", "value"], rows)
+    _warn_if_not_improved(result)
+
+    metrics = asdict(result)
+    metrics["tokens_per_second"] = result.tokens_per_second
+    metrics["written_bytes"] = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
+    write_text(run.folder / "result.json", json.dumps(metrics, indent=1) + "\n")
+
+    log.say(f"wrote {saved}, plot {run.folder / 'loss.png'}", style="bold green")
     log.say(f"next: {next_command}")
     return run.folder
 
 
+def _warn_if_not_improved(result: FitResult) -> None:
+    before, after = result.untrained_validation_loss, result.validation_loss
+    if before is not None and after is not None and after >= before:
+        log.warn(
+            "the validation loss did not fall: try a lower optimizer.lr, and inspect the rows with "
+            "lit-lora prepare FILE --show 3"
+        )
+
+
 def summary(result: FitResult) -> dict[str, object]:
-    """The figures of a run for its model card and its closing lines."""
-    metrics = {
+    """The metrics of a run by their printed names, without those that were not measured."""
+    metrics: dict[str, object] = {
         "Steps": result.steps,
         "Best step": result.best_step,
         "Training loss": result.loss,
         "Validation loss before training": result.untrained_validation_loss,
         "Validation loss": result.validation_loss,
-        **{f"Validation {name.replace('_', ' ')}": value for name, value in result.metrics.items()},
-        "Tokens per second": round(result.tokens_per_second),
-        "Peak memory": human_bytes(result.peak_memory_bytes),
     }
-    return {name: figure for name, figure in metrics.items() if figure is not None}
+    for name, value in result.metrics.items():
+        metrics[f"Validation {name.replace('_', ' ')}"] = value
+    metrics["Tokens per second"] = round(result.tokens_per_second)
+    metrics["Peak memory"] = human_bytes(result.peak_memory_bytes)
+    return {name: value for name, value in metrics.items() if value is not None}

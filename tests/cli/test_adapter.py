@@ -133,7 +133,7 @@ def test_a_learning_rate_that_is_given_holds(task, call):
         (["peft={name: composed, methods: [{name: lora, rnk: 3}, {name: prefix}]}"], "0: lora: rnk: "),
         (["peft={name: composed, methods: [{name: prompt}, {name: prefix}]}"], "something else stands before"),
         (["peft={name: composed, methods: [{name: lora}, {name: lora}]}"], "a method is there twice: lora, lora"),
-        (["recipe=adaptor"], "recipe 'adaptor' is not known (did you mean 'adapter'?)"),
+        (["recipe=adaptor"], "'recipe=adaptor': unknown recipe 'adaptor' (did you mean 'adapter'?)"),
     ],
 )
 def test_what_does_not_fit_together_is_told(task, call, changes, message):
@@ -146,4 +146,4 @@ def test_what_does_not_fit_together_is_told(task, call, changes, message):
 
 def test_rows_longer_than_the_context_that_the_prefix_leaves_are_told(task, call):
     path = config(task, "prompt", num_virtual_tokens=120)
-    assert "the model was made for 8:" in call("finetune", "--config", path, "--dry-run")[2]
+    assert "the model's context of 8;" in call("finetune", "--config", path, "--dry-run")[2]

@@ -61,7 +61,7 @@ def table(out: str, title: str) -> dict[str, str]:
 
 def test_a_method_whose_tokens_see_less_in_long_rows_computes_each_row_whole(task, call):
     code, out, _ = call("peft={name: longlora, group: 8}")
-    assert (code, table(out, "Plan").get("all rows begin with")) == (0, None)
+    assert (code, table(out, "Plan").get("shared prefix")) == (0, None)
 
 
 def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
@@ -71,9 +71,9 @@ def test_a_run_prints_its_plan_and_result_and_the_next_command(task, call):
     plan = table(out, "Plan")
     assert plan["trainable parameters"].startswith("7,424 of ")
     assert plan["training rows"].startswith("20: ")
-    assert plan["all rows begin with"] == "the same 10 tokens, computed once a micro-batch"
+    assert plan["shared prefix"] == "10 tokens, computed once per micro-batch"
     assert plan["validation rows"] == "4, every 3 steps"
-    assert plan["steps"] == "8 of 4 rows each, 1.6 passes over the rows"
+    assert plan["steps"] == "8 of 4 rows each, 1.6 epochs"
     assert re.fullmatch(r"(\d+ s|less than a second) \(\d+ ms per step\), without validation", plan["estimated time"])
     assert plan["run folder"] == str(task / "run")
     result = table(out, "Result")
@@ -101,7 +101,7 @@ def test_a_dry_run_writes_nothing_and_prints_the_plan(task, call):
     code, out, _ = call("--dry-run")
     assert code == 0
     assert table(out, "What trains")
-    assert table(out, "Plan")["learning rate"] == "0.01, cosine, 0 steps of warm-up"
+    assert table(out, "Plan")["learning rate"] == "0.01, cosine, 0 warm-up steps"
     assert contents(task) == before
 
 
@@ -118,7 +118,7 @@ def test_pain_28_a_folder_with_a_run_is_not_touched_without_being_told(task, cal
     before = contents(task / "run")
     code, out, err = call()
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {task / 'run'}: holds a run already\nhint: --resume")
+    assert err.startswith(f"error: {task / 'run'}: already contains a run\nhint: --resume")
     assert contents(task / "run") == before
     (task / "run" / "notes.txt").write_text("mine")
     assert call("--overwrite", "train.max_steps=2")[0] == 0
@@ -167,7 +167,7 @@ def test_pain_25_resuming_a_finished_run_says_so_and_keeps_its_result(task, call
 def test_pain_25_resuming_without_a_run_is_a_mistake(task, call):
     code, _, err = call("--resume")
     assert code == 2
-    assert f"{task / 'run'}: holds no run to resume" in err
+    assert f"{task / 'run'}: no run to resume" in err
     assert not (task / "run").exists()
 
 
@@ -351,7 +351,7 @@ def test_pain_12_nan_is_left_out_with_its_rows_and_stops_with_exit_code_5(task, 
                 "c.yaml:1: 'data' is missing",
             ],
         ),
-        ("recipe: lor\nmodel: {path: base}\n", ["c.yaml: recipe 'lor' is not known (did you mean 'lora'?)"]),
+        ("recipe: lor\nmodel: {path: base}\n", ["c.yaml: unknown recipe 'lor' (did you mean 'lora'?)"]),
         ("model: [\n", ["c.yaml:2: not valid YAML"]),
     ],
 )
@@ -474,7 +474,7 @@ def test_pain_44_a_broken_row_is_named_by_its_line(task, call):
 def test_pain_42_a_warmup_longer_than_the_run_is_cut_with_a_warning(call, task):
     code, _, err = call("schedule.warmup=100")
     assert code == 0
-    assert "warning: schedule.warmup: 100 steps are more than half of all 8: the warm-up takes 4" in err
+    assert "warning: schedule.warmup: 100 steps are more than half of all 8, so the warm-up is cut to 4" in err
     assert max(record["lr"] for record in metrics(task / "run") if "lr" in record) == 0.01
 
 
@@ -527,7 +527,7 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would(call, monkeypatch)
     assert "this run needs about" in err
     assert "1.0 KB are free: even " in err
     assert "activation_checkpointing=full" in err
-    assert "take a smaller model" in err
+    assert "use a smaller model" in err
     monkeypatch.undo()
     assert "this run needs" not in call("--dry-run")[2]
 
@@ -540,7 +540,7 @@ def test_a_gpu_that_gets_little_to_do_at_once_is_told(monkeypatch, capsys, devic
     monkeypatch.setattr(PLAN, "free_memory_bytes", lambda _: free)
     setup = setup_of(tokens=500, train={"micro_batch_tokens": tokens})
     PLAN.note_larger_micro_batches(replace(setup, device=torch.device(device)))
-    assert ("sooner with train.micro_batch_tokens=8192" in capsys.readouterr().err) == said
+    assert ("train.micro_batch_tokens=8192 fits in memory and is faster" in capsys.readouterr().err) == said
 
 
 def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, monkeypatch):
