@@ -1,1 +1,1 @@
-"""From what the user names to a model: which folders belong together, and the model opened from them."""
+"""Open a model from any folder that a user names: a checkpoint, a run or an adapter."""

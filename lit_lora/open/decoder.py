@@ -1,4 +1,4 @@
-"""A model to use, from whatever the user names: a checkpoint, a run folder, an adapter folder."""
+"""Open a decoder for use, from a checkpoint, a run folder or an adapter folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["OpenedModel", "open_model"]
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready to use."""
+    """A model that is ready to use."""
 
     model: CausalLM
     """The base model, with the adapter in it if there is one."""
     tokenizer: Tokenizer
-    """Of the adapter where it brings one (with added tokens), else of the base."""
+    """The adapter's, if it has added tokens; otherwise the base's."""
     description: str
-    """One line: what it is, on which device, in which dtype."""
+    """One line: base, adapter, quantization, dtype and device."""
     base: Path
     """The checkpoint folder."""
     adapter: Path | None
-    """The adapter folder."""
+    """The adapter folder, if there is one."""
 
 
 def open_model(
@@ -49,58 +49,77 @@ def open_model(
     """Open a model for use.
 
     Args:
-        model: A checkpoint folder (base, merged or fully finetuned), a run folder, or an adapter folder; the last two
-            bring their base.
-        adapter: An adapter folder, or a run folder with one, in the place of the run's own.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; when omitted, what the device computes fastest, or, for a merged
-            model, what its update was kept in.
+        model: A checkpoint (base, merged or fully finetuned), a run or an adapter; the last two name their base.
+        adapter: An adapter folder, or a run folder with one, to use instead of the run's.
+        dtype: ``fp32``, ``bf16`` or ``fp16``. By default, the fastest on the device that does not lose the update of
+            a merged model.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-        quantize: How the base is held: settings, ``none``, or a name such as ``nf4-dq``; when omitted, as the adapter
-            was trained, or as the folder has it.
-        drop_layers: Leave the bottleneck adapters of so many first layers out; without an adapter it has no effect.
+        quantize: Quantization of the base: settings, a name such as ``nf4-dq``, or ``none``. By default, the one that
+            the adapter was trained with, or the folder's.
+        drop_layers: Remove the bottleneck adapters of this many first layers; has no effect without an adapter.
 
     Raises:
-        InputError: A folder holds no model or adapter, or the adapter does not belong to the base.
-        UsageError: The base of a run or adapter is not on this machine, no such device or dtype, the base is quantised
-            in another way than asked for, or the adapter has no layers to drop.
+        InputError: A folder contains no model or adapter, or the adapter does not fit the base.
+        UsageError: The base of a run or adapter is not on this machine, the device or dtype is not available, the
+            base is already quantized in another way, or the adapter has no layers to drop.
     """
-    base, folder = find_folders(model, adapter=adapter)
-    place = choose_device(device)
-    precision = choose_dtype(dtype, place) if dtype else _precision(base, place)
+    base, adapter_folder = find_folders(model, adapter=adapter)
+    torch_device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, torch_device) if dtype else _fastest_dtype(base, torch_device)
+    quantization = _quantization(quantize, base, adapter_folder)
     reuse_memory()
-    loaded = load_model(base, dtype=precision, device=place, quantize=_how(quantize, base, folder))
+    decoder = load_model(base, dtype=torch_dtype, device=torch_device, quantize=quantization)
+
     about = [str(base)]
-    if folder is not None:
-        about.append(f"adapter {load_adapter(loaded, folder)}")
+    if adapter_folder is not None:
+        about.append(f"adapter {load_adapter(decoder, adapter_folder)}")
         if drop_layers:
-            bottleneck.drop_layers(loaded, drop_layers)
-            about.append(f"without those of the first {drop_layers} layers")
-    brings_own = folder is not None and (folder / "tokenizer.json").is_file()  # one with added tokens
-    tokenizer = Tokenizer.load(folder if folder is not None and brings_own else base)
-    rows = loaded.config.vocab_size
-    if tokenizer.vocab_size > rows and not brings_own:
+            bottleneck.drop_layers(decoder, drop_layers)
+            layers = "layer" if drop_layers == 1 else f"{drop_layers} layers"
+            about.append(f"without adapters in the first {layers}")
+    stored_as = found_config(decoder)
+    if stored_as is not None:
+        about.append(str(stored_as))
+    about.append(f"{str(torch_dtype).removeprefix('torch.')} on {torch_device}")
+
+    tokenizer = _load_tokenizer(decoder, base, adapter_folder)
+    return OpenedModel(decoder, tokenizer, ", ".join(about), base, adapter_folder)
+
+
+def _load_tokenizer(decoder: CausalLM, base: Path, adapter: Path | None) -> Tokenizer:
+    """The adapter's tokenizer, which it has if it has added tokens, or else the base's.
+
+    Raises:
+        InputError: The tokenizer cannot be read, or it has more tokens than the model.
+    """
+    if adapter is not None and (adapter / "tokenizer.json").is_file():
+        return Tokenizer.load(adapter)
+    tokenizer = Tokenizer.load(base)
+    embeddings = decoder.config.vocab_size
+    if tokenizer.vocab_size > embeddings:
         raise InputError(
-            f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows}",
+            f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {embeddings}",
             hint="tokenizer.json and config.json are of different models",
         )
-    held = found_config(loaded)
-    about.append(f"{f'{held}, ' if held else ''}{str(precision).removeprefix('torch.')} on {place}")
-    return OpenedModel(loaded, tokenizer, ", ".join(about), base, folder)
+    return tokenizer
 
 
-def _precision(base: Path, device: torch.device) -> torch.dtype:
-    """What the device computes fastest, if that keeps the update of a merged model."""
-    fastest, config = choose_dtype("auto", device), ModelConfig.from_folder(base)
-    stored = getattr(torch, config.dtype)
-    if not config.keeps_dtype or torch.finfo(stored).eps >= torch.finfo(fastest).eps:
+def _fastest_dtype(base: Path, device: torch.device) -> torch.dtype:
+    """The dtype that the device computes fastest, unless it would round off the update of a merged model."""
+    fastest = choose_dtype("auto", device)
+    config = ModelConfig.from_folder(base)
+    if not config.keeps_dtype:
+        return fastest
+    stored: torch.dtype = getattr(torch, config.dtype)
+    if torch.finfo(stored).eps >= torch.finfo(fastest).eps:
         return fastest
     return torch.float32 if device.type == "cpu" else stored  # float16 is slow on a CPU
 
 
-def _how(asked: str | QuantizeConfig | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:
-    """How the base is to be quantised, where it is not yet."""
-    if asked is None:
+def _quantization(requested: str | QuantizeConfig | None, base: Path, adapter: Path | None) -> QuantizeConfig | None:
+    """How to quantize the base while it is loaded; ``None`` to load it as it is stored."""
+    if requested is None:
         return None if adapter is None else held_base(base, adapter)
-    if isinstance(asked, QuantizeConfig):
-        return asked
-    return None if asked == "none" else parse(asked, option="--quantize")
+    if isinstance(requested, QuantizeConfig):
+        return requested
+    return None if requested == "none" else parse(requested, option="--quantize")

@@ -1,6 +1,6 @@
-"""Which base and which adapter belong to a folder that the user names: the one place that knows.
+"""Decide which base and which adapter belong to a folder that the user names, for every command.
 
-A run folder has ``config.yaml`` and, if trained, ``adapter/`` or ``model/``; the config and the adapter name the base.
+A run folder contains ``config.yaml`` and, if trained, ``adapter/`` or ``model/``. Config and adapter name the base.
 """
 
 from __future__ import annotations
@@ -17,41 +17,49 @@ __all__ = ["find_adapter", "find_base", "find_folders", "held_base"]
 
 
 def find_folders(model: Path, *, adapter: Path | None = None) -> tuple[Path, Path | None]:
-    """The checkpoint folder and the adapter folder (if any) that a model to use means.
+    """The checkpoint folder and the adapter folder (if any) to open for a folder that the user names.
 
     Args:
-        model: A checkpoint, a run or an adapter; the last two bring their base.
-        adapter: An adapter, or a run with one, in the place of the run's own.
+        model: A checkpoint, a run or an adapter; the last two name their base.
+        adapter: An adapter, or a run with one, to use instead of the run's.
 
     Raises:
-        InputError: A folder holds no model or adapter.
+        InputError: A folder contains no model or adapter.
         UsageError: The base of a run or adapter is not on this machine.
     """
-    chosen = None if adapter is None else find_adapter(adapter)
+    requested_adapter = None if adapter is None else find_adapter(adapter)
     model = Path(model)
     for folder in (model, model / "model"):
         if (folder / "config.json").is_file():
-            return folder, chosen
-    own = _adapter_in(model)
-    if own is not None:
-        return find_base(model, hint=f"name the base first: BASE_FOLDER --adapter {own}"), chosen or own
-    if (model / "config.yaml").is_file():
-        raise _untrained(model)
-    if model.exists():
-        raise InputError(
-            f"{model}: expected config.json (a model), adapter_config.json (an adapter) or adapter/ (a run) in it",
-            hint="lit-lora convert makes a model folder of a GGUF or .pth file" if model.is_file() else None,
+            return folder, requested_adapter
+
+    trained_adapter = _adapter_in(model)
+    if trained_adapter is None:
+        raise _no_model(model)
+    base = find_base(model, hint=f"name the base first: BASE_FOLDER --adapter {trained_adapter}")
+    return base, requested_adapter or trained_adapter
+
+
+def _no_model(folder: Path) -> InputError:
+    """The error for a folder with neither a model nor an adapter, and what to do about it."""
+    if (folder / "config.yaml").is_file():
+        return _untrained(folder)
+    if folder.exists():
+        return InputError(
+            f"{folder}: expected config.json (a model), adapter_config.json (an adapter) or adapter/ (a run) in it",
+            hint="lit-lora convert makes a model folder from a GGUF or .pth file" if folder.is_file() else None,
         )
-    if model.name == "merged" and _adapter_in(model.parent) is not None:
-        raise InputError(f"{model}: {model.parent} has not been merged yet", hint=f"lit-lora merge {model.parent}")
-    raise InputError(f"{model}: no such folder", hint="lit-lora download fetches a model")
+    run = folder.parent
+    if folder.name == "merged" and _adapter_in(run) is not None:
+        return InputError(f"{folder}: {run} has not been merged yet", hint=f"lit-lora merge {run}")
+    return InputError(f"{folder}: no such folder", hint="lit-lora download fetches a model")
 
 
 def find_adapter(source: Path) -> Path:
-    """The adapter folder that ``source`` is, or that lies in the run ``source``.
+    """The adapter folder of ``source``, an adapter or a run.
 
     Raises:
-        InputError: There is none.
+        InputError: It has none.
     """
     source = Path(source)
     adapter = _adapter_in(source)
@@ -67,9 +75,7 @@ def find_adapter(source: Path) -> Path:
 
 
 def find_base(source: Path, *, hint: str) -> Path:
-    """The base model of a run or an adapter: the first that it names, as written or relative to it, on this machine.
-
-    A base whose codes the method chose lies beside the adapter; the original, which the config names, is another.
+    """The base model of a run or an adapter: the first path it names that exists, as written or relative to it.
 
     Args:
         source: A run folder or an adapter folder.
@@ -77,30 +83,32 @@ def find_base(source: Path, *, hint: str) -> Path:
 
     Raises:
         InputError: The adapter is broken.
-        UsageError: No such folder is on this machine.
+        UsageError: No base that it names is on this machine.
     """
-    named: list[tuple[str, Path]] = []  # a path, and what it may be relative to
-    places: list[Path] = []
-    configured = _configured_base(source)
-    if configured is not None:
-        named.append((configured, source))
+    named: list[str] = []
+    candidates: list[Path] = []
+    configured_base = _configured_base(source)
+    if configured_base is not None:
+        named.append(configured_base)
+        candidates += [Path(configured_base), source / configured_base]
+
     folder = _adapter_in(source)
     if folder is not None:
         adapter = read_adapter(folder)
-        places += adapter.base_beside
+        # A base whose codes the method chose comes first: the config names the original, which does not fit.
+        candidates = adapter.base_beside + candidates
         if adapter.base:
-            named.append((adapter.base, folder))
-    for path, beside in named:
-        places += [Path(path), beside / path]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    shown = named[0][0] if named else "none named"
-    raise UsageError(f"{source}: its base model ({shown}) is not a folder here", hint=hint)
+            named.append(adapter.base)
+            candidates += [Path(adapter.base), folder / adapter.base]
+
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UsageError(f"{source}: base model {named[0] if named else '(none named)'} not found", hint=hint)
 
 
 def held_base(base: Path, adapter: Path) -> QuantizeConfig | None:
-    """How ``base`` is to be quantized to be what ``adapter`` was trained on; ``None`` where it is that already.
+    """How to quantize ``base`` so that it is what ``adapter`` was trained on; ``None`` if it needs no quantization.
 
     Raises:
         InputError: A folder is broken.
@@ -110,16 +118,23 @@ def held_base(base: Path, adapter: Path) -> QuantizeConfig | None:
 
 
 def _configured_base(run: Path) -> str | None:
-    """``model.path`` of a run's config; ``None`` where there is no such config."""
-    settings = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else None
-    model = settings.get("model") if isinstance(settings, dict) else None
-    path = model.get("path") if isinstance(model, dict) else None
+    """``model.path`` of a run's config, which a user may have edited; ``None`` if there is none."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        return None
+    try:
+        path = read_yaml(file)["model"]["path"]
+    except (KeyError, TypeError):
+        return None
     return path if isinstance(path, str) and path else None
 
 
 def _adapter_in(source: Path) -> Path | None:
-    """The folder itself or ``adapter/`` in it, whichever is an adapter."""
-    return next((f for f in (source, source / "adapter") if (f / "adapter_config.json").is_file()), None)
+    """The adapter folder: ``source`` itself or ``adapter/`` in it, if either is one."""
+    for folder in (source, source / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    return None
 
 
 def _untrained(run: Path) -> InputError:

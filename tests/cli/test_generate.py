@@ -226,7 +226,7 @@ def test_an_adapter_whose_base_is_not_here_says_how_to_name_it(type_in: Terminal
     Path("moved/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
     code, _, err = type_in("generate", "moved", "hello")
     assert code == 2
-    assert "its base model (owner/name) is not a folder here" in err
+    assert "base model owner/name not found" in err
     assert "--adapter moved" in err
     assert type_in("generate", base, "hello", "--adapter", "moved")[0] == 0
 

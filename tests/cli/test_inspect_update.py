@@ -140,7 +140,7 @@ def test_bad_input_is_told_in_one_line(base: Path, tmp_path: Path, capsys: pytes
     for arguments, code, message in [
         ([tmp_path / "nowhere"], 3, "no such folder"),
         ([tmp_path / "empty"], 3, "expected a run folder"),
-        ([base], 2, "its base model (none named) is not a folder here"),
+        ([base], 2, "base model (none named) not found"),
         ([other, "--base", base], 3, "embed_tokens.weight has shape [40, 16], but"),
         ([tmp_path / "broken", "--base", base], 3, "up_proj.weight: the change has NaN"),
         ([tmp_path / "prefix"], 3, "computes beside the base's weights"),
