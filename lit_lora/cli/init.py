@@ -1,4 +1,4 @@
-"""``lit-lora init``: write a config that runs, from a look at the data and the machine."""
+"""``lit-lora init``: inspect the data and the machine, and write a config that runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(
     system: options.RowSystem = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Config file to write.")] = Path("config.yaml"),
 ) -> None:
-    """Write a short config that runs, from a look at your data and your machine.
+    """Inspect your data and your machine, and write a short config that runs.
 
     Examples:
         lit-lora init my_data.jsonl

@@ -55,9 +55,7 @@ Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read only t
 
 # Models.
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model, run or adapter folder.")]
-Adapter = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Adapter or run folder whose adapter to put on the model.")
-]
+Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter to apply: an adapter or run folder.")]
 Base = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Base model; the one that the adapter names if omitted.")
 ]
