@@ -47,6 +47,8 @@ def finetune(config: Config, options: Options) -> Path:
     result = fit(run.training, model, data, NextToken(), sample=answer_samples(model, tokenizer, data))
     card = card_of_model(run, data.about, summary(result))
     saved = save_model(model, run.folder / "model", side_files=config.model.path, card=card)
+    if tokenizer.changed:
+        tokenizer.save(saved)
     return finish(run, result, saved, f"lit-lora chat {saved}   or   lit-lora evaluate {saved} --data FILE")
 
 

@@ -45,6 +45,8 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
     prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
     for line in prepared.report.lines():
         log.note(line)
+    if prepared.report.files[0].format != "text":
+        tokenizer.adopt_template()  # conversations were rendered by it
     batches = Batches(
         prepared.train,
         batch_size=config.train.batch_size,

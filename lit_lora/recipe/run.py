@@ -232,7 +232,7 @@ def write_adapter(
     """
     folder = run.folder / "adapter"
     save_adapter(model, method, folder, base=base or run.config.model.path, data=data, metrics=summary(result))
-    if tokenizer.extended:
+    if tokenizer.changed:
         tokenizer.save(folder)
     return folder
 

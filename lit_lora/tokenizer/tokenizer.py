@@ -60,13 +60,18 @@ class Tokenizer:
 
         template = _chat_template(self._files, where)
         self.has_own_template = template is not None
-        """Whether the checkpoint has a chat template; if not, a plain one is used and saved."""
+        """Whether the checkpoint has a chat template; if not, a plain one is used."""
         if template is None:
             template = default_template(starts_with_bos=self.starts_with_bos)
         self.template = ChatTemplate(template, self._named, where)
         self._literal: tokenizers.Tokenizer | None = None
-        self.extended = False
-        """Whether tokens were added to those of the checkpoint since it was loaded."""
+        self.changed = False
+        """Whether a model trained with it needs files of its own: tokens were added, or a template was adopted."""
+
+    def adopt_template(self) -> None:
+        """Make the plain template of a checkpoint without one its own: what is trained by it is to be saved with it."""
+        if not self.has_own_template:
+            self.has_own_template = self.changed = True
 
     def use_template(self, text: str, where: str) -> None:
         """Replace the checkpoint's chat template, also in what :meth:`save` writes.
@@ -247,7 +252,7 @@ class Tokenizer:
             raise InputError("a token to add must not be empty")
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         new_tokens = [token for token in tokens if token not in vocabulary]
-        self.extended = self.extended or bool(new_tokens)
+        self.changed = self.changed or bool(new_tokens)
         self._backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in new_tokens])
         self._literal = None  # a copy from before
         vocabulary = self._backend.get_vocab(with_added_tokens=True)

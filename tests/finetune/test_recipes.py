@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from lit_lora.finetune import classify, full, lora, qlora
 from safetensors.torch import load_file
 
@@ -16,10 +17,11 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import validation_batches
 from lit_lora.errors import InputError, UsageError
+from lit_lora.merge import find_places, merge, plan_merge
 from lit_lora.model.decoder import DecoderLayer
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe import RECIPES, Options, load_data, load_recipe
-from lit_lora.tokenizer import Tokenizer
+from lit_lora.tokenizer import Tokenizer, encode_prompt
 from lit_lora.train.validation import validation_loss
 from tests.finetune.tiny_task import ROOT, contents, make_base, write_config, write_rows
 from tests.train.tiny_run import checkpoints, losses, metrics
@@ -117,6 +119,32 @@ def test_new_tokens_are_trained_and_their_tokenizer_is_saved_with_the_adapter(ta
     model = load_model(task / "base")
     peft.load_adapter(model, folder / "adapter")
     assert model(torch.tensor([[384]])).shape == (1, 1, 385)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "full"])
+def test_pain_3_what_is_trained_by_the_plain_template_brings_it_along(task, recipe):
+    (task / "base" / "chat_template.jinja").unlink()
+    folder = finetuned(write_config(task, recipe=recipe, out=str(task / "out")))
+    if recipe == "lora":
+        places = find_places(folder)
+        merge(plan_merge(places), places.out, allow_lossy=True)
+        result = places.out
+    else:
+        result = folder / "model"
+    conversation = [{"role": "user", "content": "colour 3?"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(result, local_files_only=True, trust_remote_code=False)
+    ours = Tokenizer.load(task / "base")
+    assert not ours.has_own_template
+    expected = encode_prompt(ours, conversation)
+    assert theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False) == expected
+    assert encode_prompt(Tokenizer.load(result), conversation) == expected
+
+
+def test_plain_text_leaves_a_base_without_a_template_as_it_is(task):
+    (task / "base" / "chat_template.jinja").unlink()
+    write_rows(task / "rows.jsonl", [{"text": f"colour {number}" * 4} for number in range(24)])
+    folder = finetuned(write_config(task))
+    assert not (folder / "adapter" / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize("init", ["eva", "lora-ga"])
