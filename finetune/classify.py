@@ -26,6 +26,8 @@ from lit_lora.recipe import Options, begin, finish, main, start
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
 
+__all__ = ["Config", "finetune"]
+
 
 class Config(ClassifyConfig):
     """A run on rows with labels."""

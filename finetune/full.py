@@ -20,6 +20,8 @@ from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
 
+__all__ = ["Config", "finetune"]
+
 
 class Config(FinetuneConfig):
     """A run that trains the model's own weights."""

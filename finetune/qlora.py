@@ -21,6 +21,8 @@ from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
+__all__ = ["Config", "finetune"]
+
 
 class Config(FinetuneConfig):
     """A run by a low-rank method on a quantized base."""

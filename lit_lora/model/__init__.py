@@ -1,6 +1,6 @@
-"""The decoder, ignorant of methods and of training.
+"""The decoder. It knows nothing of finetuning methods or training.
 
-One legend of shape letters for the whole package: ``B`` batch, ``T`` tokens, ``S`` cached or source tokens, ``D``
+Shape letters throughout the package: ``B`` batch, ``T`` tokens, ``S`` cached or source tokens, ``D``
 width, ``F`` MLP width, ``N`` query heads, ``K`` key/value heads, ``H`` head size, ``V`` vocabulary, ``R`` rank.
 
 The rooms of this package, as in the table of ``lit_lora``:

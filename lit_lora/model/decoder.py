@@ -1,4 +1,7 @@
-"""The Llama-shaped decoder. Parameters have the family's names, so checkpoints load and save without a mapping."""
+"""The Llama-shaped decoder. Parameters have the family's names, so checkpoints load and save without a mapping.
+
+Modules look up their children by these names on every call, because methods put other modules in the children's places.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +22,34 @@ __all__ = ["CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
 
 class SelfAttention(nn.Module):
-    """Projections around attention; how tokens attend is the caller's ``attend``."""
+    """The projections around attention. The caller's ``attend`` computes the attention itself."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        width, bias, names = config.hidden_size, config.attention_bias, config.names
-        self._query = add_part(self, names.query, Linear(width, queries, bias=bias))
-        self._key = add_part(self, names.key, Linear(width, keys, bias=bias))
-        self._value = add_part(self, names.value, Linear(width, keys, bias=bias))
-        self._out = add_part(self, names.attention_out, Linear(queries, width, bias=bias))
+        names = config.names
+        width = config.hidden_size
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self._query = add_part(self, names.query, Linear(width, query_width, bias=bias))
+        self._key = add_part(self, names.key, Linear(width, key_width, bias=bias))
+        self._value = add_part(self, names.value, Linear(width, key_width, bias=bias))
+        self._out = add_part(self, names.attention_out, Linear(query_width, width, bias=bias))
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
-        layers = (getattr(self, name) for name in (self._query, self._key, self._value))
-        query, key, value = (self._heads(projected) for projected in project(x, *layers))
-        context = attend(self.index, query, key, value)  # (T, N, H)
+        query, key, value = project(x, getattr(self, self._query), getattr(self, self._key), getattr(self, self._value))
+        context = attend(self.index, self._heads(query), self._heads(key), self._heads(value))  # (T, N, H)
         out: Tensor = getattr(self, self._out)(context.flatten(-2))
         return out
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of ``x`` (T, D), each (T, K, H), the keys not rotated."""
-        return self._heads(getattr(self, self._key)(x)), self._heads(getattr(self, self._value)(x))
+        """Keys and values of ``x`` (T, D), each (T, K, H); the keys are not rotated."""
+        key = getattr(self, self._key)(x)
+        value = getattr(self, self._value)(x)
+        return self._heads(key), self._heads(value)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(T, heads · H) to (T, heads, H)."""
@@ -53,13 +59,14 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on a normed input and added to the residual stream.
 
-    The addition happens in the next norm, in one pass over memory: a layer takes the stream with what is still to be
-    added to it, and returns the same.
+    The next norm does the addition, in one pass over memory. So a layer takes and returns two tensors: the stream, and
+    the ``delta`` that is still to be added to it.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        names, width, eps = config.names, config.hidden_size, config.rms_norm_eps
+        names = config.names
+        width, eps = config.hidden_size, config.rms_norm_eps
         self._attention = add_part(self, names.attention, SelfAttention(config, index))
         self._mlp = add_part(self, names.mlp, MLP(config))
         self._attention_norm = add_part(self, names.attention_norm, RMSNorm(width, eps))
@@ -67,17 +74,21 @@ class DecoderLayer(nn.Module):
         self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
-        """The residual stream (T, D) and what is to be added to it (T, D) or ``None``; both again after the layer."""
+        """Map stream and delta, each (T, D), to those after the layer. The first layer gets no delta."""
         if self.checkpointing == "full":
             return checkpointed(self._forward, x, delta, attend)
         return self._forward(x, delta, attend)
 
     def _forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
-        attention, attention_norm = getattr(self, self._attention), getattr(self, self._attention_norm)
-        mlp, mlp_norm = getattr(self, self._mlp), getattr(self, self._mlp_norm)
+        attention_norm = getattr(self, self._attention_norm)
+        attention = getattr(self, self._attention)
+        mlp_norm = getattr(self, self._mlp_norm)
+        mlp = getattr(self, self._mlp)
+
         x, normed = attention_norm(x, delta)
         with recomputed(normed, partial(_norm_again, attention_norm, x)):
             attended = attention(normed, attend)
+
         x, normed = mlp_norm(x, attended)
         if self.checkpointing == "selective":
             return x, checkpointed(mlp, normed)
@@ -86,7 +97,7 @@ class DecoderLayer(nn.Module):
 
 
 def _norm_again(norm: nn.Module, total: Tensor) -> Tensor:
-    """The norm of what ``norm`` returned as the sum, the same bits; a method may have put another module there."""
+    """The norm of ``total``, the sum that ``norm`` returned before: the same bits again."""
     normed: Tensor = norm(total)[1]
     return normed
 
@@ -96,37 +107,36 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        names, width = config.names, config.hidden_size
-        self._embedding = add_part(self, names.embedding, nn.Embedding(config.vocab_size, width))
+        names = config.names
         layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self._embedding = add_part(self, names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
         self._layers = add_part(self, names.layers, layers)
-        self._norm = add_part(self, names.norm, RMSNorm(width, config.rms_norm_eps))
+        self._norm = add_part(self, names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.prefix_length = 0
-        """Positions before every document that something added to the model takes up."""
+        """Positions before every document that are taken by an added module, such as a prefix."""
 
     @property
     def embedding(self) -> nn.Module:
         """The token embedding, or what a method put in its place."""
-        found: nn.Module = getattr(self, self._embedding)
-        return found
+        embedding: nn.Module = getattr(self, self._embedding)
+        return embedding
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
-        """The layers by their names here."""
+        """The layers by their names within the decoder."""
         return {f"{self._layers}.{index}": layer for index, layer in getattr(self, self._layers).named_children()}
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Embedded tokens (T, D) to (T, D)."""
+        """Map embedded tokens (T, D) to normed hidden states (T, D)."""
         delta: Tensor | None = None
         for layer in getattr(self, self._layers):
             x, delta = layer(x, delta, attend)
-        _, normed = getattr(self, self._norm)(x, delta)
-        out: Tensor = normed
-        return out
+        normed: Tensor = getattr(self, self._norm)(x, delta)[1]
+        return normed
 
 
 class CausalLM(nn.Module):
-    """A decoder with its head, whose weight is the embedding's parameter where the two are tied."""
+    """A decoder with its head. If the config ties the two, the head's weight is the embedding's parameter."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,7 +148,7 @@ class CausalLM(nn.Module):
 
     @property
     def context(self) -> int:
-        """The longest document, in tokens."""
+        """The maximum length of a document, in tokens."""
         return self.config.max_position_embeddings - self.get_decoder().prefix_length
 
     def get_input_embeddings(self) -> nn.Module:
@@ -147,16 +157,16 @@ class CausalLM(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, or what a method put in its place."""
-        found: nn.Module = getattr(self, self._head)
-        return found
+        head: nn.Module = getattr(self, self._head)
+        return head
 
     def get_decoder(self) -> Decoder:
-        """What runs from embedded tokens to the final norm."""
-        found: Decoder = getattr(self, self._decoder)
-        return found
+        """The module from the embedding to the final norm."""
+        decoder: Decoder = getattr(self, self._decoder)
+        return decoder
 
     def blocks(self) -> dict[str, nn.Module]:
-        """The layers by name."""
+        """The layers by name, first to last."""
         return {f"{self._decoder}.{name}": layer for name, layer in self.get_decoder().blocks.items()}
 
     def tie_weights(self) -> None:
@@ -166,7 +176,7 @@ class CausalLM(nn.Module):
     def checkpoint_activations(self, what: Checkpointing) -> None:
         """Trade time for memory in training; losses and gradients stay the same bits.
 
-        Of what a layer keeps for the backward, ``selective`` drops the MLP's half, ``full`` all but the layer's input.
+        ``selective`` recomputes the MLPs in the backward pass, ``full`` whole layers.
         """
         for layer in self.blocks().values():
             assert isinstance(layer, DecoderLayer)
@@ -174,17 +184,17 @@ class CausalLM(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether activations are computed again in the backward."""
+        """Whether activations are recomputed in the backward pass."""
         return any(layer.checkpointing != "none" for layer in self.blocks().values())
 
     def forward(
         self, input_ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits of the next token after every token, (B, T, V). The arguments are those of :meth:`hidden_states`."""
+        """Logits of the token after each token, (B, T, V). Arguments as for :meth:`hidden_states`."""
         return self.logits(self.hidden_states(input_ids, lengths=lengths, cache=cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Those of hidden states, (..., D) to (..., V)."""
+        """Map hidden states (..., D) to logits (..., V)."""
         logits: Tensor = self.get_output_embeddings()(hidden)
         return logits
 
@@ -201,35 +211,37 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            lengths: With B = 1: tokens of each document packed into the row, which do not see each other and whose
-                positions restart; they sum to T. ``None``: every row is one document.
-            shared_prefix: With ``lengths``: the row begins with this many tokens, which every document begins with, and
-                continues with the rest of each document. ``lengths`` count them in every document.
+            lengths: With B = 1: the number of tokens of each document packed into the row, T in total. Documents do
+                not see each other, and their positions restart. ``None`` if every row is one document.
+            shared_prefix: With ``lengths``: the number of tokens that every document begins with. The row contains
+                them once, at its beginning; ``lengths`` count them in every document.
             cache: Continue after the tokens in the cache; it grows by T in place.
-            attend: In the place of ``lengths`` and ``shared_prefix``: what was made of them before.
+            attend: Replaces ``lengths`` and ``shared_prefix``: an attention that was built from them.
 
         Returns:
             (B, T, D) in the dtype of the model.
 
         Raises:
-            ValueError: The cache has no room, or ``lengths`` do not cover the row.
+            ValueError: The cache is too short, or ``lengths`` do not cover the row.
         """
         batch_size, tokens = input_ids.shape
-        how: Attend
+        attention: Attend
         if cache is not None:
             if cache.length + tokens > cache.max_length:
                 raise ValueError(f"{cache.length} + {tokens} tokens, the cache has room for {cache.max_length}")
-            how = CachedAttention(self.config, cache, batch_size, tokens)
+            attention = CachedAttention(self.config, cache, batch_size, tokens)
         elif attend is not None:
-            how = attend
+            attention = attend
         else:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
-            given = sum(lengths) - shared_prefix * (len(lengths) - 1)
-            if given != batch_size * tokens or min(lengths) < shared_prefix:
-                raise ValueError(f"lengths sum to {given}, the row has {batch_size * tokens} tokens")
-            how = PackedAttention(self.config, lengths, input_ids.device, shared_prefix=shared_prefix)
+            packed_length = sum(lengths) - shared_prefix * (len(lengths) - 1)
+            if packed_length != batch_size * tokens or min(lengths) < shared_prefix:
+                raise ValueError(f"lengths sum to {packed_length}, the row has {batch_size * tokens} tokens")
+            attention = PackedAttention(self.config, lengths, input_ids.device, shared_prefix=shared_prefix)
+
+        # The decoder sees one flat row of tokens; only attention knows where documents and rows begin.
         embedded = self.get_input_embeddings()(input_ids.reshape(-1))
-        hidden: Tensor = self.get_decoder()(embedded, how)
+        hidden: Tensor = self.get_decoder()(embedded, attention)
         if cache is not None:
             cache.advance(tokens)
         return hidden.view(batch_size, tokens, -1)

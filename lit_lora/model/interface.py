@@ -1,7 +1,7 @@
-"""What the loss, methods, merging, generation and estimates ask of a language model, whoever wrote it.
+"""What the loss, methods, merging, generation and estimates ask of any language model.
 
-Methods have transformers' names where transformers has them. The parts that they give are asked for anew each time:
-a finetuning method may have put another module in a part's place.
+Members have transformers' names where it has them. Ask for a part each time you need it, because a finetuning method
+may have put another module in its place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lit_lora.model.kv_cache import KVCache
 __all__ = ["Checkpointing", "LanguageModel"]
 
 Checkpointing = Literal["none", "selective", "full"]
-"""What is computed again in the backward instead of being kept: nothing, the MLPs' inner states, or whole layers."""
+"""Activations to recompute in the backward pass: none, the MLPs' (selective) or whole layers' (full)."""
 
 Self = TypeVar("Self", bound="LanguageModel")
 
@@ -27,31 +27,31 @@ class LanguageModel(Protocol):
     """A model that predicts the next token; an ``nn.Module``."""
 
     config: ModelConfig
-    """Sizes, and the names of its parts."""
+    """Sizes, and the names of the model's parts."""
     training: bool
-    """As of any module."""
+    """As in ``nn.Module``."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters; they are on one device."""
+        """All parameters, on one device."""
 
     def train(self: Self, mode: bool = True) -> Self:
-        """As of any module."""
+        """As in ``nn.Module``."""
 
     def eval(self: Self) -> Self:
-        """As of any module."""
+        """As in ``nn.Module``."""
 
     @property
     def context(self) -> int:
-        """The longest document, in tokens."""
+        """The maximum length of a document, in tokens."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head's matrix."""
+        """The head."""
 
     def get_decoder(self) -> nn.Module:
-        """What runs from embedded tokens to the final norm."""
+        """The module from the embedding to the final norm."""
 
     def blocks(self) -> dict[str, nn.Module]:
         """The layers by name, first to last."""
@@ -70,7 +70,7 @@ class LanguageModel(Protocol):
         shared_prefix: int = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Token ids (B, T) int64 to the final norm's output (B, T, D); see :class:`lit_lora.model.CausalLM`."""
+        """Map token ids (B, T) int64 to the final norm's output (B, T, D); see :class:`lit_lora.model.CausalLM`."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, (..., D) to (..., V), with all that the model does to them."""
+        """Map hidden states (..., D) to logits (..., V), scaled and capped as the model does it."""

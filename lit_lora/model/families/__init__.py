@@ -1,7 +1,7 @@
-"""The architectures by ``model_type`` of their ``config.json``: one entry each, all that is known of it by name.
+"""The tables of architectures, by the ``model_type`` in ``config.json``.
 
-A family whose decoder differs from Llama's by names and defaults alone is an entry of ``FAMILIES``: it loads, trains by
-every method, merges and saves.
+A decoder that differs from Llama's only in names and defaults needs no more than an entry in ``FAMILIES`` to load, train
+by every method, merge and save.
 """
 
 from lit_lora.model.families.names import DecoderNames, Family, PartNames
@@ -15,7 +15,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     ),
 }
-"""Decoders of this package."""
+"""Decoders, which this package implements."""
 
 ENCODERS: dict[str, PartNames] = {
     "bert": PartNames(
@@ -24,7 +24,7 @@ ENCODERS: dict[str, PartNames] = {
         key="key",
         value="value",
         attention="attention.output.dense",
-        mlp="*[0-9].output.dense",  # of a numbered layer; that of attention is within `attention`
+        mlp="*[0-9].output.dense",  # of a numbered layer, unlike attention.output.dense
         mlp_out="*[0-9].output.dense",
     ),
     "deberta-v2": PartNames(
@@ -37,7 +37,7 @@ ENCODERS: dict[str, PartNames] = {
         mlp_out="*[0-9].output.dense",
     ),
     "t5": PartNames(
-        embedding="embed_tokens",  # of encoder and decoder; nothing calls `shared`, to which both are tied
+        embedding="embed_tokens",  # of encoder and decoder; both are tied to `shared`, which is never called
         query="*Attention.q",  # SelfAttention and EncDecAttention
         key="*Attention.k",
         value="*Attention.v",
@@ -46,4 +46,4 @@ ENCODERS: dict[str, PartNames] = {
         mlp_out="DenseReluDense.wo",
     ),
 }
-"""Encoders and encoder-decoders of transformers. A type that is not listed may share the names of one that is."""
+"""Encoders and encoder-decoders, which transformers implements. A type that is not listed may share another's names."""

@@ -1,4 +1,4 @@
-"""What an architecture calls its parts. Methods, merging and saving ask for a part, never for a name."""
+"""The names of an architecture's parts. Code outside this package asks for a part and never writes its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["DecoderNames", "Family", "PartNames"]
 
 @dataclass(frozen=True)
 class PartNames:
-    """The parts that finetuning methods ask for in any transformer.
+    """The parts of any transformer that finetuning methods ask for.
 
-    Names end where a module's dotted name ends, and ``*`` stands for anything, as in
+    A name is the end of a module's dotted name, and ``*`` matches anything, as in
     :func:`lit_lora.peft.core.matching.matches`.
     """
 
@@ -23,25 +23,25 @@ class PartNames:
     key: str
     value: str
     attention: str
-    """The module that gives what attention adds to the residual stream."""
+    """The module whose output is added to the residual stream after attention."""
     mlp: str
-    """The module that gives what the MLP adds to it."""
+    """The module whose output is added to the residual stream after the MLP."""
     mlp_out: str
     """The MLP's last layer."""
     head: str = "lm_head"
-    """The output head, which has a row per token."""
+    """The output head, with one row per token of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class DecoderNames(PartNames):
-    """The parts of a decoder, as its checkpoints call them: in full, or within a layer. By default a Llama's."""
+    """The names of a decoder's parts in its checkpoints, in full or within a layer. The defaults are Llama's."""
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     """The list of layers. Embedding, layers and final norm are children of one module, the decoder."""
     norm: str = "model.norm"
     """The final norm."""
-    # Within a layer. What attention and the MLP are made of are their children.
+    # Within a layer. Projections are children of `attention` and `mlp`.
     attention_norm: str = "input_layernorm"
     attention: str = "self_attn"
     query: str = "self_attn.q_proj"
@@ -65,8 +65,8 @@ class Family:
     """A family of decoders."""
 
     architecture: str
-    """Its class in transformers, written to ``config.json``."""
+    """The class in transformers, which is written to ``config.json``."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What its ``config.json`` leaves unsaid."""
+    """Values of keys that ``config.json`` omits."""
     names: DecoderNames = DecoderNames()
-    """What its checkpoints call its parts."""
+    """The names of its parts in checkpoints."""
