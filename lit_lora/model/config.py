@@ -1,4 +1,4 @@
-"""The decoder's shape, with the field names of Hugging Face's ``config.json``."""
+"""The decoder's config, with the field names of Hugging Face's ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from lit_lora.model.families import FAMILIES, DecoderNames
 __all__ = ["DTYPES", "KEEP_DTYPE", "ModelConfig", "Rope"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What weights may be in, by the names that settings and commands use."""
+"""The dtypes of weights, by their names in settings and commands."""
 
 KEEP_DTYPE = "keep_dtype"
 """A key of our own in ``config.json``, see :attr:`ModelConfig.keeps_dtype`."""
 
 
 class Rope(Settings):
-    """How positions turn into rotations. Source: ``rope_parameters`` of ``config.json``."""
+    """Rotary position embedding. Source: ``rope_parameters`` of ``config.json``."""
 
     model_config = ConfigDict(extra="ignore")
 
-    rope_type: str = Field("default", description="default, linear, dynamic, yarn, longrope or llama3.")
+    rope_type: str = Field(
+        "default", description="Kind of scaling: default, linear, dynamic, yarn, longrope or llama3."
+    )
     rope_theta: float = Field(10000.0, gt=0, description="Base of the geometric progression of wavelengths.")
-    factor: float | None = Field(None, gt=0, description="How many times longer the context is than in pretraining.")
-    original_max_position_embeddings: int | None = Field(None, gt=0, description="The context in pretraining.")
+    factor: float | None = Field(None, gt=0, description="Context length relative to pretraining.")
+    original_max_position_embeddings: int | None = Field(None, gt=0, description="Context length in pretraining.")
     low_freq_factor: float | None = Field(None, description="llama3: wavelengths above context / this are scaled.")
     high_freq_factor: float | None = Field(None, description="llama3: wavelengths below context / this are kept.")
     attention_factor: float | None = Field(None, description="yarn, longrope: scale of cosine and sine.")
@@ -44,32 +46,32 @@ class Rope(Settings):
 
 
 class ModelConfig(Settings):
-    """Sizes and switches of a Llama-shaped decoder.
+    """Sizes and options of a Llama-shaped decoder.
 
-    Keys of ``config.json`` that the decoder has no use for are kept aside and written back by :meth:`to_hf`.
+    Keys of ``config.json`` that the decoder does not use are kept in ``source`` and written back by :meth:`to_hf`.
     """
 
     model_config = ConfigDict(extra="ignore")
 
-    model_type: str = Field("llama", description="The family.")
-    vocab_size: int = Field(gt=0, description="Rows of the embedding, padding rows included.")
+    model_type: str = Field("llama", description="Family of the model.")
+    vocab_size: int = Field(gt=0, description="Rows V of the embedding, including padding.")
     hidden_size: int = Field(gt=0, description="Width D.")
     intermediate_size: int = Field(gt=0, description="MLP width F.")
     num_hidden_layers: int = Field(gt=0, le=1000, description="Decoder layers.")
     num_attention_heads: int = Field(gt=0, description="Query heads N.")
     num_key_value_heads: int = Field(gt=0, description="Key and value heads K; divides N.")
     head_dim: int = Field(gt=0, description="Head size H.")
-    rms_norm_eps: float = Field(1e-6, ge=0, description="Added to the mean square before its root.")
-    max_position_embeddings: int = Field(2048, gt=0, description="Longest context.")
-    sliding_window: int | None = Field(None, gt=0, description="A token sees this many tokens, itself included.")
+    rms_norm_eps: float = Field(1e-6, ge=0, description="Constant added to the mean square before taking its root.")
+    max_position_embeddings: int = Field(2048, gt=0, description="Context length in tokens.")
+    sliding_window: int | None = Field(None, gt=0, description="Tokens that a token attends to, including itself.")
     rope: Rope = Field(Rope(), description="Rotary position embedding.")
-    tie_word_embeddings: bool = Field(False, description="The head is the embedding.")
-    attention_bias: bool = Field(False, description="q, k, v and o projections have a bias.")
-    mlp_bias: bool = Field(False, description="gate, up and down projections have a bias.")
+    tie_word_embeddings: bool = Field(False, description="Whether the head shares the embedding's weight.")
+    attention_bias: bool = Field(False, description="Whether the q, k, v and o projections have a bias.")
+    mlp_bias: bool = Field(False, description="Whether the gate, up and down projections have a bias.")
     bos_token_id: int | None = Field(None, description="Beginning of sequence.")
-    eos_token_id: int | list[int] | None = Field(None, description="End of sequence; generation stops there.")
-    dtype: str = Field("float32", description="dtype of the stored weights: float32, bfloat16 or float16.")
-    source: dict[str, Any] = Field(default_factory=dict, exclude=True, description="config.json as it was read.")
+    eos_token_id: int | list[int] | None = Field(None, description="End of sequence, at which generation stops.")
+    dtype: str = Field("float32", description="Data type of the stored weights: float32, bfloat16 or float16.")
+    source: dict[str, Any] = Field(default_factory=dict, exclude=True, description="Contents of config.json as read.")
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> ModelConfig:
@@ -79,7 +81,7 @@ class ModelConfig(Settings):
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, rotary positions need an even one")
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
         return self
 
     @classmethod
@@ -93,43 +95,34 @@ class ModelConfig(Settings):
         if not path.is_file():
             raise InputError(
                 f"{path}: no such file, expected a checkpoint folder with config.json and *.safetensors",
-                hint="lit-lora download fetches one, lit-lora convert makes one of a GGUF, .bin or .pth file",
+                hint="lit-lora download fetches one; lit-lora convert makes one from a GGUF, .bin or .pth file",
             )
         return cls.from_hf(read_json(path), name=str(path))
 
     @classmethod
     def from_hf(cls, data: dict[str, Any], *, name: str = "config.json") -> ModelConfig:
-        """Read a parsed ``config.json``, of transformers 4 or 5.
+        """Read a parsed ``config.json`` written by transformers 4 or 5.
 
         Raises:
-            InputError: Unknown family, an unsupported switch, or values that do not fit together.
+            InputError: Unknown family, an unsupported option, or values that do not fit together.
         """
-        family = data.get("model_type")
-        if family not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            hint = "encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify"
-            if "auto_map" in data:
-                hint = f"lit-lora never runs Python code from a checkpoint (auto_map); {hint}"
-            raise InputError(
-                f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}",
-                hint=hint,
-            )
-        if data.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
-        quantization = data.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if quantization and method not in ("bitsandbytes", "lit_lora"):
-            raise InputError(
-                f"{name}: this checkpoint is quantised already, by {method}; expected bitsandbytes, or 16 or 32 bits"
-            )
-        fields = {**FAMILIES[family].defaults, **{key: value for key, value in data.items() if value is not None}}
+        _require_supported(data, name)
+        fields: dict[str, Any] = {**FAMILIES[data["model_type"]].defaults}
+        for key, value in data.items():
+            if value is not None:
+                fields[key] = value
         if "sliding_window" in data and data["sliding_window"] is None:
-            fields.pop("sliding_window", None)
-        heads = fields.get("num_attention_heads")
+            fields.pop("sliding_window", None)  # an explicit null turns off the window that is the family's default
+
+        heads: Any = fields.get("num_attention_heads")
+        width: Any = fields.get("hidden_size")
         fields.setdefault("num_key_value_heads", heads)
-        derivable = all(isinstance(value, int) and value > 0 for value in (heads, fields.get("hidden_size")))
-        fields.setdefault("head_dim", fields["hidden_size"] // heads if derivable else 2)
-        fields["dtype"] = str(fields.get("dtype", fields.get("torch_dtype", "float32"))).removeprefix("torch.")
+        if "head_dim" not in fields:
+            sizes_are_valid = all(isinstance(size, int) and size > 0 for size in (heads, width))
+            fields["head_dim"] = width // heads if sizes_are_valid else 2  # validation will report the wrong size
+
+        dtype = fields.get("dtype", fields.get("torch_dtype", "float32"))  # transformers 5, transformers 4
+        fields["dtype"] = str(dtype).removeprefix("torch.")
         fields["rope"] = _rope(data, name)
         fields["source"] = data
         try:
@@ -138,77 +131,122 @@ class ModelConfig(Settings):
             raise InputError(str(error)) from error
 
     def extended(self, factor: float, rope_type: str = "linear") -> ModelConfig:
-        """The same for a context that is ``factor`` times as long, with interpolated positions.
+        """The config for a context that is ``factor`` times as long, with interpolated positions.
 
         Raises:
-            UsageError: The positions are scaled in another way already.
+            UsageError: The positions are already scaled in another way.
         """
         if self.rope.rope_type not in ("default", rope_type):
             raise UsageError(
-                f"rope_type {rope_type!r}: the positions of this model are scaled by {self.rope.rope_type!r} already",
-                hint=f"take rope_type: {self.rope.rope_type}" if self.rope.rope_type in ("linear", "yarn") else None,
+                f"rope_type {rope_type!r}: the model's positions are already scaled by {self.rope.rope_type!r}",
+                hint=f"use rope_type: {self.rope.rope_type}" if self.rope.rope_type in ("linear", "yarn") else None,
             )
         context = round(self.max_position_embeddings * factor)
         changed: dict[str, Any] = {"rope_type": rope_type, "factor": (self.rope.factor or 1.0) * factor}
         if rope_type == "yarn":
             original = self.rope.original_max_position_embeddings or self.max_position_embeddings
             changed["original_max_position_embeddings"] = original
+
         source = dict(self.source)
         if source:
             key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
-            source |= {"max_position_embeddings": context, key: {**(source.get(key) or {}), **changed}}
-            source[key].pop("type", None)  # what rope_type was called before
+            rope_source = {**(source.get(key) or {}), **changed}
+            rope_source.pop("type", None)  # the former name of rope_type
+            source["max_position_embeddings"] = context
+            source[key] = rope_source
         rope = self.rope.model_copy(update=changed)
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
 
     @property
     def names(self) -> DecoderNames:
-        """What the family calls its parts."""
+        """The family's names of the parts."""
         return FAMILIES[self.model_type].names
 
     @property
     def keeps_dtype(self) -> bool:
-        """Whether the weights are to be read as they are stored: a merge wrote them in what keeps its update."""
+        """Whether to keep the dtype of the stored weights, because another would round off a merged update."""
         return bool(self.source.get(KEEP_DTYPE))
 
     def to_hf(self) -> dict[str, Any]:
-        """``config.json`` as it was read, with the fields that finetuning may have changed, of weights in full."""
-        name = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
-        changed = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings, name: self.dtype}
+        """``config.json`` as read, with the fields that finetuning may change, and without quantization."""
+        dtype_key = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
+        changed = {
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            dtype_key: self.dtype,
+        }
         if self.source:
             return {key: value for key, value in self.source.items() if key != "quantization_config"} | changed
-        own = self.model_dump(exclude={"rope", "source"})
-        rope = self.rope.model_dump(exclude_none=True)
+
+        # A config that was made in Python.
         return {
             "architectures": [FAMILIES[self.model_type].architecture],
             "hidden_act": "silu",
-            **own,
-            "rope_parameters": rope,
+            **self.model_dump(exclude={"rope", "source"}),
+            "rope_parameters": self.rope.model_dump(exclude_none=True),
         }
 
 
+def _require_supported(data: dict[str, Any], name: str) -> None:
+    """Refuse a model that this decoder cannot compute.
+
+    Raises:
+        InputError: Unknown family, activation or quantization.
+    """
+    family = data.get("model_type")
+    if family not in FAMILIES:
+        hint = "encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify"
+        if "auto_map" in data:
+            hint = f"lit-lora never runs Python code from a checkpoint (auto_map); {hint}"
+        known = ", ".join(FAMILIES)
+        raise InputError(
+            f"{name}: model_type {family!r} is not supported{did_you_mean(str(family), FAMILIES)}, known: {known}",
+            hint=hint,
+        )
+
+    if data.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
+
+    quantization = data.get("quantization_config")
+    quantizer = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and quantizer not in ("bitsandbytes", "lit_lora"):
+        raise InputError(
+            f"{name}: this checkpoint is already quantized, by {quantizer}; expected bitsandbytes, or 16 or 32 bits"
+        )
+
+
+_NEEDED_BY_ROPE_TYPE: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Keys that each rope type cannot do without."""
+
+
 def _rope(data: dict[str, Any], name: str) -> dict[str, Any]:
-    """The rope settings of a ``config.json``: ``rope_parameters`` (5.x) or ``rope_theta`` + ``rope_scaling`` (4.x)."""
+    """The rope settings of ``config.json``.
+
+    transformers 5 writes ``rope_parameters``, transformers 4 ``rope_theta`` and ``rope_scaling``.
+    """
     scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise InputError(f"{name}: rope_scaling: expected an object, got {type(scaling).__name__}")
+
     rope = {key: value for key, value in scaling.items() if value is not None}
     rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", data.get("rope_theta", 10000.0))
     if "original_max_position_embeddings" not in rope:
         context = data.get("original_max_position_embeddings", data.get("max_position_embeddings", 2048))
         rope["original_max_position_embeddings"] = context
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "yarn": (),
-        "longrope": ("short_factor", "long_factor"),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }
-    if rope["rope_type"] not in needed:
-        raise InputError(f"{name}: rope_type {rope['rope_type']!r} is not supported, known: {', '.join(needed)}")
-    missing = [key for key in needed[rope["rope_type"]] if key not in rope]
+
+    rope_type = rope["rope_type"]
+    if rope_type not in _NEEDED_BY_ROPE_TYPE:
+        known = ", ".join(_NEEDED_BY_ROPE_TYPE)
+        raise InputError(f"{name}: rope_type {rope_type!r} is not supported, known: {known}")
+    missing = [key for key in _NEEDED_BY_ROPE_TYPE[rope_type] if key not in rope]
     if missing:
-        raise InputError(f"{name}: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")
+        raise InputError(f"{name}: rope_type {rope_type!r} needs {', '.join(missing)}")
     return rope

@@ -85,7 +85,7 @@ def test_lengths_that_do_not_cover_the_row_are_refused(model: CausalLM) -> None:
         ({"rope_scaling": {"type": "cubic"}}, "'cubic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "needs low_freq_factor, high_freq_factor"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantised already"),
+        ({"quantization_config": {"bits": 4}}, "already quantized"),
     ],
 )
 def test_a_config_that_does_not_fit_is_one_clear_line(change: dict[str, object], message: str) -> None:

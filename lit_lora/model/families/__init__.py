@@ -1,7 +1,7 @@
 """The tables of architectures, by the ``model_type`` in ``config.json``.
 
-A decoder that differs from Llama's only in names and defaults needs no more than an entry in ``FAMILIES`` to load, train
-by every method, merge and save.
+A decoder that differs from Llama's only in names and defaults needs no more than an entry in ``FAMILIES`` to load,
+train by every method, merge and save.
 """
 
 from lit_lora.model.families.names import DecoderNames, Family, PartNames
