@@ -26,7 +26,7 @@ class Config(FinetuneConfig):
     """A run by a method that adds modules or prompts."""
 
     recipe: Literal["adapter"] = Field("adapter", description="The recipe to run.")
-    peft: Annotated[Method, OneOf(methods("added"))] = Field(HoulsbyConfig(), description="The method, by name.")
+    peft: Annotated[Method, OneOf(methods("added"))] = Field(HoulsbyConfig(), description="The method.")
 
 
 def finetune(config: Config, options: Options) -> Path:

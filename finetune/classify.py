@@ -34,7 +34,7 @@ class Config(ClassifyConfig):
 
     recipe: Literal["classify"] = Field("classify", description="The recipe to run.")
     peft: Annotated[Method, OneOf(methods("mergeable", "added", "full"))] = Field(
-        LoRAConfig(), description="The method, by name."
+        LoRAConfig(), description="The method."
     )
     train: TrainConfig = Field(
         TrainConfig(batch_size=32, micro_batch_tokens=4096), description="Training length, batches and validation."

@@ -26,7 +26,7 @@ class Config(FinetuneConfig):
     """A run by a low-rank method."""
 
     recipe: Literal["lora"] = Field("lora", description="The recipe to run.")
-    peft: Annotated[Method, OneOf(methods("mergeable"))] = Field(LoRAConfig(), description="The method, by name.")
+    peft: Annotated[Method, OneOf(methods("mergeable"))] = Field(LoRAConfig(), description="The method.")
 
 
 def finetune(config: Config, options: Options) -> Path:

@@ -28,9 +28,7 @@ class Config(FinetuneConfig):
     """A run by a low-rank method on a quantized base."""
 
     recipe: Literal["qlora"] = Field("qlora", description="The recipe to run.")
-    peft: Annotated[Method, OneOf(methods("mergeable", "quantized"))] = Field(
-        LoRAConfig(), description="The method, by name."
-    )
+    peft: Annotated[Method, OneOf(methods("mergeable", "quantized"))] = Field(LoRAConfig(), description="The method.")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="Quantization of the base model's linear layers.")
 
     @property

@@ -57,7 +57,7 @@ class RunConfig(Settings):
     recipe: str = Field("lora", description="The recipe to run: lora, qlora, adapter, full or classify.")
     model: ModelSettings = Field(description="The base model.")
     data: RowsConfig = Field(description="The training data.")
-    peft: Method = Field(description="The method, by name.")
+    peft: Method = Field(description="The method.")
     train: TrainConfig = Field(TrainConfig(), description="Training length, batches and validation.")
     optimizer: AnyOptimizer = Field(AdamWConfig(), description="The optimizer, by name.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate schedule.")
