@@ -22,15 +22,15 @@ def example(tmp_path: Path, **replaced: str) -> Path:
 
 
 @pytest.mark.parametrize("method", ["lora", "residual"])
-def test_a_net_learns_other_pictures_by_an_adapter_and_is_itself_without_it(tmp_path, monkeypatch, method):
+def test_a_net_learns_other_images_by_an_adapter_and_is_itself_without_it(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     lora = 'lora(rank=4, target_modules=["first", "second"], modules_to_save=["head"])'
     other = {lora: 'residual(modules_to_save=["head"])'} if method == "residual" else {}
-    found = runpy.run_path(str(example(tmp_path, **other)))
-    white, inverted = found["before"]
+    namespace = runpy.run_path(str(example(tmp_path, **other)))
+    white, inverted = namespace["before"]
     assert white > 0.9
     assert inverted < 0.5
-    assert found["after"] > 0.9
-    assert found["again"] == white
-    assert found["accuracy"](found["net"], found["inverted"]) == found["after"]
+    assert namespace["after"] > 0.9
+    assert namespace["restored"] == white
+    assert namespace["accuracy"](namespace["net"], namespace["inverted"]) == namespace["after"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000
