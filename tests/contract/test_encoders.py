@@ -202,5 +202,5 @@ def test_a_fixed_batch_is_learnt(family, case):
 def test_a_method_that_cannot_train_a_head_says_so(tmp_path: Path):
     model = base("bert")
     config = peft.methods()["prompt"]()
-    with pytest.raises(UsageError, match="trains nothing beside its own modules, and classifier must"):
+    with pytest.raises(UsageError, match="trains only its own modules, but classifier must"):
         peft.with_modules_to_save(config, head("bert", model))

@@ -207,10 +207,10 @@ def test_the_count_and_the_table_are_those_of_the_full_base(folder):
 @pytest.mark.parametrize("settings", [{"name": "full"}, {"name": "full", "train": ["mlp"]}], ids=str)
 def test_full_finetuning_of_codes_is_refused(folder, settings):
     model = load_model(folder, quantize=CONFIGS[0])
-    with pytest.raises(UsageError, match=r"the base is quantised \(nf4-dq, blocks of 32\)"):
+    with pytest.raises(UsageError, match=r"the base is quantized \(nf4-dq, blocks of 32\)"):
         peft.methods()["full"].model_validate(settings).apply(model)
 
 
 def test_whole_layers_of_codes_are_refused(folder):
-    with pytest.raises(UsageError, match=r"peft.modules_to_save: model.layers.0.mlp.gate_proj is quantised"):
+    with pytest.raises(UsageError, match=r"peft.modules_to_save: model.layers.0.mlp.gate_proj is quantized"):
         adapted(folder, "lora modules_to_save", CONFIGS[0])

@@ -224,7 +224,7 @@ BAD = {
     "a method without a head": (
         ["peft={name: prompt}"],
         2,
-        "trains nothing beside its own modules, and classifier must",
+        "trains only its own modules, but classifier must",
     ),
     "a decoder": (["model.path={}/decoder"], 3, "a decoder (llama), but recipe classify is for encoders"),
     "no head": (["model.path={}/vision"], 3, "has no classification head for model_type 'vit'"),

@@ -153,7 +153,7 @@ def test_a_prequantised_folder_trains_as_the_original_does(task: Path, call: Cal
         (["quantize.name=int8"], 2, r"int8 has one scale per row: block_size has no effect"),
         (["quantize.double=true"], 2, r"quantize\.double"),
         (["recipe=lora"], 2, r"quantize"),
-        (["peft.modules_to_save=[mlp]"], 2, r"peft.modules_to_save: .* is quantised"),
+        (["peft.modules_to_save=[mlp]"], 2, r"peft.modules_to_save: .* is quantized"),
     ],
     ids=lambda value: str(value) if isinstance(value, list) else "",
 )
@@ -191,4 +191,4 @@ def test_what_is_quantised_is_not_quantised_again_nor_trained_in_full(task: Path
     full = write_config(task, recipe="full", model={"path": str(packed)})
     found, _, err = call("finetune", "--config", full)
     assert (found, err.count("error: ")) == (2, 1)
-    assert "the base is quantised (fp4, blocks of 32)" in err
+    assert "the base is quantized (fp4, blocks of 32)" in err

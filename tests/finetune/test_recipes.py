@@ -154,7 +154,7 @@ def test_a_start_from_rows_is_made_saved_merged_and_resumed(task, recipe, init, 
     sections |= {"quantize": {"name": "int8"}} if recipe == "qlora" else {}
     config = write_config(task, **sections)
     if (recipe, init) == ("qlora", "lora-ga"):
-        with pytest.raises(UsageError, match="quantised"):
+        with pytest.raises(UsageError, match="quantized"):
             finetuned(config)
         assert not (task / "run").exists()
         return

@@ -67,5 +67,5 @@ def test_what_cannot_be_loaded_or_used_leaves_the_present_one(folders: dict[str,
         adapters.load("dora", folders["lora"])
     assert (adapters.active, adapters.names) == ("dora", ["dora"])
     assert torch.equal(adapters.model(token_ids()), before)
-    with pytest.raises(UsageError, match="has an adapter already"):
+    with pytest.raises(UsageError, match="already has an adapter"):
         peft.Adapters(adapters.model)

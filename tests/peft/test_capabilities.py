@@ -65,5 +65,5 @@ def test_a_method_without_capabilities_is_asked_nothing() -> None:
     assert peft.with_text(method, str.split) is method  # type: ignore[arg-type]
     assert peft.with_token_ids(method, list) is method  # type: ignore[arg-type]
     assert peft.with_modules_to_save(method, []) is method
-    with pytest.raises(UsageError, match="plain trains nothing beside its own modules, and head must train too"):
+    with pytest.raises(UsageError, match="plain trains only its own modules, but head must train too"):
         peft.with_modules_to_save(method, ["head"])

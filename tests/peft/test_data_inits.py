@@ -214,12 +214,15 @@ def test_lora_ga_takes_the_vectors_of_peft():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_rows": 8}, "init_rows has no effect with init 'kaiming', it is for eva and lora-ga"),
-        ({"init": "lora-ga", "rho": 2}, "rho has no effect with init 'lora-ga', it is for eva"),
+        ({"init_rows": 8}, "init_rows has no effect with init 'kaiming', only with eva and lora-ga"),
+        ({"init": "lora-ga", "rho": 2}, "rho has no effect with init 'lora-ga', only with eva"),
         ({"init": "eva", "rho": 0.5}, "rho"),
-        ({"init": "eva", "target_modules": ["embed_tokens"]}, "'eva' is for linear layers, .*embed_tokens is Embedd"),
+        (
+            {"init": "eva", "target_modules": ["embed_tokens"]},
+            "'eva' is for linear layers, but .*embed_tokens is Embedd",
+        ),
         ({"init": "lora-ga", "rank": 8, "target_modules": ["k_proj"]}, "16 is too large for .*k_proj"),
-        ({"init": "eva", "rank": 8, "alpha": 1.0}, "eva has seen 5 learned tokens, which span too few directions"),
+        ({"init": "eva", "rank": 8, "alpha": 1.0}, "eva has seen 5 target tokens, which span too few directions"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(settings, message):
@@ -231,9 +234,12 @@ def test_a_start_that_does_not_fit_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "multilora", "init": "eva"}, "init 'eva' is for lora, MultiLoRA starts at kaiming or gaussian"),
-        ({"name": "dora", "init": "lora-ga"}, "init 'lora-ga' is for lora, DoRA starts at"),
-        ({"name": "composed", "methods": [{"name": "lora", "init": "eva"}, {"name": "prefix"}]}, "looks at rows"),
+        ({"name": "multilora", "init": "eva"}, "init 'eva' is for lora, MultiLoRA supports kaiming and gaussian"),
+        ({"name": "dora", "init": "lora-ga"}, "init 'lora-ga' is for lora, DoRA supports kaiming"),
+        (
+            {"name": "composed", "methods": [{"name": "lora", "init": "eva"}, {"name": "prefix"}]},
+            "init eva and lora-ga are only for",
+        ),
     ],
 )
 def test_methods_that_cannot_start_so_refuse_it(settings, message):
@@ -257,7 +263,7 @@ def test_lora_ga_over_codes_is_refused():
     layer = model.get_submodule(name)
     packed = quantize(layer.weight.detach(), QuantizeConfig(name="int8"), name=name)
     model.model.layers[0].mlp.up_proj = QuantizedLinear(packed, layer.bias, torch.float32)
-    with pytest.raises(UsageError, match=r"lora-ga starts from gradients of the weights, but .*up_proj is quantised"):
+    with pytest.raises(UsageError, match=r"lora-ga starts from gradients of the weights, but .*up_proj is quantized"):
         lora(init="lora-ga", rank=3, target_modules=["up_proj"]).init_from_data(model, rows(model))
 
 

@@ -98,9 +98,9 @@ def test_the_kernel_gives_the_same_with_gradients():
 def test_what_stands_before_documents_and_a_cache():
     q = tensors(6, 2, 2)[0]
     attend = PackedAttention(config(2, 2), [6], q.device)
-    with pytest.raises(ValueError, match="do not go with groups"):
+    with pytest.raises(ValueError, match="attention in groups does not support"):
         in_groups(attend.with_prefix(2), 4)
-    with pytest.raises(ValueError, match="do not go with groups"):
+    with pytest.raises(ValueError, match="attention in groups does not support"):
         in_groups(attend, 4).with_prefix(2)
     cached = CachedAttention(config(2, 2), KVCache(config(2, 2), 1, 8), 1, 6)
     assert in_groups(cached, 4) is cached

@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="scaled by 'yarn' already"):
         method(factor=2, rope_type="linear").apply(model)
     assert not own_modules(model)
-    with pytest.raises(UsageError, match="no positions to stretch"):
+    with pytest.raises(UsageError, match="no config with positions"):
         method(target_modules=["0"], modules_to_save=[]).apply(nn.Sequential(nn.Linear(16, 16)))
     with pytest.raises(ValueError, match="unknown name 'longlora'"):
         peft.methods()["composed"].model_validate({"methods": [{"name": "longlora"}, {"name": "prefix"}]})

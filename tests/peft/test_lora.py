@@ -71,9 +71,9 @@ def test_layers_leave_a_named_head_in():
     [
         (
             {"target_modules": ["q_prj", "v_proj"]},
-            r"'q_prj' matches no module \(did you mean 'q_proj'\?\), there are: ",
+            r"'q_prj' matches no module \(did you mean 'q_proj'\?\), available: ",
         ),
-        ({"target_modules": ["FAKE"]}, r"'FAKE' matches no module, there are: .*q_proj.*lm_head"),
+        ({"target_modules": ["FAKE"]}, r"'FAKE' matches no module, available: .*q_proj.*lm_head"),
         ({"target_modules": ["gate_projx", "up_projx"]}, r"(?s)'gate_projx'.*\n.*'up_projx'"),
         ({"target_modules": ["q_proj", "self_attn"]}, "'self_attn' matches no module"),
         ({"target_modules": ["q_prj", "norm", "act"]}, r"(?s)'q_prj' matches .*\n.*'norm' is of the wrong.*\n.*'act'"),
@@ -81,21 +81,21 @@ def test_layers_leave_a_named_head_in():
             {"target_modules": ["k_proj", "q_prj"], "rank": 9, "rank_pattern": {"q_proj": 4}},
             r"^peft.target_modules: 'q_prj' matches .*\npeft.rank: 9 is too large for .*k_proj \(8×16\).* at most 8$",
         ),
-        ({"target_modules": []}, "no linear layer is left"),
+        ({"target_modules": []}, "no module is left"),
         ({"exclude_modules": ["lm_head"]}, r"exclude_modules: 'lm_head' matches no module"),
-        ({"exclude_modules": ["*"]}, "no linear layer is left"),
-        ({"layers": [2]}, r"no layer 2 with a target, the model has 0 to 1"),
+        ({"exclude_modules": ["*"]}, "no module is left"),
+        ({"layers": [2]}, r"layer 2 has no target; targets are in layers 0 to 1"),
         ({"rank_pattern": {"q_porj": 4}}, r"rank_pattern: 'q_porj' matches no module \(did you mean 'q_proj'"),
         ({"alpha_pattern": {"lm_head": 4}}, "alpha_pattern: 'lm_head' matches no module"),
         ({"rank": 9}, r"peft\.rank: 9 is too large for .*k_proj \(8×16\), expected at most 8"),
         ({"rank_pattern": {"q_proj": 0}}, "expected more than 0, got 0"),
         ({"modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed' matches no module \(did you mean 'lm_head'"),
-        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in target_modules and in modules_to_save"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in both target_modules and modules_to_save"),
         ({"trainable_tokens": [1], "target_modules": ["embed_tokens"]}, "in target_modules and has trainable_tokens"),
         ({"trainable_tokens": [1], "modules_to_save": ["lm_head"]}, "in modules_to_save and has trainable_tokens"),
-        ({"trainable_tokens": ["<tool>"]}, "no tokenizer has turned them into ids"),
-        ({"trainable_tokens": [VOCABULARY + 1]}, f"new ones from {VOCABULARY} without a gap"),
-        ({"trainable_tokens": [-1]}, "expected ids from 0"),
+        ({"trainable_tokens": ["<tool>"]}, "expected token ids, got texts"),
+        ({"trainable_tokens": [VOCABULARY + 1]}, f"new ones from {VOCABULARY} on without gaps"),
+        ({"trainable_tokens": [-1]}, "expected ids >= 0"),
     ],
 )
 def test_pain_09_what_matches_nothing_is_an_error_with_a_suggestion(settings, message):
@@ -166,7 +166,7 @@ def test_asking_for_biases_where_there_are_none_is_an_error():
 
 def test_a_second_adapter_is_refused():
     model = adapted(make_model(), lora())
-    with pytest.raises(UsageError, match="has an adapter already"):
+    with pytest.raises(UsageError, match="already has an adapter"):
         lora().apply(model)
 
 

@@ -41,7 +41,7 @@ def test_a_start_is_that_of_peft(init):
     [
         (
             {"init": "pissa", "target_modules": ["embed_tokens"]},
-            "'pissa' is for linear layers, .*embed_tokens is Embedd",
+            "'pissa' is for linear layers, but .*embed_tokens is Embedd",
         ),
         ({"init": "pisa"}, "init"),
     ],

@@ -1,4 +1,4 @@
-"""Methods that put modules of their own into a model and are saved as an adapter: what their files hold."""
+"""Methods that put modules of their own into a model and are saved as an adapter: the contents of their files."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ __all__ = ["CONFIG", "OWN", "WEIGHTS", "AdapterMethod"]
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OWN = "LIT_LORA_"
-"""Before a ``peft_type`` of ours, which PEFT does not know and therefore refuses."""
+"""Prefix of our own values of ``peft_type``, which PEFT does not know and therefore refuses."""
 
 
 class AdapterMethod(Method):
-    """A method whose modules are saved apart from the model, and loaded by three steps.
+    """A method whose modules are saved separately from the model, and loaded in three steps.
 
-    Settings are read from the folder, :meth:`apply` puts the modules in, and the tensors of :meth:`file_tensors` are
-    given the file's values.
+    The settings are read from the folder, :meth:`apply` puts the modules in, and the tensors of :meth:`file_tensors`
+    get the file's values.
     """
 
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method, or one of ours; ``None`` where it follows from the method's name."""
     as_written: ClassVar[bool] = True
-    """The settings that lit-lora noted describe the file. Not where the file holds less than was trained, such as the
-    output of a network: then PEFT's config does."""
+    """Whether the settings saved in ``lit_lora.json`` describe the file. If not, because the file contains less than
+    was trained, such as only the output of a network, it is loaded by PEFT's config."""
 
     @abstractmethod
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json`` of the adapter in ``model``, but for the base model's name, in PEFT's words."""
+        """``adapter_config.json`` of the adapter in ``model``, under PEFT's keys, without the base model's name."""
 
     @abstractmethod
     def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's tensors by their names in its file, each once and detached.
 
-        They are views of the parameters, to fill as well, for settings that :meth:`from_peft` gave.
+        For settings from :meth:`from_peft` they are views of the parameters, so that copying a file's values into them
+        loads the adapter.
         """
 
     @classmethod
     def filler(cls, name: str) -> bool:
-        """Whether a tensor of this name in a file says nothing."""
+        """Whether a tensor of this name in a file is filler, which carries no information and is not loaded."""
         return False
 
     @classmethod
     def normalized(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors, without the prefix of their names, as :meth:`file_tensors` names and orders them.
+        """A file's tensors, the prefix of their names removed, with the names and layout of :meth:`file_tensors`.
 
         Raises:
-            InputError: ``raw``, its ``adapter_config.json``, does not fit them; begins with the name of the file.
+            InputError: ``raw``, its ``adapter_config.json``, does not fit them; the message begins with the file name.
         """
         return dict(tensors)
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterMethod:
-        """Settings of an adapter that PEFT wrote, perhaps of a plainer method that computes the same.
+        """The settings of an adapter that PEFT wrote, possibly of a simpler method that computes the same.
 
         Args:
             raw: ``adapter_config.json``.
-            tensors: The file's, as :meth:`normalized`.
+            tensors: The file's, as from :meth:`normalized`.
 
         Raises:
-            InputError: It is inconsistent, or asks for what is not done here; begins with the name of the file.
-            UsageError: A value is none that the settings take.
+            InputError: It is inconsistent or needs an unsupported feature; the message begins with the file name.
+            UsageError: A value is not valid for the settings.
         """
         raise InputError(f"{CONFIG}: peft_type {raw.get('peft_type')!r} without lit_lora.json", hint="copy the folder")

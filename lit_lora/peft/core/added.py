@@ -1,8 +1,8 @@
 """Modules that a method adds beside those of the base, which keep their places and names.
 
-An added module becomes a child of the module it acts on, its host, and changes what goes into it (``before``) or what
-comes out of it (``after``) by PyTorch's forward hooks. So it stands beside a low-rank update in the same model, on any
-tree of ``nn.Module``, and taking it out leaves the base as it was.
+An added module becomes a child of the module it acts on, its host, and changes the host's inputs (``before``) or its
+output (``after``) through PyTorch's forward hooks. So it can share a model with a low-rank update, it works on any tree
+of ``nn.Module``, and removing it restores the base exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "own_
 
 
 class Attend(Protocol):
-    """What a decoder's attention layers are given; see :class:`lit_lora.model.attention.attend.Attend`."""
+    """The attention that a decoder passes to its layers; see :class:`lit_lora.model.attention.attend.Attend`."""
 
     prefix_length: int
 
@@ -31,14 +31,14 @@ class Attend(Protocol):
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H) turned by the positions of its rows."""
+        """(T, heads, H), rotated by the positions of its rows."""
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document."""
 
 
 class AddedModule(OwnModule):
-    """Base of the added modules; every parameter in it is the method's own, float32, and trains."""
+    """Base class of the added modules; all its parameters are the method's own, float32 and trainable."""
 
     child: ClassVar[str] = "adapter"
     """Its name in its host."""
@@ -46,30 +46,34 @@ class AddedModule(OwnModule):
     """How many positions it takes up before every document."""
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """What the host is called with in the place of ``args``."""
+        """The arguments to call the host with instead of ``args``."""
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """What the host gives in the place of ``output``."""
+        """The host's output instead of ``output``."""
 
     def updates(self) -> dict[str, Update]:
-        """None: what it computes cannot be put into a weight of the base."""
+        """None: what it computes cannot be merged into a weight of the base."""
         return {}
 
     def join(self, host: nn.Module) -> None:
-        """Become a part of ``host``, in place.
+        """Become a child of ``host``, in place.
 
         Raises:
-            UsageError: It has such a part already.
+            UsageError: It already has a child of this name.
         """
         if hasattr(host, self.child):
-            raise UsageError(f"peft: the model has a part called {self.child} already", hint="load the base again")
+            raise UsageError(f"peft: the model already has a module named {self.child}", hint="load the base again")
         parameter = next(host.parameters(), None)
         if parameter is not None:
             self.to(parameter.device)
         self.train(host.training)
         host.add_module(self.child, self)
         if self.prefix_length:
+            # The decoder subtracts it from the context that is left for documents.
             host.prefix_length = self.prefix_length  # type: ignore[assignment]
+
+        # A hook costs time in every forward pass, so only overridden methods become hooks. They are bound methods, and
+        # PyTorch passes them the host, so the module holds no reference to it: that would be a cycle in the tree.
         self._hooks = []
         if type(self).before is not AddedModule.before:
             self._hooks.append(host.register_forward_pre_hook(self.before))
@@ -77,7 +81,7 @@ class AddedModule(OwnModule):
             self._hooks.append(host.register_forward_hook(self.after))
 
     def leave(self, host: nn.Module) -> None:
-        """Take it out of its host, in place."""
+        """Remove it from its host, in place."""
         for hook in self._hooks:
             hook.remove()
         if self.prefix_length:
@@ -88,7 +92,7 @@ class AddedModule(OwnModule):
 class AddedMethod(AdapterMethod):
     """Settings of a method that adds modules; ``apply`` puts them in.
 
-    One that PEFT does not have is saved as its settings and every own parameter by its name in the model.
+    A method that PEFT lacks is saved as its settings and all its parameters, by their names in the model.
     """
 
     kind: ClassVar[Kind] = "added"
@@ -96,15 +100,15 @@ class AddedMethod(AdapterMethod):
 
     @property
     def label(self) -> str:
-        """The method's name, which marks the modules that it puts in."""
+        """The method's name, which marks the modules it puts in."""
         return self.name
 
     def apply(self, model: nn.Module) -> None:
         """Put the method's modules in, in place, and mark them as its own."""
-        before = set(own_modules(model).values())
+        modules_before = set(own_modules(model).values())
         self.add(model)
         for module in own_modules(model).values():
-            if module not in before:
+            if module not in modules_before:
                 module.owner = self.label
 
     @abstractmethod
@@ -116,7 +120,7 @@ class AddedMethod(AdapterMethod):
         """
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json`` in a form of ours: the settings."""
+        """``adapter_config.json`` in our own format: the settings."""
         return {"peft_type": OWN + self.label.upper(), "settings": self.model_dump(mode="json")}
 
     def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -125,49 +129,58 @@ class AddedMethod(AdapterMethod):
 
 
 def own_state(model: nn.Module, *owners: str) -> dict[str, Tensor]:
-    """The parameters of some methods by name, or of all, trained or not, detached."""
-    own = [name for name, module in own_modules(model).items() if not owners or module.owner in owners]
-    names = tuple(f"{name}." for name in own)
-    inside = {n: p.detach() for n, p in model.named_parameters() if n.startswith(names)}
-    return {name: value for name, value in inside.items() if ".base_layer." not in name}
+    """The parameters that some methods put in, or all methods, by name, trainable or not, detached."""
+    prefixes = tuple(f"{name}." for name, module in own_modules(model).items() if not owners or module.owner in owners)
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        # What a module of a method wraps lies inside it, and is the base's.
+        if name.startswith(prefixes) and ".base_layer." not in name
+    }
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model by name: what it says, or the entries of its longest list of modules.
+    """The repeated blocks of a model by name, in its order.
 
-    There may be several such lists (encoder, decoder); lists within the blocks of another are parts of these blocks.
+    A language model says which they are. In another model they are the entries of its longest ``nn.ModuleList``, or of
+    several of the same length (encoder, decoder); lists within blocks do not count.
 
     Raises:
         UsageError: It has none.
     """
     if isinstance(model, LanguageModel):
         return model.blocks()
+
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    lists = {name: entries for name, entries in lists.items() if not name.startswith(tuple(f"{n}." for n in lists))}
     if not lists:
-        raise UsageError("peft: the model has no list of layers")
-    longest = max(map(len, lists.values()))
-    return {
-        f"{name}.{index}": block
-        for name, entries in lists.items()
-        if len(entries) == longest
-        for index, block in enumerate(entries)
-    }
+        raise UsageError("peft: the model has no nn.ModuleList, which its layers are looked for in")
+    inside = tuple(f"{name}." for name in lists)
+    outermost = {name: entries for name, entries in lists.items() if not name.startswith(inside)}
+    longest = max(len(entries) for entries in outermost.values())
+
+    chosen: dict[str, nn.Module] = {}
+    for name, entries in outermost.items():
+        if len(entries) == longest:
+            chosen |= {f"{name}.{index}": block for index, block in enumerate(entries)}
+    return chosen
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of a decoder that can let tokens stand before every document.
+    """The name and the module of a decoder that accepts a prefix before every document.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The model has none.
     """
     decoder = model.get_decoder() if isinstance(model, LanguageModel) else None
-    if decoder is not None and hasattr(decoder, "prefix_length"):
-        return next((name, module) for name, module in model.named_modules() if module is decoder)
-    raise UsageError("peft: this method needs a decoder of this package, whose attention takes what stands before")
+    if decoder is None or not hasattr(decoder, "prefix_length"):
+        raise UsageError("peft: this method needs one of lit-lora's own decoders, whose attention accepts a prefix")
+    names = {module: name for name, module in model.named_modules()}
+    return names[decoder], decoder
 
 
 def width_of(host: nn.Module) -> int:
-    """Width of a module's output: that of the last layer in it."""
-    widths = [width for width in (getattr(module, "out_features", None) for module in host.modules()) if width]
-    return int(widths[-1]) if widths else int(list(host.parameters())[-1].shape[0])
+    """Width of a module's output, taken from the last linear layer in it, else from its last parameter."""
+    linears = [module for module in host.modules() if hasattr(module, "out_features")]
+    if linears:
+        return int(linears[-1].out_features)  # type: ignore[arg-type]
+    return int(list(host.parameters())[-1].shape[0])

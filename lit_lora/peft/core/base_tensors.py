@@ -18,54 +18,56 @@ class Base(Mapping[str, Tensor]):
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of this name, at no cost: a mapping's own would read it."""
+        """Whether there is a tensor of this name, without reading it as ``Mapping`` would."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, at no cost."""
+        """Shape of a tensor, without reading it."""
 
     @abstractmethod
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is stored quantised, so that its values are not those of the original model."""
+        """Whether a tensor is stored quantized, so that its values differ from those of the original model."""
 
 
 class BaseTensors(Base):
-    """The parameters of the base model under the names they have without an adapter; tied ones under every name.
+    """The parameters of the base model under the names they have without an adapter; tied ones under each name.
 
-    A quantised weight is dequantised each time it is read, and never kept.
+    A quantized weight is dequantized anew on each read.
 
     Args:
         model: With or without an adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._there = dict(_base_tensors(model, ""))
+        self._stored = dict(_base_tensors(model, ""))
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._there[name]
-        return found.dequantize() if isinstance(found, QuantizedLinear) else found
+        stored = self._stored[name]
+        return stored.dequantize() if isinstance(stored, QuantizedLinear) else stored
 
     def __contains__(self, name: object) -> bool:
-        return name in self._there
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._there)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._there)
+        return len(self._stored)
 
     def stored(self) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-        """Name and values of each as the model holds them: in the place of a quantised weight, its layer."""
-        yield from self._there.items()
+        """Each name with its tensor as the model stores it; for a quantized weight, its layer instead."""
+        yield from self._stored.items()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, at no cost."""
-        found = self._there[name]
-        return (found.out_features, found.in_features) if isinstance(found, QuantizedLinear) else tuple(found.shape)
+        """Shape of a tensor, without dequantizing it."""
+        stored = self._stored[name]
+        if isinstance(stored, QuantizedLinear):
+            return stored.out_features, stored.in_features
+        return tuple(stored.shape)
 
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is stored quantised."""
-        return isinstance(self._there[name], QuantizedLinear)
+        """Whether a tensor is stored quantized."""
+        return isinstance(self._stored[name], QuantizedLinear)
 
 
 def base_tensors(model: nn.Module) -> BaseTensors:
@@ -74,6 +76,7 @@ def base_tensors(model: nn.Module) -> BaseTensors:
 
 
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+    # A method's module has no name of its own in the base: what it wraps takes its place, or nothing does.
     if isinstance(module, OwnModule):
         if module.wraps:
             yield from _base_tensors(module.base_layer, prefix)

@@ -1,8 +1,8 @@
-"""What some methods do beyond being applied: one small base class for each, which a method that does it inherits.
+"""Capabilities of some methods beyond being applied: one small base class each, which a method with it inherits.
 
 A caller asks by ``isinstance``, once. Where several callers have the same question, the function below the class asks
-for them and knows the answer of all other methods. So a new capability changes neither :class:`Method` nor the methods
-without it. Who asks, and when::
+it and answers for all other methods. So a new capability changes neither :class:`Method` nor the methods without it.
+Who asks, and when::
 
     TakesTokens, TakesText     recipes: once there is a tokenizer
     NeedsQuantizedBase         recipe/quantized_base: whether the base is one for the method
@@ -14,7 +14,7 @@ without it. Who asks, and when::
     InitializesFromData        recipe/method: before training
     ScalesLearningRate         recipes: for the optimizer
     FinalizesAfterTraining     recipe/method: after training
-    KeepsCodes, ChangesConfig  merge: what the merged model is held as, and its config
+    KeepsCodes, ChangesConfig  merge: how the merged model is stored, and its config
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ AnyConfig = TypeVar("AnyConfig")
 
 
 class InitializesFromData(ABC):
-    """A method that can start from what the model does with rows of the data."""
+    """A method that can initialize itself from the model's activations or gradients on rows of the data."""
 
     @property
     @abstractmethod
     def rows_for_init(self) -> int:
-        """How many rows of the data these settings look at before they start; 0 for none."""
+        """Number of rows of the data that these settings need for it; 0 for none."""
 
     @abstractmethod
     def init_from_data(self, model: nn.Module, passes: Iterable[Pass]) -> Method:
-        """As ``apply``, starting from what the model does with rows, where ``rows_for_init`` asks for some.
+        """Apply the method, initialized from the rows; only for settings whose ``rows_for_init`` is not 0.
 
         Args:
             model: Frozen, without an adapter; changed in place.
-            passes: At least so many rows, or all that there are.
+            passes: At least ``rows_for_init`` rows, or all of the data if it has fewer.
 
         Returns:
-            Settings by which ``apply`` gives modules of the same shapes.
+            Settings with which ``apply`` creates modules of the same shapes.
 
         Raises:
             UsageError: The settings do not fit this model or the rows.
@@ -83,71 +83,72 @@ class InitializesFromData(ABC):
 
 
 def rows_for_init(method: Method) -> int:
-    """How many rows of the data a method looks at before it starts."""
+    """Number of rows of the data that a method needs for its initialization."""
     return method.rows_for_init if isinstance(method, InitializesFromData) else 0
 
 
 class FinalizesAfterTraining(ABC):
-    """A method that can leave something open in training, and chooses it by the loss on validation rows."""
+    """A method that can train several alternatives at once and then chooses one by the loss on validation rows."""
 
     @property
     @abstractmethod
     def finalizes(self) -> bool:
-        """Whether these settings leave something open."""
+        """Whether these settings leave a choice to be made after training."""
 
     @abstractmethod
     def finalize(self, model: nn.Module, score: Callable[[], float]) -> Method:
-        """Choose, in place, what training has left open.
+        """Choose one of the trained alternatives, in place.
 
         Args:
             model: Trained.
-            score: The validation loss of the model as it is when called.
+            score: Returns the validation loss of the model in its current state.
 
         Returns:
-            Settings by which ``apply`` gives modules of the same shapes.
+            Settings with which ``apply`` creates modules of the same shapes.
         """
 
 
 class NeedsQuantizedBase(ABC):
-    """A method for which not every quantised base will do, or that takes settings from it."""
+    """A method that works on some quantized bases only, or takes settings from the base's quantization."""
 
     @abstractmethod
     def for_quantized_base(self, quantize: QuantizeConfig) -> Method:
-        """These settings as they are over a base quantised so.
+        """These settings for a base with this quantization.
 
         Raises:
-            UsageError: The method needs another base.
+            UsageError: The method does not work on such a base.
         """
 
 
 class WeighsErrors(ABC):
-    """A method whose codes can weigh errors of the base by gradients on rows of the data."""
+    """A method that can weigh the quantization errors of the base by gradients on rows of the data."""
 
     @property
     @abstractmethod
     def calibration_rows(self) -> int:
-        """How many rows' gradients say how much errors matter; 0 for errors that all count the same."""
+        """Number of rows whose gradients weigh the errors; 0 to weigh all errors equally."""
 
 
 def calibration_rows(method: Method) -> int:
-    """How many rows' gradients say how much errors of the base matter; needs the model in full precision once."""
+    """Number of rows whose gradients weigh the base's quantization errors; needs the model in full precision once."""
     return method.calibration_rows if isinstance(method, WeighsErrors) else 0
 
 
 class Decomposer(Protocol):
-    """Quantises layer by layer and keeps what the adapter then starts from."""
+    """Quantizes layer by layer and keeps the initial values of the adapter."""
 
     def __call__(self, name: str, weight: Tensor) -> Quantized:
-        """Quantise the weight (out, in) of the layer ``name``."""
+        """Quantize the weight (out, in) of the layer ``name``."""
 
     def fill(self, model: nn.Module) -> None:
-        """Give the adapter in ``model`` the values it starts from, in place."""
+        """Give the adapter in ``model`` its initial values, in place."""
 
 
 class ChoosesCodes(ABC):
-    """A method that quantises the base itself and starts from what the codes lose.
+    """A method that quantizes the base itself and initializes the adapter from the quantization error.
 
-    Its codes are not those of the original weights: the run keeps the base, the original cannot stand in for it.
+    Its codes differ from those of the original weights quantized, so the run saves its base: the original checkpoint
+    cannot replace it.
     """
 
     @abstractmethod
@@ -158,13 +159,13 @@ class ChoosesCodes(ABC):
         read: Callable[[str], Tensor],
         weights: Mapping[str, Weights] | None = None,
     ) -> Decomposer:
-        """What quantises the base.
+        """The function that quantizes the base.
 
         Args:
-            model: Without values, such as on the meta device, and without an adapter; it may be changed.
-            quantize: How the base is quantised.
-            read: Gives the weight (out, in) of a linear layer by its name.
-            weights: How much errors matter, by layer, for a method that :class:`WeighsErrors`.
+            model: Without an adapter; no values are read, so it may be on the meta device. May be changed in place.
+            quantize: How the base is quantized.
+            read: Returns the weight (out, in) of a linear layer by its name.
+            weights: Weights of the errors, by layer, for a method that :class:`WeighsErrors`.
 
         Raises:
             UsageError: The settings do not fit this model.
@@ -172,11 +173,14 @@ class ChoosesCodes(ABC):
 
 
 class ChoosesTypes(ABC):
-    """A method that gives each layer of the base a type of its own."""
+    """A method that chooses a quantization type for each layer of the base."""
 
     @abstractmethod
     def planned(self, model: nn.Module) -> Quantizer:
-        """How large the base will be: what quantises weights without values, of a model without an adapter.
+        """A quantizer that gives every layer the size it will have, to estimate the base's.
+
+        Args:
+            model: Without an adapter; no values are read.
 
         Raises:
             UsageError: The settings do not fit this model.
@@ -184,11 +188,11 @@ class ChoosesTypes(ABC):
 
 
 class KeepsCodes(ABC):
-    """A method whose update can be merged into a quantised base without changing its codes: nothing is lost."""
+    """A method whose update can be merged into a quantized base without changing its codes, so without loss."""
 
     @abstractmethod
     def keeps_codes(self, quantize: QuantizeConfig) -> bool:
-        """Whether a merged model has the codes of its base, which was quantised so."""
+        """Whether the merged model has the codes of its base, given how the base was quantized."""
 
 
 class TakesTokens(ABC):
@@ -196,16 +200,16 @@ class TakesTokens(ABC):
 
     @abstractmethod
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> Method:
-        """These settings with tokens named by text turned into ids; themselves where none is named so."""
+        """These settings with token texts turned into ids; returned unchanged if they contain no texts."""
 
 
 def with_token_ids(method: Method, add_tokens: Callable[[list[str]], list[int]]) -> Method:
-    """The settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
+    """The settings with token texts turned into ids, such as by ``Tokenizer.add_tokens``."""
     return method.with_token_ids(add_tokens) if isinstance(method, TakesTokens) else method
 
 
 class TakesText(ABC):
-    """A method whose settings can hold text that the model reads."""
+    """A method whose settings can contain text that the model reads."""
 
     @abstractmethod
     def with_text(self, encode: Callable[[str], list[int]]) -> Method:
@@ -218,22 +222,23 @@ def with_text(method: Method, encode: Callable[[str], list[int]]) -> Method:
 
 
 class ChangesConfig(ABC):
-    """A method that changes the model's config, such as its context."""
+    """A method that changes the model's config, such as its context length."""
 
     @abstractmethod
     def configure(self, config: AnyConfig) -> AnyConfig:
-        """The model's config with what the method changes of it."""
+        """The model's config with the method's changes."""
 
 
 class GroupsTokens:
-    """A method under which tokens attend within groups in training.
+    """A method that limits attention to groups of tokens in training.
 
-    A prefix that all documents share then does not come out the same in each, so a micro-batch cannot compute it once.
+    The groups depend on the document, so a prefix that all documents share has other activations in each, and a
+    micro-batch cannot compute it just once.
     """
 
 
 class ScalesLearningRate(ABC):
-    """A method some of whose parameters can learn at another rate than the rest."""
+    """A method that can train some of its parameters at a different learning rate."""
 
     @abstractmethod
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
@@ -246,7 +251,7 @@ def lr_factors(method: Method, model: nn.Module) -> dict[str, float]:
 
 
 class TrainsModulesInFull(ABC):
-    """A method beside which other modules can train in full, such as a new head."""
+    """A method that can train other modules in full as well, such as a new head."""
 
     @abstractmethod
     def with_modules_to_save(self, names: Sequence[str]) -> Method:
@@ -254,16 +259,16 @@ class TrainsModulesInFull(ABC):
 
 
 def with_modules_to_save(method: Method, names: Sequence[str]) -> Method:
-    """The settings with modules that train in full beside the method, such as a new head.
+    """The settings with more modules that train in full, such as a new head.
 
     Raises:
-        UsageError: The method has no place for them.
+        UsageError: The method cannot train other modules.
     """
     if not names:
         return method
     if isinstance(method, TrainsModulesInFull):
         return method.with_modules_to_save(names)
     raise UsageError(
-        f"peft.name: {method.name} trains nothing beside its own modules, and {', '.join(names)} must train too",
-        hint="take lora, another low-rank method, houlsby or full",
+        f"peft.name: {method.name} trains only its own modules, but {', '.join(names)} must train too",
+        hint="use lora, another low-rank method, houlsby or full",
     )

@@ -1,4 +1,4 @@
-"""How many parameters train, in which modules: what is printed before training."""
+"""The number of trainable parameters, in total and by module: the table printed before training."""
 
 from __future__ import annotations
 
@@ -15,61 +15,74 @@ __all__ = ["MatchedRow", "ParameterCount", "count_parameters", "matched_table"]
 
 @dataclass(frozen=True)
 class MatchedRow:
-    """Modules of one shape that train, such as all ``q_proj``: one row of the table printed before training."""
+    """Trainable modules of one shape, such as all ``q_proj``: one row of the table printed before training."""
 
     pattern: str
     """Their name with every number replaced by ``*``."""
     count: int
-    """How many there are."""
+    """Number of modules."""
     shape: str
-    """The shape of the weight that is adapted, and the rank where there is one."""
+    """Shape of the adapted weight, and the rank if it has one."""
     trainable: int
-    """Trainable parameters of all of them together."""
+    """Trainable parameters of all the modules together."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers train, of how many."""
+    """Number of parameters, trainable and in total."""
 
     trainable: int
-    """Numbers that require a gradient."""
+    """Parameters that require a gradient."""
     total: int
-    """All numbers of the model, shared ones once."""
+    """All parameters of the model, quantized ones included, shared ones counted once."""
 
     @property
     def share(self) -> float:
-        """Trainable share, 0 to 1."""
+        """Trainable share, from 0 to 1."""
         return self.trainable / max(self.total, 1)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the numbers that train and all of them."""
-    parameters = list(model.parameters())
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + count_quantized(model))
+    """Count the trainable parameters and all parameters."""
+    trainable, total = 0, count_quantized(model)  # codes are no parameters of the module
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return ParameterCount(trainable, total)
 
 
 def matched_table(model: nn.Module) -> list[MatchedRow]:
-    """What trains, one row per kind of module, in the model's order."""
-    rows: dict[tuple[str, str], list[int]] = {}
-    seen: set[int] = set()
+    """The trainable modules, one row per kind of module, in the model's order."""
+    counts: dict[tuple[str, str], list[int]] = {}  # pattern and shape -> trainable parameters of each module
+    seen: set[int] = set()  # a shared parameter counts for the first module that has it
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
-        seen.update(id(parameter) for parameter in own)
-        if own:
-            key = (re.sub(r"\b\d+\b", "*", name), _shape(module))
-            rows.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
-    return [MatchedRow(pattern, len(counts), shape, sum(counts)) for (pattern, shape), counts in rows.items()]
+        trainable = 0
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                trainable += parameter.numel()
+        if trainable:
+            pattern = re.sub(r"\b\d+\b", "*", name)
+            counts.setdefault((pattern, _shape(module)), []).append(trainable)
+
+    return [
+        MatchedRow(pattern, count=len(modules), shape=shape, trainable=sum(modules))
+        for (pattern, shape), modules in counts.items()
+    ]
 
 
 def _shape(module: nn.Module) -> str:
+    """``576×576, rank 8``: the shape of the weight, or an added module's own description."""
     if isinstance(module, OwnModule) and not module.wraps:
         return module.extra_repr()
     base = module.base_layer if isinstance(module, OwnModule) else module
-    if isinstance(base, QuantizedLinear):
+    if isinstance(base, QuantizedLinear):  # first: reading its weight would dequantize it
         shape = f"{base.out_features}×{base.in_features} {base.quantized.config}"
+    elif isinstance(weight := getattr(base, "weight", None), Tensor):
+        shape = "×".join(str(size) for size in weight.shape)
     else:
-        weight = getattr(base, "weight", None)
-        shape = "×".join(str(size) for size in weight.shape) if isinstance(weight, Tensor) else ""
+        shape = ""
+
     rank = getattr(module, "rank", None)
-    return f"{shape}, rank {rank}" if rank is not None else shape
+    return shape if rank is None else f"{shape}, rank {rank}"

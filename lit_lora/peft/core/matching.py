@@ -1,4 +1,4 @@
-"""Modules chosen by name: which names a pattern means, and the shortest pattern for some names."""
+"""Modules chosen by name: which names a pattern matches, and the shortest patterns for some names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["listed", "matches", "select", "short_names"]
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` names the module: its whole dotted name or whole last parts of it, ``*`` standing for any.
+    """Whether ``pattern`` matches the whole dotted name or its last parts; ``*`` stands for any characters.
 
     ``q_proj``, ``self_attn.q_proj``, ``model.layers.*.q_proj`` and ``*_proj`` all match
     ``model.layers.0.self_attn.q_proj``; ``proj`` does not.
@@ -35,35 +35,51 @@ def select(patterns: Iterable[str], names: Iterable[str], *, key: str) -> list[s
     Raises:
         UsageError: A pattern matches nothing.
     """
-    names, patterns = list(names), list(patterns)
-    problems = [_no_match(pattern, names, key) for pattern in patterns if not any(matches(pattern, n) for n in names)]
+    names = list(names)
+    selected: set[str] = set()
+    problems = []
+    for pattern in patterns:
+        matching = [name for name in names if matches(pattern, name)]
+        selected.update(matching)
+        if not matching:
+            problems.append(_no_match(pattern, names, key))
     if problems:
         raise UsageError("\n".join(problems))
-    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+    return [name for name in names if name in selected]
 
 
 def listed(names: Sequence[str], what: str = "tensor") -> str:
-    """``1 tensor (a)`` or ``5 tensors (a, b, c, …)``, at most three names."""
+    """``1 tensor (a)`` or ``5 tensors (a, b, c, …)``, with three names at most."""
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def short_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The last parts of the names of modules where they mean exactly these, else the names in full."""
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    """The last parts of module names if they match these modules and no others in the base, else the full names."""
+    last_parts = {_last_part(name) for name in names}
     own = own_modules(model)
     inside = tuple(f"{name}." for name in own)
-    known = [n for n, m in model.named_modules() if n in own or (_has_own(m) and not n.startswith(inside))]
-    meant = [name for name in known if name.rpartition(".")[2] in ends]
-    return sorted(ends) if sorted(meant) == sorted(names) else sorted(names)
+
+    matching = []
+    for name, module in model.named_modules():
+        # The base's modules: an own module in the place of the one it wraps, and nothing within an own module.
+        in_base = name in own or (_has_weights(module) and not name.startswith(inside))
+        if in_base and _last_part(name) in last_parts:
+            matching.append(name)
+    return sorted(last_parts) if sorted(matching) == sorted(names) else sorted(names)
 
 
-def _has_own(module: nn.Module) -> bool:
-    """Whether a module has weights of its own, not only in its children."""
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module has weights itself, not only in its children."""
     return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
 
 
 def _no_match(pattern: str, names: Sequence[str], key: str) -> str:
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    there = ", ".join(ends[:20]) + (", …" if len(ends) > 20 else "")
-    return f"{key}: {pattern!r} matches no module{did_you_mean(pattern, ends)}, there are: {there or 'none'}"
+    last_parts = list(dict.fromkeys(_last_part(name) for name in names))
+    available = ", ".join(last_parts[:20]) + (", …" if len(last_parts) > 20 else "")
+    suggestion = did_you_mean(pattern, last_parts)
+    return f"{key}: {pattern!r} matches no module{suggestion}, available: {available or 'none'}"

@@ -1,9 +1,9 @@
-"""What every finetuning method answers: its name and kind, how it is put on a model, and what to call it.
+"""The base class of finetuning methods: name, kind, how it is applied to a model, and how to describe it.
 
-A method is: which modules it wraps, and which parameters then require a gradient. Its parameters live in modules that
-derive from :class:`~lit_lora.peft.core.modules.OwnModule`, so they are found by type and never by a substring of their
-name. The wrapped module stays untouched as ``base_layer``. Works on any tree of ``nn.Module``. What only some methods
-do is in :mod:`lit_lora.peft.core.capabilities`.
+A method decides which modules it wraps, and which parameters then require a gradient. Its parameters live in modules
+derived from :class:`~lit_lora.peft.core.modules.OwnModule`, so they are found by type and never by a substring of their
+name. The wrapped module stays unchanged as ``base_layer``. A method works on any tree of ``nn.Module``. Capabilities of
+some methods are in :mod:`lit_lora.peft.core.capabilities`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Kind = Literal["mergeable", "quantized", "added", "full"]
 
 
 class Method(Settings):
-    """Settings of one finetuning method; ``apply`` changes a model in place into one that trains by it."""
+    """The settings of a finetuning method; ``apply`` prepares a model for training with it, in place."""
 
     kind: ClassVar[Kind]
     name: str = Field("", description="The method.")
     default_lr: ClassVar[float | None] = None
-    """The learning rate where the config gives none; ``None`` for that of the optimizer's settings."""
+    """The learning rate if the config gives none; ``None`` for the optimizer's default."""
 
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
-        """Wrap the modules that the method adapts and let its own parameters require a gradient.
+        """Put the method's modules into the model, in place; their parameters require a gradient.
 
-        What required one before still does, so a recipe calls :func:`~lit_lora.peft.core.modules.freeze` first.
+        Other parameters stay as they are, so a recipe calls :func:`~lit_lora.peft.core.modules.freeze` first.
 
         Raises:
             UsageError: The settings do not fit this model, such as a target that matches nothing.
@@ -41,20 +41,20 @@ class Method(Settings):
 
     @property
     def graph_safe(self) -> bool:
-        """Whether every training step does the same operations, so that a GPU's may be recorded once and repeated."""
+        """Whether every training step runs the same operations, so that a GPU may replay them as a CUDA graph."""
         return False
 
     @property
     def lr(self) -> float | None:
-        """The learning rate of these settings where the config gives none."""
+        """The learning rate for these settings if the config gives none."""
         return self.default_lr
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return self.name.replace("-", " ").capitalize()
 
     @property
     def about(self) -> str:
-        """The method and its main settings in a few words."""
+        """A few words on the method and its main settings."""
         return self.name

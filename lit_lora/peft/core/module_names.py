@@ -1,7 +1,7 @@
-"""The parts that methods name by default, as a model calls them.
+"""The default module names of methods, translated to a model's own names.
 
-Defaults are written as a Llama calls the parts; on another architecture they mean what it calls these parts. Names that
-a user gives are never translated.
+Defaults are Llama's module names; for another architecture they are translated to its names for the same parts. Names
+given by the user are never translated.
 """
 
 from __future__ import annotations
@@ -22,52 +22,59 @@ __all__ = ["default_names", "names_of", "same_parts", "with_names_of"]
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 _LLAMA = DecoderNames()
-# The last part of what a Llama calls a part -> the part.
+# Last part of Llama's module name -> field of DecoderNames, such as q_proj -> query.
 _PARTS = {getattr(_LLAMA, part.name).rpartition(".")[2]: part.name for part in fields(DecoderNames)}
 
 
 def default_names(*parts: str) -> list[str]:
-    """Names of some parts, fields of ``DecoderNames``, for the default of a setting."""
+    """Llama's names for some fields of ``DecoderNames``, as the default of a setting."""
     return [getattr(_LLAMA, part).rpartition(".")[2] for part in parts]
 
 
 def names_of(model: nn.Module) -> PartNames:
-    """What ``model`` calls its parts: by the type in its config, else by what names its modules have.
+    """The model's names for its parts, chosen by its config's ``model_type``, else by its module names.
 
-    Types that are not in the tables share the names of some that are. Where nothing fits, such as in a convolutional
-    network, the names are a Llama's.
+    Types missing from the tables share the names of a type in them. Where no table fits, such as for a convolutional
+    network, the names are Llama's.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     tables = {name: family.names for name, family in FAMILIES.items()} | ENCODERS
-    if kind in tables:
-        return tables[kind]
+    if model_type in tables:
+        return tables[model_type]
+
     modules = [name for name, _ in model.named_modules()]
-    fitting = (
-        table for table in tables.values() if _matched(table.query, modules) and _matched(table.mlp_out, modules)
-    )
-    return next(fitting, _LLAMA)
+    for table in tables.values():
+        if _matches_any(table.query, modules) and _matches_any(table.mlp_out, modules):
+            return table
+    return _LLAMA
 
 
 def with_names_of(settings: AnySettings, model: nn.Module) -> AnySettings:
-    """Settings whose lists of module names, where they are the defaults, are what ``model`` calls these parts."""
-    changed: dict[str, list[str]] = {}
+    """The settings, with default lists of module names translated to the names of ``model``."""
+    translated: dict[str, list[str]] = {}
     for key in ("target_modules", "feedforward_modules", "modules_to_save"):
-        setting, value = type(settings).model_fields.get(key), getattr(settings, key, None)
-        if setting is not None and isinstance(value, list) and value == setting.default:
-            changed[key] = same_parts(value, model)
-    return settings.model_copy(update=changed) if changed else settings
+        field = type(settings).model_fields.get(key)
+        if field is None:
+            continue
+        value = getattr(settings, key)
+        if isinstance(value, list) and value == field.default:
+            translated[key] = same_parts(value, model)
+    return settings.model_copy(update=translated) if translated else settings
 
 
 def same_parts(patterns: Iterable[str], model: nn.Module) -> list[str]:
-    """The patterns; in the place of one that matches nothing, what ``model`` calls that part."""
+    """The patterns, with Llama's names that match nothing in ``model`` replaced by its name for the same part."""
     names = names_of(model)
     modules = [name for name, module in model.named_modules() if not isinstance(module, OwnModule)]
     translated = []
     for pattern in patterns:
-        other = getattr(names, _PARTS.get(pattern, ""), pattern)
-        translated.append(pattern if _matched(pattern, modules) or not _matched(other, modules) else other)
+        model_name = pattern
+        if pattern in _PARTS and not _matches_any(pattern, modules):
+            model_name = getattr(names, _PARTS[pattern], pattern)  # encoders lack some of a decoder's parts
+        # A name that matches nothing either stays as it was given, for the message.
+        translated.append(model_name if _matches_any(model_name, modules) else pattern)
     return list(dict.fromkeys(translated))
 
 
-def _matched(pattern: str, names: Iterable[str]) -> bool:
+def _matches_any(pattern: str, names: Iterable[str]) -> bool:
     return any(matches(pattern, name) for name in names)

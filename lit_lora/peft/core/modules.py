@@ -1,4 +1,4 @@
-"""The modules that a method puts into a model: their base class, and how they get in and out."""
+"""The modules that a method puts into a model: their base class, and how they are inserted and removed."""
 
 from __future__ import annotations
 
@@ -23,80 +23,81 @@ __all__ = [
 
 
 class OwnModule(nn.Module):
-    """Base of the modules that a method puts in; all parameters outside its ``base_layer`` are the method's own.
+    """Base class of the modules that a method puts in; all parameters outside ``base_layer`` are the method's own.
 
-    One without a ``base_layer`` wraps nothing: it stands in the module that it acts on, and has ``leave``.
+    A module either takes the place of another, its ``base_layer``, or wraps nothing: then it is a child of the module
+    it acts on and implements ``leave``.
     """
 
     base_layer: nn.Module
     owner: str = ""
-    """Which method put it in, where several can be in one model."""
+    """Name of the method that put it in, where one model can contain several."""
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, for models that look at it for its dtype."""
+        """The base layer's weight, for models that read its dtype."""
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def wraps(self) -> bool:
-        """Whether it stands in the place of a module, its ``base_layer``, rather than within one."""
+        """Whether it takes the place of a module, its ``base_layer``, instead of being a child of one."""
         return "base_layer" in self._modules
 
     @abstractmethod
     def updates(self) -> dict[str, Update]:
-        """What merging does to the parameters of ``base_layer``, by their names in it."""
+        """The changes that merging makes to the parameters of ``base_layer``, by their names in it."""
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Its parameters by the ends of their names in an adapter file, as views in the file's shapes."""
+        """Its parameters as views in the shapes of an adapter file, by the last parts of their names in it."""
         return dict(self.named_parameters(recurse=False))
 
     def leave(self, host: nn.Module) -> None:
-        """Take the module out of its host, where it wraps nothing."""
+        """Remove the module from its host, in place; for a module that wraps nothing."""
         raise NotImplementedError
 
 
 def freeze(model: nn.Module) -> None:
-    """Let no parameter require a gradient; gradients that are there are dropped."""
+    """Let no parameter require a gradient, and drop gradients, in place."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name, detached; a shared one once."""
+    """The trainable parameters by name, detached; a shared one once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's tensors are."""
+    """The device of a module's tensors; they are all on one."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()))
     return tensor.device
 
 
 def own_modules(model: nn.Module) -> dict[str, OwnModule]:
-    """The modules that a method put in, by the name that the module they wrap had before."""
+    """The modules that methods put in, by name, which is that of the module they wrap if they wrap one."""
     return {name: module for name, module in model.named_modules() if isinstance(module, OwnModule)}
 
 
 def model_updates(model: nn.Module) -> dict[str, Update]:
-    """What the adapter in ``model`` does to the base tensors, by their names in the base model.
+    """The changes that merging the adapter in ``model`` makes to base tensors, by their names in the base model.
 
-    Rows of tokens that a tied head shares with its embedding are one update under both names.
+    Token rows that a tied head shares with its embedding are one update object under both names.
     """
     updates: dict[str, Update] = {}
-    rows: dict[int, Rows] = {}
+    row_updates: dict[int, Rows] = {}  # by the address of their values, which is how shared rows are recognized
     for name, module in own_modules(model).items():
         for parameter, update in module.updates().items():
             if isinstance(update, Rows):
-                update = rows.setdefault(update.values.data_ptr(), update)
+                update = row_updates.setdefault(update.values.data_ptr(), update)
             updates[f"{name}.{parameter}"] = update
     return updates
 
 
 def remove(model: nn.Module) -> None:
-    """Take the adapter out: every wrapped module goes back to its place, as it was."""
+    """Remove the adapter in place: every wrapped module returns to its place, unchanged."""
     for name, module in own_modules(model).items():
         if module.wraps:
             replace_module(model, name, module.base_layer)
@@ -105,7 +106,7 @@ def remove(model: nn.Module) -> None:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the one called ``name``, with the same training mode."""
+    """Replace the module called ``name`` by ``module``, which gets its training mode, in place."""
     parent, _, child = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), child, module)

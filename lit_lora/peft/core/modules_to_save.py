@@ -1,7 +1,7 @@
-"""What trains beside a low-rank update: whole modules, biases, and the rows of single tokens.
+"""What trains in addition to a low-rank update: whole modules, biases, and the rows of single tokens.
 
-Each is a copy in float32 that the forward pass uses in the place of the base's values; the base keeps its own, so
-taking the adapter out gives the base model back bit for bit.
+Each is a float32 copy that the forward pass uses instead of the base's values; the base keeps its own, so removing the
+adapter restores the base model bit for bit.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ __all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find
 
 
 class TrainedCopy(OwnModule):
-    """A module of which some or all parameters train in full, as float32 copies.
+    """A module whose parameters, some or all, train in full as float32 copies.
 
     Args:
         base_layer: A module with parameters of its own (a linear layer, an embedding, a norm).
-        names: Which of its parameters train; all when omitted.
+        names: The parameters to train; all if omitted.
     """
 
     def __init__(self, base_layer: nn.Module, names: Iterable[str] | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         parameters = dict(base_layer.named_parameters(recurse=False))
-        chosen = parameters if names is None else {name: parameters[name] for name in names}
-        self.trained = nn.ParameterDict(
-            {name: nn.Parameter(value.detach().to(torch.float32, copy=True)) for name, value in chosen.items()}
-        )
+        self.trained = nn.ParameterDict()
+        for name in parameters if names is None else names:
+            self.trained[name] = nn.Parameter(parameters[name].detach().to(torch.float32, copy=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward pass with the trained values, computed in the base's dtype."""
@@ -46,16 +45,16 @@ class TrainedCopy(OwnModule):
         return functional_call(self.base_layer, values, args, kwargs)
 
     def grow(self, rows: int) -> None:
-        """Make room for a weight of ``rows`` rows, as of an embedding with more tokens than the base has.
+        """Enlarge the weight to ``rows`` rows, such as for an embedding with more tokens than the base has.
 
-        The values are to be filled in.
+        If it grows, all values are zero, to be filled in.
         """
         weight = self.trained["weight"]
         if rows > len(weight):
             self.trained["weight"] = nn.Parameter(weight.new_zeros(rows, *weight.shape[1:]))
 
     def updates(self) -> dict[str, Update]:
-        """The trained values take the place of the base's."""
+        """The trained values replace the base's."""
         return {name: Replace(value.detach()) for name, value in self.trained.items()}
 
     def file_tensors(self) -> dict[str, Tensor]:
@@ -64,12 +63,12 @@ class TrainedCopy(OwnModule):
 
 
 class TokenEmbedding(OwnModule):
-    """An embedding of which only the rows of some tokens train; tokens beyond its rows are added.
+    """An embedding that trains only the rows of some tokens, and may have more tokens than its base.
 
     Args:
-        base_layer: The embedding (V, D); it stays as it is and does not grow.
-        ids: Token ids, ascending.
-        rows: (n, D) float32, the row of each.
+        base_layer: The embedding (V, D); it stays unchanged and does not grow.
+        ids: Token ids, ascending; those from V on are added.
+        rows: (n, D) float32, one per id.
     """
 
     def __init__(self, base_layer: nn.Embedding, ids: Sequence[int], rows: nn.Parameter) -> None:
@@ -77,14 +76,17 @@ class TokenEmbedding(OwnModule):
         self.base_layer: nn.Embedding = base_layer
         self.ids = tuple(ids)
         self.token_rows = rows
-        vocabulary = base_layer.weight.shape[0]
-        slots = torch.full((max(vocabulary, self.ids[-1] + 1),), -1, device=base_layer.weight.device)
+        # Token id -> its row in token_rows, or -1.
+        vocabulary = max(base_layer.weight.shape[0], self.ids[-1] + 1)
+        slots = torch.full((vocabulary,), -1, device=base_layer.weight.device)
         slots[list(self.ids)] = torch.arange(len(self.ids), device=slots.device)
         self.slots: Tensor
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed (...,) int64 to (..., D)."""
+        # Every token is looked up in both tables, clamped to a row that exists: one choice at the end costs less than
+        # sorting the tokens, and its shapes do not depend on the ids, as a CUDA graph needs.
         slots = self.slots[input_ids]
         base: Tensor = self.base_layer(input_ids.clamp(max=self.base_layer.weight.shape[0] - 1))
         trained = nn.functional.embedding(slots.clamp(min=0), self.token_rows).to(base.dtype)
@@ -100,12 +102,12 @@ class TokenEmbedding(OwnModule):
 
 
 class TokenHead(OwnModule):
-    """An output head of which only the rows of some tokens train; tokens beyond its rows are added.
+    """An output head that trains only the rows of some tokens, and may have more tokens than its base.
 
     Args:
-        base_layer: The head (V, D) without bias; it stays as it is and does not grow.
-        ids: Token ids, ascending.
-        rows: (n, D) float32, the row of each; the embedding's parameter where the two are tied.
+        base_layer: The head (V, D) without bias; it stays unchanged and does not grow.
+        ids: Token ids, ascending; those from V on are added.
+        rows: (n, D) float32, one per id; the embedding's parameter if the two are tied.
     """
 
     def __init__(self, base_layer: nn.Linear, ids: Sequence[int], rows: nn.Parameter) -> None:
@@ -113,18 +115,21 @@ class TokenHead(OwnModule):
         self.base_layer: nn.Linear = base_layer
         self.ids = tuple(ids)
         self.token_rows = rows
-        self.known = sum(token < base_layer.weight.shape[0] for token in self.ids)
+        # Ids ascend, so those of the base's tokens come first.
+        self.in_base = sum(token < base_layer.weight.shape[0] for token in self.ids)
         device = base_layer.weight.device
         self.columns: Tensor
-        self.register_buffer("columns", torch.tensor(self.ids[: self.known], device=device), persistent=False)
+        self.register_buffer("columns", torch.tensor(self.ids[: self.in_base], device=device), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., D) to logits (..., V + added tokens)."""
         logits: Tensor = self.base_layer(hidden)
         trained = nn.functional.linear(hidden, self.token_rows.to(hidden.dtype))  # (..., n)
-        if self.known:
-            logits = logits.index_copy(-1, self.columns, trained[..., : self.known])
-        return torch.cat([logits, trained[..., self.known :]], dim=-1) if self.known < len(self.ids) else logits
+        if self.in_base:
+            logits = logits.index_copy(-1, self.columns, trained[..., : self.in_base])
+        if self.in_base < len(self.ids):
+            logits = torch.cat([logits, trained[..., self.in_base :]], dim=-1)
+        return logits
 
     def updates(self) -> dict[str, Update]:
         """The rows of the trained tokens."""
@@ -136,47 +141,48 @@ class TokenHead(OwnModule):
 
 
 def find_embedding(model: nn.Module) -> str | None:
-    """Name of the token embedding, where it is a plain one."""
+    """Name of the token embedding, or ``None`` if the model has no plain ``nn.Embedding`` for it."""
     return _find(model, nn.Embedding, names_of(model).embedding, "get_input_embeddings")
 
 
 def find_head(model: nn.Module) -> str | None:
-    """Name of the output head that has a row per token, where it is a plain linear layer."""
+    """Name of the output head with one row per token, or ``None`` if the model has no plain linear layer for it."""
     return _find(model, nn.Linear, names_of(model).head, "get_output_embeddings")
 
 
 def train_tokens(model: nn.Module, ids: Iterable[int]) -> None:
-    """Let the rows of single tokens train, in the embedding and in the head; where those are tied, one row for both.
+    """Let the rows of single tokens train, in the embedding and in the head; if those are tied, one row for both.
 
-    A token that the model does not have yet is added, with the mean of all rows to start from.
+    A token that is new to the model is added, initialized to the mean of all rows.
 
     Raises:
-        UsageError: There is no embedding, it is adapted already, or the new ids leave a gap after the vocabulary.
+        UsageError: There is no embedding, it is already adapted, or the new ids leave a gap after the vocabulary.
     """
     ids = sorted(set(ids))
-    embedding, head = find_embedding(model), find_head(model)
+    embedding = find_embedding(model)
+    head = find_head(model)
     if embedding is None:
         raise UsageError("peft.trainable_tokens: the model has no plain token embedding")
-    shared = head is not None and model.get_submodule(head).weight is model.get_submodule(embedding).weight
+    tied = head is not None and model.get_submodule(head).weight is model.get_submodule(embedding).weight
     rows = train_rows(model, embedding, ids)
     if head is not None:
-        train_rows(model, head, ids, rows if shared else None)
+        train_rows(model, head, ids, rows if tied else None)
 
 
 def train_rows(model: nn.Module, name: str, ids: Sequence[int], rows: nn.Parameter | None = None) -> nn.Parameter:
     """Let the rows of single tokens train in one module, in place.
 
     Args:
-        model: With the module.
-        name: Of an embedding or an output head.
-        ids: Token ids, ascending; those that the module does not have follow its rows without a gap.
-        rows: (n, D) float32, where another module has the same ones; copies of the base's when omitted.
+        model: The model with the module; changed in place.
+        name: Name of an embedding or an output head.
+        ids: Token ids, ascending; new ones follow the module's rows without a gap.
+        rows: (n, D) float32, the rows of another module to share; copies of the base's if omitted.
 
     Returns:
         The rows.
 
     Raises:
-        UsageError: The module is neither, or the ids do not fit it.
+        UsageError: The module is neither an embedding nor a head, or the ids do not fit it.
     """
     base = model.get_submodule(name)
     if not isinstance(base, nn.Embedding | nn.Linear):
@@ -185,30 +191,37 @@ def train_rows(model: nn.Module, name: str, ids: Sequence[int], rows: nn.Paramet
     added = [token for token in ids if token >= vocabulary]
     if not ids or ids[0] < 0 or added != list(range(vocabulary, vocabulary + len(added))):
         raise UsageError(
-            f"peft.trainable_tokens: expected ids from 0, new ones from {vocabulary} without a gap, got {ids[:10]}"
+            f"peft.trainable_tokens: expected ids >= 0, and new ones from {vocabulary} on without gaps, got {ids[:10]}"
         )
-    rows = _start_rows(base.weight, ids) if rows is None else rows
+    if rows is None:
+        rows = _initial_rows(base.weight, ids)
     wrapper = TokenEmbedding(base, ids, rows) if isinstance(base, nn.Embedding) else TokenHead(base, ids, rows)
     replace_module(model, name, wrapper)
     return rows
 
 
-def _start_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:
-    """The base's rows, and the mean row for tokens that it does not have, (n, D) float32."""
+def _initial_rows(weight: Tensor, ids: Sequence[int]) -> nn.Parameter:
+    """The base's rows, and their mean over the vocabulary for each new token, (n, D) float32."""
     weight = weight.detach()
-    known = [token for token in ids if token < weight.shape[0]]
-    rows = weight[known].float()
-    if len(known) < len(ids):
+    in_base = [token for token in ids if token < weight.shape[0]]
+    rows = weight[in_base].float()
+    if len(in_base) < len(ids):
         mean = weight.mean(0, keepdim=True, dtype=torch.float32)
-        rows = torch.cat([rows, mean.expand(len(ids) - len(known), -1)])
+        rows = torch.cat([rows, mean.expand(len(ids) - len(in_base), -1)])
     return nn.Parameter(rows.clone())
 
 
-def _find(model: nn.Module, kind: type[nn.Module], pattern: str, question: str) -> str | None:
-    """The first module of a kind that a pattern matches; else, if it is of that kind, the answer to a question."""
-    found = [name for name, module in model.named_modules() if isinstance(module, kind)]
-    named = next((name for name in found if matches(pattern, name)), None)
-    if named is not None or not hasattr(model, question):
-        return named
-    answer = getattr(model, question)()
-    return next((name for name in found if model.get_submodule(name) is answer), None)
+def _find(model: nn.Module, kind: type[nn.Module], pattern: str, getter: str) -> str | None:
+    """Name of the first module of a kind that a pattern matches, else of the one that a method of the model returns."""
+    candidates: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, kind)
+    }
+    for name in candidates:
+        if matches(pattern, name):
+            return name
+    if hasattr(model, getter):
+        module = getattr(model, getter)()
+        for name, candidate in candidates.items():
+            if candidate is module:
+                return name
+    return None

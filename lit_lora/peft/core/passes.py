@@ -1,4 +1,4 @@
-"""What a method may learn from the user's rows before it starts: passes of micro-batches, and their gradients."""
+"""Passes of the user's rows through the model before training, and the gradients that some methods take from them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ class Pass(NamedTuple):
     """One micro-batch of the user's rows."""
 
     target_positions: Tensor
-    """(T,) bool: the positions whose next token is learned."""
+    """(T,) bool: the positions whose next token is a target token."""
     run: Callable[[], None]
-    """Runs it through the model: forward, and backward to whatever requires a gradient. Rows of padding may follow."""
+    """Runs it through the model, forward and, if anything requires a gradient, backward.
+
+    Layers may see more than T positions, padding after the micro-batch's own."""
 
 
 def each_gradient(
     model: nn.Module, names: Iterable[str], passes: Iterable[Pass], take: Callable[[str, Tensor], None]
 ) -> None:
-    """Hand over the gradient of each of some layers' weights after each pass, one at a time: none is kept.
+    """Call ``take`` with the gradient of each layer's weight in each pass.
+
+    Each gradient is dropped as soon as it was taken, so memory holds one at a time and never those of the whole model.
 
     Args:
-        model: Frozen; frozen again after.
-        names: Of the layers.
+        model: Frozen; its layers require gradients during the passes.
+        names: Names of the layers.
         passes: The rows.
-        take: Gets a layer's name and its gradient (out, in).
+        take: Called with a layer's name and its gradient (out, in).
     """
 
     def hand_over(name: str, weight: Tensor) -> None:
@@ -38,13 +42,15 @@ def each_gradient(
         weight.grad = None
 
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
-    hooks = [
-        weight.requires_grad_().register_post_accumulate_grad_hook(partial(hand_over, name))  # type: ignore[no-untyped-call]
-        for name, weight in weights.items()
-    ]
+    hooks = []
+    for name, weight in weights.items():
+        weight.requires_grad_()
+        # Called within the backward pass, as soon as this gradient is complete.
+        hook = weight.register_post_accumulate_grad_hook(partial(hand_over, name))  # type: ignore[no-untyped-call]
+        hooks.append(hook)
     try:
-        for one in passes:
-            one.run()
+        for each in passes:
+            each.run()
     finally:
         for hook, weight in zip(hooks, weights.values(), strict=True):
             hook.remove()
@@ -52,22 +58,22 @@ def each_gradient(
 
 
 def mean_squares(model: nn.Module, names: Iterable[str], passes: Iterable[Pass]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The squared gradients of some layers' weights, summed over all passes: their means over rows and over columns.
+    """The squared gradients of some layers' weights, summed over the passes and averaged within rows and columns.
 
     Args:
-        model: Frozen; frozen again after.
-        names: Of the layers.
-        passes: The rows, one in each for squares of single rows' gradients.
+        model: Frozen; its layers require gradients during the passes.
+        names: Names of the layers.
+        passes: The rows, one per pass for the squares of single rows' gradients.
 
     Returns:
-        By layer the means of each row (out,) and of each column (in,), float32.
+        By layer, the mean of each matrix row (out,) and of each column (in,), float32.
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(name: str, gradient: Tensor) -> None:
         squares = gradient.float().square()
-        rows, columns = sums.get(name, (0, 0))
-        sums[name] = rows + squares.mean(1), columns + squares.mean(0)
+        row_sum, column_sum = sums.get(name, (0, 0))
+        sums[name] = (row_sum + squares.mean(1), column_sum + squares.mean(0))
 
     each_gradient(model, names, passes, add)
     return sums

@@ -9,15 +9,17 @@ from torch import Tensor
 
 __all__ = ["Weights", "low_rank"]
 
-# Up to this side the eigenvectors of the Gram matrix are cheaper than passes over random vectors, and exact.
+# Up to this side, the eigenvectors of the Gram matrix cost less than a randomized SVD, and are exact.
 _EXACT = 1024
 
-_OVERSAMPLING, _PASSES = 10, 8
+# Of the randomized SVD: vectors beyond the rank, and power iterations.
+_OVERSAMPLING = 10
+_PASSES = 8
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How much errors in each row and in each column of a matrix matter: an error at (i, j) counts rows_i * columns_j.
+    """Weights of the errors in a matrix: an error at (i, j) is multiplied by rows_i * columns_j.
 
     Args:
         rows: (out,), positive.
@@ -29,8 +31,17 @@ class Weights:
 
     @classmethod
     def of_squares(cls, rows: Tensor, columns: Tensor) -> Weights:
-        """From the means of squared gradients over each row (out,) and over each column (in,)."""
-        rows, columns = (mean.float().clamp(min=1e-4 * float(mean.max()) + 1e-38) for mean in (rows, columns))
+        """From the mean squared gradients of each row (out,) and of each column (in,).
+
+        The square of an error's weight is the rank-1 estimate ``rows_i * columns_j / mean`` of its squared gradient.
+        """
+
+        def bounded(means: Tensor) -> Tensor:
+            # The factors are divided by the weights in the end, so none may be zero or nearly so.
+            return means.float().clamp(min=1e-4 * float(means.max()) + 1e-38)
+
+        rows = bounded(rows)
+        columns = bounded(columns)
         return cls(rows.sqrt(), (columns / rows.mean()).sqrt())
 
     def apply(self, matrix: Tensor) -> Tensor:
@@ -39,25 +50,50 @@ class Weights:
 
 
 def low_rank(matrix: Tensor, rank: int, weights: Weights | None = None) -> tuple[Tensor, Tensor]:
-    """The best approximation of ``rank`` to a float32 matrix, as factors (out, R) and (R, in) of equal size.
+    """The best approximation of rank R to a float32 matrix, as factors (out, R) and (R, in) of equal norms.
 
-    With weights, the best one of the weighted matrix, with the weights divided out again: exact for weights of rows and
-    of columns. The same on every call.
+    With weights, that of the weighted matrix, divided by the weights: the weighted error is then the smallest possible,
+    because each weight is a product of one for the row and one for the column. Deterministic.
     """
     E = matrix if weights is None else weights.apply(matrix)
     if min(E.shape) > _EXACT and rank + _OVERSAMPLING < min(E.shape):
-        with torch.random.fork_rng(devices=[E.device] if E.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(E, q=rank + _OVERSAMPLING, niter=_PASSES)
-        root = S[:rank].sqrt()
-        left, right = U[:, :rank] * root, (V[:, :rank] * root).T
+        left, right = _randomized(E, rank)
+    elif E.shape[0] <= E.shape[1]:
+        left, right = _by_rows(E, rank)
     else:
-        wide = E.shape[0] <= E.shape[1]
-        gram = E @ E.T if wide else E.T @ E
-        vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # of the largest singular values
-        other = vectors.T @ E if wide else E @ vectors  # singular values times the other side's vectors
-        root = other.norm(dim=1 if wide else 0).clamp(min=1e-30).sqrt()
-        left, right = (vectors * root, other / root[:, None]) if wide else (other / root, (vectors * root).T)
+        left, right = _by_columns(E, rank)
     if weights is not None:
-        left, right = left / weights.rows[:, None], right / weights.columns
+        left = left / weights.rows[:, None]
+        right = right / weights.columns
     return left.contiguous(), right.contiguous()
+
+
+def _randomized(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors by a randomized SVD, whose random vectors are the same on each call and leave the RNG unchanged."""
+    with torch.random.fork_rng(devices=[E.device] if E.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(E, q=rank + _OVERSAMPLING, niter=_PASSES)
+    root = S[:rank].sqrt()
+    return U[:, :rank] * root, (V[:, :rank] * root).T
+
+
+def _by_rows(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors from the left singular vectors U, the eigenvectors of ``E Eᵀ``; ``Uᵀ E`` is then ``S Vᵀ``."""
+    U = _largest(E @ E.T, rank)
+    SVt = U.T @ E
+    root = SVt.norm(dim=1).clamp(min=1e-30).sqrt()
+    return U * root, SVt / root[:, None]
+
+
+def _by_columns(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors from the right singular vectors V, the eigenvectors of ``Eᵀ E``; ``E V`` is then ``U S``."""
+    V = _largest(E.T @ E, rank)
+    US = E @ V
+    root = US.norm(dim=0).clamp(min=1e-30).sqrt()
+    return US / root, (V * root).T
+
+
+def _largest(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the largest eigenvalues, in columns, the largest first; ``eigh`` sorts them ascending."""
+    eigenvectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return eigenvectors[:, -rank:].flip(1)

@@ -1,12 +1,13 @@
-"""What finetuning does to one tensor of the base model, apart from any module: the rule by which it merges.
+"""The change that finetuning makes to one tensor of the base model, independent of any module: its merge rule.
 
-An update gives the finished rows of its tensor, some at a time and in float32, so merging needs memory for some rows
-only. Merging, task switching and adapter files all speak in a dictionary of base tensor names to updates.
+An update returns the merged rows of its tensor a few at a time, in float32, so merging needs memory for a few rows
+only. Merging, task switching and adapter files all exchange a dictionary of base tensor names to updates.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ __all__ = ["LowRank", "Magnitude", "Replace", "Rows", "Scaled", "Update", "Updat
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W + scaling * left @ right``, for any number of such terms laid side by side along the rank.
+    """``W + scaling * left @ right``; several such terms, concatenated along the rank, are one.
 
     Args:
         left: (rows, R).
@@ -31,46 +32,50 @@ class LowRank:
     scaling: float
 
     def rows(self, base: int) -> int:
-        """Rows of the result, of a base tensor with ``base`` rows."""
+        """Number of rows of the result, given that of the base tensor."""
         return base
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the updated ``weight``, in its shape and float32."""
         rows = weight[start:stop].float()
-        return self.product(start, stop).view_as(rows).add_(rows)
+        return self.product(start, stop).view_as(rows).add_(rows)  # a convolution's rows have more dimensions
 
     def product(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the change, (stop - start, columns) float32."""
         return (self.left[start:stop].float() @ self.right.float()).mul_(self.scaling)
 
     def norm(self, weight: Tensor) -> float:
-        """Frobenius norm of the change; costs R x R products and not a whole matrix."""
+        """Frobenius norm of the change, without computing the whole matrix."""
+        # ||L R||² = tr(Rᵀ Lᵀ L R) = sum of (Lᵀ L) * (R Rᵀ): two Gram matrices of R x R. In float64, because the terms
+        # cancel; rounding can still leave a sum near zero below it.
         left, right = self.left.double(), self.right.double()
         square = ((left.T @ left) * (right @ right.T)).sum()
         return abs(self.scaling) * float(square.clamp(min=0).sqrt())
 
     def negative(self) -> LowRank:
-        """The update that takes this one back."""
+        """The update that reverses this one."""
         return replace(self, scaling=-self.scaling)
 
     def plus(self, other: LowRank) -> LowRank:
-        """Both updates as one: their factors side by side along the rank."""
+        """The sum of both updates: their factors concatenated along the rank."""
+        # One update has one factor, so each one's own moves into its left matrix.
         left = torch.cat([self.left.float() * self.scaling, other.left.float() * other.scaling], dim=1)
-        return LowRank(left, torch.cat([self.right.float(), other.right.float()]), 1.0)
+        right = torch.cat([self.right.float(), other.right.float()])
+        return LowRank(left, right, scaling=1.0)
 
 
 @dataclass(frozen=True)
 class Replace:
-    """Another tensor in the place of the base one: a module trained as a whole, or a bias.
+    """New values for the whole tensor: of a module trained in full, or a bias.
 
     Args:
-        tensor: The new values; an embedding may have more rows than the base has.
+        tensor: The new values; an embedding may have more rows than the base.
     """
 
     tensor: Tensor
 
     def rows(self, base: int) -> int:
-        """Rows of the result, of a base tensor with ``base`` rows."""
+        """Number of rows of the result, given that of the base tensor."""
         return self.tensor.shape[0]
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
@@ -78,49 +83,50 @@ class Replace:
         return self.tensor[start:stop].float()
 
     def norm(self, weight: Tensor) -> float:
-        """Frobenius norm of the change, rows beyond the base counted from zero."""
-        known = weight.shape[0]
-        change = self.tensor[:known].float() - weight.float().to(self.tensor.device)
-        return float(torch.hypot(change.norm(), self.tensor[known:].float().norm()))
+        """Frobenius norm of the change; rows beyond the base count in full."""
+        base_rows = weight.shape[0]
+        change = self.tensor[:base_rows].float() - weight.float().to(self.tensor.device)
+        added = self.tensor[base_rows:].float()
+        return float(torch.hypot(change.norm(), added.norm()))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """New values for single rows of an embedding or head: trained tokens. Other rows stay bit for bit.
+    """New values for single rows of an embedding or head, those of trained tokens; other rows stay bit for bit.
 
     Args:
-        ids: Token ids, ascending; those beyond the base's rows follow it without a gap.
-        values: (n, D), a row for each id.
+        ids: Token ids, ascending; new ones follow the base's rows without a gap.
+        values: (n, D), one row per id.
     """
 
     ids: tuple[int, ...]
     values: Tensor
 
     def rows(self, base: int) -> int:
-        """Rows of the result, of a base tensor with ``base`` rows: never fewer."""
+        """Number of rows of the result, given that of the base tensor: never fewer."""
         return max(base, self.ids[-1] + 1)
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` with the trained ones in place, (stop - start, D) float32."""
         out = torch.zeros(stop - start, *weight.shape[1:])
-        known = weight[start : min(stop, weight.shape[0])]
-        out[: known.shape[0]] = known.float()
-        slots = [slot for slot, token in enumerate(self.ids) if start <= token < stop]
-        out[[self.ids[slot] - start for slot in slots]] = self.values[slots].float().cpu()
+        base_rows = weight[start : min(stop, weight.shape[0])]
+        out[: base_rows.shape[0]] = base_rows.float()
+        first, last = bisect_left(self.ids, start), bisect_left(self.ids, stop)
+        out[[token - start for token in self.ids[first:last]]] = self.values[first:last].float().cpu()
         return out
 
     def norm(self, weight: Tensor) -> float:
-        """Frobenius norm of the change, rows beyond the base counted from zero."""
-        old = [slot for slot, token in enumerate(self.ids) if token < weight.shape[0]]
-        new = [slot for slot, token in enumerate(self.ids) if token >= weight.shape[0]]
-        before = weight[[self.ids[slot] for slot in old]].float().to(self.values.device)
-        change = self.values[old].float() - before
-        return float(torch.hypot(change.norm(), self.values[new].float().norm()))
+        """Frobenius norm of the change; rows beyond the base count in full."""
+        in_base = bisect_left(self.ids, weight.shape[0])
+        before = weight[list(self.ids[:in_base])].float().to(self.values.device)
+        change = self.values[:in_base].float() - before
+        added = self.values[in_base:].float()
+        return float(torch.hypot(change.norm(), added.norm()))
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The rows of ``W + scaling * left @ right`` at lengths of their own.
+    """The rows of ``W + scaling * left @ right``, rescaled to given lengths.
 
     Args:
         low: The low-rank update.
@@ -131,13 +137,14 @@ class Magnitude:
     lengths: Tensor
 
     def rows(self, base: int) -> int:
-        """Rows of the result, of a base tensor with ``base`` rows."""
+        """Number of rows of the result, given that of the base tensor."""
         return base
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the updated ``weight``, (stop - start, columns) float32."""
         rows = self.low.apply(weight, start, stop)
-        return rows.mul_((self.lengths[start:stop].float() / rows.norm(dim=1))[:, None])
+        factors = self.lengths[start:stop].float() / rows.norm(dim=1)
+        return rows.mul_(factors[:, None])
 
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of the change."""
@@ -146,18 +153,18 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Scaled:
-    """``W * (1 + factor) + offset``, elementwise; each may be missing.
+    """``W * (1 + factor) + offset``, elementwise; without one of them, it counts as zero.
 
     Args:
-        factor: Whose product is (rows, columns), or (rows, 1) for a vector ``W``.
-        offset: Of the same shape.
+        factor: Its product is (rows, columns), or (rows, 1) for a vector ``W``.
+        offset: A product of the same shape.
     """
 
     factor: LowRank | None = None
     offset: LowRank | None = None
 
     def rows(self, base: int) -> int:
-        """Rows of the result, of a base tensor with ``base`` rows."""
+        """Number of rows of the result, given that of the base tensor."""
         return base
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
@@ -176,10 +183,13 @@ class Scaled:
 
 
 def _change(update: Magnitude | Scaled, weight: Tensor, rows: int = 1024) -> float:
-    """Frobenius norm of what ``update`` does to ``weight``, some rows at a time."""
-    starts = range(0, len(weight), rows)
-    parts = [update.apply(weight, start, start + rows) - weight[start : start + rows].float() for start in starts]
-    return math.hypot(*(float(part.norm()) for part in parts))
+    """Frobenius norm of the change that ``update`` makes to ``weight``, computed on ``rows`` rows at a time."""
+    norms = []
+    for start in range(0, len(weight), rows):
+        stop = start + rows
+        change = update.apply(weight, start, stop) - weight[start:stop].float()
+        norms.append(float(change.norm()))
+    return math.hypot(*norms)
 
 
 Update = LowRank | Replace | Rows | Magnitude | Scaled

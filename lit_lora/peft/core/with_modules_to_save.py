@@ -1,4 +1,4 @@
-"""Modules that train in full beside added ones, such as a new head, saved with them."""
+"""Modules that train in full in addition to added ones, such as a new head, and are saved with them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ __all__ = ["WithModulesToSave"]
 
 
 class WithModulesToSave(AddedMethod, TrainsModulesInFull):
-    """An added method beside which other modules can train; its ``add`` ends with :meth:`train_modules_to_save`."""
+    """An added method that can train other modules too; its ``add`` ends with :meth:`train_modules_to_save`."""
 
-    modules_to_save: list[str] = Field([], description="Modules trained in full and saved with the adapter.")
+    modules_to_save: list[str] = Field([], description="Modules to train in full and save with the adapter.")
 
     def with_modules_to_save(self, names: Sequence[str]) -> WithModulesToSave:
         """These settings with ``names`` among the modules that train in full."""
         return self.model_copy(update={"modules_to_save": list(dict.fromkeys([*self.modules_to_save, *names]))})
 
     def train_modules_to_save(self, model: nn.Module) -> None:
-        """Let the named modules train, in place; those that train already, such as norms, stay so.
+        """Let the named modules train in full, in place, except those that already train, such as norms.
 
         Raises:
-            UsageError: A name matches nothing.
+            UsageError: A name matches nothing, or a module that has an adapter.
         """
+        if not self.modules_to_save:
+            return
         own = own_modules(model)
         inside = tuple(f"{name}." for name in own)
-        for name in with_parameters(model, self.modules_to_save) if self.modules_to_save else []:
+        for name in with_parameters(model, self.modules_to_save):
             module = model.get_submodule(name)
             if isinstance(module, OwnModule) or name.startswith(inside):
                 continue
-            if any(child in own.values() for child in module.children()):
-                raise UsageError(f"peft.modules_to_save: {name} has an adapter in it already, name it in one place")
+            if any(isinstance(child, OwnModule) for child in module.children()):
+                raise UsageError(f"peft.modules_to_save: {name} contains an adapter, expected modules without one")
             replace_module(model, name, TrainedCopy(module))

@@ -1,1 +1,1 @@
-"""Adapter folders, in the format of PEFT or in our own: written, read, put onto a model."""
+"""Adapter folders, in PEFT's format or our own: read, written and loaded into a model."""

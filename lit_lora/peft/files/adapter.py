@@ -69,7 +69,7 @@ class Adapter:
     raw: dict[str, Any]
     """``adapter_config.json`` as it was read."""
     quantize: QuantizeConfig | None
-    """How the base was quantised that it was trained on."""
+    """How the base was quantized that it was trained on."""
     own_base: bool
     """It was trained on codes that its method chose."""
     task: dict[str, Any] | None
@@ -222,7 +222,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def quantization_of(folder: Path) -> QuantizeConfig | None:
-    """How the base of an adapter was quantised when it was trained; ``None`` if it was not, or nobody noted it.
+    """How the base of an adapter was quantized when it was trained; ``None`` if it was not, or nobody noted it.
 
     Raises:
         InputError: What is noted is not known here.

@@ -22,12 +22,12 @@ class Adapters:
         model: The base, loaded, without an adapter.
 
     Raises:
-        UsageError: It has an adapter already.
+        UsageError: It already has an adapter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if own_modules(model):
-            raise UsageError("the model has an adapter already", hint="take it out first")
+            raise UsageError("the model already has an adapter", hint="remove it first")
         self.model = model
         self.active: str | None = None
         """The one that is in the model."""

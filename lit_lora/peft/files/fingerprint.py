@@ -22,7 +22,7 @@ def fingerprint(base: Base, left_out: Collection[str] = ()) -> dict[str, Any]:
 def differing(expected: Mapping[str, Any], base: Base) -> list[str]:
     """Names of the tensors of ``base`` that are not there or differ from the fingerprint ``expected``.
 
-    Of a tensor that was quantised there and is not here, or the other way round, only the shape is compared.
+    Of a tensor that was quantized there and is not here, or the other way round, only the shape is compared.
     """
     return [name for name, sample in expected.items() if name not in base or not _agree(sample, base, name)]
 

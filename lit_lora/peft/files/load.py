@@ -51,10 +51,10 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
 
     Raises:
         InputError: The folder is not a readable adapter, or not one for this model.
-        UsageError: The model has an adapter already.
+        UsageError: The model already has an adapter.
     """
     if own_modules(model):
-        raise UsageError(f"{folder}: the model has an adapter already", hint="take it out first")
+        raise UsageError(f"{folder}: the model already has an adapter", hint="remove it first")
     adapter = read_adapter(folder)
     base, parameters = base_tensors(model), list(model.parameters())
     _put_in(model, adapter, base, force=force)
@@ -165,7 +165,7 @@ def _check_values(adapter: Adapter, base: Base) -> None:
     """
     if adapter.own_base and not any(base.quantized(name) for name in base):
         raise InputError(
-            f"{adapter.folder}: was trained on codes that its method chose, this base is not quantised",
+            f"{adapter.folder}: was trained on codes that its method chose, this base is not quantized",
             hint="give the folder base/ of its run",
         )
     other = [name for name, tensor in adapter.base_copies.items() if not _same(tensor, base.get(name))]

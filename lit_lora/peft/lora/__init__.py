@@ -1,1 +1,1 @@
-"""LoRA and what is LoRA with another start, layer or length: DoRA, MultiLoRA, LongLoRA."""
+"""LoRA and its variants with other initializations, layers or lengths: DoRA, MultiLoRA, LongLoRA."""

@@ -1,8 +1,9 @@
-"""LoRA's settings, and which of the model's modules they wrap."""
+"""LoRA's settings, and the wrappers they make of a model's modules."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +32,7 @@ DataInit = Literal["eva", "lora-ga"]
 
 
 class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearningRate):
-    """LoRA: a low-rank update beside frozen layers."""
+    """LoRA: low-rank updates of frozen layers."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     peft_type: ClassVar[str] = "LORA"
@@ -41,99 +42,115 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
     renamed: ClassVar[Mapping[str, str]] = {"start_rows": "init_rows"}
 
     name: Literal["lora"] = Field("lora", description="The method.")
-    rank: int = Field(8, ge=1, description="Rank of the update: more rank, more capacity and memory.")
-    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; 2 x rank when omitted.")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the branch's inputs zeroed in training; try 0.05 on little data."
+    rank: int = Field(
+        8, ge=1, description="Rank of the updates; a higher rank has more capacity and takes more memory."
     )
-    rank_pattern: dict[str, int] = Field({}, description="Name: rank, where it differs; the first that matches holds.")
-    alpha_pattern: dict[str, float] = Field({}, description="Name: alpha, where it differs; the first match holds.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scale of the updates, which are multiplied by alpha / rank; 2 x rank if omitted."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the updates' inputs to zero in training; try 0.05 on little data."
+    )
+    rank_pattern: dict[str, int] = Field(
+        {}, description="Other ranks by module name, such as {v_proj: 16}; the first match applies."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        {}, description="Other alphas by module name, such as {v_proj: 32}; the first match applies."
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="Train no bias, every bias of the model, or those of the adapted modules."
+        "none", description="Biases to train: none, all of the model, or lora_only, those of the adapted modules."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), which stays stable for large ranks.")
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
-        description="LoRA+: B learns at this many times optimizer.lr; try 16. Then optimizer.lr is 1e-4 "
-        "where it is not given.",
+        description="Learning rate of B as a multiple of optimizer.lr (LoRA+); try 16. Above 1, the default of "
+        "optimizer.lr is 1e-4.",
     )
     freeze_A: bool = Field(
         False,
-        description="LoRA-FA: A keeps its random start, only B trains: less memory. It learns at 6e-4 where "
-        "optimizer.lr is not given.",
+        description="Freeze A at its random values and train only B (LoRA-FA), which saves memory; the default of "
+        "optimizer.lr is then 6e-4.",
     )
     init: Init | WeightInit | DataInit = Field(
         "kaiming",
-        description="How A starts, while B starts at zero: kaiming, gaussian, or eva (the principal components of what "
-        "the layer reads on your rows, which also share out the ranks). Or both from the weight, pissa (its largest "
-        "singular values) and olora (its QR factors), or from the loss's gradient on your rows, lora-ga; of these the "
-        "adapter is written with twice the rank. pissa and olora learn at 1e-4 where optimizer.lr is not given.",
+        description="Initial values of A, with B at zero: kaiming, gaussian or eva (principal components of the "
+        "layer's inputs on your rows, which also redistribute ranks). Or of both: pissa (the weight's largest singular "
+        "values), olora (its QR factors) or lora-ga (gradients on your rows); these save the adapter with twice the "
+        "rank. For pissa and olora, the default of optimizer.lr is 1e-4.",
     )
-    init_rows: int | None = Field(
-        None, ge=1, description="Training rows that eva and lora-ga start from; 64 when omitted."
-    )
+    init_rows: int | None = Field(None, ge=1, description="Number of training rows for eva and lora-ga; 64 if omitted.")
     rho: float | None = Field(
         None,
         ge=1,
-        description="eva: a layer gets up to this many times rank; 2 when omitted, 1: ranks stay.",
+        description="Maximum rank that eva may give a layer, as a multiple of rank; 2 if omitted, 1 keeps all ranks.",
     )
     trainable_tokens: list[int] | list[str] = Field(
-        [], description="Tokens whose embedding and head rows train, by id or by text; new ones are added."
+        [], description="Tokens, by id or text, whose embedding and head rows train; new ones are added."
     )
 
     @field_validator("trainable_tokens", mode="before")
     @classmethod
     def _ids_or_texts(cls, value: Any) -> Any:
-        if isinstance(value, list) and ({type(token) for token in value} in (set(), {int}, {str})):
+        # By exact type: pydantic would accept true as 1, and turn a mixed list into texts.
+        if isinstance(value, list) and {type(token) for token in value} in (set(), {int}, {str}):
             return value
         raise ValueError(f"expected a list of token ids or a list of token texts, got {value!r}")
 
     @model_validator(mode="after")
-    def _start_fits(self) -> LoRAConfig:
-        starts_so = self.name == "lora" or (self.name == "dora" and self.init == "eva")
-        if self.init not in ("kaiming", "gaussian") and not starts_so:
-            raise ValueError(f"init {self.init!r} is for lora, {self.title} starts at kaiming or gaussian")
+    def _check_init(self) -> LoRAConfig:
+        is_supported = (
+            self.init in ("kaiming", "gaussian") or self.name == "lora" or (self.name == "dora" and self.init == "eva")
+        )
+        if not is_supported:
+            raise ValueError(f"init {self.init!r} is for lora, {self.title} supports kaiming and gaussian")
         if self.init_rows is not None and not self.rows_for_init:
-            raise ValueError(f"init_rows has no effect with init {self.init!r}, it is for eva and lora-ga")
+            raise ValueError(f"init_rows has no effect with init {self.init!r}, only with eva and lora-ga")
         if self.rho is not None and self.init != "eva":
-            raise ValueError(f"rho has no effect with init {self.init!r}, it is for eva")
+            raise ValueError(f"rho has no effect with init {self.init!r}, only with eva")
         return self
 
     @property
     def rows_for_init(self) -> int:
-        """Rows of the data that EVA and LoRA-GA look at."""
-        return (self.init_rows or 64) if self.init in ("eva", "lora-ga") else 0
+        """Number of rows of the data that EVA and LoRA-GA need; 0 for other inits."""
+        if self.init not in ("eva", "lora-ga"):
+            return 0
+        return self.init_rows or 64
 
     def with_token_ids(self, add_tokens: Callable[[list[str]], list[int]]) -> LoRAConfig:
-        """These settings with tokens named by text turned into ids, such as by ``Tokenizer.add_tokens``."""
+        """These settings with token texts turned into ids, such as by ``Tokenizer.add_tokens``."""
         texts = [token for token in self.trainable_tokens if isinstance(token, str)]
-        return self.model_copy(update={"trainable_tokens": add_tokens(texts)}) if texts else self
+        if not texts:
+            return self
+        return self.model_copy(update={"trainable_tokens": add_tokens(texts)})
 
     @property
     def base_alpha(self) -> float:
-        """Alpha where no pattern says otherwise."""
+        """Alpha of the modules that no pattern matches."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """The factor of a module's branch."""
+        """The factor of a module's update."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        """LoRA+: the factor of every ``lora_B`` beside a linear layer, which starts at zero.
+        """LoRA+: the factor of every linear layer's ``lora_B``, which starts at zero.
 
         Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
         """
         if self.loraplus_lr_ratio == 1:
             return {}
-        own = own_modules(model).items()
-        return {f"{name}.lora_B": self.loraplus_lr_ratio for name, module in own if isinstance(module, LoRALinear)}
+        return {
+            f"{name}.lora_B": self.loraplus_lr_ratio
+            for name, module in own_modules(model).items()
+            if isinstance(module, LoRALinear)
+        }
 
     @property
     def lr(self) -> float | None:
-        """Lower where more moves at each step, higher where less does; ``benchmarks/comparison_202611.md``.
+        """The learning rate if the config gives none: lower where each step changes more, higher where it changes less.
 
-        Source: half of LoRA's for LoRA+, Hayou et al. 2024, section 5.
+        Source: measured, ``benchmarks/comparison_202611.md``; for LoRA+ half of LoRA's, Hayou et al. 2024, section 5.
         """
         if self.loraplus_lr_ratio > 1 or self.init in ("pissa", "olora"):
             return 1e-4
@@ -141,24 +158,23 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "LoRA"
 
     @property
     def about(self) -> str:
-        """Rank and alpha."""
+        """The method, its rank and alpha."""
         return f"{self.title}, rank {self.rank}, alpha {self.base_alpha:g}"
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name."""
+        """``adapter_config.json`` without the base model's name."""
         own = own_modules(model)
-        low = {n: m for n, m in own.items() if isinstance(m, LoRALinear | LoRAEmbedding | LoRAConv)}
-        ranks, alphas = self._written(low)
-        rank, alpha = _usual(ranks, self.rank), _usual(alphas, self.base_alpha)
-        rows: dict[int, tuple[str, list[int]]] = {}  # a tied head shares the embedding's rows: PEFT ties it again
-        for name, module in own.items():
-            if isinstance(module, TokenEmbedding | TokenHead):
-                rows.setdefault(id(module.token_rows), (name.rpartition(".")[2], list(module.ids)))
+        adapted = {
+            name: module for name, module in own.items() if isinstance(module, LoRALinear | LoRAEmbedding | LoRAConv)
+        }
+        ranks, alphas = self._saved_sizes(adapted)
+        rank = _usual(ranks, self.rank)
+        alpha = _usual(alphas, self.base_alpha)
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -166,46 +182,52 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": self.dropout,
-            "target_modules": short_names(model, list(low)),
-            "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
-            "alpha_pattern": {f"^{name}": a for name, a in alphas.items() if a != alpha},
+            "target_modules": short_names(model, list(adapted)),
+            "rank_pattern": {f"^{name}": value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
             "use_rslora": self.use_rslora,
             "use_dora": False,
             "bias": self.bias,
             "modules_to_save": whole_modules(model) or None,
-            "trainable_token_indices": dict(rows.values()) or None,
+            "trainable_token_indices": _token_indices(own) or None,
             "fan_in_fan_out": False,
             "init_lora_weights": True,
         }
 
-    def _written(self, modules: Mapping[str, OwnModule]) -> tuple[dict[str, int], dict[str, float]]:
-        """Rank and alpha of each module as its file has them: of all that the module adds to its base."""
+    def _saved_sizes(self, modules: Mapping[str, OwnModule]) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and alpha of each module's saved factors.
+
+        The rank may be a multiple of that in the settings, such as for pissa; alpha is what gives the same scaling.
+        """
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
         for name, module in modules.items():
             update = module.updates()["weight"]
             low = update.low if isinstance(update, Magnitude) else update
             assert isinstance(low, LowRank)
-            ranks[name] = low.right.shape[0]
-            alpha = low.scaling * (math.sqrt(ranks[name]) if self.use_rslora else ranks[name])
-            alphas[name] = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+            rank = low.right.shape[0]
+            alpha = low.scaling * (math.sqrt(rank) if self.use_rslora else rank)
+            if math.isclose(alpha, round(alpha), rel_tol=1e-12):  # rounding in scaling = alpha / rank
+                alpha = round(alpha)
+            ranks[name] = rank
+            alphas[name] = alpha
         return ranks, alphas
 
     def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each target.
 
         Raises:
-            UsageError: A pattern matches none of them, or gives a value that is not positive.
+            UsageError: A pattern matches no target, or its value is not positive.
         """
         ranks = _by_pattern(self.rank_pattern, targets, "peft.rank_pattern")
         alphas = _by_pattern(self.alpha_pattern, targets, "peft.alpha_pattern")
         return {name: (int(ranks.get(name, self.rank)), alphas.get(name, self.base_alpha)) for name in targets}
 
     def wrapped(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> dict[str, OwnModule]:
-        """A low-rank update beside each target.
+        """The wrappers of the targets.
 
         Raises:
-            UsageError: A pattern matches none of them, or a rank is too large.
+            UsageError: A pattern matches no target, or a rank is too large.
         """
         ranks = self.ranks_and_alphas(list(targets))
         if problems := self.misfits(targets):
@@ -216,93 +238,105 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         }
 
     def misfits(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> list[str]:
-        """The first rank that is too large, if there is one."""
+        """The message for the first rank that is too large, if any is."""
         for name, base in targets.items():
-            rank = next((rank for pattern, rank in self.rank_pattern.items() if matches(pattern, name)), self.rank)
+            rank = _first_match(self.rank_pattern, name)
             try:
-                check_rank(rank, name, _shape(base))
+                check_rank(self.rank if rank is None else rank, name, _shape(base))
             except UsageError as error:
                 return [str(error)]
         return []
 
     def wrap(self, name: str, base: nn.Linear | nn.Embedding | Conv, rank: int, scaling: float) -> OwnModule:
-        """The module with an update of ``rank`` beside ``base``.
+        """The wrapper of ``base``, with an update of ``rank``.
 
         Raises:
             UsageError: The settings are not for a module of this kind.
         """
         if self.init not in ("kaiming", "gaussian") and not isinstance(base, nn.Linear):
-            raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(base).__name__}")
+            raise UsageError(f"peft.init: {self.init!r} is for linear layers, but {name} is {type(base).__name__}")
         if isinstance(base, nn.Embedding):
             return LoRAEmbedding(base, rank, scaling)
         if not isinstance(base, nn.Linear):
             if self.trains_bias(name):
-                raise UsageError(f"peft.bias: {self.bias!r}, but {name} is a convolution, whose bias does not train")
+                raise UsageError(
+                    f"peft.bias: {self.bias!r} cannot train the bias of {name}, a convolution; expected none"
+                )
             return LoRAConv(base, rank, scaling, self.dropout)
-        plain = "gaussian" if self.init == "gaussian" else "kaiming"
-        settings = {"dropout": self.dropout, "init": plain, "train_bias": self.trains_bias(name)}
+
+        random_init = "gaussian" if self.init == "gaussian" else "kaiming"
+        settings = {"dropout": self.dropout, "init": random_init, "train_bias": self.trains_bias(name)}
         wrapped = self.linear(base, rank, scaling, **settings)
         if self.init == "pissa" or self.init == "olora":
             wrapped.start_at(*start_factors(self.init, base.weight, rank, scaling))
-        elif self.init == "lora-ga":  # until init_from_data is called, as kaiming
+        elif self.init == "lora-ga":
+            # The module needs its final shape, such as for a resumed run; init_from_data sets the values.
             wrapped.start_at(wrapped.lora_A.detach(), wrapped.lora_B.detach())
         wrapped.lora_A.requires_grad_(not self.freeze_A)
         return wrapped
 
     def trains_bias(self, name: str) -> bool:
-        """Whether the bias of an adapted module trains, where it has one."""
+        """Whether the bias of an adapted module trains, if it has one."""
         return self.bias != "none"
 
     def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
-        """What takes the place of a linear layer."""
+        """The wrapper of a linear layer."""
         return LoRALinear(base, rank, scaling, **settings)
 
     def init_from_data(self, model: nn.Module, passes: Iterable[Pass]) -> LoRAConfig:
-        """As :meth:`apply`, for EVA and LoRA-GA: from what the model, yet without an adapter, does with the rows.
+        """Apply the method, initialized by EVA or LoRA-GA from the base model's inputs or gradients on the rows.
 
         Returns:
-            These settings; of EVA, with the ranks that its layers got.
+            These settings; for EVA, with the rank that each layer got.
 
         Raises:
             UsageError: A name matches no module, or the settings do not fit the model or the rows.
         """
-        ranks = self.ranks_and_alphas(self.targets(model))
-        most: dict[str, int] = {}
-        for name, (rank, _) in ranks.items():
+        ranks_and_alphas = self.ranks_and_alphas(self.targets(model))
+        ranks = {name: rank for name, (rank, _) in ranks_and_alphas.items()}
+        alphas = {name: alpha for name, (_, alpha) in ranks_and_alphas.items()}
+        for name, rank in ranks.items():
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):
-                raise UsageError(f"peft.init: {self.init!r} is for linear layers, {name} is {type(layer).__name__}")
-            check_rank(rank if self.init == "eva" else 2 * rank, name, (layer.out_features, layer.in_features))
-            most[name] = min(round((self.rho or 2) * rank), layer.out_features, layer.in_features)
+                raise UsageError(f"peft.init: {self.init!r} is for linear layers, but {name} is {type(layer).__name__}")
+            needed = rank if self.init == "eva" else 2 * rank  # lora-ga takes A and B from different singular vectors
+            check_rank(needed, name, _shape(layer))
         if self.init == "eva":
-            return self._start_eva(model, ranks, most, passes)
-        return self._start_ga(model, ranks, passes)
+            return self._init_eva(model, ranks, alphas, passes)
+        return self._init_lora_ga(model, ranks, passes)
 
-    def _start_eva(
-        self,
-        model: nn.Module,
-        ranks: Mapping[str, tuple[int, float]],
-        most: Mapping[str, int],
-        passes: Iterable[Pass],
+    def _init_eva(
+        self, model: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float], passes: Iterable[Pass]
     ) -> LoRAConfig:
-        """Give every ``A`` the directions in which its layer's inputs vary most; ``B`` stays zero."""
-        found = principal_inputs(model, ranks, max(most.values()), passes)
-        shared = share_ranks({name: rank for name, (rank, _) in ranks.items()}, most, found)
-        got = {name: rank for name, rank in shared.items() if rank}
-        alphas = {name: ranks[name][1] * rank / ranks[name][0] for name, rank in got.items()}
-        places = {"target_modules": list(got), "exclude_modules": [], "layers": None}
-        method = self.model_copy(update={**places, "rank_pattern": got, "alpha_pattern": alphas})
+        """Set every ``A`` to the directions in which its layer's inputs vary most; ``B`` stays zero."""
+        max_ranks: dict[str, int] = {}
+        for name, rank in ranks.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            max_ranks[name] = min(round((self.rho or 2) * rank), layer.out_features, layer.in_features)
+        components = principal_inputs(model, ranks, max(max_ranks.values()), passes)
+        new_ranks = {name: rank for name, rank in share_ranks(ranks, max_ranks, components).items() if rank > 0}
+
+        chosen = {
+            "target_modules": list(new_ranks),
+            "exclude_modules": [],
+            "layers": None,
+            "rank_pattern": new_ranks,
+            # alpha / rank, the scaling, stays as it was.
+            "alpha_pattern": {name: alphas[name] * rank / ranks[name] for name, rank in new_ranks.items()},
+        }
+        method = self.model_copy(update=chosen)
         method.apply(model)
         with torch.no_grad():
-            for name, rank in got.items():
-                model.get_parameter(f"{name}.lora_A").copy_(found[name].directions[:rank])
+            for name, rank in new_ranks.items():
+                model.get_parameter(f"{name}.lora_A").copy_(components[name].directions[:rank])
         return method
 
-    def _start_ga(self, model: nn.Module, ranks: Mapping[str, tuple[int, float]], passes: Iterable[Pass]) -> LoRAConfig:
-        """Give every ``A`` and ``B`` singular vectors of its weight's gradient."""
+    def _init_lora_ga(self, model: nn.Module, ranks: Mapping[str, int], passes: Iterable[Pass]) -> LoRAConfig:
+        """Set every ``A`` and ``B`` to singular vectors of its weight's gradient."""
         gradients = sum_gradients(model, ranks, passes)
         self.apply(model)
-        for name, (rank, _) in ranks.items():
+        for name, rank in ranks.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear)
             layer.start_at(*gradient_factors(gradients.pop(name), rank))
@@ -312,7 +346,8 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         """Wrap the targets in place; call ``freeze`` first.
 
         Raises:
-            UsageError: A name matches no module, two settings want the same module, or there is an adapter already.
+            UsageError: A name matches no module, two settings name the same module, or the model already has an
+                adapter.
         """
         super().apply(model)
         if self.bias != "none":
@@ -320,58 +355,94 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         self._train_tokens(model)
 
     def _train_biases(self, model: nn.Module) -> None:
+        """Train the biases of modules that are not adapted too, if all should train, in place.
+
+        Raises:
+            UsageError: The model has no bias to train, those of adapted modules included.
+        """
         own = own_modules(model)
         inside = tuple(f"{name}." for name in own)
-        adapted = any(isinstance(module, LoRALinear) and module.trained_bias is not None for module in own.values())
-        free = [
-            name
-            for name, module in model.named_modules()
-            if self.bias == "all"
-            and not isinstance(module, OwnModule)
-            and not f"{name}.".startswith(inside)
-            and isinstance(getattr(module, "bias", None), nn.Parameter)
-        ]
-        for name in free:
+        others = []
+        if self.bias == "all":
+            for name, module in model.named_modules():
+                in_base = not isinstance(module, OwnModule) and not f"{name}.".startswith(inside)
+                if in_base and isinstance(getattr(module, "bias", None), nn.Parameter):
+                    others.append(name)
+        for name in others:
             replace_module(model, name, TrainedCopy(model.get_submodule(name), ["bias"]))
-        if not adapted and not free:
-            raise UsageError(f"peft.bias: {self.bias!r}, but there is no bias to train in this model")
+
+        of_adapted = any(isinstance(module, LoRALinear) and module.trained_bias is not None for module in own.values())
+        if not of_adapted and not others:
+            where = "this model has" if self.bias == "all" else "the adapted modules have"
+            raise UsageError(f"peft.bias: {self.bias!r}, but {where} no bias to train")
 
     def _train_tokens(self, model: nn.Module) -> None:
+        """Train the rows of ``trainable_tokens``, in place.
+
+        Raises:
+            UsageError: They are texts, do not fit the model, or the embedding or head is adapted in another way.
+        """
+        if not self.trainable_tokens:
+            return
         ids = [token for token in self.trainable_tokens if isinstance(token, int)]
         if len(ids) < len(self.trainable_tokens):
-            raise UsageError("peft.trainable_tokens: tokens given as text, but no tokenizer has turned them into ids")
-        if not ids:
-            return
+            raise UsageError("peft.trainable_tokens: expected token ids, got texts; call with_token_ids first")
         names = names_of(model)
         for name, module in own_modules(model).items():
             if matches(names.embedding, name) or matches(names.head, name):
                 other = "modules_to_save" if isinstance(module, TrainedCopy) else "target_modules"
-                raise UsageError(f"peft: {name} is in {other} and has trainable_tokens, expected one of the two")
+                raise UsageError(f"peft: {name} is in {other} and has trainable_tokens, expected only one of them")
         train_tokens(model, ids)
 
 
 Number = TypeVar("Number", int, float)
 
 
+def _token_indices(modules: Mapping[str, OwnModule]) -> dict[str, list[int]]:
+    """Trained tokens by embedding or head; a tied head is left out, for PEFT ties it to the embedding when it loads."""
+    indices: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    for name, module in modules.items():
+        if isinstance(module, TokenEmbedding | TokenHead) and id(module.token_rows) not in seen:
+            seen.add(id(module.token_rows))
+            indices[name.rpartition(".")[2]] = list(module.ids)
+    return indices
+
+
 def _shape(base: nn.Linear | nn.Embedding | Conv) -> Sequence[int]:
-    """Of the weight, which may be quantised: reading it would take time."""
+    """Shape of the weight, without reading it, which would dequantize a quantized one."""
     return (base.out_features, base.in_features) if isinstance(base, nn.Linear) else base.weight.shape
 
 
-def _usual(values: Mapping[str, Number], own: Number) -> Number:
-    """``own`` if any module has it, else the most frequent value."""
-    found = list(values.values())
-    return own if own in found or not found else max(found, key=found.count)
+def _usual(values: Mapping[str, Number], setting: Number) -> Number:
+    """The value that needs no pattern: the setting if any module has it, else the most frequent one."""
+    counts = Counter(values.values())
+    if setting in counts or not counts:
+        return setting
+    return counts.most_common(1)[0][0]
 
 
 def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> dict[str, float]:
-    """The value for each target that a pattern matches, by the first such pattern."""
+    """The value of the first pattern that matches, for each target that one does.
+
+    Raises:
+        UsageError: A pattern matches no target, or a value is not positive.
+    """
     select(patterns, targets, key=key)
-    found = {}
+    values: dict[str, float] = {}
     for name in targets:
-        value = next((value for pattern, value in patterns.items() if matches(pattern, name)), None)
-        if value is not None:
-            if value <= 0:
-                raise UsageError(f"{key}: {name}: expected more than 0, got {value}")
-            found[name] = value
-    return found
+        value = _first_match(patterns, name)
+        if value is None:
+            continue
+        if value <= 0:
+            raise UsageError(f"{key}: {name}: expected more than 0, got {value}")
+        values[name] = value
+    return values
+
+
+def _first_match(patterns: Mapping[str, Number], name: str) -> Number | None:
+    """The value of the first pattern that matches ``name``."""
+    for pattern, value in patterns.items():
+        if matches(pattern, name):
+            return value
+    return None

@@ -1,7 +1,7 @@
-"""LoRA beside a convolution: a convolution to R channels, then one of size 1 to all channels.
+"""LoRA for convolutions: the update is a convolution to R channels, then a pointwise one to all channels.
 
-``y = W * x + b + s B (A * x)``: ``A`` has the kernel, stride, padding and dilation of ``W``, so the update is one of
-the same convolution, ``W + s B A``. Source: LoRA, Hu et al. 2021, in the form that PEFT gives it.
+``y = W * x + b + s B (A * x)``: ``A`` has the kernel, stride, padding and dilation of ``W``, so the sum is the same
+convolution with the weight ``W + s B A``. Source: LoRA, Hu et al. 2021, in PEFT's form.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class LoRAConv(OwnModule):
-    """A frozen convolution with a trained low-rank update beside it.
+    """A frozen convolution plus a trained low-rank update.
 
     ``lora_A`` (R, in, *kernel) and ``lora_B`` (out, R) are float32.
 
     Args:
-        base_layer: The convolution, of one group; it stays as it is.
+        base_layer: The convolution, with one group; it stays unchanged.
         rank: R.
-        scaling: The factor of the branch, alpha / rank.
-        dropout: Share of the branch's inputs that are zeroed in training.
+        scaling: The factor of the update, alpha / rank.
+        dropout: Share of the update's inputs that are zeroed in training.
 
     Raises:
         UsageError: The convolution has several groups: their updates are not one product.
@@ -38,7 +38,7 @@ class LoRAConv(OwnModule):
     def __init__(self, base_layer: Conv, rank: int, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
         if base_layer.groups > 1:
-            raise UsageError(f"peft.target_modules: a convolution in {base_layer.groups} groups, expected one group")
+            raise UsageError(f"peft.target_modules: a convolution has {base_layer.groups} groups, expected one")
         self.base_layer: Conv = base_layer
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
         weight = base_layer.weight
@@ -51,19 +51,20 @@ class LoRAConv(OwnModule):
         """Map (B, in, ...) to (B, out, ...)."""
         base: Tensor = self.base_layer(x)
         dropped = nn.functional.dropout(x, self.dropout, self.training)
+        # The base's own forward pass with another weight: stride, padding mode and dilation are those of the base.
         low: Tensor = self.base_layer._conv_forward(dropped, self.lora_A.to(x.dtype), None)  # (B, R, ...)
-        channels = 1 if x.dim() == self.lora_A.dim() else 0
+        channels = 1 if x.dim() == self.lora_A.dim() else 0  # PyTorch also takes an input without a batch dimension
         update = nn.functional.linear(low.movedim(channels, -1), self.lora_B.to(x.dtype)).movedim(-1, channels)
         return base + self.scaling * update
 
     def updates(self) -> dict[str, Update]:
-        """``W + s B A``, the kernels flattened."""
+        """``W + s B A``, with kernels flattened."""
         return {"weight": LowRank(self.lora_B.detach(), self.lora_A.detach().flatten(1), self.scaling)}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Both factors, as the weights of convolutions."""
-        ones = (1,) * (self.lora_A.dim() - 2)
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B.view(*self.lora_B.shape, *ones)}
+        """Both factors, as weights of convolutions: ``B`` has a kernel of size 1."""
+        kernel = (1,) * (self.lora_A.dim() - 2)
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B.view(*self.lora_B.shape, *kernel)}
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout."""

@@ -1,10 +1,11 @@
-"""Starts of LoRA taken from the user's rows: what layers read (EVA), or how the loss falls (LoRA-GA).
+"""Initializations of LoRA from the user's rows: from the inputs of layers (EVA) or from gradients (LoRA-GA).
 
-Rows come as passes, which run one micro-batch through the model when asked, so nothing here knows of data or of a loop.
+Rows come as passes, each of which runs one micro-batch through the model, so this file is independent of data and loop.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -19,23 +20,27 @@ from lit_lora.quantize import QuantizedLinear
 
 __all__ = ["Components", "gradient_factors", "principal_inputs", "share_ranks", "sum_gradients"]
 
-_OVERSAMPLING, _PASSES = 8, 4
+# Of the randomized SVD: vectors beyond those asked for, and power iterations.
+_OVERSAMPLING = 8
+_PASSES = 4
 
 
 class Components:
-    """The largest principal components of vectors that come in portions, without keeping them.
+    """The largest principal components of vectors that come in batches, without storing the vectors.
 
-    Source: Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.2: the new portion is set
-    below the components so far, weighted by their singular values, with a row for the shift of the mean.
+    Source: Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2.2: the new batch is stacked
+    below the components so far, weighted by their singular values, with one more row for the shift of the mean.
 
     Args:
-        count: How many are kept, k.
+        count: Number of components, k.
     """
 
     def __init__(self, count: int) -> None:
-        self.count, self.seen = count, 0
-        self._squares = 0.0
-        self._mean = self._rows = torch.empty(0)
+        self.count = count
+        self.seen = 0
+        self._squares = 0.0  # sum of squared distances from the mean
+        self._mean = torch.empty(0)
+        self._rows = torch.empty(0)  # (at most k + _OVERSAMPLING, D): directions times singular values
 
     @property
     def directions(self) -> Tensor:
@@ -44,33 +49,38 @@ class Components:
 
     @property
     def shares(self) -> list[float]:
-        """Of all variance, what each explains."""
+        """The share of the total variance that each explains."""
         squares = self._rows[: self.count].double().square().sum(1)
         return [float(square) / max(self._squares, 1e-30) for square in squares]
 
     def add(self, vectors: Tensor) -> None:
-        """Take a portion in, (n, D)."""
-        batch, n = vectors.float(), len(vectors)
+        """Include a batch of vectors, (n, D), in the components, in place."""
+        n = len(vectors)
         if n == 0:
             return
+
+        batch = vectors.float()
         mean = batch.mean(0)
-        batch = batch - mean
-        self._squares += float(batch.square().sum(dtype=torch.float64))
+        rows = batch - mean
+        self._squares += float(rows.square().sum(dtype=torch.float64))
         if self.seen == 0:
-            self._mean, rows = mean, batch
+            self._mean = mean
         else:
+            # The scatter about the common mean is that of both sets about their own means, plus this row's.
             shift = (self._mean - mean) * (self.seen * n / (self.seen + n)) ** 0.5
             self._squares += float(shift.square().sum(dtype=torch.float64))
             self._mean = (self._mean * self.seen + mean * n) / (self.seen + n)
-            rows = torch.cat([self._rows, batch, shift[None]])
+            rows = torch.cat([self._rows, rows, shift[None]])
         self.seen += n
-        sizes, directions = _largest(rows, self.count + _OVERSAMPLING)  # more than asked for: less is lost on the way
-        real = sizes > 1e-6 * sizes[:1]  # n vectors span less than n directions beside their mean
-        self._rows = sizes[real, None] * directions[real]
+
+        # More components than asked for, so that less is lost between batches.
+        sizes, directions = _largest(rows, self.count + _OVERSAMPLING)
+        nonzero = sizes > 1e-6 * sizes[:1]  # n vectors less their mean span fewer than n directions
+        self._rows = sizes[nonzero, None] * directions[nonzero]
 
 
 def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest singular values (k,) of a float32 matrix (n, D), and their right vectors (k, D); always the same."""
+    """The largest singular values (k,) of a float32 matrix (n, D), and their right vectors (k, D); deterministic."""
     if min(rows.shape) <= 4 * count:
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
         return S[:count], Vh[:count]
@@ -83,50 +93,54 @@ def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def principal_inputs(
     model: nn.Module, names: Iterable[str], count: int, passes: Iterable[Pass]
 ) -> dict[str, Components]:
-    """The principal components of what each of some layers reads at learned positions.
+    """The principal components of some layers' inputs at the positions before target tokens, by layer.
 
-    Layers that are called one after the other with the same tensor, such as q, k and v, share theirs.
+    Layers that are called one after another with the same tensor, such as q, k and v, share theirs.
 
     Args:
-        model: In training mode or not; its parameters stay as they are.
-        names: Of the layers.
-        count: How many components.
+        model: In training mode or not; its parameters do not change.
+        names: Names of the layers.
+        count: Number of components.
         passes: The rows.
     """
-    found: dict[str, Components] = {}
-    target_positions = latest = torch.empty(0)
+    components: dict[str, Components] = {}
+    target_positions = torch.empty(0)  # of the pass that is running
+    latest_input = torch.empty(0)
     latest_components = Components(count)
 
-    def look(name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        nonlocal latest, latest_components
+    def add_input(name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal latest_input, latest_components
         x: Tensor = arguments[0]
-        if x is not latest:
-            latest, latest_components = x, found.get(name) or Components(count)
-            flat = x.detach().reshape(-1, x.shape[-1])
-            latest_components.add(flat[: len(target_positions)][target_positions.to(x.device)])
-        found[name] = latest_components
+        if x is not latest_input:  # else the layer before this one has added it
+            latest_input = x
+            latest_components = components.get(name) or Components(count)
+            without_padding = x.detach().reshape(-1, x.shape[-1])[: len(target_positions)]
+            latest_components.add(without_padding[target_positions.to(x.device)])
+        components[name] = latest_components
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(add_input, name)) for name in names]
     try:
-        for one in passes:
-            target_positions = one.target_positions
+        for each in passes:
+            target_positions = each.target_positions
             with torch.no_grad():
-                one.run()
+                each.run()
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return components
 
 
-def share_ranks(ranks: Mapping[str, int], most: Mapping[str, int], found: Mapping[str, Components]) -> dict[str, int]:
-    """As many ranks in all, given to the layers whose components explain the largest shares of their inputs' variance.
+def share_ranks(
+    ranks: Mapping[str, int], max_ranks: Mapping[str, int], components: Mapping[str, Components]
+) -> dict[str, int]:
+    """Redistribute ranks, keeping their sum, to the components that explain most of their layer's input variance.
 
     Source: Paischer et al. 2024, "Parameter Efficient Fine-tuning via Explained Variance Adaptation", section 3.2.
 
     Args:
-        ranks: Of each layer, before.
-        most: That a layer may get.
-        found: The components of each.
+        ranks: The rank of each layer before.
+        max_ranks: The highest rank that each layer may get.
+        components: The principal components of each layer's inputs.
 
     Returns:
         Rank by layer, 0 for some.
@@ -134,45 +148,57 @@ def share_ranks(ranks: Mapping[str, int], most: Mapping[str, int], found: Mappin
     Raises:
         UsageError: The rows gave too few components.
     """
-    shares = [(share, name) for name in ranks for share in found[name].shares[: most[name]]]
-    if len(shares) < sum(ranks.values()):
-        seen = min(components.seen for components in found.values())
+    total = sum(ranks.values())
+    candidates: list[tuple[float, str]] = []  # one per component: the share it explains, and its layer
+    for name in ranks:
+        shares = components[name].shares[: max_ranks[name]]
+        candidates += [(share, name) for share in shares]
+    if len(candidates) < total:
+        seen = min(each.seen for each in components.values())
         raise UsageError(
-            f"peft.init: eva has seen {seen} learned tokens, which span too few directions for rank "
+            f"peft.init: eva has seen {seen} target tokens, which span too few directions for rank "
             f"{max(ranks.values())}",
             hint="raise peft.init_rows, or give more rows",
         )
-    chosen = sorted(shares, key=lambda item: -item[0])[: sum(ranks.values())]
-    return {name: sum(name == other for _, other in chosen) for name in ranks}
+    candidates.sort(key=lambda candidate: -candidate[0])  # stable: equal shares stay in the order of layers
+    counts = Counter(name for _, name in candidates[:total])
+    return {name: counts[name] for name in ranks}
 
 
 def sum_gradients(model: nn.Module, names: Iterable[str], passes: Iterable[Pass]) -> dict[str, Tensor]:
-    """The gradients of some layers' weights, summed over all passes, float32 on the CPU: as much as the weights are.
+    """The gradients of some layers' weights, summed over all passes, float32 on the CPU.
+
+    They take as much memory there as these weights in float32.
 
     Raises:
-        UsageError: A layer is quantised, or has no gradient.
+        UsageError: A layer is quantized, or its gradient is zero or not finite.
     """
     sums: dict[str, Tensor] = {}
     names = list(names)
     quantized = [name for name in names if isinstance(model.get_submodule(name), QuantizedLinear)]
     if quantized:
         raise UsageError(
-            f"peft.init: lora-ga starts from gradients of the weights, but {quantized[0]} is quantised",
-            hint="take recipe: lora, or another init",
+            f"peft.init: lora-ga starts from gradients of the weights, but {quantized[0]} is quantized",
+            hint="use recipe: lora, or another init",
         )
 
     def add(name: str, gradient: Tensor) -> None:
-        sums[name] = sums[name].add_(gradient.cpu()) if name in sums else gradient.float().cpu()
+        if name in sums:
+            sums[name].add_(gradient.cpu())
+        else:
+            sums[name] = gradient.float().cpu()
 
     each_gradient(model, names, passes, add)
     for name in names:
         if name not in sums or not bool(sums[name].isfinite().all()) or not bool(sums[name].any()):
-            raise UsageError(f"peft.init: lora-ga found no finite gradient of {name} on the rows it looked at")
+            raise UsageError(
+                f"peft.init: on these rows, the gradient of {name} is zero or not finite: lora-ga needs one"
+            )
     return sums
 
 
 def gradient_factors(gradient: Tensor, rank: int, *, gamma: float = 16.0) -> tuple[Tensor, Tensor]:
-    """Where ``A`` (R, in) and ``B`` (out, R) start, float32, so that their first step goes as full finetuning's would.
+    """The initial ``A`` (R, in) and ``B`` (out, R), float32, whose first step approximates that of full finetuning.
 
     ``A`` takes the first R right singular vectors of the gradient, ``B`` the left ones from R + 1 to 2 R, both times
     ``out^(1/4) / sqrt(gamma)``. Source: Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
@@ -181,9 +207,11 @@ def gradient_factors(gradient: Tensor, rank: int, *, gamma: float = 16.0) -> tup
     Args:
         gradient: (out, in) float32.
         rank: R, at most half of the shorter side.
-        gamma: The larger, the smaller the start.
+        gamma: The larger, the smaller the initial values.
     """
+    # Scaled first: squares of small gradients would underflow in float32, and the factors are normalized anyway.
     left, right = low_rank(gradient / gradient.abs().max(), 2 * rank)
-    U, V = (nn.functional.normalize(factor, dim=dim) for factor, dim in ((left, 0), (right, 1)))
+    U = nn.functional.normalize(left, dim=0)  # (out, 2 R)
+    V = nn.functional.normalize(right, dim=1)  # (2 R, in)
     size = gradient.shape[0] ** 0.25 / gamma**0.5
     return V[:rank] * size, U[:, rank:] * size

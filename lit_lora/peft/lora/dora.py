@@ -1,7 +1,7 @@
-"""DoRA: learn the length of every row of a weight apart from its direction.
+"""DoRA: train the length of each row of a weight separately from its direction.
 
 ``y = m / |V| * (V x) + b`` with ``V = W + s B A`` and ``|V|`` the norms of its rows. ``m`` starts at the norms of
-``W``, so nothing changes until the first step. ``|V|`` counts as a constant in the backward.
+``W``, so nothing changes until the first step. ``|V|`` is a constant in the backward pass.
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5 and section 4.3.
 """
 
@@ -25,14 +25,14 @@ __all__ = ["DoRAConfig", "DoRALinear"]
 class DoRALinear(LoRALinear):
     """A LoRA linear layer whose rows have a trained length, ``lora_magnitude_vector`` (out,) float32.
 
-    Dropout touches the branch only; PEFT drops the base layer's inputs too.
+    Dropout applies to the update's inputs only; PEFT drops the base layer's inputs too.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         rank: R.
-        scaling: The factor of the branch, alpha / rank.
-        dropout: Share of the branch's inputs that are zeroed in training.
-        init: How ``lora_A`` starts; ``lora_B`` starts at zero.
+        scaling: The factor of the update, alpha / rank.
+        dropout: Share of the update's inputs that are zeroed in training.
+        init: Initialization of ``lora_A``; ``lora_B`` starts at zero.
         train_bias: Train a float32 copy of the base layer's bias too.
     """
 
@@ -51,48 +51,61 @@ class DoRALinear(LoRALinear):
         self.base_squares: Tensor
         self.register_buffer("base_squares", squares, persistent=False)
         self.lora_magnitude_vector = nn.Parameter(squares.sqrt())
-        self._known: tuple[Any, Tensor] | None = None
+        self._cached_norms: tuple[Any, Tensor] | None = None  # the state of A and B they are for, and the norms
 
     @staticmethod
     def forward_together(layers: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
         """The outputs of layers that read the same input; see :func:`lit_lora.model.layers.project`."""
         keep, mask = drop_inputs(x, layers[0].dropout, layers[0].training)
-        outputs = lora_linears(x, [layer._part(keep)._replace(bias=None) for layer in layers], mask)
-        return tuple(
-            layer._stretched(y) for layer, y in zip(layers, outputs, strict=True) if isinstance(layer, DoRALinear)
-        )
+        parts = [layer._part(keep)._replace(bias=None) for layer in layers]  # a bias is not rescaled
+        outputs = []
+        for layer, y in zip(layers, lora_linears(x, parts, mask), strict=True):
+            assert isinstance(layer, DoRALinear)
+            outputs.append(layer._rescaled(y))
+        return tuple(outputs)
 
-    def _stretched(self, y: Tensor) -> Tensor:
-        """Rows of ``V x``, (..., out), at their trained length, and the bias."""
+    def _rescaled(self, y: Tensor) -> Tensor:
+        """``V x``, (..., out), at the trained lengths, plus the bias."""
         bias = self.base_layer.bias if self.trained_bias is None else self.trained_bias
         norms = self.norms(decoding=not torch.is_grad_enabled())
-        stretched = y * (self.lora_magnitude_vector / norms)  # float32: in bfloat16 small stretches would vanish
-        return (stretched if bias is None else stretched + bias).to(y.dtype)
+        y32 = y * (self.lora_magnitude_vector / norms)  # float32: in bfloat16, factors near 1 would be rounded to 1
+        if bias is not None:
+            y32 = y32 + bias
+        return y32.to(y.dtype)
 
     @torch.no_grad()
     def norms(self, *, decoding: bool = False) -> Tensor:
         """Norms of the rows of ``W + s B A``, (out,) float32, without forming that matrix.
 
-        ``|w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T``. For what is decoded they are kept until ``A`` or
-        ``B`` change or a gradient is taken: a fused optimizer changes both without counting their version up.
+        ``|w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T``.
+
+        Args:
+            decoding: Reuse the norms of the call before while ``A`` and ``B`` are the same.
         """
+        # A version is counted up by in-place changes, except by a fused optimizer's. But between two of its steps is a
+        # forward pass with gradients, which drops the cache.
         state = (self.lora_A._version, self.lora_B._version, self.lora_A.data_ptr(), self.lora_B.data_ptr())
         if not decoding:
-            self._known = None
-        if self._known is not None and self._known[0] == state:
-            return self._known[1]
-        A, B = self.lora_A, self.lora_B * self.scaling
+            self._cached_norms = None
+        if self._cached_norms is not None and self._cached_norms[0] == state:
+            return self._cached_norms[1]
+
+        A = self.lora_A
+        B = self.lora_B * self.scaling
         cross = self.base_layer.weight.to(A.dtype) @ A.T  # (out, R)
         squares = self.base_squares + (B * (2 * cross + B @ (A @ A.T))).sum(1)
         norms = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-        self._known = (state, norms) if decoding else None
+        if decoding:
+            self._cached_norms = (state, norms)
         return norms
 
     def updates(self) -> dict[str, Update]:
         """Rows of ``W + s B A`` at the length ``m``, and the trained bias."""
         low = LowRank(self.lora_B.detach(), self.lora_A.detach(), self.scaling)
         updates: dict[str, Update] = {"weight": Magnitude(low, self.lora_magnitude_vector.detach())}
-        return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
+        if self.trained_bias is not None:
+            updates["bias"] = Replace(self.trained_bias.detach())
+        return updates
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Both factors, the lengths, and the trained bias."""
@@ -100,7 +113,7 @@ class DoRALinear(LoRALinear):
 
 
 class DoRAConfig(LoRAConfig):
-    """DoRA: LoRA, with the length of every row of the weight trained beside its direction."""
+    """DoRA: LoRA that trains the length of each row of the weight separately from its direction."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
@@ -108,13 +121,13 @@ class DoRAConfig(LoRAConfig):
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "DoRA"
 
     def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
-        """What takes the place of a linear layer."""
+        """The wrapper of a linear layer."""
         return DoRALinear(base, rank, scaling, **settings)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name."""
+        """``adapter_config.json`` without the base model's name."""
         return {**super().peft_config(model), "use_dora": True}

@@ -1,4 +1,4 @@
-"""LoRA beside an embedding, where looking a row up takes the place of a product."""
+"""LoRA for embeddings, with a row lookup instead of a product."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["LoRAEmbedding"]
 
 
 class LoRAEmbedding(OwnModule):
-    """A frozen embedding with a trained low-rank update: ``E[x] + s A^T[x] B^T``.
+    """A frozen embedding plus a trained low-rank update: ``E[x] + s A^T[x] B^T``.
 
-    Here ``lora_A`` (R, V) starts at zero and ``lora_B`` (D, R) normal: the roles are reversed. Both float32.
+    Unlike in a linear layer, ``lora_A`` (R, V) starts at zero and ``lora_B`` (D, R) random, normal. Both are float32.
 
     Args:
-        base_layer: The embedding (V, D); it stays as it is.
+        base_layer: The embedding (V, D); it stays unchanged.
         rank: R.
-        scaling: The factor of the branch, alpha / rank.
+        scaling: The factor of the update, alpha / rank.
     """
 
     def __init__(self, base_layer: nn.Embedding, rank: int, scaling: float) -> None:

@@ -1,4 +1,4 @@
-"""LoRA: keep ``W``, learn a low-rank update beside it.
+"""LoRA: freeze ``W`` and train a low-rank update of it.
 
 ::
 
@@ -9,7 +9,7 @@
 ``y = W x + b + s B A x`` with ``s = alpha / rank``. ``B`` starts at zero, so nothing changes until the first step.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; the init of ``A`` follows
 loralib (github.com/microsoft/LoRA), Kaiming-uniform with a = sqrt(5); rsLoRA is Kalajdzievski 2023, LoRA+ Hayou et al.
-2024, LoRA-FA Zhang et al. 2023 (a frozen ``A``: the backward needs ``A x`` in the place of ``x``).
+2024, LoRA-FA Zhang et al. 2023 (a frozen ``A``: the backward pass needs ``A x`` instead of ``x``).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Init = Literal["kaiming", "gaussian"]
 
 
 class LoRALinear(OwnModule):
-    """A frozen linear layer with a trained low-rank update beside it.
+    """A frozen linear layer plus a trained low-rank update.
 
-    ``lora_A`` (R, in) and ``lora_B`` (out, R) are float32 whatever the dtype of the base layer: in bfloat16 a small
-    learning rate would round every update away.
+    ``lora_A`` (R, in) and ``lora_B`` (out, R) are float32 whatever the dtype of the base layer: in bfloat16, optimizer
+    steps at a small learning rate would be rounded away.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         rank: R.
-        scaling: The factor of the branch, alpha / rank.
-        dropout: Share of the branch's inputs that are zeroed in training.
-        init: How ``lora_A`` starts; ``lora_B`` starts at zero.
+        scaling: The factor of the update, alpha / rank.
+        dropout: Share of the update's inputs that are zeroed in training.
+        init: Initialization of ``lora_A``; ``lora_B`` starts at zero.
         train_bias: Train a float32 copy of the base layer's bias too.
     """
 
@@ -72,18 +72,21 @@ class LoRALinear(OwnModule):
             self.trained_bias = nn.Parameter(base_layer.bias.detach().to(torch.float32, copy=True))
 
     def start_at(self, A: Tensor, B: Tensor) -> None:
-        """Let the factors start at values, float32, whose product is taken off again; see ``lora_inits``."""
-        with torch.no_grad():  # into their own, contiguous memory, as the optimizer's state of a resumed run is
+        """Set the factors, in place, to float32 values whose product is subtracted again; see :mod:`.inits`."""
+        # Copied into the parameters' own contiguous memory, the layout of the optimizer state in a resumed run.
+        with torch.no_grad():
             self.lora_A.copy_(A)
             self.lora_B.copy_(B)
         self.start_A = nn.Parameter(self.lora_A.detach().clone(), requires_grad=False)
         self.start_B = nn.Parameter(self.lora_B.detach().clone(), requires_grad=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``A`` and ``B`` of the whole update, with the start that is taken off."""
+        """``A`` and ``B`` of the whole update; with initial values that are subtracted, of twice the rank."""
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+        A = torch.cat([self.lora_A, self.start_A])
+        B = torch.cat([self.lora_B, -self.start_B], dim=1)
+        return A, B
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -96,6 +99,7 @@ class LoRALinear(OwnModule):
         return lora_linears(x, [layer._part(keep) for layer in layers], mask)
 
     def _part(self, keep: float) -> Part:
+        """The layer's tensors, the update scaled up for the share ``keep`` of its inputs that dropout leaves."""
         base = self.base_layer
         bias = base.bias if self.trained_bias is None else self.trained_bias
         return Part(stored_weight(base), bias, *self.factors(), self.scaling / keep)
@@ -104,13 +108,17 @@ class LoRALinear(OwnModule):
         """``W + s B A``, and the trained bias."""
         A, B = self.factors()
         updates: dict[str, Update] = {"weight": LowRank(B.detach(), A.detach(), self.scaling)}
-        return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
+        if self.trained_bias is not None:
+            updates["bias"] = Replace(self.trained_bias.detach())
+        return updates
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Both factors, and the trained bias."""
         A, B = self.factors()
-        factors: dict[str, Tensor] = {"lora_A.weight": A, "lora_B.weight": B}
-        return factors if self.trained_bias is None else {**factors, "base_layer.bias": self.trained_bias}
+        tensors: dict[str, Tensor] = {"lora_A.weight": A, "lora_B.weight": B}
+        if self.trained_bias is not None:
+            tensors["base_layer.bias"] = self.trained_bias
+        return tensors
 
     def extra_repr(self) -> str:
         """Rank, scaling and dropout."""

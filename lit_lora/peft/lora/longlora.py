@@ -1,9 +1,9 @@
-"""LongLoRA: take a model to a longer context with attention in shifted groups while it trains.
+"""LongLoRA: extend a model's context, with attention in shifted groups during training.
 
 Positions are interpolated, so the model reads ``factor`` times as many tokens. In training, tokens attend within
-groups, in half of the heads shifted by half a group: the cost of long documents grows with their length and not with
-its square. Generating, validating and merging know full attention only. Beside q, k, v and o stands LoRA, and the
-embedding and all norms train in full: low-rank updates alone do not learn long contexts.
+groups, shifted by half a group in half of the heads: the cost of long documents grows with their length instead of its
+square. Generation, validation and merged models use full attention. LoRA adapts q, k, v and o, and the embedding and
+all norms train in full, because low-rank updates alone do not learn long contexts.
 Source: Chen et al. 2024, "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models", sections 3.2 and 3.3;
 the interpolation is Chen et al. 2023, arXiv:2306.15595, or YaRN, arXiv:2309.00071.
 """
@@ -30,10 +30,10 @@ __all__ = ["GroupedAttention", "LongContext", "LongLoRAConfig", "ShiftedGroups",
 
 
 class LongContext(AddedModule):
-    """A longer context for the model that it stands in.
+    """Extends the context of its host, the model, through the host's config.
 
     Args:
-        method: Whose ``configure`` changes the model's config.
+        method: Its ``configure`` changes the config.
     """
 
     child = "long_context"
@@ -43,22 +43,22 @@ class LongContext(AddedModule):
         self.method = method
 
     def join(self, host: nn.Module) -> None:
-        """Become a part of ``host``, in place."""
+        """Become a child of ``host`` and extend its context, in place."""
         super().join(host)
-        self.before_it: Any = host.config
-        host.config = self.method.configure(self.before_it)
+        self.original_config: Any = host.config
+        host.config = self.method.configure(self.original_config)
 
     def leave(self, host: nn.Module) -> None:
-        """Take it out of its host, whose context is the former one again."""
+        """Remove it from its host and restore the host's context, in place."""
         super().leave(host)
-        host.config = self.before_it
+        host.config = self.original_config
 
 
 class ShiftedGroups(AddedModule):
-    """Attention within groups of tokens while its host trains.
+    """Limits its host's attention to groups of tokens in training mode.
 
     Args:
-        size: Tokens of a group.
+        size: Tokens per group.
     """
 
     child = "shifted_groups"
@@ -68,39 +68,41 @@ class ShiftedGroups(AddedModule):
         self.size = size
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The tokens as they are, and attention in groups."""
+        """The same tokens, with attention in groups."""
         if not host.training:
             return None
         x, attend = args
         return x, in_groups(attend, self.size)
 
 
-@lru_cache(maxsize=1)  # all layers of a pass are given the same attention, and share what is built from it
+@lru_cache(maxsize=1)  # all layers of a pass get the same attention, and share the layouts built from it
 def in_groups(attend: Attend, size: int) -> Attend:
-    """Attention within groups of ``size`` tokens; over a cache it stays as it is, for decoding sees everything.
+    """Attention within groups of ``size`` tokens; over a cache it is unchanged: decoding sees all tokens.
 
     Raises:
-        ValueError: Documents share their first tokens, which would be in groups of different sizes.
+        ValueError: Documents have a shared prefix, whose tokens would be in groups of different sizes.
     """
     if not isinstance(attend, PackedAttention):
         return attend
     if attend.layout.shared_prefix:
-        raise ValueError(f"{attend.layout.shared_prefix} tokens that all documents begin with do not go with groups")
+        raise ValueError(
+            f"attention in groups does not support a shared prefix, got {attend.layout.shared_prefix} tokens"
+        )
     return GroupedAttention(attend, size)
 
 
 class GroupedAttention:
     """Documents cut into groups that do not see each other; half of the key/value heads cut them half a group earlier.
 
-    A group is to attention what a document is, only that positions go on. So nobody sees what comes later, and nobody
-    another document. A document of at most one group stays whole in all heads. With one key/value head, the query heads
-    are halved.
+    Attention treats a group like a document, except that positions continue from the group before. So no token sees a
+    later one or another document. A document of at most one group stays whole in all heads. With a single key/value
+    head, the query heads are split instead.
 
-    Source: arXiv:2309.12307 section 3.2, without the wrap of the last group around to the first tokens.
+    Source: arXiv:2309.12307 section 3.2, except that the last group does not wrap around to the first tokens.
 
     Args:
         tokens: Attention over the documents.
-        size: Tokens of a group.
+        size: Tokens per group.
     """
 
     prefix_length = 0
@@ -111,8 +113,10 @@ class GroupedAttention:
         self.shifted = self._layout(size, first=max(1, size // 2))
 
     def _layout(self, size: int, first: int) -> Layout:
-        """All documents in groups, the first group of each with ``first`` tokens."""
-        groups = [group for length in self.tokens.lengths for group in _groups(length, size, first)]
+        """The layout of all documents in groups, the first group of each with ``first`` tokens."""
+        groups: list[int] = []
+        for length in self.tokens.lengths:
+            groups += _groups(length, size, first)
         return Layout(groups, self.tokens.window)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -123,33 +127,36 @@ class GroupedAttention:
             kv_cut = -(-kv_heads // 2)
             query_cut = kv_cut * queries_per_kv
             late_key, late_value = key[:, kv_cut:], value[:, kv_cut:]
-        else:  # both halves of the queries read the one key/value head
+        else:  # both halves of the query heads read the one key/value head
             kv_cut = 1
             query_cut = -(-queries_per_kv // 2)
             late_key, late_value = key, value
 
         early = (query[:, :query_cut], key[:, :kv_cut], value[:, :kv_cut])
         late = (query[:, query_cut:], late_key, late_value)
-        # The kernels take contiguous tensors only.
+        # The kernels require contiguous tensors.
         early_out = self.tokens.within(self.aligned, *(tensor.contiguous() for tensor in early))
         late_out = self.tokens.within(self.shifted, *(tensor.contiguous() for tensor in late))
         return torch.cat([early_out, late_out], dim=1)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H) turned by the positions of its rows."""
+        """(T, heads, H), rotated by the positions of its rows."""
         return self.tokens.rotate(x)
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
-        """Refused: tokens before a document would be in its first group only."""
-        raise ValueError("tokens before every document do not go with groups")
+        """Not supported: only a document's first group would see the prefix."""
+        raise ValueError("attention in groups does not support a prefix before every document")
 
 
 def _groups(length: int, size: int, first: int) -> list[int]:
-    """A document's length in groups of ``size``, the first of ``first`` tokens; one that fits into a group is one."""
+    """The lengths of a document's groups, ``first`` and then ``size`` each; at most ``size`` tokens are one group."""
     if length <= size:
         return [length]
-    whole, rest = divmod(length - first, size)
-    return [first, *[size] * whole, *([rest] if rest else [])]
+    full_groups, rest = divmod(length - first, size)
+    groups = [first] + [size] * full_groups
+    if rest:
+        groups.append(rest)
+    return groups
 
 
 class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
@@ -157,16 +164,16 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
 
     peft_type: ClassVar[str] = "LIT_LORA_LONGLORA"
     name: Literal["longlora"] = Field("longlora", description="The method.")  # type: ignore[assignment]
-    factor: float = Field(2.0, ge=1, description="How many times longer the context becomes.")
+    factor: float = Field(2.0, ge=1, description="Factor by which the context becomes longer.")
     rope_type: Literal["linear", "yarn"] = Field(
         "yarn",
-        description="How positions are stretched: yarn (slow rotations only; hardly needs training) or linear (all "
-        "alike, as in the article; needs much).",
+        description="Interpolation of positions: yarn (of slow rotations only; needs little training) or linear (of "
+        "all, as in the paper; needs much).",
     )
     group: int | None = Field(
         None,
         ge=2,
-        description="Tokens that attend to each other in training; a quarter of the new context when omitted. Shorter "
+        description="Tokens per attention group in training; a quarter of the new context if omitted. Shorter "
         "documents attend in full.",
     )
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
@@ -175,44 +182,50 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
     )
     modules_to_save: list[str] = Field(
         [*default_names("embedding"), "*norm"],
-        description="Modules trained in full: embedding and norms, of which a longer context needs both.",
+        description="Modules to train in full; a longer context needs both the embedding and the norms.",
     )
 
     @property
     def graph_safe(self) -> bool:
-        """Groups are cut by the documents' lengths."""
+        """Not safe: groups depend on the documents' lengths."""
         return False
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "LongLoRA"
 
     @property
     def about(self) -> str:
-        """Rank, alpha and the longer context."""
+        """The method, its rank, alpha and longer context."""
         return f"{super().about}, context × {self.factor:g} ({self.rope_type})"
 
     def configure(self, config: AnyConfig) -> AnyConfig:
-        """The config of the model with the longer context."""
+        """The model's config with the longer context.
+
+        Raises:
+            UsageError: The model is not one of lit-lora's decoders, or its positions are already scaled.
+        """
         if not hasattr(config, "extended"):
-            raise UsageError("peft.name: longlora needs a decoder of this package, whose positions can be stretched")
+            raise UsageError(
+                "peft.name: longlora needs one of lit-lora's own decoders, whose positions it interpolates"
+            )
         if self.factor == 1:
             return config
         extended: AnyConfig = config.extended(self.factor, self.rope_type)
         return extended
 
     def apply(self, model: nn.Module) -> None:
-        """Wrap the targets and lengthen the context in place; call ``freeze`` first.
+        """Wrap the targets and extend the context in place; call ``freeze`` first.
 
         Raises:
-            UsageError: The model is no decoder of this package, its positions are stretched in another way, or a name
-                matches no module.
+            UsageError: The model is not one of lit-lora's decoders, its positions are already scaled in another way, or
+                a name matches no module.
         """
         config = getattr(model, "config", None)
         if config is None:
-            raise UsageError("peft: longlora is for decoders, this model has no positions to stretch")
-        config = self.configure(config)  # refuses before anything is changed
+            raise UsageError("peft: longlora is for decoders, and this model has no config with positions")
+        config = self.configure(config)  # first: an error must leave the model unchanged
         super().apply(model)
         LongContext(self).join(model)
         size = self.group or max(2, config.max_position_embeddings // 4)
@@ -222,5 +235,5 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
                 ShiftedGroups(size).join(module)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json`` in a form of ours: PEFT has no adapter that changes a model's positions."""
+        """``adapter_config.json`` in our own format: PEFT has no adapter that changes a model's positions."""
         return {**super().peft_config(model), "peft_type": self.peft_type}

@@ -1,8 +1,8 @@
-"""MultiLoRA: several low-rank updates beside one layer, each with trained scales that start at zero.
+"""MultiLoRA: several low-rank updates of one layer, each with trained scales that start at zero.
 
 ``y = W x + b + s sum_i c_i * (B_i A_i x)``. ``A_i`` and ``B_i`` start random, the scales ``c_i`` (out,) at zero; the
-sum spreads over more directions than one update of the same size. As a product, all of them are one update of rank n R,
-``B = [c_1 * B_1, ...]``, and that is how it is saved: as a LoRA that every program reads.
+sum spreads over more directions than one update of the same size. Together they are one update of rank n R,
+``B = [c_1 * B_1, ...]``, and are saved as such: as a LoRA that every program reads.
 Source: Wang et al. 2023, "MultiLoRA: Democratizing LoRA for Better Multi-Task Learning", equation 4.
 """
 
@@ -25,16 +25,16 @@ __all__ = ["MultiLoRAConfig", "MultiLoRALinear"]
 
 
 class MultiLoRALinear(LoRALinear):
-    """A frozen linear layer with several low-rank updates beside it.
+    """A frozen linear layer plus several trained low-rank updates.
 
     Their factors are stacked: ``lora_A`` (n R, in) and ``lora_B`` (out, n R); ``scales`` is (out, n). All float32.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         rank: R, of one update.
-        scaling: The factor of the branch, alpha / rank.
-        dropout: Share of the branch's inputs that are zeroed in training.
-        init: How every ``A_i`` starts.
+        scaling: The factor of the updates, alpha / rank.
+        dropout: Share of the updates' inputs that are zeroed in training.
+        init: Initialization of every ``A_i``.
         train_bias: Train a float32 copy of the base layer's bias too.
         count: n.
     """
@@ -51,7 +51,8 @@ class MultiLoRALinear(LoRALinear):
         count: int = 3,
     ) -> None:
         super().__init__(base_layer, count * rank, scaling, dropout, init, train_bias=train_bias)
-        nn.init.uniform_(self.lora_B, -1 / math.sqrt(rank), 1 / math.sqrt(rank))  # Kaiming, of each B_i by itself
+        bound = 1 / math.sqrt(rank)  # Kaiming's, for each B_i separately
+        nn.init.uniform_(self.lora_B, -bound, bound)
         scales = torch.zeros(base_layer.out_features, count, dtype=torch.float32, device=device_of(base_layer))
         self.scales = nn.Parameter(scales)
 
@@ -67,32 +68,34 @@ class MultiLoRALinear(LoRALinear):
         """All updates as one, and the trained bias."""
         low = LowRank(self.scaled_B().detach(), self.lora_A.detach(), self.scaling)
         updates: dict[str, Update] = {"weight": low}
-        return updates if self.trained_bias is None else {**updates, "bias": Replace(self.trained_bias.detach())}
+        if self.trained_bias is not None:
+            updates["bias"] = Replace(self.trained_bias.detach())
+        return updates
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Factors of the one update, and the trained bias."""
+        """The factors of all updates as one, and the trained bias."""
         return {**super().file_tensors(), "lora_B.weight": self.scaled_B()}
 
 
 class MultiLoRAConfig(LoRAConfig):
-    """MultiLoRA: several low-rank updates beside each linear layer, for mixed tasks."""
+    """MultiLoRA: several low-rank updates of each linear layer, for mixed tasks."""
 
     default_lr: ClassVar[float | None] = 6e-4
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     name: Literal["multilora"] = Field("multilora", description="The method.")  # type: ignore[assignment]
-    updates: int = Field(3, ge=1, description="Updates beside each layer, each of the given rank.")
+    updates: int = Field(3, ge=1, description="Number of updates per layer, each of the given rank.")
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "MultiLoRA"
 
     @property
     def about(self) -> str:
-        """The method and its size."""
+        """The method, the number of updates, their rank and alpha."""
         return f"MultiLoRA, {self.updates} updates of rank {self.rank}, alpha {self.base_alpha:g}"
 
     def linear(self, base: nn.Linear, rank: int, scaling: float, **settings: Any) -> LoRALinear:
-        """The module that takes the place of a linear layer."""
+        """The wrapper of a linear layer."""
         return MultiLoRALinear(base, rank, scaling, count=self.updates, **settings)

@@ -1,4 +1,4 @@
-"""Full finetuning: every parameter trains, or those that a pattern names."""
+"""Full finetuning: all parameters train, or those of named modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FullConfig(Method, TrainsModulesInFull):
     kind: ClassVar[Kind] = "full"
     name: Literal["full"] = Field("full", description="The method.")
     train: Literal["all"] | list[str] = Field(
-        "all", description="all, or names of the modules that train, such as mlp, lm_head or model.layers.29.*."
+        "all", description="Modules to train: all, or a list of names such as mlp, lm_head or model.layers.29.*."
     )
 
     def with_modules_to_save(self, names: Sequence[str]) -> FullConfig:
@@ -33,20 +33,22 @@ class FullConfig(Method, TrainsModulesInFull):
         return self.model_copy(update={"train": list(dict.fromkeys([*self.train, *names]))})
 
     def apply(self, model: nn.Module) -> None:
-        """Let the parameters of the named modules require a gradient (call ``freeze`` first for a part).
+        """Let the parameters of the chosen modules require a gradient, in place; call ``freeze`` first.
 
         Raises:
-            UsageError: A pattern matches no module, or the base is quantised: codes have no gradient.
+            UsageError: A name matches no module, or the base is quantized: codes have no gradient.
         """
         quantized = found_config(model)
         if quantized is not None:
             raise UsageError(
-                f"peft: full finetuning changes every weight, but the base is quantised ({quantized})",
+                f"peft: full finetuning changes every weight, but the base is quantized ({quantized})",
                 hint="start from the original 16-bit checkpoint, or train an adapter: recipe=qlora",
             )
         if self.train == "all":
             model.requires_grad_(True)
             return
-        names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-        for name in select(self.train, names, key="peft.train"):
-            model.get_submodule(name).requires_grad_(True)
+        with_parameters = {
+            name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+        }
+        for name in select(self.train, with_parameters, key="peft.train"):
+            with_parameters[name].requires_grad_(True)
