@@ -88,8 +88,8 @@ def test_rows_that_weigh_errors_take_the_model_in_full_once(task: Path, call: Ca
         (["--shape", "llama-8t"], "llama-8t"),
         (["quantize.block_size=4096"], "4096 does not divide the 32 columns"),
         (["quantize.name=nf5"], "quantize.name"),
-        (["peft.name=lq-lora", "peft.bits=1", "quantize.block_size=64"], "a budget of 1 bits a weight cannot be met"),
-        (["peft.name=qa-lora"], "qa-lora trains over a base in groups, this one is nf4-dq, blocks of 32"),
+        (["peft.name=lq-lora", "peft.bits=1", "quantize.block_size=64"], "a budget of 1 bits per weight is too small"),
+        (["peft.name=qa-lora"], "qa-lora needs a base in int4 or int2, got nf4-dq, blocks of 32"),
     ],
     ids=str,
 )

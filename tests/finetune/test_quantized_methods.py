@@ -132,7 +132,7 @@ _INT4 = ["peft.name=qa-lora", "quantize.name=int4"]
             r"peft.rank: 17 is too large for .*k_proj \(16×32\), expected at most 16",
         ),
         (["peft.name=loftq", "peft.init=gaussian"], "has no effect: A and B start from"),
-        (["peft.name=qa-lora"], r"qa-lora trains over a base in groups, this one is nf4-dq, blocks of 32"),
+        (["peft.name=qa-lora"], r"qa-lora needs a base in int4 or int2, got nf4-dq, blocks of 32"),
         (["recipe=lora", "peft.name=qa-lora"], r"'qa-lora' is not for this recipe \(did you mean recipe: qlora\?\)"),
         ([*_INT4, "peft.group_size=24"], "peft.group_size: 24 does not divide the 32 columns of .*q_proj"),
         (

@@ -39,7 +39,7 @@ def test_the_evolution_finds_the_best_and_scores_none_twice():
     assert evolve(sizes, Search(generations=2), score) == evolve(sizes, Search(generations=2), score)
     few, _ = evolve(sizes, Search(population=40, parents=10, generations=9, most=0.3), lambda genes: float(sum(genes)))
     assert sum(sizes[0][gene] for gene in few) <= 0.3 * 48
-    with pytest.raises(UsageError, match=r"most 0\.01 leaves no selection"):
+    with pytest.raises(UsageError, match=r"found no selection of forms with at most 0\.01"):
         evolve(sizes, Search(most=0.01), score)
 
 
@@ -109,5 +109,5 @@ def test_a_search_without_validation_rows_is_refused_before_training(task: Path)
     with pytest.raises(UsageError, match="scored on validation rows, and there are none"):
         finetuned(config)
     assert not (task / "run").exists()
-    with pytest.raises(ValueError, match="parents 4 of a population of 2"):
+    with pytest.raises(ValueError, match="at most as many parents as the population of 2, got 4"):
         method(search={"population": 2})

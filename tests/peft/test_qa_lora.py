@@ -105,9 +105,11 @@ def test_a_saved_adapter_gives_the_same_logits(folder, tmp_path):
 
 
 def test_a_base_without_groups_is_refused(folder):
-    with pytest.raises(UsageError, match=r"trains over a base in groups, model\.layers\.0\.self_attn\.q_proj is not"):
+    with pytest.raises(
+        UsageError, match=r"needs a base in int4 or int2, but model\.layers\.0\.self_attn\.q_proj is not"
+    ):
         adapted(make_model(), method())
-    with pytest.raises(UsageError, match="trains over a base in groups, this one is nf4-dq"):
+    with pytest.raises(UsageError, match="needs a base in int4 or int2, got nf4-dq"):
         over(folder, method(), QuantizeConfig())
-    with pytest.raises(UsageError, match="this one is int8"):
+    with pytest.raises(UsageError, match="got int8"):
         method().for_quantized_base(QuantizeConfig(name="int8"))

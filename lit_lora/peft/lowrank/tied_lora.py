@@ -1,8 +1,8 @@
-"""Tied-LoRA: the layers share the low-rank factors; each has two vectors of its own around them.
+"""Tied-LoRA: layers share the low-rank factors, and each has two vectors of its own.
 
-``y = W x + b + s v * (B (u * (A x)))`` with ``A`` and ``B`` tied over all layers of one name and shape, ``u`` (R,) and
-``v`` (out,) per layer; any of the four trains or stays at its start. ``A`` starts random and ``u`` at one. Exactly one
-factor is zero at the start, and it trains: ``B``, or ``v`` where ``B`` stays random.
+``y = W x + b + s v * (B (u * (A x)))`` with ``A`` and ``B`` shared by all layers of one name and shape, ``u`` (R,) and
+``v`` (out,) per layer; any of the four trains or keeps its initial value. ``A`` starts random and ``u`` at one. Exactly
+one factor starts at zero, and it trains: ``B``, or ``v`` if ``B`` stays random.
 Source: Renduchintala et al. 2023, "Tied-LoRA: Enhancing parameter efficiency of LoRA with weight tying", section 3.
 """
 
@@ -28,14 +28,14 @@ Tensors = Literal["A", "B", "u", "v"]
 
 
 class TiedLoRALinear(OwnModule):
-    """A frozen linear layer with a low-rank update whose factors other layers share, all float32.
+    """A frozen linear layer plus a low-rank update whose factors other layers share, all float32.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         tied_A: (R, in).
         tied_B: (out, R).
-        scaling: The factor of the branch, alpha / rank.
-        v_initial: Where ``v`` starts.
+        scaling: The factor of the update, alpha / rank.
+        v_initial: Initial value of ``v``.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class TiedLoRALinear(OwnModule):
     ) -> None:
         super().__init__()
         self.base_layer: nn.Linear = base_layer
-        self.tied_A, self.tied_B, self.scaling = tied_A, tied_B, scaling
+        self.tied_A = tied_A
+        self.tied_B = tied_B
+        self.scaling = scaling
         device = device_of(base_layer)
         self.u = nn.Parameter(torch.ones(tied_A.shape[0], device=device))
         self.v = nn.Parameter(torch.full((base_layer.out_features,), v_initial, device=device))
@@ -60,7 +62,8 @@ class TiedLoRALinear(OwnModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         base = self.base_layer
-        return lora_linears(x, [Part(stored_weight(base), base.bias, self.tied_A, self._scaled_B(), self.scaling)])[0]
+        part = Part(stored_weight(base), base.bias, self.tied_A, self._scaled_B(), self.scaling)
+        return lora_linears(x, [part])[0]
 
     def updates(self) -> dict[str, Update]:
         """``W + s diag(v) B diag(u) A``."""
@@ -75,59 +78,62 @@ class TiedLoRAConfig(TargetedMethod):
     peft_keys: ClassVar[frozenset[str]] = frozenset(["r"])
 
     name: Literal["tied-lora"] = Field("tied-lora", description="The method.")
-    rank: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(None, gt=0, description="The update is scaled by alpha / rank; 2 x rank when omitted.")
+    rank: int = Field(8, ge=1, description="Rank of the updates.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scale of the updates, which are multiplied by alpha / rank; 2 x rank if omitted."
+    )
     train: list[Tensors] = Field(
         ["A", "B", "u", "v"],
         min_length=1,
-        description="What trains: the shared A and B, the layers' own u (of the rank's size) and v (of the outputs').",
+        description="Tensors to train: the shared A and B, and each layer's u (one value per rank) and v (per output).",
     )
 
     @model_validator(mode="after")
     def _one_zero(self) -> TiedLoRAConfig:
         if not {"B", "v"} & set(self.train):
-            raise ValueError("train: with B and v both at their start the update would change the model or stay zero")
+            raise ValueError(f"train: expected B, v or both among them, got {', '.join(self.train)}")
         return self
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "Tied-LoRA"
 
     @property
     def about(self) -> str:
-        """The method and its size."""
+        """The method, its rank and what it trains."""
         return f"Tied-LoRA, rank {self.rank}, trains {', '.join(self.train)}"
 
     def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
-        """An update for each target; those of one name (but for numbers) and shape share their factors.
+        """The wrappers of the targets; those with the same name, apart from numbers, and shape share their factors.
 
         Raises:
-            UsageError: The rank is too large for one.
+            UsageError: The rank is too large for a target.
         """
-        pools: dict[tuple[str, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+        shared: dict[tuple[str, int, int], tuple[nn.Parameter, nn.Parameter]] = {}
         alpha = 2 * self.rank if self.alpha is None else self.alpha
+        v_initial = 1.0 if "B" in self.train else 0.0  # the factor that is zero: B if it trains, else v
         wrapped: dict[str, OwnModule] = {}
         for name, base in targets.items():
-            out, wide = base.out_features, base.in_features
-            check_rank(self.rank, name, (out, wide))
-            key = (re.sub(r"\b\d+\b", "*", name), out, wide)
-            A, B = pools.setdefault(key, self._factors(base))
-            module = TiedLoRALinear(base, A, B, alpha / self.rank, 1.0 if "B" in self.train else 0.0)
+            check_rank(self.rank, name, (base.out_features, base.in_features))
+            key = (re.sub(r"\b\d+\b", "*", name), base.out_features, base.in_features)
+            A, B = shared.setdefault(key, self._factors(base))
+            module = TiedLoRALinear(base, A, B, alpha / self.rank, v_initial)
             module.u.requires_grad_("u" in self.train)
             module.v.requires_grad_("v" in self.train)
             wrapped[name] = module
         return wrapped
 
     def _factors(self, base: nn.Linear) -> tuple[nn.Parameter, nn.Parameter]:
-        out, wide = base.out_features, base.in_features
-        A = torch.empty(self.rank, wide, dtype=torch.float32, device=device_of(base))
-        B = torch.zeros(out, self.rank, dtype=torch.float32, device=device_of(base))
+        """New factors for layers of this shape, (R, in) and (out, R)."""
+        device = device_of(base)
+        A = torch.empty(self.rank, base.in_features, dtype=torch.float32, device=device)
+        B = torch.zeros(base.out_features, self.rank, dtype=torch.float32, device=device)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if "B" not in self.train:
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
         return nn.Parameter(A, requires_grad="A" in self.train), nn.Parameter(B, requires_grad="B" in self.train)
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name; PEFT has no such method."""
+        """``adapter_config.json`` in our own format: PEFT has no such method."""
         return {**super().peft_config(model), "r": self.rank}

@@ -1,9 +1,9 @@
-"""VeRA: random matrices that all layers share and that never train; each layer trains two vectors.
+"""VeRA: all layers share frozen random matrices, and each trains two vectors.
 
-``y = W x + b + lambda_b * (B (lambda_d * (A x)))``. A layer takes the first columns of ``A`` (R, largest in) and the
+``y = W x + b + lambda_b * (B (lambda_d * (A x)))``. A layer uses the first columns of ``A`` (R, largest in) and the
 first rows of ``B`` (largest out, R). ``lambda_b`` starts at zero.
-Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", equation 2. The matrices are drawn as PEFT
-draws them, Kaiming-uniform from a generator of their own, and are saved with the adapter.
+Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation", equation 2. The matrices are drawn as in
+PEFT, Kaiming-uniform from a generator of their own, and are saved with the adapter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["VeRAConfig", "VeRALinear"]
 
 
 class VeRALinear(OwnModule):
-    """A frozen linear layer with two trained vectors around shared random matrices, all float32.
+    """A frozen linear layer plus a low-rank update of shared random matrices and two trained vectors, all float32.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         vera_A: (R, at least in), shared and frozen.
         vera_B: (at least out, R), shared and frozen.
-        d_initial: Where ``vera_lambda_d`` (R,) starts; ``vera_lambda_b`` (out,) starts at zero.
-        dropout: Share of the branch's inputs that are zeroed in training.
+        d_initial: Initial value of ``vera_lambda_d`` (R,); ``vera_lambda_b`` (out,) starts at zero.
+        dropout: Share of the update's inputs that are zeroed in training.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class VeRALinear(OwnModule):
     ) -> None:
         super().__init__()
         self.base_layer: nn.Linear = base_layer
-        self.vera_A, self.vera_B, self.dropout = vera_A, vera_B, dropout
+        self.vera_A = vera_A
+        self.vera_B = vera_B
+        self.dropout = dropout
         device = device_of(base_layer)
         self.vera_lambda_d = nn.Parameter(torch.full((vera_A.shape[0],), d_initial, device=device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(base_layer.out_features, device=device))
@@ -54,30 +56,37 @@ class VeRALinear(OwnModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        base, (A, _) = self.base_layer, self._slices()
+        # Both vectors scale B, so the update is an ordinary low-rank product with a frozen A.
+        base = self.base_layer
         keep, mask = drop_inputs(x, self.dropout, self.training)
-        return lora_linears(x, [Part(stored_weight(base), base.bias, A, self._scaled_B(), 1 / keep)], mask)[0]
+        part = Part(stored_weight(base), base.bias, self._A(), self._scaled_B(), 1 / keep)
+        return lora_linears(x, [part], mask)[0]
+
+    def _A(self) -> Tensor:
+        """This layer's view of the shared ``A``, (R, in)."""
+        return self.vera_A[:, : self.base_layer.in_features]
 
     def _scaled_B(self) -> Tensor:
-        """``diag(lambda_b) B diag(lambda_d)``, (out, R)."""
-        return self.vera_lambda_b[:, None] * self._slices()[1] * self.vera_lambda_d
-
-    def _slices(self) -> tuple[Tensor, Tensor]:
-        """Views of the shared matrices, (R, in) and (out, R)."""
-        return self.vera_A[:, : self.base_layer.in_features], self.vera_B[: self.base_layer.out_features]
+        """``diag(lambda_b) B diag(lambda_d)`` with this layer's rows of the shared ``B``, (out, R)."""
+        B = self.vera_B[: self.base_layer.out_features]
+        return self.vera_lambda_b[:, None] * B * self.vera_lambda_d
 
     def updates(self) -> dict[str, Update]:
         """``W + diag(lambda_b) B diag(lambda_d) A``."""
-        return {"weight": LowRank(self._scaled_B().detach(), self._slices()[0].detach(), 1.0)}
+        return {"weight": LowRank(self._scaled_B().detach(), self._A().detach(), 1.0)}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Both vectors, and the shared matrices under the names that PEFT gives them."""
-        shared = {"base_model.vera_A": self.vera_A, "base_model.vera_B": self.vera_B}
-        return {**shared, "vera_lambda_b": self.vera_lambda_b, "vera_lambda_d": self.vera_lambda_d}
+        """Both vectors, and the shared matrices under PEFT's names for them, which are full names."""
+        return {
+            "base_model.vera_A": self.vera_A,
+            "base_model.vera_B": self.vera_B,
+            "vera_lambda_b": self.vera_lambda_b,
+            "vera_lambda_d": self.vera_lambda_d,
+        }
 
 
 class VeRAConfig(TargetedMethod):
-    """VeRA: two trained vectors per layer around shared random matrices."""
+    """VeRA: two trained vectors per layer, and random matrices shared by all."""
 
     default_lr: ClassVar[float | None] = 6e-3
     peft_type: ClassVar[str] = "VERA"
@@ -86,28 +95,30 @@ class VeRAConfig(TargetedMethod):
     )
 
     name: Literal["vera"] = Field("vera", description="The method.")
-    rank: int = Field(256, ge=1, description="Rank of the shared matrices; large, because it costs few parameters.")
-    d_initial: float = Field(0.1, description="Where the inner vectors start.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the branch's inputs zeroed in training.")
-    projection_seed: int = Field(0, ge=0, description="Of the shared matrices.")
+    rank: int = Field(256, ge=1, description="Rank of the shared matrices; high, as it adds few trainable parameters.")
+    d_initial: float = Field(0.1, description="Initial value of the inner vectors.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the updates' inputs to zero in training.")
+    projection_seed: int = Field(0, ge=0, description="Seed of the shared matrices.")
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "VeRA"
 
     def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
-        """Vectors for each target, around one pair of matrices for all."""
+        """The wrappers of the targets, with one pair of shared matrices as large as the largest target needs."""
         bases = list(targets.values())
-        generator = torch.Generator().manual_seed(self.projection_seed)
         device = device_of(bases[0])
-        A = _random((self.rank, max(base.in_features for base in bases)), generator).to(device)
-        B = _random((max(base.out_features for base in bases), self.rank), generator).to(device)
-        shared = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
-        return {name: VeRALinear(base, *shared, self.d_initial, self.dropout) for name, base in targets.items()}
+        columns = max(base.in_features for base in bases)
+        rows = max(base.out_features for base in bases)
+
+        generator = torch.Generator().manual_seed(self.projection_seed)
+        A = nn.Parameter(_random((self.rank, columns), generator).to(device), requires_grad=False)
+        B = nn.Parameter(_random((rows, self.rank), generator).to(device), requires_grad=False)
+        return {name: VeRALinear(base, A, B, self.d_initial, self.dropout) for name, base in targets.items()}
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name."""
+        """``adapter_config.json`` without the base model's name."""
         return {
             **super().peft_config(model),
             "task_type": "CAUSAL_LM",
@@ -122,12 +133,12 @@ class VeRAConfig(TargetedMethod):
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VeRAConfig:
-        """Settings of an adapter that PEFT wrote, with full names."""
-        end = ".vera_lambda_b"
+        """Settings of an adapter that PEFT wrote, with full module names."""
+        suffix = ".vera_lambda_b"
         settings = {
             "name": "vera",
             "rank": raw.get("r", 256),
-            "target_modules": [name.removesuffix(end) for name in tensors if name.endswith(end)],
+            "target_modules": [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)],
             "dropout": raw.get("vera_dropout", 0.0),
             "d_initial": raw.get("d_initial", 0.1),
             "projection_seed": raw.get("projection_prng_key", 0),

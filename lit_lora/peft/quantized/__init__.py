@@ -1,1 +1,1 @@
-"""Methods that choose the codes of a quantised base, or fit an update to them: LoftQ, LQ-LoRA, QA-LoRA."""
+"""Methods that choose the codes of a quantized base, or fit their update to them: LoftQ, LQ-LoRA, QA-LoRA."""

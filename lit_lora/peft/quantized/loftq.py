@@ -1,16 +1,17 @@
-"""LoftQ: LoRA on a quantised base, both chosen so that together they start near the original weights.
+"""LoftQ: LoRA on a quantized base, both initialized so that their sum is near the original weights.
 
-``W`` is taken apart into codes ``Q`` and a low-rank ``s B A`` in turns (see :mod:`lit_lora.peft.quantized.decompose`),
-from the weights alone, without data. The codes are therefore not those of ``W``, and the run keeps its base. ``A`` and
-``B`` are divided by ``sqrt(s)`` each, so that the branch adds all of the correction whatever alpha is; the authors'
-script and PEFT leave that out, and with alpha 16 and rank 64 add a quarter of it. Source: Li et al. 2023, "LoftQ:
-LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659.
+``W`` is decomposed into codes ``Q`` and a low-rank ``s B A`` (see :mod:`lit_lora.peft.quantized.decompose`), from the
+weights alone, without data. The codes differ from those of ``W``, so the run saves its base. ``A`` and ``B`` are
+divided by ``sqrt(s)`` each, so that the update adds all of the correction whatever alpha is; the authors' script and
+PEFT do not, and with alpha 16 and rank 64 add a quarter of it. Source: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware
+Quantization for Large Language Models", arXiv:2310.08659.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -31,24 +32,26 @@ from lit_lora.quantize import QuantizeConfig, Quantized, quantize
 __all__ = ["LoftQConfig", "LowRankStart"]
 
 Split = Callable[[str, Tensor, int], Decomposed]
-"""Takes the weight of the layer of a name apart, with a remainder of a rank."""
+"""Decomposes a layer's weight: called with its name, the weight (out, in) and the rank of the remainder."""
 
 
 class LowRankStart:
-    """Takes the weights of adapted layers apart as they come and keeps the remainders; quantises the others.
+    """A quantizer that decomposes the weights of adapted layers, and stores their remainders for the adapter.
 
     Args:
-        ranks: Of the remainder, by layer.
-        split: How an adapted layer is taken apart.
-        plain: How the others are quantised.
+        ranks: Ranks of the remainders, by adapted layer.
+        split: Decomposes an adapted layer's weight.
+        plain: Quantizes the weight of any other layer.
     """
 
     def __init__(self, ranks: Mapping[str, int], split: Split, plain: Callable[[str, Tensor], Quantized]) -> None:
-        self._ranks, self._split, self._plain = ranks, split, plain
+        self._ranks = ranks
+        self._split = split
+        self._plain = plain
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, name: str, weight: Tensor) -> Quantized:
-        """Quantise the weight (out, in) of the layer ``name``."""
+        """Quantize the weight (out, in) of the layer ``name``."""
         if name not in self._ranks:
             return self._plain(name, weight)
         parts = self._split(name, weight, self._ranks[name])
@@ -56,7 +59,7 @@ class LowRankStart:
         return parts.quantized
 
     def fill(self, model: nn.Module) -> None:
-        """Give ``lora_A`` and ``lora_B`` of the adapter in ``model`` their values, in place."""
+        """Set ``lora_A`` and ``lora_B`` of the adapter in ``model`` to the remainders, in place."""
         own = own_modules(model)
         with torch.no_grad():
             for name, (left, right) in self._factors.items():
@@ -68,25 +71,25 @@ class LowRankStart:
 
 
 class LoftQConfig(LoRAConfig, ChoosesCodes):
-    """LoftQ: LoRA that starts from what quantising the base loses, without data; for recipe: qlora.
+    """LoftQ: LoRA that starts from the quantization error of the base, without data; for recipe: qlora.
 
-    The run keeps its base, which has codes of its own.
+    The run saves its base, which has codes of its own.
     """
 
     kind: ClassVar[Kind] = "quantized"
     name: Literal["loftq"] = Field("loftq", description="The method.")  # type: ignore[assignment]
-    iterations: int = Field(5, ge=1, description="How many times codes and update are fitted in turns.")
+    iterations: int = Field(5, ge=1, description="Number of alternating fits of codes and update.")
 
     @field_validator("init")
     @classmethod
-    def _own_start(cls, value: str) -> str:
+    def _no_init(cls, value: str) -> str:
         if value != "kaiming":
-            raise ValueError("has no effect: A and B start from what quantising loses; leave it out")
+            raise ValueError("has no effect: A and B start from the quantization error; leave it out")
         return value
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "LoftQ"
 
     def decomposer(
@@ -96,19 +99,25 @@ class LoftQConfig(LoRAConfig, ChoosesCodes):
         read: Callable[[str], Tensor],
         weights: Mapping[str, Weights] | None = None,
     ) -> LowRankStart:
-        """What takes the weights of the adapted layers apart.
+        """A quantizer that decomposes the weights of the adapted layers.
 
         Raises:
             UsageError: The settings do not fit this model.
         """
 
-        def split(name: str, weight: Tensor, rank: int) -> Decomposed:
-            return decompose(weight, lambda rest: _quantize(name, rest, quantize), rank, self.iterations)
+        def plain(name: str, weight: Tensor) -> Quantized:
+            return _quantize(name, weight, quantize)
 
-        return LowRankStart(self.start_ranks(model), split, lambda name, weight: _quantize(name, weight, quantize))
+        def split(name: str, weight: Tensor, rank: int) -> Decomposed:
+            return decompose(weight, partial(plain, name), rank, self.iterations)
+
+        return LowRankStart(self.start_ranks(model), split, plain)
 
     def start_ranks(self, model: nn.Module) -> dict[str, int]:
-        """Rank of every linear layer that is adapted; applies the method to ``model``, which is without values.
+        """Ranks of the adapted linear layers, except the head, which is not quantized.
+
+        Args:
+            model: No values are read; the method is applied to it, in place.
 
         Raises:
             UsageError: The settings do not fit this model, or adapt no linear layer of the decoder.
@@ -116,10 +125,13 @@ class LoftQConfig(LoRAConfig, ChoosesCodes):
         freeze(model)
         head = find_head(model)
         self.apply(model)
-        own = own_modules(model)
-        ranks = {n: module.rank for n, module in own.items() if isinstance(module, LoRALinear) and n != head}
+        ranks = {
+            name: module.rank
+            for name, module in own_modules(model).items()
+            if isinstance(module, LoRALinear) and name != head
+        }
         if not ranks:
-            raise UsageError(f"peft.target_modules: {self.name} starts from quantised layers, none of them is adapted")
+            raise UsageError(f"peft.target_modules: {self.name} needs at least one quantized layer to adapt, got none")
         return ranks
 
 
