@@ -1,11 +1,11 @@
-"""Finetuning methods: which modules a method wraps, and which parameters then train.
+"""Finetuning methods: the modules that a method wraps, and the parameters that then train.
 
 The rooms of this package, as in the table of ``lit_lora``:
 
-    3  files                                             adapter folders: written, read, put onto a model
+    3  files                                             adapter folders: read, written, loaded into a model
     2  composed > table                                  several methods at once; the table of all
     1  quantized lowrank prompts > lora adapters selective   the methods
-    0  core                                              what every method is built from
+    0  core                                              the parts that methods are built from
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of methods: one line for each, naming the class that holds its settings. Nothing is imported to read it."""
+"""The table of methods, one line each with the class of its settings; reading it imports none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lit_lora.peft.core.method import Kind, Method
 
 __all__ = ["METHODS", "methods"]
 
-# name -> (kind, "module:settings class"); a recipe serves one kind, qlora low-rank and quantized
+# Name -> kind and "module:settings class". A recipe accepts methods of one kind; qlora mergeable and quantized ones.
 METHODS: dict[str, tuple[Kind, str]] = {
     "lora": ("mergeable", "lit_lora.peft.lora.config:LoRAConfig"),
     "dora": ("mergeable", "lit_lora.peft.lora.dora:DoRAConfig"),
@@ -38,9 +38,9 @@ METHODS: dict[str, tuple[Kind, str]] = {
 
 def methods(*kinds: Kind) -> dict[str, type[Method]]:
     """The settings classes of some kinds of methods, or of all, by name."""
-    found: dict[str, type[Method]] = {}
-    for name, (its_kind, place) in METHODS.items():
-        if not kinds or its_kind in kinds:
-            module, _, attribute = place.partition(":")
-            found[name] = getattr(importlib.import_module(module), attribute)
-    return found
+    classes: dict[str, type[Method]] = {}
+    for name, (kind, reference) in METHODS.items():
+        if not kinds or kind in kinds:
+            module, _, class_name = reference.partition(":")
+            classes[name] = getattr(importlib.import_module(module), class_name)
+    return classes

@@ -184,7 +184,7 @@ def test_what_peft_cannot_express_is_refused_by_it(base, settings, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_transformer_submodules": 2}, "made for an encoder-decoder"),
+        ({"num_transformer_submodules": 2}, "is for encoder-decoder models"),
         ({"modules_to_save": ["lm_head"]}, "not supported: modules_to_save"),
         ({"peft_type": "PREFIX_TUNIN"}, "peft_type 'PREFIX_TUNIN' is not supported, known: LORA, "),
     ],

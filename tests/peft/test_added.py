@@ -302,13 +302,13 @@ def test_scale_and_bias_compute_their_equation_and_version_2_without_them_is_ver
     ("name", "settings", "message"),
     [
         ("houlsby", {"target_modules": ["mpl"]}, r"peft.target_modules: 'mpl' matches no module \(did you mean 'mlp'"),
-        ("houlsby", {"drop_layers": 2}, "peft.drop_layers: 2, expected less than the 2 layers there are"),
-        ("llama-adapter", {"adapter_layers": 3}, "peft.adapter_layers: 3, the model has 2 layers"),
+        ("houlsby", {"drop_layers": 2}, "peft.drop_layers: expected 0 to 1, fewer than all layers, got 2"),
+        ("llama-adapter", {"adapter_layers": 3}, "peft.adapter_layers: expected at most the model's 2 layers, got 3"),
         ("prefix", {"num_virtual_tokens": 2048}, "2048 virtual tokens leave no room in the model's context of 2048"),
         ("prompt", {"num_virtual_tokens": 4000}, "4000 virtual tokens leave no room in the model's context of 2048"),
         ("prompt", {"init_text": [61]}, "peft.init_text: expected ids from 0 to 60"),
-        ("prefix", {"init_text": "words"}, "peft.init_text: given as text, but no tokenizer"),
-        ("p-tuning", {"template": [1, "words"]}, "peft.template: has a text, but no tokenizer"),
+        ("prefix", {"init_text": "words"}, "peft.init_text: expected token ids, got text"),
+        ("p-tuning", {"template": [1, "words"]}, "peft.template: expected token ids, got text"),
         ("p-tuning", {"template": [1, [77]]}, "peft.template: expected token ids from 0 to 60"),
         ("residual", {}, "this model has no Conv2d"),
     ],
@@ -321,17 +321,17 @@ def test_settings_that_do_not_fit_the_model_are_told_in_one_line(name, settings,
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "p-tuning", "llama-adapter"])
 def test_what_needs_our_attention_refuses_other_models(name):
-    with pytest.raises(UsageError, match="needs a decoder of this package"):
+    with pytest.raises(UsageError, match="needs one of lit-lora's own decoders"):
         method(name).apply(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_two_methods_before_every_document_are_refused():
     model = with_method("prefix")
-    with pytest.raises(UsageError, match="something else stands before every document already"):
+    with pytest.raises(UsageError, match="already has a prefix or prompt"):
         method("prompt").apply(model)
-    with pytest.raises(UsageError, match="something else stands before every document already"):
+    with pytest.raises(UsageError, match="already has a prefix or prompt"):
         method("prefix").apply(model)
-    with pytest.raises(UsageError, match="the model has a part called adapter already"):
+    with pytest.raises(UsageError, match="the model already has a module named adapter"):
         method("houlsby").apply(with_method("houlsby"))
 
 

@@ -1,1 +1,1 @@
-"""Small modules within or beside the blocks: bottleneck and residual adapters."""
+"""Small modules within or parallel to the blocks: bottleneck and residual adapters."""

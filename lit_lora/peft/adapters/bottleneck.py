@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network with a narrow middle, added to what a part of a block gives.
+"""Bottleneck adapters: a small network with a narrow hidden layer, added to the output of a part of a block.
 
 ::
 
@@ -12,8 +12,8 @@ parallel adapter); after the whole block behind a new layer norm, with a task em
 "Exploring Versatile Generative Language Model Via Parameter-Efficient Transfer Learning", section 2.
 
 AdapterDrop (Rückle et al. 2020, "AdapterDrop: On the Efficiency of Adapters in Transformers") leaves the first layers
-without adapters: always the same ones, or so many as are drawn anew for every batch. Nothing below the first adapter
-is differentiated, so fewer adapters are faster.
+without adapters: a fixed number, or one drawn anew for every batch. The backward pass ends at the first adapter, so
+fewer adapters are faster.
 """
 
 from __future__ import annotations
@@ -54,26 +54,38 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Drop:
-    """From which layer on there are adapters in this forward pass: drawn by the first one, in training."""
+    """The first layer with adapters in a training pass, shared by all adapters; the first of them draws it.
+
+    Args:
+        layers: Number of the model's layers.
+    """
 
     def __init__(self, layers: int) -> None:
-        self.layers, self.first = layers, 0
+        self.layers = layers
+        self.first = 0
 
     def draw(self) -> None:
-        """Uniform from 0 (all adapters) to all layers but the last."""
+        """Draw it uniformly, from 0 (no adapter is left out) to the last layer."""
         self.first = int(torch.randint(self.layers, ()))
 
 
 class Bottleneck(AddedModule):
-    """``up φ(down x)``, float32 weights computed in the dtype of ``x``; subclasses say where it is added.
+    """``up φ(down x)``, with float32 weights, computed in the dtype of ``x``; subclasses add it to something.
 
     Args:
         width: D.
-        bottleneck: Width of the middle, m.
+        bottleneck: Hidden size, m.
         activation: φ.
-        std: Of the normal that the weights start with, cut off at two of them.
-        zero: ``up`` starts at zero: then nothing changes at first.
+        std: Standard deviation of the initial weights, which are normal, truncated at two of it.
+        zero: Start ``up`` at zero, so that the adapter changes nothing at first.
     """
+
+    layer: int
+    """The layer it is in."""
+    drop: Drop | None
+    """Which layers random AdapterDrop leaves out; ``None`` for none."""
+    draws: bool
+    """Whether it is the first adapter of the model, which draws."""
 
     def __init__(self, width: int, bottleneck: int, activation: Activation, std: float, *, zero: bool) -> None:
         super().__init__()
@@ -85,15 +97,12 @@ class Bottleneck(AddedModule):
         nn.init.trunc_normal_(self.down, std=std, a=-2 * std, b=2 * std)
         if not zero:
             nn.init.trunc_normal_(self.up, std=std, a=-2 * std, b=2 * std)
-        self.layer, self.drop, self.draws = 0, None, False
+        self.layer = 0
+        self.drop = None
+        self.draws = False
 
-    layer: int
-    drop: Drop | None
-    draws: bool
-
-    @property
     def skipped(self) -> bool:
-        """Whether this forward pass leaves it out."""
+        """Whether this forward pass leaves the adapter out; to be called once per pass, for the first one draws."""
         if self.drop is None or not self.training:
             return False
         if self.draws:
@@ -103,8 +112,9 @@ class Bottleneck(AddedModule):
     def branch(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         dtype = x.dtype
-        middle = _ACTIVATIONS[self.activation](F.linear(x, self.down.to(dtype), self.down_bias.to(dtype)))
-        return F.linear(middle, self.up.to(dtype), self.up_bias.to(dtype))
+        activation = _ACTIVATIONS[self.activation]
+        hidden = activation(F.linear(x, self.down.to(dtype), self.down_bias.to(dtype)))
+        return F.linear(hidden, self.up.to(dtype), self.up_bias.to(dtype))
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -116,7 +126,7 @@ class SerialAdapter(Bottleneck):
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return output if self.skipped else output + self.branch(output)
+        return output if self.skipped() else output + self.branch(output)
 
 
 class ParallelAdapter(Bottleneck):
@@ -127,7 +137,7 @@ class ParallelAdapter(Bottleneck):
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return output if self.skipped else output + self.scale * self.branch(args[0])
+        return output if self.skipped() else output + self.scale * self.branch(args[0])
 
 
 class BlockAdapter(Bottleneck):
@@ -135,26 +145,30 @@ class BlockAdapter(Bottleneck):
 
     def __init__(self, width: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(width, *args, **kwargs)
-        self.norm, self.norm_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.norm = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """A block's output: a tensor, or the residual stream with what is to be added to it, or more beside it."""
-        if self.skipped:
+        """A block's output with the adapter's: a tensor, or a tuple that begins with one."""
+        if self.skipped():
             return output
         if isinstance(output, Tensor):
             return output + self.branch(self._normed(output))
-        first, second, *rest = (*output, None)[: max(len(output), 2)]
-        if isinstance(second, Tensor) and second.shape == first.shape:
-            stream = first + second
-            return (stream, self.branch(self._normed(stream)), *rest)
-        return (first + self.branch(self._normed(first)), *output[1:])
+
+        stream, *rest = output
+        if rest and isinstance(rest[0], Tensor) and rest[0].shape == stream.shape:
+            # A block of lit-lora's decoder returns the residual stream and its own output, which the next block adds.
+            # The adapter reads their sum, and its output takes the place of the block's.
+            stream = stream + rest[0]
+            return (stream, self.branch(self._normed(stream)), *rest[1:])
+        return (stream + self.branch(self._normed(stream)), *rest)
 
     def _normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), x.shape[-1:], self.norm, self.norm_bias).to(x.dtype)
 
 
 class TaskEmbedding(AddedModule):
-    """A vector that says which task it is, added to every embedded token."""
+    """A trained vector for the task, added to the embedding of every token."""
 
     child = "task"
 
@@ -168,47 +182,64 @@ class TaskEmbedding(AddedModule):
 
 
 class BottleneckConfig(WithModulesToSave):
-    """What the bottleneck adapters share."""
+    """The base of the bottleneck adapters' settings."""
 
     default_lr: ClassVar[float | None] = 1e-3
-    bottleneck: int = Field(64, ge=1, description="Width of the middle: more, more capacity.")
-    activation: Activation = Field("gelu", description="Between down and up; none makes the adapter linear.")
-    init_std: float = Field(1e-3, gt=0, description="Standard deviation of the weights at first.")
-    init_zero: bool = Field(False, description="Start with up at zero, which changes nothing at first.")
+    bottleneck: int = Field(64, ge=1, description="Hidden size of the adapters; a larger one has more capacity.")
+    activation: Activation = Field("gelu", description="Activation between down and up; none for a linear adapter.")
+    init_std: float = Field(1e-3, gt=0, description="Standard deviation of the initial weights.")
+    init_zero: bool = Field(False, description="Start up at zero, so that adapters change nothing at first.")
     drop_layers: int | Literal["random"] = Field(
         0,
-        description="AdapterDrop: so many first layers get no adapter; random draws how many anew for every batch, "
-        "so that the trained adapter works with any of them left out.",
+        description="Number of first layers without adapters (AdapterDrop); random draws it for every batch, so that "
+        "the trained adapter works with any number of them left out.",
     )
 
     @property
     def graph_safe(self) -> bool:
-        """Unless it is drawn for every batch which layers have an adapter."""
+        """Not with random drop_layers, which changes the operations of every step."""
         return self.drop_layers != "random"
 
     @property
     def about(self) -> str:
-        """Name and bottleneck."""
+        """The method and its hidden size."""
         return f"{self.model_dump()['name']} adapter, bottleneck {self.bottleneck}"
 
     def _first_layer(self, layers: int) -> int:
+        """The first layer that gets an adapter.
+
+        Raises:
+            UsageError: The model has no such layer.
+        """
         first = 0 if self.drop_layers == "random" else self.drop_layers
         if not 0 <= first < layers:
-            raise UsageError(f"peft.drop_layers: {first}, expected less than the {layers} layers there are, from 0 on")
+            raise UsageError(f"peft.drop_layers: expected 0 to {layers - 1}, fewer than all layers, got {first}")
         return first
 
     def _join(self, model: nn.Module, hosts: list[str], kind: type[Bottleneck]) -> None:
-        """An adapter of a kind into every host that is not in a dropped layer."""
+        """Put an adapter of a kind into each host, except in dropped layers, in place."""
         names = list(blocks(model))
-        layer = {host: _layer_of(host, names) for host in hosts}
         first = self._first_layer(len(names))
         drop = Drop(len(names)) if self.drop_layers == "random" else None
-        for host in [host for host in hosts if layer[host] >= first]:
+        for host in hosts:
+            layer = _layer_of(host, names)
+            if layer < first:
+                continue
             module = model.get_submodule(host)
-            width = width_of(module)
-            adapter = kind(width, self.bottleneck, self.activation, self.init_std, zero=self.init_zero)
-            adapter.layer, adapter.drop, adapter.draws = layer[host], drop, host == hosts[0]
+            adapter = kind(width_of(module), self.bottleneck, self.activation, self.init_std, zero=self.init_zero)
+            adapter.layer = layer
+            adapter.drop = drop
+            adapter.draws = host == hosts[0]
             adapter.join(module)
+
+    def _hosts(self, model: nn.Module, patterns: list[str]) -> list[str]:
+        """The modules that patterns match, those of other methods left out.
+
+        Raises:
+            UsageError: A pattern matches nothing.
+        """
+        names = [name for name, module in model.named_modules() if name and not isinstance(module, OwnModule)]
+        return select(patterns, names, key="peft.target_modules")
 
 
 class HoulsbyConfig(BottleneckConfig):
@@ -218,24 +249,23 @@ class HoulsbyConfig(BottleneckConfig):
     target_modules: list[str] = Field(
         default_names("attention", "mlp"),
         min_length=1,
-        description="Modules whose output gets an adapter; [mlp] is Pfeiffer's.",
+        description="Modules whose output goes through an adapter; [mlp] for Pfeiffer's adapters.",
     )
-    train_norms: bool = Field(True, description="Train the norms of the layers with adapters too.")
+    train_norms: bool = Field(True, description="Also train the norms of the layers with adapters.")
 
     @model_validator(mode="after")
     def _norms_or_random(self) -> HoulsbyConfig:
         if self.train_norms and self.drop_layers == "random":
-            raise ValueError("drop_layers: random leaves out adapters and not norms, expected train_norms: false")
+            raise ValueError("drop_layers: random leaves out adapters but not norms, expected train_norms: false")
         return self
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the norms train.
 
         Raises:
-            UsageError: A target matches nothing, or more layers are dropped than there are.
+            UsageError: A target matches nothing, or no layer is left for adapters.
         """
-        names = [name for name, module in model.named_modules() if name and not isinstance(module, OwnModule)]
-        hosts = select(with_names_of(self, model).target_modules, names, key="peft.target_modules")
+        hosts = self._hosts(model, with_names_of(self, model).target_modules)
         self._join(model, hosts, SerialAdapter)
         if self.train_norms:
             for name in norms(model, self._first_layer(len(blocks(model)))):
@@ -244,25 +274,24 @@ class HoulsbyConfig(BottleneckConfig):
 
 
 class ParallelConfig(BottleneckConfig):
-    """Parallel adapters: beside the MLP of every block, reading its input."""
+    """Parallel adapters: in parallel to the MLP of every block, with the same input."""
 
     name: Literal["parallel"] = Field("parallel", description="The method.")
     target_modules: list[str] = Field(
-        default_names("mlp"), min_length=1, description="Modules that get an adapter beside them."
+        default_names("mlp"), min_length=1, description="Modules that get a parallel adapter."
     )
-    activation: Activation = Field("relu", description="Between down and up; none makes the adapter linear.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of down at first.")
-    init_zero: bool = Field(True, description="Start with up at zero, which changes nothing at first.")
-    scale: float = Field(4.0, gt=0, description="Factor of the adapter's output.")
+    activation: Activation = Field("relu", description="Activation between down and up; none for a linear adapter.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    init_zero: bool = Field(True, description="Start up at zero, so that adapters change nothing at first.")
+    scale: float = Field(4.0, gt=0, description="Factor of the adapters' output.")
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters.
 
         Raises:
-            UsageError: A target matches nothing, or more layers are dropped than there are.
+            UsageError: A target matches nothing, or no layer is left for adapters.
         """
-        names = [name for name, module in model.named_modules() if name and not isinstance(module, OwnModule)]
-        hosts = select(with_names_of(self, model).target_modules, names, key="peft.target_modules")
+        hosts = self._hosts(model, with_names_of(self, model).target_modules)
         self._join(model, hosts, ParallelAdapter)
         for module in own_modules(model).values():
             if isinstance(module, ParallelAdapter):
@@ -271,19 +300,19 @@ class ParallelConfig(BottleneckConfig):
 
 
 class LinConfig(BottleneckConfig):
-    """Lin's adapters: one after every block, behind a norm of its own, and a task embedding."""
+    """Lin's adapters: one after every block, with a norm of its own, and a task embedding."""
 
     name: Literal["lin"] = Field("lin", description="The method.")
-    bottleneck: int = Field(100, ge=1, description="Width of the middle: more, more capacity.")
-    activation: Activation = Field("relu", description="Between down and up; none makes the adapter linear.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at first.")
-    task_embedding: bool = Field(True, description="Add a trained vector to every embedded token.")
+    bottleneck: int = Field(100, ge=1, description="Hidden size of the adapters; a larger one has more capacity.")
+    activation: Activation = Field("relu", description="Activation between down and up; none for a linear adapter.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    task_embedding: bool = Field(True, description="Add a trained vector to the embedding of every token.")
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters and the task embedding.
 
         Raises:
-            UsageError: The model has no blocks or no embedding, or more layers are dropped than there are.
+            UsageError: The model has no blocks or no embedding, or no layer is left for adapters.
         """
         self._join(model, list(blocks(model)), BlockAdapter)
         if self.task_embedding:
@@ -297,45 +326,51 @@ class LinConfig(BottleneckConfig):
 
 
 def drop_layers(model: nn.Module, first: int) -> None:
-    """Take the adapters of the first layers out of a model, in place: AdapterDrop at inference.
+    """Remove the adapters of the first layers from a model, in place: AdapterDrop at inference.
 
-    Norms that train with the adapters go back to the base's there, so these layers compute what the base does.
+    Norms that trained with these adapters are restored too, so these layers compute what the base does.
 
     Args:
         model: With bottleneck adapters.
         first: The first layer that keeps its adapters.
 
     Raises:
-        UsageError: There are no bottleneck adapters, or fewer layers.
+        UsageError: The model has no bottleneck adapters, or fewer layers.
     """
-    own, names = own_modules(model), list(blocks(model))
+    own = own_modules(model)
+    block_names = list(blocks(model))
     owners = {module.owner for module in own.values() if isinstance(module, Bottleneck)}
     if not owners:
-        raise UsageError("drop_layers: the model has no adapters of the kinds houlsby, lin or parallel")
-    if not 0 <= first <= len(names):
-        raise UsageError(f"drop_layers: {first}, expected 0 to {len(names)}, the layers that there are")
+        raise UsageError("drop_layers: the model has no houlsby, lin or parallel adapters")
+    if not 0 <= first <= len(block_names):
+        raise UsageError(f"drop_layers: expected 0 to {len(block_names)}, the number of layers, got {first}")
     for name, module in own.items():
-        if module.owner in owners and 0 <= _layer_of(name, names) < first:
-            if module.wraps:
-                replace_module(model, name, module.base_layer)
-            else:
-                module.leave(model.get_submodule(name.rpartition(".")[0]))
+        if module.owner not in owners or not 0 <= _layer_of(name, block_names) < first:
+            continue
+        if module.wraps:
+            replace_module(model, name, module.base_layer)
+        else:
+            module.leave(model.get_submodule(name.rpartition(".")[0]))
 
 
 def norms(model: nn.Module, first_layer: int = 0) -> list[str]:
-    """Names of the norms in a model, those in layers before ``first_layer`` left out."""
-    names = list(blocks(model))
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith(("Norm", "BatchNorm2d"))
-        and not isinstance(module, OwnModule)
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and not 0 <= _layer_of(name, names) < first_layer
-        and not matches("base_layer", name)
-    ]
+    """Names of a model's norms, except those in layers before ``first_layer`` and those that already train."""
+    block_names = list(blocks(model))
+    chosen = []
+    for name, module in model.named_modules():
+        # By the class's name: models have norm classes of their own.
+        is_norm = type(module).__name__.endswith(("Norm", "BatchNorm2d"))
+        if not is_norm or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        is_methods_own = isinstance(module, OwnModule) or matches("base_layer", name)
+        if not is_methods_own and not 0 <= _layer_of(name, block_names) < first_layer:
+            chosen.append(name)
+    return chosen
 
 
-def _layer_of(name: str, names: list[str]) -> int:
-    """The block that a module lies in; -1 for none of them."""
-    return next((index for index, block in enumerate(names) if f"{name}.".startswith(f"{block}.")), -1)
+def _layer_of(name: str, block_names: list[str]) -> int:
+    """Index of the block that a module is in; -1 if it is outside all blocks, such as the last norm."""
+    for index, block in enumerate(block_names):
+        if f"{name}.".startswith(f"{block}."):
+            return index
+    return -1

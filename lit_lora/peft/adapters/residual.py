@@ -2,10 +2,10 @@
 
 ::
 
-    y = conv(x);  g(y) = y + α * y       α: (channels, channels, 1, 1), zero at first
+    y = conv(x);  g(y) = y + α * y       α: (channels, channels, 1, 1), zero at first; * is the convolution
 
 Source: Rebuffi et al. 2017, "Learning multiple visual domains with residual adapters", section 3.1. The scale and bias
-of the batch norms train too (section 3.2); their running statistics stay those of the base.
+of the batch norms train too (section 3.2); their running statistics remain those of the base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ResidualAdapter(AddedModule):
     """``y + α * y`` of a convolution's output.
 
     Args:
-        channels: Of the output.
+        channels: Channels of the output.
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,22 +48,22 @@ class ResidualAdapter(AddedModule):
 
 
 class TrainedBatchNorm(TrainedCopy):
-    """A batch norm whose scale and bias train, while its running statistics stay as they are."""
+    """A batch norm whose scale and bias train, while its running statistics do not change."""
 
     def train(self, mode: bool = True) -> TrainedBatchNorm:
-        """Only this module changes its mode: the batch norm in it keeps to its statistics."""
+        """Set this module's mode; the batch norm itself stays in evaluation mode, in which it uses its statistics."""
         super().train(mode)
         self.base_layer.eval()
         return self
 
 
 class ResidualConfig(WithModulesToSave):
-    """Residual adapters: 1×1 convolutions beside the filters of a convolutional net."""
+    """Residual adapters: 1×1 convolutions added to the filters of a convolutional network."""
 
     default_lr: ClassVar[float | None] = 1e-3
     name: Literal["residual"] = Field("residual", description="The method.")
-    target_modules: list[str] = Field(["*"], min_length=1, description="Convolutions that get one; * is all of them.")
-    train_norms: bool = Field(True, description="Train scale and bias of the batch norms too.")
+    target_modules: list[str] = Field(["*"], min_length=1, description="Convolutions that get an adapter; * for all.")
+    train_norms: bool = Field(True, description="Also train the scale and bias of the batch norms.")
 
     def add(self, model: nn.Module) -> None:
         """Add the adapters, and let the batch norms train.
@@ -73,11 +73,12 @@ class ResidualConfig(WithModulesToSave):
         """
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         if not convolutions:
-            raise UsageError("peft: residual adapters are for convolutional nets, this model has no Conv2d")
+            raise UsageError("peft: residual adapters are for convolutional networks, but this model has no Conv2d")
         for name in select(self.target_modules, convolutions, key="peft.target_modules"):
-            ResidualAdapter(convolutions[name].out_channels).join(convolutions[name])
-        batch_norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-        for name in batch_norms:
-            if self.train_norms:
+            convolution = convolutions[name]
+            ResidualAdapter(convolution.out_channels).join(convolution)
+        if self.train_norms:
+            batch_norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+            for name in batch_norms:
                 replace_module(model, name, TrainedBatchNorm(model.get_submodule(name)))
         self.train_modules_to_save(model)

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: prompts in the upper layers that attention reads apart, behind a gate that starts at zero.
+"""LLaMA-Adapter: prompts in the upper layers with attention of their own, behind a gate that starts at zero.
 
 ::
 
@@ -33,12 +33,12 @@ __all__ = ["AdaptionPrompt", "LlamaAdapterConfig", "LlamaAdapterV2Config", "Scal
 
 
 class AdaptionPrompt(AddedModule):
-    """A prompt of one attention layer, and its gate.
+    """The prompt and gate of one attention layer.
 
     Args:
         length: Rows of the prompt, K.
         width: D.
-        gates: One for each query head, or one.
+        gates: Number of gates, one per query head or only one.
         tanh: The gate is tanh of its parameter.
     """
 
@@ -51,7 +51,7 @@ class AdaptionPrompt(AddedModule):
         self.tanh = tanh
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The layer's attention, with the gated prompt beside it."""
+        """The layer's input, and attention to which that of the gated prompt is added."""
         x, attend = args
         return x, _Gated(attend, self, host)
 
@@ -61,21 +61,36 @@ class AdaptionPrompt(AddedModule):
 
 
 class _Gated:
-    """Attention plus gated attention to a layer's prompt."""
+    """Attention plus gated attention to a layer's prompt.
 
-    def __init__(self, attend: Attend, adaption: AdaptionPrompt, layer: Any) -> None:
-        self.attend, self.adaption, self.layer, self.prefix_length = attend, adaption, layer, attend.prefix_length
-        self.rotate, self.with_prefix = attend.rotate, attend.with_prefix
+    Args:
+        attend: Attention to the documents.
+        adaption: The prompt and gate.
+        attention: The attention layer, whose projections give the prompt's keys and values.
+    """
+
+    def __init__(self, attend: Attend, adaption: AdaptionPrompt, attention: Any) -> None:
+        self.attend = attend
+        self.adaption = adaption
+        self.attention = attention
+        self.prefix_length = attend.prefix_length
+        self.rotate = attend.rotate
+        self.with_prefix = attend.with_prefix
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
-        own = self.adaption
-        keys, values = self.layer.keys_and_values(own.adaption_prompt.to(query.dtype))
-        q, k, v = (part.transpose(0, 1)[None] for part in (self.attend.rotate(query), keys, values))
-        grouped = query.shape[1] != key.shape[1]
-        read = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)[0].transpose(0, 1)
-        gate = own.adaption_gate.tanh() if own.tanh else own.adaption_gate
-        return self.attend(layer, query, key, value) + gate.to(query.dtype)[:, None] * read
+        prompt = self.adaption.adaption_prompt.to(query.dtype)
+        keys, values = self.attention.keys_and_values(prompt)
+        # Queries are rotated and keys are not, as in the official code: the prompt has no position. All tokens see all
+        # of the prompt, so it is one batch without a mask, (1, heads, rows, H).
+        q, k, v = (rows.transpose(0, 1)[None] for rows in (self.attend.rotate(query), keys, values))
+        is_grouped = query.shape[1] != key.shape[1]
+        from_prompt = F.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped)[0].transpose(0, 1)
+
+        gate: Tensor = self.adaption.adaption_gate
+        if self.adaption.tanh:
+            gate = gate.tanh()
+        return self.attend(layer, query, key, value) + gate.to(query.dtype)[:, None] * from_prompt
 
 
 class ScaleAndBias(AddedModule):
@@ -85,10 +100,12 @@ class ScaleAndBias(AddedModule):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.scale, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., out) to (..., out)."""
+        # s b + s y in one pass over the output.
         return torch.addcmul((self.scale * self.bias).to(output.dtype), output, self.scale.to(output.dtype))
 
     def extra_repr(self) -> str:
@@ -102,93 +119,96 @@ class LlamaAdapterConfig(AddedMethod):
     default_lr: ClassVar[float | None] = 5e-3
     peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
     name: Literal["llama-adapter"] = Field("llama-adapter", description="The method.")
-    adapter_len: int = Field(10, ge=1, description="Rows of every layer's prompt.")
+    adapter_len: int = Field(10, ge=1, description="Rows of each layer's prompt.")
     adapter_layers: int | None = Field(
-        None, ge=1, description="Layers with a prompt, the last ones; all but the first two when omitted."
+        None, ge=1, description="Number of last layers with a prompt; all but the first two if omitted."
     )
     gate: Literal["per-head", "per-layer"] = Field(
-        "per-head", description="Gates of a layer: one for each head, or one (the only form that PEFT opens)."
+        "per-head", description="Gates: one per head, or one per layer (the only form that PEFT can load)."
     )
-    tanh: bool = Field(False, description="The gate is tanh of its parameter, as in the official code.")
+    tanh: bool = Field(False, description="Apply tanh to the gate's parameter, as the official code does.")
 
     @property
     def about(self) -> str:
-        """Name and length."""
+        """The method and the length of its prompts."""
         return f"{self.model_dump()['name']}, prompts of {self.adapter_len} rows"
 
     def add(self, model: nn.Module) -> None:
         """Add the prompts.
 
         Raises:
-            UsageError: More layers than there are, or the model is not one of this package's decoders.
+            UsageError: ``adapter_layers`` exceeds the model's layers, or the model is not one of lit-lora's decoders.
         """
-        decoder_of(model)
+        decoder_of(model)  # only lit-lora's decoders pass attention to their layers, which the prompts act on
         config: Any = model.config
         attention = names_of(model).attention
         layers = [block.get_submodule(attention) for block in blocks(model).values()]
         chosen = max(len(layers) - 2, 1) if self.adapter_layers is None else self.adapter_layers
         if chosen > len(layers):
-            raise UsageError(f"peft.adapter_layers: {chosen}, the model has {len(layers)} layers")
+            raise UsageError(f"peft.adapter_layers: expected at most the model's {len(layers)} layers, got {chosen}")
         gates = config.num_attention_heads if self.gate == "per-head" else 1
         for layer in layers[len(layers) - chosen :]:
             AdaptionPrompt(self.adapter_len, config.hidden_size, gates, tanh=self.tanh).join(layer)
 
     @property
     def _known_to_peft(self) -> bool:
-        """Whether PEFT has this form: one gate per layer, without tanh, and nothing else."""
+        """Whether PEFT has this form: version 1 with one gate per layer, without tanh."""
         return self.peft_type is not None and self.gate == "per-layer" and not self.tanh
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name; in a form of ours where PEFT has none."""
+        """``adapter_config.json`` without the base model's name; in our own format for forms that PEFT lacks."""
         if not self._known_to_peft:
             return super().peft_config(model)
-        found = own_modules(model).values()
+        prompts = [module for module in own_modules(model).values() if isinstance(module, AdaptionPrompt)]
         return {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
             "target_modules": names_of(model).attention,
             "adapter_len": self.adapter_len,
-            "adapter_layers": sum(isinstance(module, AdaptionPrompt) for module in found),
+            "adapter_layers": len(prompts),
         }
 
     def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Prompts and gates; in PEFT's form under the names of the layers that they are in, prompts as (1, K, D)."""
+        """Prompts and gates; in PEFT's format under the names of their attention layers, prompts as (1, K, D)."""
         tensors = super().file_tensors(model)
         if not self._known_to_peft:
             return tensors
-        named = {name.replace(f".{AdaptionPrompt.child}.", "."): value for name, value in tensors.items()}
-        return {n: value[None] if n.endswith("adaption_prompt") else value for n, value in named.items()}
+        in_peft: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            peft_name = name.replace(f".{AdaptionPrompt.child}.", ".")
+            in_peft[peft_name] = value[None] if name.endswith("adaption_prompt") else value
+        return in_peft
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaAdapterConfig:
-        """One gate a layer.
+        """Settings of an adapter that PEFT wrote, which has one gate per layer.
 
         Raises:
-            InputError: It asks for something else.
+            InputError: It needs an unsupported feature, or has no prompts.
         """
         refuse(raw, {"target_modules", "adapter_len", "adapter_layers"})
         prompts = [value for name, value in tensors.items() if name.endswith("adaption_prompt")]
         if not prompts:
-            raise InputError(f"{WEIGHTS}: holds no adaption_prompt")
+            raise InputError(f"{WEIGHTS}: contains no adaption_prompt")
         return cls(adapter_len=prompts[0].shape[1], adapter_layers=len(prompts), gate="per-layer")
 
 
 class LlamaAdapterV2Config(LlamaAdapterConfig):
-    """LLaMA-Adapter V2: gated prompts, trained norms, a bias and a scale of every linear layer."""
+    """LLaMA-Adapter V2: gated prompts, trained norms, and a bias and scale for every linear layer."""
 
     default_lr: ClassVar[float | None] = 1e-3
     peft_type: ClassVar[str | None] = None
     name: Literal["llama-adapter-v2"] = Field("llama-adapter-v2", description="The method.")  # type: ignore[assignment]
 
     def add(self, model: nn.Module) -> None:
-        """Add the prompts, the biases and the scales, and let the norms train.
+        """Add the prompts, biases and scales, and let the norms train.
 
         Raises:
-            UsageError: As version 1, or a linear layer is adapted in another way already.
+            UsageError: As for version 1, or another method has already put modules in.
         """
         if own_modules(model):
-            raise UsageError("peft: a bias and scale of every linear layer do not go together with another method")
+            raise UsageError("peft: llama-adapter-v2 adapts every linear layer and cannot follow another method")
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
         super().add(model)
         for linear in linears:

@@ -2,9 +2,10 @@
 
 ::
 
-    x = [p_1 … p_P ; E(token_1) … E(token_T)]       their outputs are dropped again; token i has position P + i
+    x = [p_1 … p_P ; E(token_1) … E(token_T)]       outputs of p are dropped; token i has position P + i
 
-The virtual tokens see no document, so they are the same for all and run through the layers once for a whole batch.
+The virtual tokens do not attend to a document, so their activations are the same for all and are computed once per
+batch.
 Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2.
 """
 
@@ -25,10 +26,10 @@ __all__ = ["Prompt", "PromptConfig", "PromptMethod"]
 
 
 class Prompt(AddedModule):
-    """Embeddings of the virtual tokens, float32.
+    """Trained embeddings of the virtual tokens, float32.
 
     Args:
-        rows: (P, D): what they start as.
+        rows: (P, D), their initial values.
     """
 
     child = "prompt"
@@ -39,17 +40,19 @@ class Prompt(AddedModule):
         self.embedding = nn.Parameter(rows.float().clone())
 
     def rows(self) -> Tensor:
-        """(P, D) float32."""
+        """The embeddings that the decoder gets, (P, D) float32."""
         return self.embedding
 
     def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The decoder's input with the virtual tokens before it, and attention that lets every document see them."""
+        """The decoder's input after the virtual tokens, and attention in which every document attends to them."""
         x, attend = args
         attend = attend.with_prefix(self.prefix_length)
-        return (torch.cat([self.rows().to(x.dtype), x]) if attend.prefix_length else x), attend
+        if attend.prefix_length:  # 0 once a cache contains the virtual tokens
+            x = torch.cat([self.rows().to(x.dtype), x])
+        return x, attend
 
     def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The decoder's output without that of the virtual tokens."""
+        """The decoder's output without that for the virtual tokens; ``args`` are those that ``before`` returned."""
         return output[args[1].prefix_length :]
 
     def extra_repr(self) -> str:
@@ -58,16 +61,19 @@ class Prompt(AddedModule):
 
 
 class PromptMethod(VirtualTokens):
-    """What prompt tuning and P-tuning share: a file with one row per virtual token, whatever computed them."""
+    """The base of prompt tuning and P-tuning, whose files have one row per virtual token."""
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name."""
+        """``adapter_config.json`` without the base model's name."""
         config: Any = model.config
-        more = {"token_dim": config.hidden_size, "num_layers": config.num_hidden_layers}
-        return self._peft_config(num_attention_heads=config.num_attention_heads, **more)
+        return self._peft_config(
+            num_attention_heads=config.num_attention_heads,
+            token_dim=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+        )
 
     def file_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """The rows."""
+        """The rows; a network that computes them is not saved."""
         prompt = next(module for module in own_modules(model).values() if isinstance(module, Prompt))
         return {EMBEDDINGS: prompt.rows().detach()}
 
@@ -78,7 +84,9 @@ class PromptConfig(PromptMethod):
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     name: Literal["prompt"] = Field("prompt", description="The method.")
     init: Literal["tokens", "random"] = Field(
-        "tokens", description="tokens: embeddings of init_text, or of random tokens; random learns much slower."
+        "tokens",
+        description="Initial embeddings: tokens (those of init_text or of random tokens) or random, which learns much "
+        "more slowly.",
     )
 
     @model_validator(mode="after")
@@ -91,7 +99,7 @@ class PromptConfig(PromptMethod):
         """Put the virtual tokens before the decoder's input.
 
         Raises:
-            UsageError: They leave no room in the context, or the model is not one of this package's decoders.
+            UsageError: They leave no room in the context, or the model is not one of lit-lora's decoders.
         """
         host = self._host(model)
         embedding = embedding_of(model)
@@ -103,8 +111,8 @@ class PromptConfig(PromptMethod):
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PromptConfig:
-        """Plain rows, whatever they started from."""
-        known = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
-        known |= {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
-        refuse(raw, known)
+        """Settings by the rows alone; their initial values do not matter, for the file's replace them."""
+        sizes = {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+        init = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+        refuse(raw, sizes | init)
         return cls(num_virtual_tokens=len(only_rows(tensors)), init="random")

@@ -1,7 +1,8 @@
-"""What prefix and prompt methods share: how many virtual tokens, what text they start from, and their file."""
+"""The base of prefix and prompt methods: number of virtual tokens, the text they start from, and their file."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -17,58 +18,67 @@ from lit_lora.peft.core.capabilities import TakesText
 __all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "embedding_of", "only_rows", "refuse"]
 
 EMBEDDINGS = "prompt_embeddings"
-"""PEFT's one tensor of a prefix or prompt: a row per virtual token, whatever network computed it in training."""
+"""The only tensor in PEFT's file of a prefix or prompt: one row per virtual token, as computed by any network."""
 
 Self = TypeVar("Self", bound="VirtualTokens")
 
 
 class VirtualTokens(AddedMethod, TakesText):
-    """Settings of a method whose virtual tokens stand before every document."""
+    """Settings of a method that puts virtual tokens before every document."""
 
     default_lr: ClassVar[float | None] = 1e-2
     num_virtual_tokens: int = Field(
-        20, ge=1, description="How many; they take up as many positions of the model's context."
+        20, ge=1, description="Number of virtual tokens, which take up positions of the model's context."
     )
     init_text: str | list[int] | None = Field(
-        None, description="Text (or token ids) that they start from, repeated or cut; random tokens when omitted."
+        None, description="Text (or token ids) to start from, repeated or cut to size; random tokens if omitted."
     )
 
     @property
     def about(self) -> str:
-        """Name and length."""
+        """The method and its number of virtual tokens."""
         return f"{self.model_dump()['name']}, {self.length} virtual tokens"
 
     @property
     def length(self) -> int:
-        """All virtual tokens."""
+        """Number of all virtual tokens."""
         return self.num_virtual_tokens
 
     def with_text(self: Self, encode: Callable[[str], list[int]]) -> Self:
-        """These settings with the text as token ids."""
+        """These settings with the text turned into token ids.
+
+        Raises:
+            UsageError: The text is empty.
+        """
         if not isinstance(self.init_text, str):
             return self
         ids = encode(self.init_text)
         if not ids:
-            raise UsageError("peft.init_text: expected some text, got none")
+            raise UsageError("peft.init_text: expected text, got none")
         return self.model_copy(update={"init_text": ids})
 
     def _host(self, model: nn.Module) -> nn.Module:
-        """The decoder, once it is sure that documents still have room.
+        """The decoder, after a check that documents still have room.
 
         Raises:
-            UsageError: They have not, or there is no such decoder.
+            UsageError: They have none, or the model has no such decoder, or the decoder already has a prefix.
         """
-        host, context = decoder_of(model)[1], int(model.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
+        _, host = decoder_of(model)
+        context = int(model.config.max_position_embeddings)  # type: ignore[union-attr,arg-type]
         if host.prefix_length:
-            raise UsageError("peft: something else stands before every document already, expected one prefix or prompt")
+            raise UsageError("peft: the model already has a prefix or prompt, expected only one of them")
         if self.length >= context:
             raise UsageError(f"peft: {self.length} virtual tokens leave no room in the model's context of {context}")
         return host
 
     def _start_ids(self, model: nn.Module) -> Tensor:
-        """(P,) int64: the tokens to start from."""
+        """(P,) int64: the tokens to start from.
+
+        Raises:
+            UsageError: ``init_text`` is still text, or its ids are not the model's.
+        """
         if isinstance(self.init_text, str):
-            raise UsageError("peft.init_text: given as text, but no tokenizer has turned it into ids")
+            raise UsageError("peft.init_text: expected token ids, got text; call with_text first")
         vocabulary = len(embedding_of(model))
         if self.init_text is None:
             return torch.randint(vocabulary, (self.num_virtual_tokens,))
@@ -88,37 +98,42 @@ class VirtualTokens(AddedMethod, TakesText):
 
 
 def embedding_of(model: nn.Module) -> Tensor:
-    """(V, D): the weight of the token embedding, of the base where an adapter is around it."""
+    """(V, D): the weight of the token embedding; the base's if an adapter wraps it."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     return weight.detach()
 
 
 def cycled(ids: Sequence[int], length: int) -> list[int]:
-    """The first ``length`` of the ids, repeated where they are fewer."""
-    return [ids[place % len(ids)] for place in range(length)]
+    """The ids, repeated or cut to ``length``."""
+    return list(itertools.islice(itertools.cycle(ids), length))
 
 
 def only_rows(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The one tensor of such a file, (P, n).
+    """The only tensor of such a file, (P, n).
 
     Raises:
-        InputError: It is not there, or there are others.
+        InputError: It is missing, or the file has others.
     """
-    if set(tensors) != {EMBEDDINGS} or tensors[EMBEDDINGS].ndim != 2:
-        got = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise InputError(f"{WEIGHTS}: expected one matrix called {EMBEDDINGS}, got {got}")
-    return tensors[EMBEDDINGS]
+    if set(tensors) != {EMBEDDINGS}:
+        names = ", ".join(sorted(tensors)[:3]) or "none"
+        raise InputError(f"{WEIGHTS}: expected one tensor named {EMBEDDINGS}, got {names}")
+    rows = tensors[EMBEDDINGS]
+    if rows.ndim != 2:
+        raise InputError(f"{WEIGHTS}: expected {EMBEDDINGS} to be a matrix, got shape {list(rows.shape)}")
+    return rows
 
 
-def refuse(raw: Mapping[str, Any], known: set[str]) -> None:
-    """Refuse what ``adapter_config.json`` asks for and nobody here does.
+def refuse(raw: Mapping[str, Any], supported: set[str]) -> None:
+    """Refuse keys of ``adapter_config.json`` that are set and not supported.
 
     Raises:
-        InputError: Naming it.
+        InputError: With these keys and their values.
     """
     inert = {"auto_mapping", "inference_mode", "revision", "task_type", "peft_version", "base_model_name_or_path"}
-    asked = [f"{key} {value!r}" for key, value in raw.items() if value and key not in known | inert | {"peft_type"}]
-    if asked:
-        raise InputError(f"{CONFIG}: not supported: {'; '.join(asked)[:200]}")
-    if raw.get("num_transformer_submodules") not in (None, 1):
-        raise InputError(f"{CONFIG}: num_transformer_submodules 2: made for an encoder-decoder, expected 1")
+    ignored = supported | inert | {"peft_type"}
+    refused = [f"{key} {value!r}" for key, value in raw.items() if value and key not in ignored]
+    if refused:
+        raise InputError(f"{CONFIG}: not supported: {'; '.join(refused)[:200]}")
+    submodules = raw.get("num_transformer_submodules")
+    if submodules not in (None, 1):
+        raise InputError(f"{CONFIG}: num_transformer_submodules {submodules} is for encoder-decoder models, expected 1")

@@ -1,1 +1,1 @@
-"""Methods that train some of the numbers that are there: IA3, BitFit, full finetuning."""
+"""Methods that train a part of the model itself, or factors of it: IA3, BitFit, full finetuning."""

@@ -17,7 +17,7 @@ __all__ = ["BitFitConfig"]
 
 
 class BitFitConfig(TargetedMethod):
-    """BitFit: the biases train, of every layer or of some; for models that have biases."""
+    """BitFit: only biases train, of all layers or some; for models that have biases."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
     default_lr: ClassVar[float | None] = 1e-3
@@ -25,12 +25,12 @@ class BitFitConfig(TargetedMethod):
 
     name: Literal["bitfit"] = Field("bitfit", description="The method.")
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
-        ["*"], description="Modules whose bias trains: all-linear, q,v or names, by default all that have a bias."
+        ["*"], description="Modules whose bias trains: all-linear, q,v or a list of names; * for all that have a bias."
     )
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "BitFit"
 
     def adaptable(self, module: nn.Module) -> bool:
@@ -38,15 +38,15 @@ class BitFitConfig(TargetedMethod):
         return isinstance(getattr(module, "bias", None), nn.Parameter)
 
     def targets(self, model: nn.Module, copies: list[str] | None = None) -> list[str]:
-        """Names of the modules with a bias that are meant.
+        """Names of the chosen modules with a bias.
 
         Raises:
-            UsageError: The model has no bias, or a name matches none.
+            UsageError: The model has no bias, or a name matches no module with one.
         """
         if not any(self.adaptable(module) for module in model.modules()):
-            raise UsageError("peft: bitfit trains biases, and this model has none", hint="take lora or ia3")
+            raise UsageError("peft: bitfit trains biases, but this model has none", hint="use lora or ia3")
         return super().targets(model, copies)
 
     def wrapped(self, targets: Mapping[str, nn.Module]) -> dict[str, OwnModule]:
-        """A trained copy of the bias of each target."""
+        """The wrappers of the targets, with a trained copy of each bias."""
         return {name: TrainedCopy(base, ["bias"]) for name, base in targets.items()}

@@ -1,6 +1,6 @@
-"""IA3: a trained factor for every key, value and inner MLP channel, and nothing else.
+"""IA3: one trained factor per channel of keys, values and the MLP's hidden layer.
 
-``y = l * (W x + b)`` for keys and values, ``y = W (l * x) + b`` for the last layer of the MLP; ``l`` starts at one.
+``y = l * (W x + b)`` for keys and values, ``y = W (l * x) + b`` for the MLP's last layer; ``l`` starts at one.
 Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 section 3.3.
 """
@@ -29,7 +29,7 @@ class IA3Linear(OwnModule):
     """A frozen linear layer whose outputs, or inputs, are multiplied by ``ia3_l``, float32.
 
     Args:
-        base_layer: The linear layer; it stays as it is.
+        base_layer: The linear layer; it stays unchanged.
         inputs: Multiply the inputs (in,) instead of the outputs (out,).
     """
 
@@ -49,15 +49,18 @@ class IA3Linear(OwnModule):
         return (y * self.ia3_l).to(y.dtype)
 
     def updates(self) -> dict[str, Update]:
-        """Columns of the weight times ``l``; or its rows, and the bias."""
-        change = self.ia3_l.detach()[:, None] - 1  # (size, 1)
-        ones = torch.ones_like(change[:1])
+        """The weight's columns times ``l``; or its rows and the bias times ``l``."""
+        change = self.ia3_l.detach()[:, None] - 1  # (size, 1), for W * (1 + change)
         if self.inputs:
-            rows = torch.ones(self.base_layer.out_features, 1, device=change.device)
-            return {"weight": Scaled(LowRank(rows, change.T, 1.0))}
-        columns = ones.expand(1, self.base_layer.in_features)
-        updates: dict[str, Update] = {"weight": Scaled(LowRank(change, columns, 1.0))}
-        return updates if self.base_layer.bias is None else {**updates, "bias": Scaled(LowRank(change, ones, 1.0))}
+            ones = torch.ones(self.base_layer.out_features, 1, device=change.device)
+            return {"weight": Scaled(LowRank(ones, change.T, 1.0))}
+
+        one = torch.ones_like(change[:1])  # (1, 1)
+        ones = one.expand(1, self.base_layer.in_features)
+        updates: dict[str, Update] = {"weight": Scaled(LowRank(change, ones, 1.0))}
+        if self.base_layer.bias is not None:
+            updates["bias"] = Scaled(LowRank(change, one, 1.0))
+        return updates
 
     def file_tensors(self) -> dict[str, Tensor]:
         """PEFT's shapes: (1, in) or (out, 1)."""
@@ -65,7 +68,7 @@ class IA3Linear(OwnModule):
 
 
 class IA3Config(TargetedMethod):
-    """IA3: trained factors of keys, values and inner MLP channels."""
+    """IA3: one trained factor per channel of keys, values and the MLP's hidden layer."""
 
     default_lr: ClassVar[float | None] = 3e-3
     peft_type: ClassVar[str] = "IA3"
@@ -74,38 +77,42 @@ class IA3Config(TargetedMethod):
     name: Literal["ia3"] = Field("ia3", description="The method.")
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
         default_names("key", "value", "mlp_out"),
-        description="Modules to adapt, by name; k_proj, v_proj, down_proj by default.",
+        description="Modules to adapt: all-linear, q,v or a list of names.",
     )
     feedforward_modules: list[str] = Field(
-        default_names("mlp_out"), description="Those of the targets whose inputs are multiplied, not their outputs."
+        default_names("mlp_out"), description="Targets whose inputs are multiplied instead of their outputs."
     )
 
     @property
     def title(self) -> str:
-        """The method's name as one writes it."""
+        """The method's name as written in text."""
         return "IA3"
 
     def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
-        """A factor for the channels of each target.
+        """The wrappers of the targets.
 
         Raises:
-            UsageError: A name in ``feedforward_modules`` matches none.
+            UsageError: A name in ``feedforward_modules`` matches no target.
         """
         inputs = set(select(self.feedforward_modules, targets, key="peft.feedforward_modules"))
         return {name: IA3Linear(base, inputs=name in inputs) for name, base in targets.items()}
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
-        """``adapter_config.json``, but for the base model's name."""
-        own = own_modules(model)
-        vectors = {name: module for name, module in own.items() if isinstance(module, IA3Linear)}
-        inputs = [name for name, module in vectors.items() if module.inputs]
-        short, names = short_names(model, inputs), short_names(model, list(vectors))
+        """``adapter_config.json`` without the base model's name."""
+        adapted = {name: module for name, module in own_modules(model).items() if isinstance(module, IA3Linear)}
+        target_names = list(adapted)
+        feedforward_names = [name for name, module in adapted.items() if module.inputs]
+        short_targets = short_names(model, target_names)
+        short_feedforward = short_names(model, feedforward_names)
+        if set(short_feedforward) <= set(short_targets):  # PEFT refuses one that is not also a target
+            target_names = short_targets
+            feedforward_names = short_feedforward
         return {
             "peft_type": "IA3",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
-            "target_modules": names if set(short) <= set(names) else list(vectors),
-            "feedforward_modules": short if set(short) <= set(names) else inputs,
+            "target_modules": target_names,
+            "feedforward_modules": feedforward_names,
             "modules_to_save": whole_modules(model) or None,
             "fan_in_fan_out": False,
             "init_ia3_weights": True,
@@ -113,13 +120,22 @@ class IA3Config(TargetedMethod):
 
     @classmethod
     def from_peft(cls, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> IA3Config:
-        """Settings of an adapter that PEFT wrote: full names, by the shapes in its file."""
-        vectors = {name.removesuffix(".ia3_l"): t for name, t in tensors.items() if name.endswith(".ia3_l")}
-        whole = [name.rpartition(".")[0] for name in tensors if not name.endswith(".ia3_l")]
+        """Settings of an adapter that PEFT wrote, with full module names."""
+        targets: list[str] = []
+        feedforward: list[str] = []
+        in_full: dict[str, None] = {}  # modules saved in full, in order and once each
+        for name, tensor in tensors.items():
+            module, _, parameter = name.rpartition(".")
+            if parameter != "ia3_l":
+                in_full[module] = None
+                continue
+            targets.append(module)
+            if tensor.shape[0] == 1:  # (1, in) for inputs, (out, 1) for outputs
+                feedforward.append(module)
         settings = {
             "name": "ia3",
-            "target_modules": list(vectors),
-            "feedforward_modules": [name for name, vector in vectors.items() if vector.shape[0] == 1],
-            "modules_to_save": list(dict.fromkeys(whole)),
+            "target_modules": targets,
+            "feedforward_modules": feedforward,
+            "modules_to_save": list(in_full),
         }
         return validate(settings, cls, name=CONFIG)
