@@ -175,8 +175,11 @@ def _lossy(plan: MergePlan, report: MergeReport) -> NumericalError:
             if lost <= MAX_LOST:
                 remedies.append(f"--dtype {name} (loses {lost:.1%})")
     use = f"use {' or '.join(remedies)}, or " if remedies else ""
+    lost = report.proof.lost
+    # Rounding errors beyond the effect itself would be a share of many hundred percent.
+    share = f"{lost:.0%}" if lost <= 1 else "all"
     return NumericalError(
-        f"rounding to {'/'.join(names)} loses {report.proof.lost:.0%} of the adapter's effect, more than "
+        f"rounding to {'/'.join(names)} loses {share} of the adapter's effect, more than "
         f"{MAX_LOST:.0%} ({1 - report.totals.kept:.0%} of the update's values vanish); nothing was written",
         hint=f"{use}keep the adapter beside the base, or accept the loss with --allow-lossy",
     )
