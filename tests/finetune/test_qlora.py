@@ -65,7 +65,7 @@ def test_a_run_learns_and_says_what_the_base_takes(task: Path, call: Call) -> No
     assert re.search(r"gate_proj\t2\t64×32 nf4-dq, blocks of 32, rank 8", out)
     assert losses(task / "run")[-1] < losses(task / "run")[0]
     assert contents(task / "base") == before
-    assert "| Base held as | nf4-dq, blocks of 32 |" in (task / "run" / "adapter" / "README.md").read_text()
+    assert "| Base quantized as | nf4-dq, blocks of 32 |" in (task / "run" / "adapter" / "README.md").read_text()
 
 
 def test_a_run_opens_over_the_base_that_it_was_trained_on_unless_told_otherwise(task: Path) -> None:

@@ -186,7 +186,7 @@ def test_what_peft_cannot_express_is_refused_by_it(base, settings, tmp_path):
     [
         ({"num_transformer_submodules": 2}, "is for encoder-decoder models"),
         ({"modules_to_save": ["lm_head"]}, "not supported: modules_to_save"),
-        ({"peft_type": "PREFIX_TUNIN"}, "peft_type 'PREFIX_TUNIN' is not supported, known: LORA, "),
+        ({"peft_type": "PREFIX_TUNIN"}, "peft_type 'PREFIX_TUNIN' is not supported, expected one of: LORA, "),
     ],
 )
 def test_what_a_file_of_peft_asks_for_and_nobody_here_does_is_refused(base, change, message, tmp_path):

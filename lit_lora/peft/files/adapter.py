@@ -1,8 +1,8 @@
 """Adapter folders in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-What a method writes into them is the method's to say. What a file asks for and this package does not do is refused by
-name, never ignored. Beside PEFT's two files lies ``lit_lora.json`` with values at a few places of the base model, so
-that an adapter is not put on another base; an adapter without it is checked by names and shapes.
+Each method defines the contents of its files. Features that are not supported are refused by name, never ignored. In
+addition to PEFT's two files, ``lit_lora.json`` has values at a few positions of the base model, so that an adapter is
+not loaded onto another base; without it, an adapter is checked by names and shapes only.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = ["Adapter", "quantization_of", "read_adapter", "save_adapter"]
 
 EXTRAS = "lit_lora.json"
 _PREFIX = "base_model.model."
-_WHOLE = (EMBEDDINGS, "base_model.")  # names without the prefix
+_UNPREFIXED = (EMBEDDINGS, "base_model.")  # starts of names that PEFT writes without the prefix
 _BASE_COPY = ".base_layer.weight"
 
-# Keys of adapter_config.json that change nothing in a finished adapter. Any other is known to the method, or empty.
+# Keys of adapter_config.json without effect on a finished adapter. Any other is supported by the method, or empty.
 _INERT = {"peft_type", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"}
 _INERT |= {"layers_pattern", "modules_to_save", "auto_mapping", "inference_mode", "revision", "task_type"}
 _INERT |= {"peft_version", "runtime_config"}
@@ -52,72 +52,72 @@ _INERT |= {"peft_version", "runtime_config"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder that was read and checked in itself, not yet against a model."""
+    """An adapter folder that was read and checked by itself, not yet against a model."""
 
     folder: Path
-    """Where it lies."""
+    """The adapter folder."""
     base: str | None
     """The base model that it names: a folder or a Hub id."""
     config: AdapterMethod
-    """Settings that describe it; ``save_adapter`` takes them to write it again."""
+    """Settings that describe it; ``save_adapter`` accepts them to write it again."""
     values: dict[str, Tensor]
     """Its tensors by the names that ``config`` gives them."""
     base_copies: dict[str, Tensor]
     """Base tensors that PEFT wrote into the file; the base must have the same."""
     fingerprint: dict[str, Any] | None
-    """Values at a few places of the base it was trained on."""
+    """Values at a few positions of the base it was trained on."""
     raw: dict[str, Any]
-    """``adapter_config.json`` as it was read."""
+    """The contents of ``adapter_config.json``."""
     quantize: QuantizeConfig | None
-    """How the base was quantized that it was trained on."""
+    """The quantization of the base it was trained on."""
     own_base: bool
-    """It was trained on codes that its method chose."""
+    """Whether its method chose the codes of the base it was trained on."""
     task: dict[str, Any] | None
-    """What its head predicts, as the recipe noted it."""
+    """What its head predicts, as saved by the recipe."""
 
     @property
     def tensors(self) -> int:
-        """How many tensors it has."""
+        """Number of its tensors."""
         return len(self.values)
 
     @property
     def base_beside(self) -> list[Path]:
-        """The folder beside it where a run keeps such a base, if there is one."""
-        beside = self.folder.absolute().parent / "base"
-        return [beside] if self.own_base and (beside / "config.json").is_file() else []
+        """The base folder that its run saved next to it, or nothing."""
+        base = self.folder.absolute().parent / "base"
+        return [base] if self.own_base and (base / "config.json").is_file() else []
 
     def require_updates(self) -> None:
-        """Make sure that the adapter is a change of the base's weights, so that it can be merged.
+        """Check that the adapter changes the base's weights, so that it can be merged.
 
         Raises:
-            InputError: It has modules of its own beside the base's.
+            InputError: It adds modules to the base instead.
         """
         if isinstance(self.config, AddedMethod):
             raise InputError(
-                f"{self.folder}: cannot be merged: {self.config.about} computes beside the base's weights, no weight "
-                "can hold that",
-                hint="use it as it is, lit-lora chat RUN, or train by recipe: lora for a merged model",
+                f"{self.folder}: cannot be merged: {self.config.about} adds modules instead of changing weights",
+                hint="use it as it is, with lit-lora chat RUN, or train with recipe: lora for a merged model",
             )
 
     def listed_targets(self, modules: Iterable[str]) -> list[str]:
         """Those of a model's modules that ``adapter_config.json`` lists as targets."""
-        targets, excluded = self.raw.get("target_modules"), self.raw.get("exclude_modules") or []
-        layers = self.raw.get("layers_to_transform")
-        layers = [layers] if isinstance(layers, int) else layers
+        targets = self.raw.get("target_modules")
+        excluded = self.raw.get("exclude_modules") or []
         if not isinstance(targets, list) or not isinstance(excluded, list):
-            return []  # PEFT's patterns as one string: nobody counts on them any more once the file is there
-        whole = [name for name in self.raw.get("modules_to_save") or [] if isinstance(name, str)]
+            return []  # a regular expression of PEFT's, which is not evaluated: the tensors say what is adapted
+        in_full = [name for name in self.raw.get("modules_to_save") or [] if isinstance(name, str)]
+        layers = self.raw.get("layers_to_transform")
+        if isinstance(layers, int):
+            layers = [layers]
 
-        def named(module: str, names: list[str]) -> bool:
+        def ends_with_any(module: str, names: list[str]) -> bool:
             return any(f".{module}".endswith(f".{name}") for name in names)
 
-        return [
-            module
-            for module in modules
-            if named(module, targets)
-            and not named(module, [*excluded, *whole])
-            and (not layers or layer_number(module) in layers)
-        ]
+        chosen = []
+        for module in modules:
+            in_layers = not layers or layer_number(module) in layers
+            if in_layers and ends_with_any(module, targets) and not ends_with_any(module, [*excluded, *in_full]):
+                chosen.append(module)
+        return chosen
 
 
 def save_adapter(
@@ -131,17 +131,17 @@ def save_adapter(
     task: Mapping[str, Any] | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> Path:
-    """Write the adapter in ``model`` to ``folder``, which appears complete or not at all and replaces an older one.
+    """Write the adapter in ``model`` to ``folder``, atomically; an older one is replaced.
 
     Args:
         model: With an adapter.
-        config: The settings it was made by.
+        config: The settings it was applied with.
         folder: The adapter folder.
         base: Folder or Hub id of the base model.
         data: What it was trained on, for the model card.
-        metrics: Numbers for the model card.
+        metrics: Further rows for the model card.
         task: What a head in it predicts, as plain data.
-        task_type: PEFT's name of what the model is for.
+        task_type: PEFT's name for the model's task.
 
     Returns:
         The folder.
@@ -153,13 +153,13 @@ def save_adapter(
     if not own_modules(model) or not isinstance(config, AdapterMethod):
         raise UsageError(f"{folder}: the model has no adapter to save")
     tensors = {
-        name if name.startswith(_WHOLE) else _PREFIX + name: tensor.detach().cpu().contiguous()
+        name if name.startswith(_UNPREFIXED) else _PREFIX + name: tensor.detach().cpu().contiguous()
         for name, tensor in config.file_tensors(model).items()
     }
     settings = {**config.peft_config(model), "base_model_name_or_path": str(base)}
     if "task_type" in settings:
         settings["task_type"] = task_type
-    # What is replaced as a whole may have started at random: it says nothing about the base.
+    # A module that trains in full, such as a new head, may be random in the base too, so it does not identify the base.
     replaced = [name for name, update in model_updates(model).items() if isinstance(update, Replace)]
     extras = {"format": 1, "base": fingerprint(base_tensors(model), replaced), "method": config.model_dump(mode="json")}
     if task is not None:
@@ -169,7 +169,7 @@ def save_adapter(
     quantize = found_config(model)
     if quantize is not None:
         extras["quantize"] = quantize.model_dump(mode="json")
-        metrics = {"Base held as": str(quantize), **(metrics or {})}
+        metrics = {"Base quantized as": str(quantize), **(metrics or {})}
     with atomic_folder(folder, replace=True) as temporary, disk_errors(folder):
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _write_json(temporary / CONFIG, settings)
@@ -190,14 +190,14 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter folder, PEFT's or ours.
 
     Raises:
-        InputError: Files are missing or broken, values are not finite, or it needs what this package does not do.
+        InputError: Files are missing or broken, values are not finite, or it needs an unsupported feature.
     """
     folder = Path(folder)
     raw = _read_config(folder)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in _read_tensors(folder).items()}
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise InputError(f"{folder / WEIGHTS}: {listed(bad)} with NaN or infinite values")
+    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise InputError(f"{folder / WEIGHTS}: {listed(not_finite)} with NaN or infinite values")
     extras = _extras(folder)
     copies = {name: tensor for name, tensor in tensors.items() if name.endswith(_BASE_COPY)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
@@ -222,14 +222,16 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def quantization_of(folder: Path) -> QuantizeConfig | None:
-    """How the base of an adapter was quantized when it was trained; ``None`` if it was not, or nobody noted it.
+    """How the base was quantized when an adapter was trained; ``None`` if it was not, or the file does not say.
 
     Raises:
-        InputError: What is noted is not known here.
+        InputError: The settings in the file are not valid.
     """
-    noted = _extras(folder).get("quantize")
+    settings = _extras(folder).get("quantize")
+    if settings is None:
+        return None
     try:
-        return None if noted is None else validate(noted, QuantizeConfig, name=f"{folder / EXTRAS}: quantize")
+        return validate(settings, QuantizeConfig, name=f"{folder / EXTRAS}: quantize")
     except UsageError as error:
         raise InputError(str(error)) from error
 
@@ -239,43 +241,47 @@ def _extras(folder: Path) -> dict[str, Any]:
 
 
 def _method(raw: Mapping[str, Any]) -> type[AdapterMethod]:
-    """The method that reads an adapter of this ``adapter_config.json``; it knows every key that is not empty.
+    """The method that reads an adapter with this ``adapter_config.json``, all of whose keys it supports.
 
     Raises:
-        InputError: None does.
+        InputError: No method does.
     """
-    known: dict[str, type[AdapterMethod]] = {LoRAFile.peft_type: LoRAFile}  # of whatever method trained it
-    for name, method in methods().items():
-        if issubclass(method, AdapterMethod):
-            # A method that PEFT has is saved under a name of ours where PEFT does not have its form.
-            for kind in filter(None, (method.peft_type, OWN + name.upper())):
-                known.setdefault(kind, method)
-    found = known.get(str(raw.get("peft_type")))
-    if found is None:
-        names = ", ".join(name for name in known if not name.startswith(OWN))
-        raise InputError(f"{CONFIG}: peft_type {raw.get('peft_type')!r} is not supported, known: {names}")
-    if issubclass(found, TargetedMethod):
-        read = _INERT | found.peft_keys
+    # Several methods save a plain LoRA, and one reads them all.
+    by_type: dict[str, type[AdapterMethod]] = {LoRAFile.peft_type: LoRAFile}
+    for name, each in methods().items():
+        if not issubclass(each, AdapterMethod):
+            continue
+        if each.peft_type is not None:
+            by_type.setdefault(each.peft_type, each)
+        by_type.setdefault(OWN + name.upper(), each)  # for forms that PEFT lacks, though it has the method
+
+    peft_type = raw.get("peft_type")
+    method = by_type.get(str(peft_type))
+    if method is None:
+        supported = ", ".join(name for name in by_type if not name.startswith(OWN))
+        raise InputError(f"{CONFIG}: peft_type {peft_type!r} is not supported, expected one of: {supported}")
+    if issubclass(method, TargetedMethod):  # the others check their keys themselves
+        read = _INERT | method.peft_keys
         refused = [f"{key} {json.dumps(value)[:60]}" for key, value in raw.items() if value and key not in read]
         if refused:
             raise InputError(f"{CONFIG}: not supported: {'; '.join(refused)}")
-    return found
+    return method
 
 
 def _settings(
     method: type[AdapterMethod], raw: Mapping[str, Any], extras: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> AdapterMethod:
-    """The settings that describe an adapter: as lit-lora wrote them, else as PEFT's config means.
+    """The settings that describe an adapter: those that lit-lora saved, else those that PEFT's config implies.
 
     Raises:
-        InputError: The file asks for what is not done here.
-        UsageError: They are not settings of the method.
+        InputError: The file needs an unsupported feature.
+        UsageError: They are not valid for the method.
     """
-    written = extras.get("method")
+    saved = extras.get("method")
     if issubclass(method, AddedMethod) and str(raw["peft_type"]).startswith(OWN):
         return validate(raw.get("settings"), method, name=CONFIG)
-    if method.as_written and isinstance(written, dict):
-        return validate(written, method, name=EXTRAS)
+    if method.as_written and isinstance(saved, dict):
+        return validate(saved, method, name=EXTRAS)
     return method.from_peft(raw, tensors)
 
 
@@ -291,12 +297,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise InputError(
-                f"{folder / 'adapter_model.bin'}: a pickle file, which can run code when it is opened; "
+                f"{folder / 'adapter_model.bin'}: a pickle file, which can run code when it is loaded; "
                 f"expected {WEIGHTS}",
                 hint="load and save it again with a recent PEFT, which writes safetensors",
             )
         raise InputError(f"{path}: no such file")
-    path.open("rb").close()  # safetensors would tell a file that must not be read as one that is not there
+    path.open("rb").close()  # raises for an unreadable file, which safetensors would report as missing
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

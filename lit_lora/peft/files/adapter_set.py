@@ -1,4 +1,4 @@
-"""Several adapters of one loaded model at once; one of them at a time is in it, or none."""
+"""Several adapters for one loaded model, of which at most one is in it at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Adapters"]
 
 
 class Adapters:
-    """Adapters that take turns in a model. A switch moves modules and no values, so each comes back as it was.
+    """Adapters that take turns in a model. Switching moves modules, not values, so each stays exactly as it was.
 
     Args:
         model: The base, loaded, without an adapter.
@@ -30,47 +30,51 @@ class Adapters:
             raise UsageError("the model already has an adapter", hint="remove it first")
         self.model = model
         self.active: str | None = None
-        """The one that is in the model."""
+        """Name of the adapter that is in the model."""
         self._modules: dict[str, dict[str, OwnModule]] = {}
 
     @property
     def names(self) -> list[str]:
-        """Those that are loaded."""
+        """Names of the loaded adapters."""
         return list(self._modules)
 
     def load(self, name: str, folder: Path, *, force: bool = False) -> AppliedAdapter:
-        """Load one more from its folder, and put it into the model in the place of the present one.
+        """Load another adapter from its folder, and put it into the model instead of the active one.
 
         Raises:
-            InputError: It cannot be read or is not for this model; the present one stays.
+            InputError: It cannot be read or is not for this model; the active one stays.
             UsageError: The name is taken.
         """
         if name in self._modules:
-            raise UsageError(f"an adapter called {name!r} is loaded already")
-        before = self.active
+            raise UsageError(f"an adapter named {name!r} is already loaded")
+        active_before = self.active
         self.use(None)
         try:
             applied = load_adapter(self.model, folder, force=force)
         except BaseException:
             remove(self.model)
-            self.use(before)
+            self.use(active_before)
             raise
-        self._modules[name], self.active = own_modules(self.model), name
+        self._modules[name] = own_modules(self.model)
+        self.active = name
         return applied
 
     def use(self, name: str | None) -> None:
-        """Put a loaded adapter into the model, in the place of the present one; ``None`` leaves the base.
+        """Put a loaded adapter into the model instead of the active one; ``None`` for the base alone.
 
         Raises:
-            UsageError: None of that name is loaded.
+            UsageError: No adapter of this name is loaded.
         """
         if name is not None and name not in self._modules:
-            known = f"loaded: {', '.join(self._modules) or 'none'}"
-            raise UsageError(f"no adapter {name!r} is loaded{did_you_mean(name, self._modules)}, {known}")
+            suggestion = did_you_mean(name, self._modules)
+            loaded = ", ".join(self._modules) or "none"
+            raise UsageError(f"no adapter {name!r} is loaded{suggestion}, loaded: {loaded}")
         if self.active is not None:
             remove(self.model)
         self.active = name
-        for place, module in self._modules.get(name or "", {}).items():
+        if name is None:
+            return
+        for place, module in self._modules[name].items():
             if module.wraps:
                 replace_module(self.model, place, module)
             elif isinstance(module, AddedModule):

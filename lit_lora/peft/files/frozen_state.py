@@ -1,7 +1,7 @@
-"""What an adapter has beside what trains: random matrices and starts, which a run keeps so that it can be resumed.
+"""The frozen part of an adapter, such as random matrices and initial values, which a run saves so that it can resume.
 
-Drawn or computed again, on another device or by another number of threads, they would not be the same bits, or not
-the same numbers at all, and what was trained on them would not fit.
+Drawn or computed again, on another device or with another number of threads, they would have other bits or entirely
+other values, to which the trained part does not belong.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ __all__ = ["frozen_state", "keep_frozen", "keep_method", "kept_method"]
 
 
 def frozen_state(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter that do not train, by name; a shared one once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, module in own_modules(model).items():
-        for own, parameter in module.named_parameters(prefix=name):
-            if not parameter.requires_grad and not own.startswith(f"{name}.base_layer."):
-                found.setdefault(id(parameter), (own, parameter))
-    return dict(found.values())
+    """The frozen parameters of the adapter, by name; a shared one once."""
+    by_id: dict[int, tuple[str, nn.Parameter]] = {}
+    for module_name, module in own_modules(model).items():
+        for name, parameter in module.named_parameters(prefix=module_name):
+            if not parameter.requires_grad and not name.startswith(f"{module_name}.base_layer."):
+                by_id.setdefault(id(parameter), (name, parameter))
+    return dict(by_id.values())
 
 
 def kept_method(folder: Path, method: Method) -> Method | None:
-    """The settings that the run to resume began with, where they are not those of its config; see :func:`keep_method`.
+    """The settings that a run to resume began with, if they differ from its config's; see :func:`keep_method`.
 
     Raises:
-        InputError: They are broken.
+        InputError: The file is broken.
     """
     path = folder / "method.json"
     if not path.is_file():
@@ -48,7 +48,7 @@ def kept_method(folder: Path, method: Method) -> Method | None:
 
 
 def keep_method(folder: Path, method: Method) -> None:
-    """Write the settings that a start from rows has come to, such as ranks by layer, into ``folder``.
+    """Write the settings that an initialization from data has chosen, such as ranks by layer, into ``folder``.
 
     Raises:
         DiskError: They cannot be written.
@@ -57,13 +57,14 @@ def keep_method(folder: Path, method: Method) -> None:
 
 
 def keep_frozen(model: nn.Module, folder: Path, *, resume: bool) -> None:
-    """Write them into ``folder``, if there are any; or, where a run is resumed, put what it wrote into the model.
+    """Write the frozen state of ``model`` into ``folder``; for a resumed run, read it from there into the model.
 
     Raises:
         DiskError: It cannot be written.
-        InputError: The run to resume has not kept them, or others.
+        InputError: The folder of the run to resume has no frozen state, or that of another adapter.
     """
-    state, path = frozen_state(model), folder / "frozen.safetensors"
+    state = frozen_state(model)
+    path = folder / "frozen.safetensors"
     if not state:
         return
     if not resume:
@@ -72,11 +73,12 @@ def keep_frozen(model: nn.Module, folder: Path, *, resume: bool) -> None:
             save_file(tensors, temporary / path.name)
         return
     try:
-        kept = load_file(path)
+        saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {error}", hint="start a new run in another folder") from error
-    if {n: tuple(t.shape) for n, t in kept.items()} != {n: tuple(p.shape) for n, p in state.items()}:
-        raise InputError(f"{path}: is of another adapter than this run's", hint="resume with the same config")
+    saved_shapes = {name: tensor.shape for name, tensor in saved.items()}
+    if saved_shapes != {name: parameter.shape for name, parameter in state.items()}:
+        raise InputError(f"{path}: belongs to another adapter than this run's", hint="resume with the same config")
     with torch.no_grad():
         for name, parameter in state.items():
-            parameter.copy_(kept[name])
+            parameter.copy_(saved[name])

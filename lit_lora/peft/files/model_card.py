@@ -1,4 +1,4 @@
-"""The short model card that every written model and adapter carries."""
+"""The short model card that every saved model and adapter gets."""
 
 from __future__ import annotations
 
@@ -17,31 +17,41 @@ def model_card(
     """A README.md with the front matter that the Hub reads.
 
     Args:
-        title: What this is.
-        base: Folder or Hub id of the base model; of a folder only the name is shown.
+        title: The heading.
+        base: Folder or Hub id of the base model; only the last part of a folder is shown.
         method: How it was made.
         data: What it was trained on.
-        metrics: Numbers worth knowing, such as the loss before and after.
-        adapter: An adapter, or else a whole model.
+        metrics: Further rows of the table, such as the loss before and after.
+        adapter: Whether it is an adapter; else a whole model.
     """
-    local = Path(base).is_absolute() or Path(base).exists() or base.startswith(".")
-    shown = Path(base).name if local else base
-    front = ["library_name: peft" if adapter else "library_name: transformers", "tags: [lit-lora]"]
-    if not local and base.count("/") == 1:
-        front.append(f"base_model: {base}")
-    rows = {"Base model": shown, "Method": method, "Data": data, **(metrics or {})}
+    is_local = Path(base).is_absolute() or Path(base).exists() or base.startswith(".")
+    front_matter = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [lit-lora]"]
+    if not is_local and base.count("/") == 1:
+        front_matter.append(f"base_model: {base}")
+
+    rows: dict[str, object] = {
+        "Base model": Path(base).name if is_local else base,  # a path would tell about the machine
+        "Method": method,
+        "Data": data,
+        **(metrics or {}),
+    }
     table = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in ("", None)]
-    lines = ["---", *front, "---", "", f"# {title}", "", "| | |", "|---|---|", *table, ""]
-    return "\n".join([*lines, f"Written by lit-lora {__version__}.", ""])
+
+    lines = ["---", *front_matter, "---", "", f"# {title}", "", "| | |", "|---|---|", *table, ""]
+    lines += [f"Written by lit-lora {__version__}.", ""]
+    return "\n".join(lines)
 
 
 def card_row(folder: Path, key: str) -> str:
-    """What the card in ``folder`` says in one row of its table; empty where there is none, or no card of ours."""
+    """The value of one row in the table of the card in ``folder``; empty without such a row or a card of ours."""
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return ""
     start = f"| {key} | "
-    rows = [line.removeprefix(start).removesuffix(" |") for line in text.splitlines() if line.startswith(start)]
-    return rows[0].replace("\\|", "|") if rows else ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(start):
+            return line.removeprefix(start).removesuffix(" |").replace("\\|", "|")
+    return ""
 
 
 def _cell(value: object) -> str:
