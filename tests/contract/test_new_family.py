@@ -56,6 +56,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"name": "lora", "rank": 4}),
     "lora q,v": ("lora", {"name": "lora", "rank": 4, "target_modules": "q,v"}),
     "lora pissa": ("lora", {"name": "lora", "rank": 4, "init": "pissa", "target_modules": "q,v"}),
+    "trainable tokens": ("lora", {"name": "lora", "rank": 4, "trainable_tokens": [100, 101, 111]}),
     "longlora": ("lora", {"name": "longlora", "rank": 4}),
     "ia3": ("lora", {"name": "ia3"}),
     "vera q,v": ("lora", {"name": "vera", "rank": 4, "target_modules": "q,v"}),
@@ -68,7 +69,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-adapter": ("adapter", {"name": "llama-adapter"}),
     "full": ("full", {"name": "full"}),
 }
-MERGED = ("lora", "lora q,v", "longlora", "ia3", "vera q,v", "qlora")
+MERGED = ("lora", "lora q,v", "trainable tokens", "longlora", "ia3", "vera q,v", "qlora")
+TIED = ("trainable tokens",)  # on a base whose head shares the embedding, which must be found under its own name
 
 
 def renamed(name: str) -> str:
@@ -83,12 +85,21 @@ def renamed(name: str) -> str:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Two folders with the same task for the same weights: of a Llama, and under the family's names."""
-    root = tmp_path_factory.mktemp("family")
+    yield from make_tasks(tmp_path_factory.mktemp("family"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def tied_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The same, of a base whose head shares the embedding's weight."""
+    yield from make_tasks(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def make_tasks(root: Path, *, tied: bool) -> Iterator[tuple[Path, Path]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "neox", NEOX)
         patch.setenv("LIT_LORA_CACHE", str(root / "cache"))
         llama, other = root / "llama", root / "other"
-        make_base(llama / "base")
+        make_base(llama / "base", tied=tied)
         stored = open_tensors(llama / "base")
         (other / "base").mkdir(parents=True)
         with CheckpointWriter(other / "base") as writer:
@@ -135,9 +146,10 @@ def test_it_loads_and_computes_what_a_llama_of_the_same_weights_does(tasks):
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_it_trains_saves_and_merges_as_a_llama_of_the_same_weights(tasks, case, capsys):
+def test_it_trains_saves_and_merges_as_a_llama_of_the_same_weights(tasks, tied_tasks, case, capsys):
     ids = torch.randint(3, 384, (1, 24), generator=torch.Generator().manual_seed(1))
     recipe, _ = RUNS[case]
+    tasks = tied_tasks if case in TIED else tasks
     runs, logits, merged = [finetune(task, case) for task in tasks], [], []
     for run in runs:
         logits.append(open_model(run, dtype="fp32").model(ids))

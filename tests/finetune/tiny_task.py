@@ -16,7 +16,7 @@ from tests.tiny import random_model, tiny_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_base(folder: Path, *, poison: bool = False, intermediate_size: int = 48) -> Path:
+def make_base(folder: Path, *, poison: bool = False, intermediate_size: int = 48, tied: bool = False) -> Path:
     """A random float32 model of 384 tokens that starts near a uniform guess; a poisoned one has a NaN in it."""
     config = ModelConfig(
         vocab_size=384,
@@ -27,7 +27,7 @@ def make_base(folder: Path, *, poison: bool = False, intermediate_size: int = 48
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=128,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = random_model(config, std=0.1)
     tokenizer = tiny_tokenizer(folder.with_name(folder.name + "-tokenizer"))
