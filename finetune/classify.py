@@ -1,4 +1,4 @@
-"""Finetune an encoder or an encoder-decoder on labelled rows: ``python finetune/classify.py --config FILE``.
+"""Finetune an encoder or an encoder-decoder on labeled rows: ``python finetune/classify.py --config FILE``.
 
 BERT, RoBERTa, DeBERTa and the like get a head, which trains in full beside the method; T5 and the like learn to write
 the label. The models are transformers'; methods, loop and files are those of the other recipes.
@@ -14,8 +14,8 @@ from lit_lora.classify.run import (
     ClassifyConfig,
     apply_with_head,
     checkpoint_activations,
-    load_labelled,
-    plan_labelled,
+    load_labeled,
+    plan_labeled,
     prediction_samples,
     save_result,
 )
@@ -45,14 +45,14 @@ def finetune(config: Config, options: Options) -> Path:
     """Train head and method, save them as ``adapter/`` (the whole model as ``model/``), and return the run folder."""
     run = start(config, options)
     shape = read_pretrained(config.model.path)
-    data = load_labelled(config, shape)
+    data = load_labeled(config, shape)
 
     model, fresh = load_with_head(shape, data.task, dtype=run.dtype, device=run.device)
     freeze(model)
     method = apply_with_head(config.peft, model, head_of(model, fresh, data.task))
     checkpoint_activations(model, config.train.activation_checkpointing)
 
-    plan_labelled(run, model, data)
+    plan_labeled(run, model, data)
     if not begin(run, model, method):  # a dry run
         return run.folder
 

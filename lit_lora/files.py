@@ -329,7 +329,7 @@ def require_safe_names(names: Iterable[object], where: str | Path) -> None:
             raise InputError(
                 f"{where}: the file name {_shorten(name)} {reason}, expected one such as 'model.safetensors'", hint
             )
-        # macOS normalises names, and most of its disks and Windows' ignore case.
+        # macOS normalizes names, and most of its disks and Windows' ignore case.
         key = unicodedata.normalize("NFD", str(name)).casefold()
         if key in names_by_key:
             raise InputError(
@@ -376,7 +376,7 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_folder() -> Path:
-    """Where tokenised rows and compiled kernels are stored: ``LIT_LORA_CACHE``, or the user's cache folder."""
+    """Where tokenized rows and compiled kernels are stored: ``LIT_LORA_CACHE``, or the user's cache folder."""
     if folder := os.environ.get("LIT_LORA_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit-lora"

@@ -207,7 +207,7 @@ def describe(result: Result) -> str:
     )
 
 
-def summarise(results: Sequence[Result]) -> list[list[str]]:
+def summarize(results: Sequence[Result]) -> list[list[str]]:
     """The final table: one row per contender, the fastest peer first, then ours, then the limit."""
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -293,7 +293,7 @@ def report(
         f"table shows the median of {args.rounds} alternating processes of each. Peak memory is that of the process.",
         "The limit is the time of the unavoidable matrix products alone (see `scripts/benchmark_peers/gemm_limit.py`).",
         "",
-        *markdown_table(columns(args.device), summarise(final)),
+        *markdown_table(columns(args.device), summarize(final)),
     ]
     if leanest is not None:
         lines += ["", f"Leanest run of any peer: {describe(leanest)}."]
@@ -529,7 +529,7 @@ def measure(args: argparse.Namespace, folder: Path) -> str:
         record[name] = [asdict(run) for run in runs]
     write_text(Path(f"{stem}.json"), json.dumps(record, indent=1) + "\n")
     header = columns(args.device)
-    table(f"{TITLES[args.method]} on {PLACES[args.device]}", header, summarise(final), right=range(2, len(header)))
+    table(f"{TITLES[args.method]} on {PLACES[args.device]}", header, summarize(final), right=range(2, len(header)))
     say(f"record: {stem}.md")
     return text
 

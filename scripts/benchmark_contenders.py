@@ -53,7 +53,7 @@ def _peft_variants() -> dict[str, dict[str, Any]]:
 
 
 def _peft_quantized_variants() -> dict[str, dict[str, Any]]:
-    """NF4 with double quantisation: as usually loaded, and as ``prepare_model_for_kbit_training`` prepares it."""
+    """NF4 with double quantization: as usually loaded, and as ``prepare_model_for_kbit_training`` prepares it."""
     variants: dict[str, dict[str, Any]] = {}
     for precision in ("bf16", "autocast"):
         for size in (1, 2, 4, 8):

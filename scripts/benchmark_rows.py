@@ -24,7 +24,7 @@ __all__ = ["write_random_model", "write_random_rows", "write_rows"]
 def write_rows(
     data: Path, model: Path, *, batch: int, steps: int, seed: int, target: Path, validation: int = 0
 ) -> dict[str, float]:
-    """Tokenise GSM8K rows and write the rows of every step, so that all contenders train on exactly the same ids.
+    """Tokenize GSM8K rows and write the rows of every step, so that all contenders train on exactly the same ids.
 
     A row is a conversation in the model's chat template; its targets are the answer and the token that ends it.
     ``validation`` rows follow those of the steps. The means and the maximum of their lengths are returned.

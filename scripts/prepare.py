@@ -1,4 +1,4 @@
-"""Read and tokenise a dataset, and report what is in it: ``lit-lora prepare`` without the command line tool.
+"""Read and tokenize a dataset, and report what is in it: ``lit-lora prepare`` without the command line tool.
 
 python scripts/prepare.py tickets_train --model checkpoints/smollm2 --show 3
 """

@@ -73,7 +73,7 @@ def test_rows_learn_the_answer_and_the_end_token(data: Path, model: Path, tmp_pa
 
 def test_speed_is_the_median_over_runs_against_the_fastest_peer() -> None:
     peer = [run("peft", [100], [seconds]) for seconds in (1.0, 2.0, 4.0)]
-    rows = benchmark.summarise([*peer, run("ours", [100], [0.5]), run("limit", [100], [0.25])])
+    rows = benchmark.summarize([*peer, run("ours", [100], [0.5]), run("limit", [100], [0.25])])
     assert [row[0] for row in rows] == ["PEFT + transformers", "lit-lora", "the machine's limit"]
     assert rows[0][2:6] == ["50", "25–100", "1.00", "12%"]
     assert rows[1][2:6] == ["200", "200–200", "4.00", "50%"]
@@ -83,7 +83,7 @@ def test_on_a_gpu_its_memory_counts_and_not_the_process() -> None:
     result = run("ours", [100], [1.0])
     assert result.peaks == (2_000_000, 1_000_000)
     result.extra = {"gpu_reserved_bytes": 9_000_000_000, "gpu_allocated_bytes": 7_000_000_000}
-    assert benchmark.summarise([result])[0][-2:] == ["9.0 GB", "7.0 GB"]
+    assert benchmark.summarize([result])[0][-2:] == ["9.0 GB", "7.0 GB"]
     assert benchmark.columns("cuda")[-2:] == ("peak reserved", "peak allocated")
 
 

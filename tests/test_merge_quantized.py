@@ -1,4 +1,4 @@
-"""Merging what was trained over a quantised base: onto the dequantised base, its original, or into codes again."""
+"""Merging what was trained over a quantized base: onto the dequantized base, its original, or into codes again."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pain_16_by_default_the_trained_function_is_written(
 ) -> None:
     code, out, _ = call("merge", adapter, "--out", tmp_path / "merged")
     assert code == 0
-    assert "merged into the dequantised base (nf4-dq, blocks of 32): the model computes what was trained" in out
+    assert "merged into the dequantized base (nf4-dq, blocks of 32): the model computes what was trained" in out
     merged = load_model(tmp_path / "merged")
     assert found_config(merged) is None
     torch.testing.assert_close(logits(merged), trained(base, adapter), atol=1e-4, rtol=1e-4)
@@ -93,7 +93,7 @@ def test_pain_16_into_quantized_writes_codes_and_says_what_they_keep(
 ) -> None:
     code, out, _ = call("merge", adapter, "--into", "quantized", "--out", tmp_path / "merged")
     assert code == 0
-    assert "merged and quantised again to nf4-dq, blocks of 32" in out
+    assert "merged and quantized again to nf4-dq, blocks of 32" in out
     (kept,) = re.findall(r"([\d.]+)% of its values survive", out)
     assert 10 < float(kept) < 99
     merged = load_model(tmp_path / "merged")
@@ -115,7 +115,7 @@ def test_layers_without_an_update_keep_their_codes(base: Path, tmp_path: Path, c
         assert torch.equal(buffer, codes[name]) or "q_proj" in name or "v_proj" in name, name
 
 
-def test_over_a_prequantised_folder(base: Path, adapter: Path, tmp_path: Path, call: Call) -> None:
+def test_over_a_prequantized_folder(base: Path, adapter: Path, tmp_path: Path, call: Call) -> None:
     packed = tmp_path / "packed"
     assert call("convert", base, "--quantize", "nf4-dq", "--block-size", 32, "--out", packed)[0] == 0
     assert call("merge", adapter, "--base", packed, "--out", tmp_path / "merged")[0] == 0
@@ -123,7 +123,7 @@ def test_over_a_prequantised_folder(base: Path, adapter: Path, tmp_path: Path, c
     assert call("merge", adapter, "--base", packed, "--into", "quantized", "--out", tmp_path / "again")[0] == 0
     code, _, err = call("merge", adapter, "--base", packed, "--into", "original", "--out", tmp_path / "x")
     assert code == 2
-    assert "is quantised itself (nf4-dq, blocks of 32)" in err
+    assert "is quantized itself (nf4-dq, blocks of 32)" in err
     assert "--base" in err
     assert not (tmp_path / "x").exists()
 

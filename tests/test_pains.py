@@ -34,7 +34,7 @@ PAINS = {
     27: "Ctrl-C loses hours",
     28: "checkpoints fill the disk",
     29: "the last model is kept, not the best",
-    30: "tokenising is done again and again",
+    30: "tokenizing is done again and again",
     31: "a stale cache is used",
     40: "1e-4 in YAML is a text",
     41: "unknown keys are ignored",

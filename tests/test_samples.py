@@ -54,7 +54,7 @@ def _masked(message: str, ticket: dict[str, str | None], phrases: Phrases) -> st
 
 
 def _sentences(phrases: Phrases) -> set[str]:
-    """Every phrase of a pool, normalised; names and product words apart."""
+    """Every phrase of a pool, normalized; names and product words apart."""
     pools = [value for name, value in vars(phrases).items() if not name.endswith("names") and name != "products"]
     lists = [pool for value in pools for pool in (value.values() if isinstance(value, dict) else [value])]
     return {" ".join(_words(phrase)) for pool in lists for phrase in pool}

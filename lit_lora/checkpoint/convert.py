@@ -82,7 +82,7 @@ class Plan:
         bytes: Size of the safetensors files to write.
         write_tokenizer: See :class:`Source`.
         quantize: How to write the tensors of ``to_quantize``.
-        to_quantize: The weights of the decoder's linear layers, if they are to be quantised.
+        to_quantize: The weights of the decoder's linear layers, if they are to be quantized.
     """
 
     source: Source
@@ -103,7 +103,7 @@ class Plan:
 
 
 def open_source(path: Path) -> Source:
-    """Recognise a checkpoint and open it; only headers are read.
+    """Recognize a checkpoint and open it; only headers are read.
 
     Args:
         path: A ``.gguf``, ``.bin`` or ``.pth`` file, or a folder with such files, with safetensors, or from LitGPT.
@@ -142,17 +142,17 @@ def plan_conversion(
         dtype: Dtype of all weights; the source's own, or bfloat16 for GGUF, when omitted.
         config: A ``config.json``, or a folder with one, to use instead of the source's.
         tokenizer: A folder whose tokenizer files are used instead of the source's.
-        quantize: How to quantise the decoder's linear layers.
+        quantize: How to quantize the decoder's linear layers.
 
     Raises:
         InputError: An unsupported architecture; a missing, unexpected or misshapen tensor; no tokenizer in
-            ``tokenizer``; or the source is already quantised.
+            ``tokenizer``; or the source is already quantized.
         UsageError: The block size does not divide the row length of a layer.
     """
     config_json = _read_config(config) if config is not None else source.config()
     where = str(config or source.files[0].parent)
     if config_json.get("quantization_config"):
-        raise InputError(f"{where}: already quantised", hint="convert the original 16-bit checkpoint")
+        raise InputError(f"{where}: already quantized", hint="convert the original 16-bit checkpoint")
     names = ModelConfig.from_hf(config_json, name=where).names
     config_json["tie_word_embeddings"] = _tied(source, config_json, names)
     expected, linear_weights = _expected(config_json, where)
@@ -309,7 +309,7 @@ def _torch(folder: Path, files: list[Path], name: str) -> Source:
 
 
 def quantization_stripped(stem: str) -> str:
-    """The name of a GGUF file without its quantisation: ``SmolLM2-135M`` for ``SmolLM2-135M.Q4_1``."""
+    """The name of a GGUF file without its quantization: ``SmolLM2-135M`` for ``SmolLM2-135M.Q4_1``."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
     return re.sub(r"(?i)[.\-_]+(i?q\d(_[0-9a-z]+)*|tq\d_\d|b?f16|f32|fp16|fp32|mxfp4|nvfp4)$", "", stem)
 

@@ -1,7 +1,7 @@
-"""GGUF files as a source of tensors and config: undoes llama.cpp's names, row order and quantisation.
+"""GGUF files as a source of tensors and config: undoes llama.cpp's names, row order and quantization.
 
 The header is parsed in this module instead of by ``gguf.GGUFReader``, which keeps several numpy arrays per vocabulary
-entry (a gigabyte for 128k tokens); ``gguf`` does the dequantisation.
+entry (a gigabyte for 128k tokens); ``gguf`` does the dequantization.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -51,13 +51,13 @@ _DERIVED = re.compile(r"rope_freqs\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\
 # The name of one part of a split file: stem, number of the part, number of parts.
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
-# Values dequantised at a time, in float32: bounds the memory that a huge tensor needs beyond its result.
+# Values dequantized at a time, in float32: bounds the memory that a huge tensor needs beyond its result.
 _CHUNK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where one tensor is stored: file, offset, quantisation and shape (outermost dimension first)."""
+    """Where one tensor is stored: file, offset, quantization and shape (outermost dimension first)."""
 
     file: Path
     offset: int
@@ -66,7 +66,7 @@ class _Stored:
 
 
 class GGUFReader:
-    """A GGUF file (or all parts of a split one) as Hugging Face tensors, dequantised on ``read``.
+    """A GGUF file (or all parts of a split one) as Hugging Face tensors, dequantized on ``read``.
 
     Args:
         path: The file; of a split file, any part.
@@ -111,12 +111,12 @@ class GGUFReader:
         return unquantized.get(self._stored[name].kind, torch.float32)
 
     def quantizations(self) -> dict[str, int]:
-        """Number of tensors by quantisation, in alphabetical order."""
+        """Number of tensors by quantization, in alphabetical order."""
         counts = Counter(location.kind.name for location in self._stored.values())
         return dict(sorted(counts.items()))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, dequantised in float32 and rounded once to ``dtype``, in Hugging Face row order.
+        """One tensor, dequantized in float32 and rounded once to ``dtype``, in Hugging Face row order.
 
         Memory: the result (twice for q and k) and about 0.1 GB of temporaries.
         """
@@ -282,13 +282,13 @@ class _Header:
         return metadata, stored
 
     def _located(self, name: str, shape: tuple[int, ...], type_number: int, offset: int) -> _Stored:
-        """A tensor whose type can be dequantised and whose data is within the file."""
+        """A tensor whose type can be dequantized and whose data is within the file."""
         try:
             kind = GGMLQuantizationType(type_number)
         except ValueError:
-            raise InputError(f"{self.path}: tensor {name}: unknown quantisation type {type_number}") from None
+            raise InputError(f"{self.path}: tensor {name}: unknown quantization type {type_number}") from None
         if kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16) and kind not in quants._type_traits:
-            raise InputError(f"{self.path}: tensor {name}: {kind.name} cannot be dequantised")
+            raise InputError(f"{self.path}: tensor {name}: {kind.name} cannot be dequantized")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
             raise InputError(f"{self.path}: tensor {name}: shape {shape} does not fit {kind.name} blocks of {block}")
@@ -300,7 +300,7 @@ class _Header:
         return _Stored(self.path, offset, kind, shape)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, number of the quantisation type, and offset."""
+        """Name, shape, number of the quantization type, and offset."""
         name = self._text()
         dimensions = min(self._scalar("<I"), 8)  # GGUF allows 4; a damaged number shall not read on for ever
         innermost_first = [self._scalar("<Q") for _ in range(dimensions)]
@@ -336,7 +336,7 @@ class _Header:
 
 
 def _dequantize(stored: _Stored, dtype: torch.dtype) -> Tensor:
-    """A stored tensor's values, dequantised some rows at a time, in llama.cpp's row order."""
+    """A stored tensor's values, dequantized some rows at a time, in llama.cpp's row order."""
     block, block_bytes = GGML_QUANT_SIZES[stored.kind]
     columns = stored.shape[-1]
     rows = math.prod(stored.shape[:-1])

@@ -115,7 +115,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> To
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece's BPE: of all neighbouring pieces, those whose joined piece has the best score are joined first."""
+    """SentencePiece's BPE: of all neighboring pieces, those whose joined piece has the best score are joined first."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     scores = metadata.get("tokenizer.ggml.scores") or [-float(index) for index in range(len(tokens))]
     unknown = next((tokens[index] for index, type_ in enumerate(types) if type_ == _UNKNOWN), None)

@@ -28,18 +28,18 @@ def load_model(
 
     On the CPU, tensors that are stored in ``dtype`` stay pages of the mapped file until something writes to them, so
     loading takes no memory of its own; other tensors are copied one at a time. With ``quantize`` every linear layer of
-    the decoder is quantised as soon as it is read, so the whole model is never in memory in 16 bits. Layers that are
-    stored quantised stay so.
+    the decoder is quantized as soon as it is read, so the whole model is never in memory in 16 bits. Layers that are
+    stored quantized stay so.
 
     Args:
         folder: A Hugging Face folder.
         dtype: Dtype of all weights; as stored when omitted.
         device: Device of the weights.
-        quantize: How to quantise the linear layers of the decoder, or a function that does; as stored when omitted.
+        quantize: How to quantize the linear layers of the decoder, or a function that does; as stored when omitted.
 
     Raises:
         InputError: Files are missing or broken, or the tensors are not those that ``config.json`` describes.
-        UsageError: The folder is quantised in another way than ``quantize``, or the block size does not fit.
+        UsageError: The folder is quantized in another way than ``quantize``, or the block size does not fit.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
@@ -74,7 +74,7 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
 
     Args:
         config: Its sizes; with ``quantize``, ``config.dtype`` is the dtype of its parameters.
-        quantize: How to quantise the linear layers of the decoder, or a function that does.
+        quantize: How to quantize the linear layers of the decoder, or a function that does.
 
     Raises:
         UsageError: The block size does not divide the row length of a layer.
@@ -90,7 +90,7 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
 
 
 def decoder_linears(model: CausalLM) -> list[str]:
-    """Names of the layers to quantise: every linear layer except the head."""
+    """Names of the layers to quantize: every linear layer except the head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
@@ -102,7 +102,7 @@ def _quantized(layer: str, weight: torch.Tensor, quantize: QuantizeConfig | Quan
 
 
 def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.dtype) -> None:
-    """Replace the layer called ``name`` with a quantised one that keeps its bias."""
+    """Replace the layer called ``name`` with a quantized one that keeps its bias."""
     parent, _, last = name.rpartition(".")
     bias = model.get_submodule(name).bias
     layer = QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None, dtype)
@@ -110,15 +110,15 @@ def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.d
 
 
 def _check_quantization(folder: Path, stored: list[QuantizeConfig], wanted: QuantizeConfig | Quantizer | None) -> None:
-    """Refuse to quantise a second time.
+    """Refuse to quantize a second time.
 
     Raises:
-        UsageError: The folder is quantised in another way than wanted.
+        UsageError: The folder is quantized in another way than wanted.
     """
     if stored and wanted is not None and stored != [wanted]:
         present = ", ".join(map(str, stored))
         refused = f", cannot become {wanted}" if isinstance(wanted, QuantizeConfig) else ""
         raise UsageError(
-            f"{folder}: already quantised ({present}){refused}",
+            f"{folder}: already quantized ({present}){refused}",
             hint=f"ask for {present}, or start from the original 16-bit checkpoint",
         )

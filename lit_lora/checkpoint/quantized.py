@@ -1,4 +1,4 @@
-"""Quantised weights in a Hugging Face folder, as transformers with bitsandbytes writes and reads them.
+"""Quantized weights in a Hugging Face folder, as transformers with bitsandbytes writes and reads them.
 
 4 bits: ``weight`` holds the codes, ``weight.absmax`` the scales, and ``weight.quant_state.bitsandbytes__nf4`` the rest
 as JSON in bytes. int8: ``weight`` holds the codes, ``SCB`` the scales. ``config.json`` says so in
@@ -36,9 +36,9 @@ def quantization_config(configs: Iterable[QuantizeConfig], dtype: torch.dtype, *
     """The ``quantization_config`` of a ``config.json``; in transformers' terms if it can read the weights.
 
     Args:
-        configs: How the layers are quantised; at least one.
+        configs: How the layers are quantized; at least one.
         dtype: Dtype to compute in.
-        head: Name of the head, which is not quantised.
+        head: Name of the head, which is not quantized.
     """
     different = list(dict.fromkeys(configs))
     config = different[0]
@@ -59,12 +59,12 @@ def quantization_config(configs: Iterable[QuantizeConfig], dtype: torch.dtype, *
 
 
 def packed_tensors(module: str, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that store a quantised weight, by their names in a file.
+    """The tensors that store a quantized weight, by their names in a file.
 
     Args:
         module: Name of the linear layer.
         quantized: Its weight.
-        dtype: Dtype before quantisation.
+        dtype: Dtype before quantization.
     """
     if isinstance(quantized, Int8):
         weight_format = torch.tensor(0, dtype=torch.uint8)  # bitsandbytes' code for rows in plain order
@@ -105,7 +105,7 @@ def packed_bytes(module: str, shape: tuple[int, ...], config: QuantizeConfig) ->
 
 
 class StoredTensors:
-    """The tensors of a Hugging Face folder as the model has them: a quantised weight counts as one tensor.
+    """The tensors of a Hugging Face folder as the model has them: a quantized weight counts as one tensor.
 
     Args:
         folder: The folder.
@@ -119,7 +119,7 @@ class StoredTensors:
         self._where = str(folder)
         names = self._reader.names()
 
-        # Quantised modules: of less than 8 bits with the name of their quant_state, and of int8.
+        # Quantized modules: of less than 8 bits with the name of their quant_state, and of int8.
         self._states = {name.partition(_STATE)[0]: name for name in names if _STATE in name}
         self._int8 = dict.fromkeys(name.removesuffix(".SCB") for name in names if name.endswith(".SCB"))
         self._packed = {f"{module}.weight": module for module in [*self._states, *self._int8]}
@@ -139,10 +139,10 @@ class StoredTensors:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; of a quantised one, its shape before quantisation.
+        """Shape of a tensor; of a quantized one, its shape before quantization.
 
         Raises:
-            InputError: It is quantised, and the description of it is damaged.
+            InputError: It is quantized, and the description of it is damaged.
         """
         module = self._packed.get(name)
         if module is None or module in self._int8:
@@ -153,7 +153,7 @@ class StoredTensors:
         return shape[0], shape[1]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor; of a quantised one, its dtype before quantisation."""
+        """Dtype of a tensor; of a quantized one, its dtype before quantization."""
         module = self._packed.get(name)
         if module is None:
             return self._reader.dtype(name)
@@ -163,7 +163,7 @@ class StoredTensors:
         return dtypes.get(str(self._state(module).get("dtype")), torch.bfloat16)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Its values: pages of the file, mapped on use, or a copy; a quantised tensor is dequantised.
+        """Its values: pages of the file, mapped on use, or a copy; a quantized tensor is dequantized.
 
         Raises:
             InputError: As :meth:`packed`.
@@ -181,18 +181,18 @@ class StoredTensors:
         return self.read(name) if self.quantized(name) else self._reader.read_once(name)
 
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is stored quantised."""
+        """Whether a tensor is stored quantized."""
         return name in self._packed
 
     def configs(self) -> list[QuantizeConfig]:
-        """Every way in which a tensor is quantised, once."""
+        """Every way in which a tensor is quantized, once."""
         return list(dict.fromkeys(map(self._config, self._packed.values())))
 
     def packed(self, name: str) -> Quantized:
-        """A quantised tensor; its codes are pages of the file.
+        """A quantized tensor; its codes are pages of the file.
 
         Raises:
-            InputError: It is damaged, or quantised in an unsupported way.
+            InputError: It is damaged, or quantized in an unsupported way.
         """
         module = self._packed[name]
         rows, columns = self.shape(name)
@@ -265,7 +265,7 @@ class StoredTensors:
                 raise self._unreadable(module, f"a tensor of {_described(tensor)}, expected {_described(wanted)}")
 
     def _unreadable(self, module: str, problem: str) -> InputError:
-        return InputError(f"{self._where}: the quantised {module}.weight cannot be read: {problem}")
+        return InputError(f"{self._where}: the quantized {module}.weight cannot be read: {problem}")
 
 
 def _described(tensor: Tensor) -> str:

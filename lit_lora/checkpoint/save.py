@@ -211,11 +211,11 @@ def save_quantized(
     side_files: Path,
     card: str,
 ) -> Path:
-    """Write a model with quantised layers as a Hugging Face folder, which appears complete or not at all.
+    """Write a model with quantized layers as a Hugging Face folder, which appears complete or not at all.
 
     Args:
         config: The model's config.
-        tensors: Every tensor by name, with the layer itself instead of a quantised weight; a tied head is skipped.
+        tensors: Every tensor by name, with the layer itself instead of a quantized weight; a tied head is skipped.
         folder: The folder; an existing one is replaced.
         side_files: The checkpoint that tokenizer, chat template and the like are copied from.
         card: The text of its README.md.
@@ -257,7 +257,7 @@ def _write_folder(
 
 
 def copy_side_files(src: Path, dst: Path) -> list[str]:
-    """Copy what belongs to a checkpoint besides its weights: config, tokenizer, chat templates, licence.
+    """Copy what belongs to a checkpoint besides its weights: config, tokenizer, chat templates, license.
 
     Files that ``dst`` already has are kept. The model card is not copied, because the new model gets its own.
 

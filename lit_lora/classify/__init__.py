@@ -9,11 +9,11 @@ from lit_lora.classify.opened import OpenedClassifier, open_classifier
 from lit_lora.classify.predict import Prediction, predict
 from lit_lora.classify.run import (
     ClassifyConfig,
-    LabelledData,
+    LabeledData,
     apply_with_head,
     checkpoint_activations,
-    load_labelled,
-    plan_labelled,
+    load_labeled,
+    plan_labeled,
     prediction_samples,
     save_result,
 )
@@ -21,7 +21,7 @@ from lit_lora.classify.task import Task
 
 __all__ = [
     "ClassifyConfig",
-    "LabelledData",
+    "LabeledData",
     "OpenedClassifier",
     "Prediction",
     "Pretrained",
@@ -30,10 +30,10 @@ __all__ = [
     "checkpoint_activations",
     "head_of",
     "is_encoder",
-    "load_labelled",
+    "load_labeled",
     "load_with_head",
     "open_classifier",
-    "plan_labelled",
+    "plan_labeled",
     "predict",
     "prediction_samples",
     "read_pretrained",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lit_lora.classify.task import Kind, Task
-from lit_lora.data.labelled import Tokens
+from lit_lora.data.labeled import Tokens
 from lit_lora.data.padded import Layout
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json
@@ -157,10 +157,10 @@ def is_encoder(folder: Path) -> bool:
 def load_with_head(
     shape: Pretrained, task: Task, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, list[str]]:
-    """The model with a head for the task, initialised at random unless the checkpoint has that very head.
+    """The model with a head for the task, initialized at random unless the checkpoint has that very head.
 
     Returns:
-        The model, and the names of the modules that were initialised at random.
+        The model, and the names of the modules that were initialized at random.
 
     Raises:
         InputError: The weights cannot be read, or more than a head is missing.

@@ -10,8 +10,8 @@ import torch
 
 from lit_lora import log
 from lit_lora.classify.task import Task
-from lit_lora.data.padded import LabelledBatch
-from lit_lora.train.objectives.labelled import logits_of
+from lit_lora.data.padded import LabeledBatch
+from lit_lora.train.objectives.labeled import logits_of
 
 __all__ = ["Prediction", "predict"]
 
@@ -33,7 +33,7 @@ class Prediction:
 
 @torch.no_grad()
 def predict(
-    model: Any, tokenizer: Any, task: Task, batches: Sequence[LabelledBatch], *, max_target_length: int = 128
+    model: Any, tokenizer: Any, task: Task, batches: Sequence[LabeledBatch], *, max_target_length: int = 128
 ) -> list[Prediction]:
     """The model's prediction for every row, in the order of the rows; texts are generated greedily.
 
@@ -54,7 +54,7 @@ def predict(
     return [predictions[row] for row in range(len(predictions))]
 
 
-def _classify(model: Any, task: Task, batch: LabelledBatch) -> list[Prediction]:
+def _classify(model: Any, task: Task, batch: LabeledBatch) -> list[Prediction]:
     """Labels or numbers, from the head."""
     logits = logits_of(model, batch)[0].float().cpu()
     if task.kind == "regression":
@@ -66,7 +66,7 @@ def _classify(model: Any, task: Task, batch: LabelledBatch) -> list[Prediction]:
     return predictions
 
 
-def _generate(model: Any, tokenizer: Any, batch: LabelledBatch, max_tokens: int) -> list[Prediction]:
+def _generate(model: Any, tokenizer: Any, batch: LabeledBatch, max_tokens: int) -> list[Prediction]:
     """Texts, from the decoder."""
     device = next(iter(model.parameters())).device
     # The batch's decoder inputs are the targets of training.

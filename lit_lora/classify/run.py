@@ -15,9 +15,9 @@ from lit_lora import log
 from lit_lora.classify.checkpoint import Pretrained
 from lit_lora.classify.predict import predict
 from lit_lora.classify.task import Task
-from lit_lora.data.config import LabelledConfig
-from lit_lora.data.labelled import Example, LabelledRow, LabelledRows, Labels, find_labels, read_examples
-from lit_lora.data.padded import LabelledBatch, PaddedBatches, by_length, padded_tokens
+from lit_lora.data.config import LabeledConfig
+from lit_lora.data.labeled import Example, LabeledRow, LabeledRows, Labels, find_labels, read_examples
+from lit_lora.data.padded import LabeledBatch, PaddedBatches, by_length, padded_tokens
 from lit_lora.data.prepare import split_places
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError, UsageError
@@ -39,12 +39,12 @@ from lit_lora.train.validation import check_best_metric
 
 __all__ = [
     "ClassifyConfig",
-    "LabelledData",
+    "LabeledData",
     "apply_with_head",
     "checkpoint_activations",
     "encode_rows",
-    "load_labelled",
-    "plan_labelled",
+    "load_labeled",
+    "plan_labeled",
     "prediction_samples",
     "save_result",
 ]
@@ -56,20 +56,20 @@ _EXAMINED_STEPS = 200
 class ClassifyConfig(RunConfig):
     """A run of an encoder or an encoder-decoder on rows with labels."""
 
-    data: LabelledConfig = Field(description="Rows to learn from.")
+    data: LabeledConfig = Field(description="Rows to learn from.")
 
 
 @dataclass
-class LabelledData:
+class LabeledData:
     """The rows of a run and their batches."""
 
     task: Task
-    train: LabelledRows
-    held_out: LabelledRows | None
+    train: LabeledRows
+    held_out: LabeledRows | None
     examples: Sequence[Example]
     """The rows to show predictions for during training, from the validation rows or else the training rows."""
     batches: PaddedBatches
-    validation: list[LabelledBatch]
+    validation: list[LabeledBatch]
     file: str
 
     @property
@@ -78,8 +78,8 @@ class LabelledData:
         return f"{self.file}, {len(self.train):,} rows"
 
 
-def load_labelled(config: ClassifyConfig, shape: Pretrained) -> LabelledData:
-    """Read, split, tokenise and batch the rows, and find their labels.
+def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
+    """Read, split, tokenize and batch the rows, and find their labels.
 
     Raises:
         InputError: The data cannot be read, a label is not among those of the training rows, or no row is left.
@@ -113,7 +113,7 @@ def load_labelled(config: ClassifyConfig, shape: Pretrained) -> LabelledData:
             f"{shared:,} texts of the {len(validation):,} validation rows are also training rows: metrics will be "
             "optimistic"
         )
-    return LabelledData(
+    return LabeledData(
         task=task,
         train=train,
         held_out=held_out,
@@ -132,16 +132,16 @@ def load_labelled(config: ClassifyConfig, shape: Pretrained) -> LabelledData:
 
 
 def encode_rows(
-    examples: Sequence[Example], shape: Pretrained, task: Task, config: LabelledConfig, *, labelled: bool = True
-) -> LabelledRows:
-    """Tokenise examples and encode their labels; rows that are too long are cut, dropped or refused.
+    examples: Sequence[Example], shape: Pretrained, task: Task, config: LabeledConfig, *, labeled: bool = True
+) -> LabeledRows:
+    """Tokenize examples and encode their labels; rows that are too long are cut, dropped or refused.
 
     Args:
         examples: At least one.
         shape: The model's tokenizer.
         task: The kind of label.
         config: Maximum lengths, and what to do with longer rows.
-        labelled: Whether the rows have labels; without, they get 0.
+        labeled: Whether the rows have labels; without, they get 0.
 
     Raises:
         InputError: A label does not fit the task, a row is too long, or none is left.
@@ -171,16 +171,16 @@ def encode_rows(
         )
 
     remaining = [examples[place] for place in places]
-    labels = _labels(remaining, shape, task, config) if labelled else [np.zeros((), np.int64)] * len(remaining)
+    labels = _labels(remaining, shape, task, config) if labeled else [np.zeros((), np.int64)] * len(remaining)
     rows = []
     for place, label in zip(places, labels, strict=True):
         ids, types = tokens[place]
-        rows.append(LabelledRow(ids, types, label, examples[place].source))
-    return LabelledRows(rows)
+        rows.append(LabeledRow(ids, types, label, examples[place].source))
+    return LabeledRows(rows)
 
 
 def _report_long(
-    examples: Sequence[Example], lengths: Sequence[int], long: Sequence[int], max_tokens: int, config: LabelledConfig
+    examples: Sequence[Example], lengths: Sequence[int], long: Sequence[int], max_tokens: int, config: LabeledConfig
 ) -> None:
     """Warn about rows that are too long.
 
@@ -200,7 +200,7 @@ def _report_long(
     )
 
 
-def _labels(examples: Sequence[Example], shape: Pretrained, task: Task, config: LabelledConfig) -> list[Any]:
+def _labels(examples: Sequence[Example], shape: Pretrained, task: Task, config: LabeledConfig) -> list[Any]:
     """The label of each row in the form that the objective takes: an id, a number, or the tokens of a text.
 
     Raises:
@@ -270,7 +270,7 @@ def checkpoint_activations(model: Any, how: str) -> None:
     enable({"use_reentrant": False})
 
 
-def plan_labelled(run: Run, model: nn.Module, data: LabelledData) -> None:
+def plan_labeled(run: Run, model: nn.Module, data: LabeledData) -> None:
     """Print what will be trained, and on what data, before the first step.
 
     Raises:
@@ -310,7 +310,7 @@ def plan_labelled(run: Run, model: nn.Module, data: LabelledData) -> None:
 
 
 def prediction_samples(
-    model: nn.Module, shape: Pretrained, config: ClassifyConfig, data: LabelledData
+    model: nn.Module, shape: Pretrained, config: ClassifyConfig, data: LabeledData
 ) -> Callable[[int], None]:
     """A function of the step that prints predictions for the sample rows beside their labels."""
     if not data.examples:
@@ -331,7 +331,7 @@ def prediction_samples(
     return show
 
 
-def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: LabelledData, result: FitResult) -> Path:
+def save_result(run: Run, model: Any, shape: Pretrained, method: Method, data: LabeledData, result: FitResult) -> Path:
     """Write the adapter with the head, or after full finetuning the whole model with its tokenizer.
 
     Raises:

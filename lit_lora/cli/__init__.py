@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lit_lora.cli.convert",
         "Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, or change its dtype.",
     ),
-    "prepare": ("lit_lora.cli.prepare", "Read and tokenise a dataset, and report its contents."),
+    "prepare": ("lit_lora.cli.prepare", "Read and tokenize a dataset, and report its contents."),
     "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
     "estimate": (
         "lit_lora.cli.estimate",

@@ -74,7 +74,7 @@ def command(
     def with_adapter(chosen: Path | None) -> OpenedModel:
         quantization: Any = quantize
         if quantization is None and chosen is None and opened.adapter is not None:
-            # Without its adapter, the base stays quantised as the adapter was trained on it.
+            # Without its adapter, the base stays quantized as the adapter was trained on it.
             quantization = held_base(opened.base, opened.adapter)
         other = open_model(opened.base, adapter=chosen, quantize=quantization, **how)
         if template is not None:

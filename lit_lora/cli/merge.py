@@ -38,8 +38,8 @@ def command(
     into: Annotated[
         _Into | None,
         typer.Option(
-            help="For an adapter trained on a quantised base: merge into the dequantised base (default), into its "
-            "16-bit original, or quantise the result. The last two change the model's outputs, and report how much."
+            help="For an adapter trained on a quantized base: merge into the dequantized base (default), into its "
+            "16-bit original, or quantize the result. The last two change the model's outputs, and report how much."
         ),
     ] = None,
     subtract: Annotated[

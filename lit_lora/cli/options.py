@@ -71,7 +71,7 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE",
-        help="Quantise the base to nf4-dq, nf4, fp4-dq, fp4 or int8, or none; as in training if omitted.",
+        help="Quantize the base to nf4-dq, nf4, fp4-dq, fp4 or int8, or none; as in training if omitted.",
     ),
 ]
 DropLayers = Annotated[

@@ -1,4 +1,4 @@
-"""``lit-lora prepare``: read and tokenise a dataset, and report its contents."""
+"""``lit-lora prepare``: read and tokenize a dataset, and report its contents."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def command(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write the rows to, as JSON Lines.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report only; write nothing.")] = False,
 ) -> None:
-    """Read and tokenise a dataset, and report its contents.
+    """Read and tokenize a dataset, and report its contents.
 
-    The tokens are cached, so that finetuning with the same settings need not tokenise again.
+    The tokens are cached, so that finetuning with the same settings need not tokenize again.
 
     Examples:
         lit-lora prepare alpaca --model checkpoints/smollm2

@@ -46,7 +46,7 @@ def seconds_per_run(config: CompareConfig, variants: Sequence[Variant]) -> list[
     """Estimated duration of a run of each variant; 0 for a variant whose runs are all complete.
 
     A step of each is rehearsed on tensors without values, which finds settings that do not fit the model. The rows are
-    tokenised for that, so that no run has to do it again.
+    tokenized for that, so that no run has to do it again.
 
     Raises:
         UsageError: With a line per problem of every variant that does not fit the model.

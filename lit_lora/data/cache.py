@@ -1,4 +1,4 @@
-"""The cache of tokenised rows: a dataset is tokenised once per tokenizer and settings.
+"""The cache of tokenized rows: a dataset is tokenized once per tokenizer and settings.
 
 An entry is a folder ``<key>/`` of Arrow files, one per ``_SAMPLES_PER_FILE`` samples, and ``complete.json``, written
 last. The key is a hash of everything that the tokens depend on. A killed run leaves only whole files behind, and the
@@ -46,7 +46,7 @@ def cached_table(
     encode: Callable[[Sequence[T]], Iterable[EncodedRow]],
     info: dict[str, Any],
 ) -> tuple[TokenTable, bool]:
-    """The table in ``folder``, tokenised first if the entry is incomplete; and whether it came from the cache.
+    """The table in ``folder``, tokenized first if the entry is incomplete; and whether it came from the cache.
 
     Args:
         folder: The cache entry. A damaged one is rebuilt.
@@ -77,7 +77,7 @@ def _open(folder: Path, file_count: int) -> TokenTable:
 
 
 def _write_files(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]]) -> int:
-    """Tokenise all samples into files and return how many files there are; existing ones are not written again."""
+    """Tokenize all samples into files and return how many files there are; existing ones are not written again."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -170,7 +170,7 @@ def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]
 
 
 def _names(format_: Format, column: str) -> tuple[str, ...]:
-    """The names under which a format's column is recognised, its own first."""
+    """The names under which a format's column is recognized, its own first."""
     return (column, *format_.aliases.get(column, ()))
 
 
@@ -191,7 +191,7 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
         if format_.nested:
             if not isinstance(value, list) and not str(value).lstrip().startswith("["):
                 return False
-        # Recognised by an alias, such as "answer", it must be text: a number may be the index of an option.
+        # Recognized by an alias, such as "answer", it must be text: a number may be the index of an option.
         elif columns[column] != column and value is not None and not isinstance(value, str):
             return False
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.data.formats import FORMATS
 
-__all__ = ["DataConfig", "LabelledConfig", "RowsConfig"]
+__all__ = ["DataConfig", "LabeledConfig", "RowsConfig"]
 
 
 class RowsConfig(Settings):
@@ -86,8 +86,8 @@ class DataConfig(RowsConfig):
         return value
 
 
-class LabelledConfig(RowsConfig):
-    """Where labelled rows come from: a text or a pair of texts, and a label, a number or a target text."""
+class LabeledConfig(RowsConfig):
+    """Where labeled rows come from: a text or a pair of texts, and a label, a number or a target text."""
 
     columns: dict[str, str] = Field(
         default_factory=dict,

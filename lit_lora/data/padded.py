@@ -1,4 +1,4 @@
-"""Training steps from labelled rows: rows of similar length share a micro-batch, so that little padding is computed."""
+"""Training steps from labeled rows: rows of similar length share a micro-batch, so that little padding is computed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from lit_lora import IGNORE_INDEX
 from lit_lora.data.batches import Shuffled
-from lit_lora.data.labelled import LabelledRow, LabelledRows
+from lit_lora.data.labeled import LabeledRow, LabeledRows
 from lit_lora.data.rows import Integers
 
-__all__ = ["CALL", "LabelledBatch", "Layout", "PaddedBatches", "by_length", "collate", "padded_tokens"]
+__all__ = ["CALL", "LabeledBatch", "Layout", "PaddedBatches", "by_length", "collate", "padded_tokens"]
 
 CALL = 48
 """Cost of one more forward pass, in tokens: a micro-batch is not split to save less padding than that."""
 
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabeledBatch:
     """A micro-batch of rows, padded on the right to the longest."""
 
     inputs: dict[str, Tensor]
@@ -61,7 +61,7 @@ class PaddedBatches(Shuffled):
     """
 
     def __init__(
-        self, rows: LabelledRows, layout: Layout, *, batch_size: int, micro_batch_tokens: int, seed: int
+        self, rows: LabeledRows, layout: Layout, *, batch_size: int, micro_batch_tokens: int, seed: int
     ) -> None:
         super().__init__(len(rows), batch_size, seed)
         self.rows = rows
@@ -74,7 +74,7 @@ class PaddedBatches(Shuffled):
         micro_batches = split_by_length(self.rows.token_counts[chosen], self.micro_batch_tokens)
         return [chosen[positions].tolist() for positions in micro_batches]
 
-    def step(self, step: int) -> list[LabelledBatch]:
+    def step(self, step: int) -> list[LabeledBatch]:
         """The micro-batches of step ``step`` (from 0)."""
         return [collate(self.rows, places, self.layout) for places in self.places(step)]
 
@@ -120,7 +120,7 @@ def _rows_that_fit(length: int, budget: int) -> int:
     return max(1, budget // max(length, 1))
 
 
-def by_length(rows: LabelledRows, layout: Layout, micro_batch_tokens: int) -> list[LabelledBatch]:
+def by_length(rows: LabeledRows, layout: Layout, micro_batch_tokens: int) -> list[LabeledBatch]:
     """Every row once, the longest first, so that an out-of-memory error comes with the first batch."""
     order = np.argsort(-rows.token_counts, kind="stable").tolist()
     batches = []
@@ -137,7 +137,7 @@ def padded_tokens(micro_batches: Sequence[Sequence[int]], counts: Integers) -> i
     return sum(len(places) * int(counts[list(places)].max()) for places in micro_batches)
 
 
-def collate(rows: LabelledRows, places: Sequence[int], layout: Layout) -> LabelledBatch:
+def collate(rows: LabeledRows, places: Sequence[int], layout: Layout) -> LabeledBatch:
     """Pad the rows at ``places`` into one micro-batch."""
     chosen = [rows[place] for place in places]
     lengths = [len(row.ids) for row in chosen]
@@ -154,16 +154,16 @@ def collate(rows: LabelledRows, places: Sequence[int], layout: Layout) -> Labell
 
     if layout.decoder_start is None:
         labels = torch.from_numpy(np.stack([row.label for row in chosen]))
-        return LabelledBatch(inputs, labels, lengths, list(places))
+        return LabeledBatch(inputs, labels, lengths, list(places))
 
     labels = _target_ids(chosen)
     # The decoder predicts each target token from those before it: its input is the target, one position later.
     shifted = torch.cat([torch.full_like(labels[:, :1], layout.decoder_start), labels[:, :-1]], dim=1)
     inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORE_INDEX, layout.pad_id)
-    return LabelledBatch(inputs, labels, lengths, list(places))
+    return LabeledBatch(inputs, labels, lengths, list(places))
 
 
-def _target_ids(rows: Sequence[LabelledRow]) -> Tensor:
+def _target_ids(rows: Sequence[LabeledRow]) -> Tensor:
     """The rows' target tokens, (B, U), padded with ``IGNORE_INDEX``."""
     labels = torch.full((len(rows), max(len(row.label) for row in rows)), IGNORE_INDEX)
     for number, row in enumerate(rows):

@@ -43,7 +43,7 @@ class Prepared:
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int) -> Prepared:
-    """Read, tokenise (or take from the cache) and split a dataset.
+    """Read, tokenize (or take from the cache) and split a dataset.
 
     Args:
         config: The data section.
@@ -130,7 +130,7 @@ def read_samples(
 def _load(
     config: DataConfig, files: Sequence[Path], tokenizer: Tokenizer, cache: Path, limit: int | None
 ) -> tuple[TokenTable, FileReport]:
-    """The rows of some files, tokenised or from the cache, and the report on them."""
+    """The rows of some files, tokenized or from the cache, and the report on them."""
     # Everything that decides which tokens come out: a setting that is missing here would give stale rows.
     settings = config.model_dump(
         include={"format", "columns", "values", "system", "max_seq_length", "too_long", "learn"}
@@ -140,7 +140,7 @@ def _load(
     info: dict[str, Any] = {}
 
     def samples() -> Iterator[PlacedSample]:
-        all_samples = log.progress(read_samples(config, files, info), what="tokenising", unit=" rows")
+        all_samples = log.progress(read_samples(config, files, info), what="tokenizing", unit=" rows")
         return islice(all_samples, limit)
 
     table, from_cache = cached_table(folder, samples, partial(_encode, tokenizer, config), info)

@@ -146,7 +146,7 @@ def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
 
 
 def _file_lines(file: FileReport) -> list[str]:
-    origin = "tokens from the cache" if file.from_cache else "tokenised now and cached"
+    origin = "tokens from the cache" if file.from_cache else "tokenized now and cached"
     lines = [f"{file.name}: {file.rows:,} rows, format {file.format}, {origin}"]
     problems = [
         (file.truncated, "too long, shortened by the middle of the prompt"),

@@ -1,4 +1,4 @@
-"""Tokenised rows in Arrow files, mapped into memory: opening is instant, and only what is read is loaded."""
+"""Tokenized rows in Arrow files, mapped into memory: opening is instant, and only what is read is loaded."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Format:
     read: Callable[[Mapping[str, Any]], Sample]
     optional: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Column -> other names under which it is recognised, the likeliest first."""
+    """Column -> other names under which it is recognized, the likeliest first."""
     nested: bool = False
     """Whether the required column contains a list of messages instead of text."""
 

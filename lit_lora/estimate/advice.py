@@ -103,14 +103,14 @@ def _smaller_optimizer_state(change: Change) -> Iterator[Change]:
 
 
 def _without_calibration(change: Change) -> Iterator[Change]:
-    """A quantised base a little further from the original weights."""
+    """A quantized base a little further from the original weights."""
     peft = change.setup.peft
     if calibration_rows(peft):
         yield _with(change, "peft.fisher_rows=0", peft=peft.model_copy(update={"fisher_rows": 0}))
 
 
 def _fewer_bits(change: Change) -> Iterator[Change]:
-    """Fewer trainable parameters, and a base with a small quantisation error."""
+    """Fewer trainable parameters, and a base with a small quantization error."""
     setup = change.setup
     method = ""
     if setup.peft.kind == "full":

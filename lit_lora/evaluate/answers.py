@@ -1,6 +1,6 @@
 """Answers compared with references: exact match, and the fields of a JSON answer.
 
-Before they are compared, both texts are normalised to Unicode NFC and lose a Markdown code fence around the whole text
+Before they are compared, both texts are normalized to Unicode NFC and lose a Markdown code fence around the whole text
 and white space at the ends. A reference that is a JSON object or list is compared as JSON: white space and the order of
 keys do not matter; types do (``"7"`` is not ``7``). Any other reference is compared as text, case-sensitively, with
 every run of white space as one space.
@@ -85,7 +85,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_match(answer: str, reference: str) -> bool:
-    """Whether the answer equals the reference after normalisation, as the module describes it."""
+    """Whether the answer equals the reference after normalization, as the module describes it."""
     expected = parse_json(reference)
     if isinstance(expected, dict | list):
         return _same_json(parse_json(answer), expected)

@@ -27,7 +27,7 @@ def find_candidates(
         models: Model, run or adapter folders.
         adapter: An adapter for the only model.
         shots: Examples in the prompt of a second column for each base; none if 0.
-        as_trained: Quantise a base as the adapter beside it was trained.
+        as_trained: Quantize a base as the adapter beside it was trained.
         skip_base: Leave out the bases.
 
     Raises:

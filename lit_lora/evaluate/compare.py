@@ -31,7 +31,7 @@ class Candidate:
     adapter: Path | None = None
     shots: int = 0
     quantize: QuantizeConfig | None = None
-    """How a base without an adapter is quantised: as in the training of the adapter it is compared with."""
+    """How a base without an adapter is quantized: as in the training of the adapter it is compared with."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def evaluate_loss(model: LanguageModel, rows: Rows, *, micro_batch_tokens: int =
 
     Args:
         model: In any dtype; the losses are computed in float32 and summed in float64.
-        rows: Tokenised rows.
+        rows: Tokenized rows.
         micro_batch_tokens: Maximum number of tokens per forward pass: affects memory and speed, not the result.
     """
     sums = log_likelihoods(model, rows, micro_batch_tokens=micro_batch_tokens)
@@ -47,7 +47,7 @@ def log_likelihoods(
 
     Args:
         model: The model.
-        rows: Tokenised rows; several are packed into a forward pass, where they do not see each other.
+        rows: Tokenized rows; several are packed into a forward pass, where they do not see each other.
         micro_batch_tokens: Maximum number of tokens per forward pass; a longer row gets a pass of its own.
         what: Title of the progress bar.
         groups: Sizes of runs of rows that share a prefix, such as the options of each question. On a CPU a group gets

@@ -24,7 +24,7 @@ from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_completion
 
 __all__ = ["OptionRow", "OptionScores", "evaluate_options", "has_options", "read_option_rows"]
 
-# our column -> the file's columns that are recognised as it; commas join columns that hold one option each
+# our column -> the file's columns that are recognized as it; commas join columns that hold one option each
 _ALIASES = {
     "prompt": ("prompt", "question", "ctx", "context", "goal", "query", "sentence"),
     "options": ("options", "choices", "endings", "answers", "sol1,sol2", "option1,option2"),
@@ -136,7 +136,7 @@ def read_option_rows(
     Args:
         files: Data files.
         columns: Our column -> the file's. For the prompt also a text with columns in braces, for the options also
-            several columns joined by commas. Common names are recognised without a mapping.
+            several columns joined by commas. Common names are recognized without a mapping.
         limit: Maximum number of rows, counted from the first.
 
     Raises:

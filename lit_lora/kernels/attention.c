@@ -4,7 +4,7 @@
 // laid out once; then panels of 32 queries go over the keys that they see, so scores exist for one panel only and the
 // causal half that is masked is not computed. The backward computes the scores again from the saved log-sum-exp (as
 // FlashAttention does, arXiv:2205.14135 section 3). Tokens that all documents begin with are given once: their queries
-// are those of the first document, and the gradients of their keys and values are summed over all. Products read pairs of neighbours along the summed dimension, "pair"
+// are those of the first document, and the gradients of their keys and values are summed over all. Products read pairs of neighbors along the summed dimension, "pair"
 // below: that is what the instruction multiplies.
 
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-// bfloat16 in C, and the two functions that the kernels' loops are made of: plain C that the compiler vectorises.
+// bfloat16 in C, and the two functions that the kernels' loops are made of: plain C that the compiler vectorizes.
 
 #include <stdint.h>
 

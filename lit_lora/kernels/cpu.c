@@ -1,7 +1,7 @@
 // Fused bfloat16 kernels for training on a CPU: what PyTorch would do in several passes over memory, in one.
 //
 // Matrix products stay PyTorch's. Everything here reads and writes bfloat16 and computes in float32. The loops are
-// plain C that the compiler vectorises; build.py compiles it for the machine it runs on. Each function has the same
+// plain C that the compiler vectorizes; build.py compiles it for the machine it runs on. Each function has the same
 // arithmetic in PyTorch beside its caller, which is used without a compiler and in the tests.
 
 #include "bf16.h"

@@ -1,5 +1,5 @@
 // The product of two blocks in registers, for CPUs that multiply bfloat16 (AVX-512 BF16). The instruction multiplies
-// two pairs of neighbours and adds: a "pair" is two bfloat16 that follow one another along the summed dimension.
+// two pairs of neighbors and adds: a "pair" is two bfloat16 that follow one another along the summed dimension.
 
 #include "bf16.h"
 

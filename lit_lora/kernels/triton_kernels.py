@@ -43,7 +43,7 @@ def _launch(kernel: Any, programs: int, *arguments: Any, constants: dict[str, in
         constants: By name, in the kernel's order.
         options: Of the compiler.
     """
-    # Everything that Triton specialises a kernel for must be in the key.
+    # Everything that Triton specializes a kernel for must be in the key.
     key = (kernel.__name__, torch.cuda.current_device(), *map(_kind, arguments), *constants.values())
     compiled = _COMPILED.get(key)
     if compiled is None:

@@ -123,7 +123,7 @@ def _read_adapters(sources: Sequence[Path]) -> list[Adapter]:
                 "sum"
             )
     if any(adapter.quantize != adapters[0].quantize for adapter in adapters):
-        raise InputError("the adapters were trained over differently quantised bases, such as 4 and 16 bits")
+        raise InputError("the adapters were trained over differently quantized bases, such as 4 and 16 bits")
     return adapters
 
 

@@ -52,7 +52,7 @@ class MergeReport:
     untied: bool
     """Head and embedding were one tensor and are now two."""
     onto: str = ""
-    """What the update of a quantised base was added to."""
+    """What the update of a quantized base was added to."""
     lossy: bool = False
     """The merge was asked for although it changes the model's function."""
 
@@ -148,7 +148,7 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
 
 
 def _onto(plan: MergePlan) -> str:
-    """What the update was added to, in words; empty if the base is not quantised."""
+    """What the update was added to, in words; empty if the base is not quantized."""
     if plan.into == "quantized" and plan.keeps_codes:
         return (
             f"merged into the zeros of {plan.quantize}: the codes stay, and the model computes what was trained "
@@ -156,9 +156,9 @@ def _onto(plan: MergePlan) -> str:
         )
     return {
         None: "",
-        "dequantized": f"merged into the dequantised base ({plan.quantize}): the model computes what was trained",
+        "dequantized": f"merged into the dequantized base ({plan.quantize}): the model computes what was trained",
         "original": f"merged into the original base: training was over {plan.quantize}, so the results differ",
-        "quantized": f"merged and quantised again to {plan.quantize}: its codes cannot hold all of a small update",
+        "quantized": f"merged and quantized again to {plan.quantize}: its codes cannot hold all of a small update",
     }[plan.into]
 
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Into = Literal["dequantized", "original", "quantized"]
-"""What an update trained over a quantised base is added to."""
+"""What an update trained over a quantized base is added to."""
 
 
 class BaseTensors(Base):
@@ -42,8 +42,8 @@ class BaseTensors(Base):
     Args:
         folder: The checkpoint.
         config: Its config, which says what embedding and head are called, and whether they are one.
-        quantize: Tensors to return as they would be after quantisation, and how they are quantised.
-        exact: Dequantise to float32, which rounds nothing, instead of the model's dtype.
+        quantize: Tensors to return as they would be after quantization, and how they are quantized.
+        exact: Dequantize to float32, which rounds nothing, instead of the model's dtype.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BaseTensors(Base):
         return self.reader.read(self._stored_name(name))
 
     def packed(self, name: str) -> Quantized:
-        """The codes of a tensor that is quantised, stored so or made now."""
+        """The codes of a tensor that is quantized, stored so or made now."""
         if self.reader.quantized(name):
             return self.reader.packed(name)
         return quantize(self.reader.read(name), self.quantize[name], name=name)
@@ -94,7 +94,7 @@ class BaseTensors(Base):
         return self.reader.shape(self._stored_name(name))
 
     def quantized(self, name: str) -> bool:
-        """Whether a tensor is stored quantised, or returned as it would be after quantisation."""
+        """Whether a tensor is stored quantized, or returned as it would be after quantization."""
         return name in self.quantize or self.reader.quantized(name)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -135,11 +135,11 @@ class MergePlan:
     dtype: torch.dtype | None
     """Dtype of every tensor; ``None`` keeps each as in the base."""
     trained: BaseTensors
-    """The base as it was in training: ``base``, unless that is the original of a quantised one."""
+    """The base as it was in training: ``base``, unless that is the original of a quantized one."""
     into: Into | None
-    """What the update is added to; ``None`` for a base that is not quantised."""
+    """What the update is added to; ``None`` for a base that is not quantized."""
     quantize: QuantizeConfig | None
-    """How the base was quantised."""
+    """How the base was quantized."""
 
     @property
     def lossy(self) -> bool:
@@ -152,7 +152,7 @@ class MergePlan:
         return self.quantize is not None and _keeps_codes(self.adapter, self.quantize)
 
     def packs(self, name: str) -> bool:
-        """Whether a tensor is quantised again."""
+        """Whether a tensor is quantized again."""
         return self.into == "quantized" and self.base.quantized(name)
 
     def target(self, name: str) -> torch.dtype:
@@ -212,8 +212,8 @@ def plan_merge(
         places: The folders.
         subtract: An adapter that has been merged into the base, to be taken out again (task switching).
         dtype: Dtype of the result; as in the base when omitted.
-        into: What the update of a quantised base is added to. By default what computes the same as in training: the
-            codes, if the update leaves them as they are, else the dequantised base.
+        into: What the update of a quantized base is added to. By default what computes the same as in training: the
+            codes, if the update leaves them as they are, else the dequantized base.
         force: Accept a base that is not the one the adapter was trained on.
 
     Raises:
@@ -255,14 +255,14 @@ def plan_merge(
 
 
 def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
-    """Whether the update fits between the codes of a base quantised so."""
+    """Whether the update fits between the codes of a base quantized so."""
     return isinstance(adapter.config, KeepsCodes) and adapter.config.keeps_codes(quantize)
 
 
 def _bases(
     folder: Path, config: ModelConfig, adapter: Adapter, into: Into | None
 ) -> tuple[BaseTensors, BaseTensors, QuantizeConfig | None]:
-    """The base as it was in training, the base to add the update to, and how the former was quantised.
+    """The base as it was in training, the base to add the update to, and how the former was quantized.
 
     Raises:
         UsageError: ``into`` does not apply.
@@ -271,15 +271,15 @@ def _bases(
     stored_quantized = next(iter(stored.reader.configs()), None)
     quantization = stored_quantized or adapter.quantize
     if quantization is None and into is not None:
-        raise UsageError(f"--into {into}: has no effect, the base of {adapter.folder} is not quantised")
+        raise UsageError(f"--into {into}: has no effect, the base of {adapter.folder} is not quantized")
     if stored_quantized is not None and into == "original":
         raise UsageError(
-            f"--into original: {folder} is quantised itself ({quantization})",
+            f"--into original: {folder} is quantized itself ({quantization})",
             hint="give the 16-bit checkpoint with --base",
         )
     if quantization is None or stored_quantized is not None:
         return stored, stored, quantization
-    # Training quantised a 16-bit checkpoint as it loaded it: do the same to the same layers.
+    # Training quantized a 16-bit checkpoint as it loaded it: do the same to the same layers.
     names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
     trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, quantization))
     return trained, stored if into == "original" else trained, quantization

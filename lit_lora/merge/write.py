@@ -100,7 +100,7 @@ def merged_tensors(plan: MergePlan) -> Iterator[tuple[str, Tensor | Quantized, T
 
 
 def _packed(plan: MergePlan, name: str) -> tuple[Quantized, TensorProof | None]:
-    """A quantised tensor with its update merged in as well as codes allow, and the proof of it."""
+    """A quantized tensor with its update merged in as well as codes allow, and the proof of it."""
     update = plan.updates.get(name)
     if update is None or plan.quantize is None:
         return plan.base.packed(name), None

@@ -105,7 +105,7 @@ def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
 
     # Autograd calls `pack` for each tensor that an operation in the block saves, and `unpack` when the backward pass
     # wants it. A linear layer that reads `value` saves a view of it, flattened perhaps: another Python object with the
-    # same storage. It is recognised by where it lies, and its shape alone is saved in its place.
+    # same storage. It is recognized by where it lies, and its shape alone is saved in its place.
     value_storage, value_size = _storage(value), value.numel()
 
     def pack(tensor: Tensor) -> Tensor | tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which of several quantisations each matrix gets, so that together they fit into a budget with the least loss.
+"""Which of several quantizations each matrix gets, so that together they fit into a budget with the least loss.
 
 A multiple-choice knapsack: go matrix by matrix and keep only the combinations that no other beats in both size and
 loss. That is exact. Beyond ``_MAX_COMBINATIONS`` of them only a sample, spread evenly over the sizes, is kept, and the

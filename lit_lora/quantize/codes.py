@@ -54,7 +54,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 
 class Table:
-    """A quantisation type: the values of its codes, rounding to the nearest, and packing.
+    """A quantization type: the values of its codes, rounding to the nearest, and packing.
 
     Codes are packed one after the other, the first in the highest bits: two of 4 bits or four of 2 bits in a byte,
     eight of 3 bits in three bytes.

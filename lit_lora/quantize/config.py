@@ -1,4 +1,4 @@
-"""How a base model's weights are quantised: the ``quantize`` section of a config."""
+"""How a base model's weights are quantized: the ``quantize`` section of a config."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ QuantizeName = Literal["nf4", "fp4", "nf3", "nf2", "int4", "int2", "int8"]
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 _DOUBLE = "-dq"
-# Types whose scales are never quantised themselves.
+# Types whose scales are never quantized themselves.
 _UNNESTED = ("int4", "int2", "int8")
 
 
 class QuantizeConfig(Settings):
-    """Quantise the decoder's linear layers to a few bits per weight; embedding, norms and head stay as they are."""
+    """Quantize the decoder's linear layers to a few bits per weight; embedding, norms and head stay as they are."""
 
     name: QuantizeName = Field(
         "nf4",
@@ -48,7 +48,7 @@ class QuantizeConfig(Settings):
         if self.name == "int8" and changed:
             raise ValueError(f"int8 has one scale per row: {', '.join(changed)} has no effect, leave it out")
         if self.name in _UNNESTED and "double_quant" in changed:
-            raise ValueError(f"{self.name} does not quantise its scales: double_quant has no effect, leave it out")
+            raise ValueError(f"{self.name} does not quantize its scales: double_quant has no effect, leave it out")
         return self
 
     @property

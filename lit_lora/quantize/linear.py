@@ -1,4 +1,4 @@
-"""A linear layer over a quantised weight, dequantised one layer at a time."""
+"""A linear layer over a quantized weight, dequantized one layer at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["QuantizedLinear", "count_quantized", "found_config", "stored_bytes"]
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is stored in few bits.
 
-    ``weight`` is not a parameter: every read of it dequantises the whole matrix. For its shape alone, use
+    ``weight`` is not a parameter: every read of it dequantizes the whole matrix. For its shape alone, use
     ``out_features`` and ``in_features``.
 
     Args:
@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised weight, (out, in), a new tensor."""
+        """The dequantized weight, (out, in), a new tensor."""
         return self.dequantize()
 
     def dequantize(self) -> Tensor:
@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `.to(dtype)` leaves the codes alone and changes the dtype that they are dequantised to.
+        # `.to(dtype)` leaves the codes alone and changes the dtype that they are dequantized to.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quantized.device)).dtype
         return self
 
@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """``x @ W.T``; saves nothing for the backward pass, which dequantises ``W`` again."""
+    """``x @ W.T``; saves nothing for the backward pass, which dequantizes ``W`` again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Quantized) -> Tensor:
@@ -79,7 +79,7 @@ class _Product(torch.autograd.Function):
 
 
 def found_config(model: nn.Module) -> QuantizeConfig | None:
-    """How most of a model's quantised layers are quantised; ``None`` if it has none."""
+    """How most of a model's quantized layers are quantized; ``None`` if it has none."""
     configs = [module.config for module in model.modules() if isinstance(module, Quantized)]
     return max(configs, key=configs.count, default=None)
 
@@ -91,5 +91,5 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def count_quantized(model: nn.Module) -> int:
-    """Number of weights that are stored quantised, and so are missing from ``model.parameters()``."""
+    """Number of weights that are stored quantized, and so are missing from ``model.parameters()``."""
     return sum(module.shape[0] * module.shape[1] for module in model.modules() if isinstance(module, Quantized))

@@ -1,4 +1,4 @@
-"""Matrices in few bits: quantise, dequantise, and multiply one vector without dequantising.
+"""Matrices in few bits: quantize, dequantize, and multiply one vector without dequantizing.
 
 Every operation has one PyTorch form. Fused kernels give the same bits on a CPU, and for 4 bits on CUDA, where
 bitsandbytes, if it can be imported, does what has no fused kernel. Source: QLoRA, arXiv:2305.14314, section 3; int8
@@ -23,11 +23,11 @@ from lit_lora.quantize.config import BlockSize, QuantizeConfig
 __all__ = ["NESTED", "TYPES", "Blocks", "Groups", "Int8", "Quantized", "Quantizer", "quantize"]
 
 NESTED = 256
-"""Scales of blocks that share one scale of their own when double quantised."""
+"""Scales of blocks that share one scale of their own when double quantized."""
 _CHUNK = 1 << 20
 """Values that the PyTorch forms convert at a time, which keeps their temporaries small."""
 _QUANTIZE_CHUNK = 1 << 16
-"""The same while quantising. The results stay in memory, and larger temporaries would leave holes between them that the
+"""The same while quantizing. The results stay in memory, and larger temporaries would leave holes between them that the
 allocator does not fill again."""
 _GPU_CHUNK = 1 << 24
 """The same for both on a GPU, where launching kernels for many small chunks would take longer than the work."""
@@ -44,7 +44,7 @@ class Quantized(nn.Module):
     """A matrix in few bits. Its tensors are buffers whose dtypes ``.to(dtype)`` does not change.
 
     Args:
-        config: How it is quantised.
+        config: How it is quantized.
         shape: (out, in).
     """
 
@@ -87,9 +87,9 @@ class Blocks(Quantized):
         config: nf4, fp4, nf3 or nf2.
         shape: (out, in).
         codes: (out * in * bits / 8, 1) uint8: row by row, packed as :class:`lit_lora.quantize.codes.Table` says.
-        absmax: (blocks,) float32, or uint8 codes into ``DYNAMIC`` where double quantised.
+        absmax: (blocks,) float32, or uint8 codes into ``DYNAMIC`` where double quantized.
         nested_absmax: (blocks / 256 rounded up,) float32: the scale of each 256 codes of absmax.
-        offset: () float32: the mean absmax, subtracted from every absmax before it is quantised.
+        offset: () float32: the mean absmax, subtracted from every absmax before it is quantized.
     """
 
     codes: Tensor
@@ -125,7 +125,7 @@ class Blocks(Quantized):
 
     @classmethod
     def of(cls, weight: Tensor, config: QuantizeConfig) -> Blocks:
-        """Quantise ``weight`` (out, in)."""
+        """Quantize ``weight`` (out, in)."""
         flat = weight.detach().reshape(-1)
         block, bits = config.block_size, config.code_bits
         # The result is allocated before any temporary, so that these leave no holes in front of it.
@@ -250,7 +250,7 @@ class Int8(Quantized):
 
     @classmethod
     def of(cls, weight: Tensor, config: QuantizeConfig) -> Int8:
-        """Quantise ``weight`` (out, in)."""
+        """Quantize ``weight`` (out, in)."""
         weight = weight.detach()
         result = cls.empty(config, (weight.shape[0], weight.shape[1]), weight.device)
         step = max(1, _CHUNK // weight.shape[1])
@@ -328,7 +328,7 @@ class Groups(Quantized):
 
     @classmethod
     def of(cls, weight: Tensor, config: QuantizeConfig) -> Groups:
-        """Quantise ``weight`` (out, in)."""
+        """Quantize ``weight`` (out, in)."""
         result = cls.empty(config, (weight.shape[0], weight.shape[1]), weight.device)
         code_table = table(config.name, weight.device)
         highest_code = 2**code_table.bits - 1
@@ -398,21 +398,21 @@ def _fused_on_cpu(tensors: Sequence[Tensor]) -> bool:
 
 
 Quantizer = Callable[[str, Tensor], Quantized]
-"""Quantises the weight (out, in) of the linear layer with this name."""
+"""Quantizes the weight (out, in) of the linear layer with this name."""
 
 TYPES: dict[str, type[Blocks] | type[Groups] | type[Int8]] = {**dict.fromkeys(TABLES, Blocks), "int8": Int8}
 TYPES["int4"] = TYPES["int2"] = Groups
 
 
 def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix") -> Quantized:
-    """Quantise a matrix.
+    """Quantize a matrix.
 
     The codes are those of bitsandbytes, and the same on every device, with and without the fused kernel.
 
     Args:
         weight: (out, in), in any floating dtype and on any device; only read. On the meta device the result has no
             values either.
-        config: How to quantise it.
+        config: How to quantize it.
         name: What to call the matrix in a message.
 
     Raises:
@@ -432,7 +432,7 @@ def quantize(weight: Tensor, config: QuantizeConfig, *, name: str = "the matrix"
 
 
 def _quantize_blocks(x: Tensor, config: QuantizeConfig, codes: Tensor, absmax: Tensor) -> None:
-    """Fill ``codes`` (n * bits / 8, 1) and ``absmax`` (n / block,) with the quantised ``x`` (n,) float32."""
+    """Fill ``codes`` (n * bits / 8, 1) and ``absmax`` (n / block,) with the quantized ``x`` (n,) float32."""
     code_table = table(config.name, x.device)
     block = config.block_size
     if x.device.type == "cpu" and code_table.bits == 4 and kernels.library() is not None:

@@ -243,7 +243,7 @@ class Tokenizer:
     def add_tokens(self, tokens: Sequence[str]) -> list[int]:
         """Add words to the vocabulary, and return their ids; existing ones keep theirs.
 
-        They are ordinary tokens: recognised in any text, and shown when decoding.
+        They are ordinary tokens: recognized in any text, and shown when decoding.
 
         Raises:
             InputError: A token is empty.

@@ -1,7 +1,7 @@
 """LitGPT's LoRA finetuning: its GPT, its Fabric set-up, its loss and its steps in the order of its own recipe.
 
 Its recipe weighs every micro-batch alike; here each is weighed by its target tokens, at the same cost, so that all
-contenders minimise the same loss. Variants: ``precision`` bf16-true, bf16-mixed, 32-true; ``micro_batch`` rows.
+contenders minimize the same loss. Variants: ``precision`` bf16-true, bf16-mixed, 32-true; ``micro_batch`` rows.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Variants: ``precision`` fp32, tf32 (fp32 whose products may run in bf16), bf16, autocast (over fp32 weights), or both
 (autocast over bf16 weights, for the adapter's fp32 ones); ``micro_batch`` rows;
 ``attention`` sdpa or eager; ``packed`` rows joined to one with restarting positions; ``checkpointing``; ``quantize``
-nf4 for a base in 4 bits with double quantisation, ``prepared`` by PEFT for training on it.
+nf4 for a base in 4 bits with double quantization, ``prepared`` by PEFT for training on it.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def write_gguf(
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     architecture: str = "llama",
 ) -> Path:
-    """Write a GGUF file; matrices are quantised to ``kind``, vectors stay float32.
+    """Write a GGUF file; matrices are quantized to ``kind``, vectors stay float32.
 
     Args:
         path: The file.

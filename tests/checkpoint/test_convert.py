@@ -263,5 +263,5 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
         ("model", "model"),
     ],
 )
-def test_the_name_of_a_gguf_file_loses_its_quantisation(stem: str, name: str) -> None:
+def test_the_name_of_a_gguf_file_loses_its_quantization(stem: str, name: str) -> None:
     assert quantization_stripped(stem) == name

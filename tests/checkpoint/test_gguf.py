@@ -36,7 +36,7 @@ def test_float32_tensors_come_back_bit_for_bit(tmp_path: Path, tokenizer_folder:
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
-def test_quantised_tensors_are_the_ones_that_gguf_dequantises(
+def test_quantized_tensors_are_the_ones_that_gguf_dequantizes(
     tmp_path: Path, tokenizer_folder: Path, kind: GGMLQuantizationType
 ) -> None:
     reader = GGUFReader(write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer_folder, kind))
@@ -58,7 +58,7 @@ def test_transformers_reads_the_same_tensors_from_the_same_file(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", sorted(quants._type_traits))
-def test_every_quantisation_is_dequantised_in_pieces_as_in_one(
+def test_every_quantization_is_dequantized_in_pieces_as_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: GGMLQuantizationType
 ) -> None:
     block, block_bytes = GGML_QUANT_SIZES[kind]

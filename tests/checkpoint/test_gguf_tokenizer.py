@@ -154,7 +154,7 @@ SENTENCEPIECE: dict[str, Any] = {
 
 
 def by_the_book(text: str) -> list[int]:
-    """SentencePiece's BPE: join the neighbours with the best score, the leftmost first; leftovers become bytes."""
+    """SentencePiece's BPE: join the neighbors with the best score, the leftmost first; leftovers become bytes."""
     score = dict(zip(TOKENS, SENTENCEPIECE["tokenizer.ggml.scores"], strict=True))
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:

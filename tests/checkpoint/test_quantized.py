@@ -1,4 +1,4 @@
-"""Quantised while loading, quantised folders, and the memory of both."""
+"""Quantized while loading, quantized folders, and the memory of both."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text", TYPES)
-def test_every_linear_layer_of_the_decoder_is_quantised_and_nothing_else(base: Path, text: str) -> None:
+def test_every_linear_layer_of_the_decoder_is_quantized_and_nothing_else(base: Path, text: str) -> None:
     model, original = load_model(base, quantize=settings(text)), load_model(base)
     linears = decoder_linears(original)
     assert linears
@@ -63,7 +63,7 @@ def test_every_linear_layer_of_the_decoder_is_quantised_and_nothing_else(base: P
 
 
 @pytest.mark.parametrize("text", TYPES)
-def test_a_quantised_folder_is_the_model_that_loading_quantises(base: Path, text: str) -> None:
+def test_a_quantized_folder_is_the_model_that_loading_quantizes(base: Path, text: str) -> None:
     folder = written(base, text)
     assert found_config(load_model(folder)) == settings(text)
     assert torch.equal(logits(folder), logits(base, quantize=settings(text)))
@@ -90,7 +90,7 @@ def test_transformers_opens_what_convert_writes(base: Path, text: str) -> None:
     ours = load_model(folder)
     if text == "int8":
         assert torch.equal(layer.weight, ours.model.layers[0].mlp.up_proj.quantized.codes)
-        return  # they quantise the inputs too
+        return  # they quantize the inputs too
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
 
@@ -114,22 +114,22 @@ def test_what_transformers_wrote_opens(base: Path, tmp_path: Path, text: str) ->
     )
     theirs.save_pretrained(tmp_path / "theirs")
     assert found_config(load_model(tmp_path / "theirs")) == chosen
-    if text != "int8":  # they round to half precision before they quantise to 8 bits
+    if text != "int8":  # they round to half precision before they quantize to 8 bits
         assert torch.equal(logits(tmp_path / "theirs"), logits(base, quantize=chosen))
 
 
-def test_a_quantised_folder_is_not_quantised_again(base: Path) -> None:
+def test_a_quantized_folder_is_not_quantized_again(base: Path) -> None:
     folder = written(base, "nf4-dq")
-    with pytest.raises(UsageError, match=r"already quantised \(nf4-dq\), cannot become fp4"):
+    with pytest.raises(UsageError, match=r"already quantized \(nf4-dq\), cannot become fp4"):
         load_model(folder, quantize=settings("fp4"))
-    with pytest.raises(InputError, match="already quantised"):
+    with pytest.raises(InputError, match="already quantized"):
         plan_conversion(open_source(folder), quantize=settings("nf4-dq"))
 
 
-def test_another_method_of_quantising_is_named(base: Path) -> None:
+def test_another_method_of_quantizing_is_named(base: Path) -> None:
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(InputError, match="is quantised already, by gptq; expected bitsandbytes"):
+    with pytest.raises(InputError, match="is quantized already, by gptq; expected bitsandbytes"):
         load_model(base)
 
 
@@ -143,7 +143,7 @@ def test_another_method_of_quantising_is_named(base: Path) -> None:
         (".weight", lambda t: t[:-4], r"expected \[\d+, 1\] uint8"),
     ],
 )
-def test_a_damaged_quantised_tensor_is_one_clear_line(base: Path, end: str, change: Any, expected: str) -> None:
+def test_a_damaged_quantized_tensor_is_one_clear_line(base: Path, end: str, change: Any, expected: str) -> None:
     path = written(base, "nf4-dq") / "model.safetensors"
     tensors = load_file(path)
     name = f"model.layers.0.mlp.up_proj{end}"
@@ -250,18 +250,18 @@ def big(tmp_path: Path, tokenizer_folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_quantising_while_loading_takes_the_result_and_one_tensor(big: Path) -> None:
+def test_quantizing_while_loading_takes_the_result_and_one_tensor(big: Path) -> None:
     for environment in ({}, {"LIT_LORA_KERNELS": "0"}):
         peak, files, size, _ = probe(big, "nf4-dq", **environment)
-        print(f"\nquantising while loading: peak {peak:,}, of mapped files {files:,}, result {size:,}")
+        print(f"\nquantizing while loading: peak {peak:,}, of mapped files {files:,}, result {size:,}")
         assert size / 2 < peak < size + 2 * 2048 * 8192 + 100_000_000
         assert files < 150_000_000, "pages of the 16-bit weights stay with the process"
 
 
 @pytest.mark.slow
-def test_a_quantised_folder_stays_pages_of_its_files(big: Path, tmp_path: Path) -> None:
+def test_a_quantized_folder_stays_pages_of_its_files(big: Path, tmp_path: Path) -> None:
     convert(plan_conversion(open_source(big), quantize=settings("nf4-dq")), tmp_path / "packed")
     peak, _, _, seconds = probe(tmp_path / "packed", "none")
-    print(f"\na quantised folder: peak {peak:,}, {seconds:.2f} s of the processor")
+    print(f"\na quantized folder: peak {peak:,}, {seconds:.2f} s of the processor")
     assert peak < 200_000_000
     assert seconds < 2

@@ -70,7 +70,7 @@ def test_rows_that_weigh_errors_take_the_model_in_full_once(task: Path, call: Ca
     table = rows(out)
     weighing, step = size(table["calibration"][0]), size(table["total"][0])
     assert weighing > step
-    assert table["calibration"][1] == "once, before the first step: 3 rows through the unquantised model"
+    assert table["calibration"][1] == "once, before the first step: 3 rows through the unquantized model"
     assert f"fits: {table['calibration'][0]} of 9.0 GB" in out
     _, without, _ = call(*given, "peft.fisher_rows=0", "--memory", "9GB")
     assert "calibration" not in rows(without)

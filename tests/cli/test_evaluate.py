@@ -112,7 +112,7 @@ def test_an_adapter_can_be_named_apart_from_its_base(base: Path, run: Path, tick
     assert scores[0] == scores[1]
 
 
-def test_multiple_choice_rows_are_recognised(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_multiple_choice_rows_are_recognized(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write(
         tmp_path / "mc.jsonl", [{"question": "sky?", "choices": ["red", "blue"], "answer": i % 2} for i in range(6)]
     )

@@ -143,7 +143,7 @@ def test_very_few_rows_are_not_split_and_a_folder_with_held_out_rows_is_taken_as
         assert run("finetune", "--config", f"{data}.yaml", "--dry-run")[0] == 0
 
 
-def test_many_rows_are_counted_though_only_some_are_tokenised(run: Run, model: Path) -> None:
+def test_many_rows_are_counted_though_only_some_are_tokenized(run: Run, model: Path) -> None:
     _write([{"prompt": f"Question {n}?", "completion": "yes"} for n in range(5000)])
     code, out, _ = run("init", "rows.jsonl", "--model", model)
     assert (code, "5,000 rows" in out) == (0, True)

@@ -152,7 +152,7 @@ def test_bad_input_is_told_in_one_line(base: Path, tmp_path: Path, capsys: pytes
         assert "Traceback" not in err
 
 
-def test_a_run_over_a_quantised_base_is_measured_against_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_run_over_a_quantized_base_is_measured_against_what_it_was_trained_on(tmp_path: Path) -> None:
     base, held = make_base(tmp_path / "base", intermediate_size=64), QuantizeConfig(block_size=32)
     config = peft.methods()["dora"].model_validate({"name": "dora", "rank": 2})
     model = adapted(load_model(base, quantize=held), config)

@@ -1,4 +1,4 @@
-"""What every low-rank method must hold over a quantised base."""
+"""What every low-rank method must hold over a quantized base."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def token_ids(case: str) -> torch.Tensor:
 
 
 @every_pair
-def test_logits_at_init_are_those_of_the_quantised_base(folder, case, config):
+def test_logits_at_init_are_those_of_the_quantized_base(folder, case, config):
     model = adapted(folder, case, config).eval()
     with torch.no_grad():
         base = load_model(folder, quantize=config)(tiny.token_ids())
         got = model(tiny.token_ids())[..., :VOCABULARY]
         plain = load_model(folder)(tiny.token_ids())
     torch.testing.assert_close(got, base, atol=1e-4, rtol=1e-4)
-    assert (base - plain).abs().max() > 1e-3, "not quantised"
+    assert (base - plain).abs().max() > 1e-3, "not quantized"
 
 
 @every_pair
@@ -117,7 +117,7 @@ def test_a_saved_adapter_notes_its_base_and_gives_the_same_logits(folder, case, 
         assert torch.equal(again.eval()(token_ids(case)), model(token_ids(case)))
 
 
-def test_every_method_for_a_quantised_base_has_a_case():
+def test_every_method_for_a_quantized_base_has_a_case():
     assert {CASES[case]["name"] for case in (*OTHERS, *ON_GROUPS)} == set(peft.methods("quantized"))
 
 
@@ -187,7 +187,7 @@ def test_a_resumed_run_with_8_bit_moments_is_the_whole_run_bit_for_bit(folder, n
     assert in_eight_bits == (name != "qa-lora")  # whose tensors are too small
 
 
-def test_the_adapter_knows_its_base_in_16_bits_and_quantised_but_not_another(folder, tmp_path):
+def test_the_adapter_knows_its_base_in_16_bits_and_quantized_but_not_another(folder, tmp_path):
     model = adapted(folder, "lora", CONFIGS[0])
     shake(model)
     peft.save_adapter(model, method("lora"), tmp_path / "adapter", base=folder)
@@ -197,9 +197,9 @@ def test_the_adapter_knows_its_base_in_16_bits_and_quantised_but_not_another(fol
 
 
 def test_the_count_and_the_table_are_those_of_the_full_base(folder):
-    quantised, plain = adapted(folder, "lora", CONFIGS[0]), tiny.adapted(load_model(folder), method("lora"))
-    assert peft.count_parameters(quantised) == peft.count_parameters(plain)
-    assert {row.shape for row in peft.matched_table(quantised)} == {
+    quantized, plain = adapted(folder, "lora", CONFIGS[0]), tiny.adapted(load_model(folder), method("lora"))
+    assert peft.count_parameters(quantized) == peft.count_parameters(plain)
+    assert {row.shape for row in peft.matched_table(quantized)} == {
         f"{shape} nf4-dq, blocks of 32, rank 8" for shape in ("64×64", "32×64", "128×64", "64×128")
     }
 

@@ -1,4 +1,4 @@
-"""Tokenised once: the second start reads the cache, and anything that would change a token misses it."""
+"""Tokenized once: the second start reads the cache, and anything that would change a token misses it."""
 
 from __future__ import annotations
 

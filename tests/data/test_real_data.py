@@ -84,7 +84,7 @@ def test_public_rows_are_learned_from_end_to_end(real_data: Path, tokenizer: Tok
 
 
 @pytest.mark.slow
-def test_pain_30_alpaca_is_tokenised_in_a_minute_and_at_once_the_second_time(
+def test_pain_30_alpaca_is_tokenized_in_a_minute_and_at_once_the_second_time(
     real_data: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config = DataConfig(path=str(real_data / "train/alpaca_union_subset.jsonl.gz"), validation=0.02)

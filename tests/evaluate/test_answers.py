@@ -32,7 +32,7 @@ from lit_lora.evaluate.answers import is_match, score_answers
         ("", "", True),
     ],
 )
-def test_match_is_after_the_stated_normalisation_and_no_other(answer: str, reference: str, match: bool) -> None:
+def test_match_is_after_the_stated_normalization_and_no_other(answer: str, reference: str, match: bool) -> None:
     assert is_match(answer, reference) is match
 
 

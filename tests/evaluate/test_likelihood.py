@@ -75,8 +75,8 @@ def test_what_a_group_begins_with_is_computed_once_where_that_is_less(
     handle = model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: sizes.append(output[..., 0].numel())
     )
-    tokenised = Rows.from_tokens(rows)
-    found = log_likelihoods(model, tokenised, micro_batch_tokens=micro_batch_tokens, groups=groups)
+    tokenized = Rows.from_tokens(rows)
+    found = log_likelihoods(model, tokenized, micro_batch_tokens=micro_batch_tokens, groups=groups)
     handle.remove()
     assert found == pytest.approx(sums, rel=1e-4)
     assert sum(sizes) == computed

@@ -26,7 +26,7 @@ def smollm2() -> OpenedModel:
     pytest.skip("LIT_LORA_TEST_WEIGHTS is not set to a converted SmolLM2 folder, nor lies beside one")
 
 
-# Published for the unquantised model (its model card): HellaSwag 40.9, PIQA 66.3, in per cent; ARC easy about 55.
+# Published for the unquantized model (its model card): HellaSwag 40.9, PIQA 66.3, in per cent; ARC easy about 55.
 @pytest.mark.parametrize(
     ("name", "prompt", "chance", "least"),
     [("arc_easy_validation", "Question: {question}\nAnswer:", 0.25, 0.4), ("piqa_validation", "{goal}", 0.5, 0.58)],

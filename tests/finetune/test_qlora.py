@@ -1,4 +1,4 @@
-"""Finetuning over a quantised base, as functions and from the command line."""
+"""Finetuning over a quantized base, as functions and from the command line."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_evaluate_holds_the_base_as_it_was_trained_on(task: Path, call: Call) ->
     assert [m["label"] for m in json.loads((task / "3.json").read_text())["models"]] == ["base", "run/adapter"]
 
 
-def test_generate_and_chat_run_over_the_quantised_base(task: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_and_chat_run_over_the_quantized_base(task: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finetuned(task / "config.yaml", "train.max_steps=12")
     opened: list[OpenedModel] = []
 
@@ -134,7 +134,7 @@ def test_resuming_continues_bit_for_bit(task: Path, quantize: dict[str, object])
     assert (metrics(whole), (whole / "adapter" / "adapter_model.safetensors").read_bytes()) == reference
 
 
-def test_a_prequantised_folder_trains_as_the_original_does(task: Path, call: Call) -> None:
+def test_a_prequantized_folder_trains_as_the_original_does(task: Path, call: Call) -> None:
     first = finetuned(task / "config.yaml")
     packed = task / "packed"
     assert call("convert", task / "base", "--quantize", "nf4-dq", "--block-size", 32, "--out", packed)[0] == 0
@@ -166,11 +166,11 @@ def test_a_wrong_setting_is_one_line(task: Path, call: Call, arguments: list[str
     assert not (task / "run").exists()
 
 
-def test_what_is_quantised_is_not_quantised_again_nor_trained_in_full(task: Path, call: Call) -> None:
+def test_what_is_quantized_is_not_quantized_again_nor_trained_in_full(task: Path, call: Call) -> None:
     packed = task / "packed"
     assert call("convert", task / "base", "--quantize", "fp4", "--block-size", 32, "--out", packed)[0] == 0
     for code, arguments, message in [
-        (3, ["convert", packed, "--quantize", "nf4", "--out", task / "x"], "already quantised"),
+        (3, ["convert", packed, "--quantize", "nf4", "--out", task / "x"], "already quantized"),
         (2, ["finetune", "--config", task / "config.yaml", f"model.path={packed}"], "cannot become nf4-dq"),
         (2, ["generate", packed, "hello", "--quantize", "nf4-dq"], "cannot become nf4-dq"),
         (

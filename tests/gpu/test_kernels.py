@@ -95,7 +95,7 @@ def test_a_gradient_in_float32_is_not_rounded_in_between() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("name", "block"), [("nf4", 64), ("nf4", 32), ("fp4", 64), ("nf4", 4096)])
-def test_dequantised_bits_are_those_of_the_cpu(name: str, block: int, double: bool, dtype: torch.dtype) -> None:
+def test_dequantized_bits_are_those_of_the_cpu(name: str, block: int, double: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     made = quantize(torch.randn(96, 4096), QuantizeConfig(name=name, block_size=block, double_quant=double))
     expected = made.dequantize(torch.float32).to(dtype)

@@ -1,4 +1,4 @@
-"""LoRA over a quantised base against PEFT's LoRA over bitsandbytes' Linear4bit: same tensors, outputs, gradients."""
+"""LoRA over a quantized base against PEFT's LoRA over bitsandbytes' Linear4bit: same tensors, outputs, gradients."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def started(**settings: object) -> tuple[CausalLM, peft.Method]:
 
 def principal(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Components and shares by definition."""
-    centred = vectors.double() - vectors.double().mean(0)
-    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
+    centered = vectors.double() - vectors.double().mean(0)
+    _, S, Vh = torch.linalg.svd(centered, full_matrices=False)
     return Vh[:count].float(), (S.square() / S.square().sum())[:count].float()
 
 

@@ -138,7 +138,7 @@ def test_codes_and_scaled_update_are_nearer_to_every_weight_than_codes_alone(fol
         torch.testing.assert_close(update, together, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_that_are_not_adapted_are_quantised_as_they_are(folder):
+def test_layers_that_are_not_adapted_are_quantized_as_they_are(folder):
     chosen, original = method(target_modules="q,v", rank_pattern={"v_proj": 2}), load_model(folder)
     decomposer = chosen.decomposer(empty_model(ModelConfig.from_folder(folder)), NF4, never)
     model = adapted(load_model(folder, quantize=decomposer), chosen)
@@ -171,10 +171,10 @@ def test_an_init_that_has_no_effect_is_refused():
         method(init="gaussian")
 
 
-def test_a_folder_that_is_quantised_already_is_refused(folder, tmp_path):
+def test_a_folder_that_is_quantized_already_is_refused(folder, tmp_path):
     from lit_lora.checkpoint.convert import convert, open_source, plan_conversion
 
     convert(plan_conversion(open_source(folder), quantize=NF4), tmp_path / "packed")
     decomposer = method().decomposer(empty_model(ModelConfig.from_folder(tmp_path / "packed")), NF4, never)
-    with pytest.raises(UsageError, match="already quantised"):
+    with pytest.raises(UsageError, match="already quantized"):
         load_model(tmp_path / "packed", quantize=decomposer)

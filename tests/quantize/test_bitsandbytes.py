@@ -72,7 +72,7 @@ SmallStateAdamW([{"params": [torch.zeros(4)], "weight_decay": 0.0}], **settings)
     assert run(code, tmp_path) == f"None\n{refusal}\n"
 
 
-def test_quantising_and_multiplying_on_a_cpu_imports_no_bitsandbytes(tmp_path: Path) -> None:
+def test_quantizing_and_multiplying_on_a_cpu_imports_no_bitsandbytes(tmp_path: Path) -> None:
     code = """
 import torch
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear, quantize

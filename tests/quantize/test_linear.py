@@ -1,4 +1,4 @@
-"""The layer over quantised weights: its products, its gradients, and what it keeps."""
+"""The layer over quantized weights: its products, its gradients, and what it keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_layer(config: QuantizeConfig, dtype: torch.dtype = torch.float32, bias:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_output_and_gradient_are_those_of_the_dequantised_weight(config: QuantizeConfig) -> None:
+def test_output_and_gradient_are_those_of_the_dequantized_weight(config: QuantizeConfig) -> None:
     layer = make_layer(config)
     x = torch.randn(7, 128, requires_grad=True)
     y = layer(x)
@@ -58,7 +58,7 @@ def test_one_token_gives_what_many_give(config: QuantizeConfig, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_lora_over_it_is_lora_over_the_dequantised_layer(dtype: torch.dtype) -> None:
+def test_lora_over_it_is_lora_over_the_dequantized_layer(dtype: torch.dtype) -> None:
     layer = make_layer(CONFIGS[0], dtype)
     dense = torch.nn.Linear(128, 96).to(dtype)
     dense.weight.data, dense.bias.data = layer.weight, layer.bias.detach()

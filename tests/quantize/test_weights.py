@@ -102,7 +102,7 @@ def test_every_error_is_at_most_half_the_gap_of_its_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [("nf4", 64, False), ("fp4", 32, False), ("int8",)], ids=str)
-def test_quantising_dequantised_values_gives_the_same_codes(settings: Any) -> None:
+def test_quantizing_dequantized_values_gives_the_same_codes(settings: Any) -> None:
     first = quantize(weight(), QuantizeConfig(name="int8") if settings == ("int8",) else config(*settings))
     again = quantize(first.dequantize(torch.float32), first.config)
     values, repeated = first.dequantize(torch.float32), again.dequantize(torch.float32)
@@ -117,7 +117,7 @@ def test_errors_on_normal_values_are_those_of_methods(block_size: int, expected:
     assert (made - matrix).square().mean().sqrt().item() == pytest.approx(expected, abs=4e-4)
 
 
-def test_double_quantised_scales_are_off_by_less_than_a_hundredth() -> None:
+def test_double_quantized_scales_are_off_by_less_than_a_hundredth() -> None:
     torch.manual_seed(1)
     made = quantize(torch.randn(256, 1024), config("nf4"))
     exact = quantize(torch.randn(256, 1024, generator=torch.Generator().manual_seed(1)), config("nf4", 64, False))
@@ -154,7 +154,7 @@ def test_groups_are_scale_times_code_plus_zero_bit_for_bit(settings: Any, dtype:
 
 
 @pytest.mark.parametrize("settings", [*FOUR_BIT[:4], *FEWER, ("int8",), ("int4", 32)], ids=str)
-def test_a_vector_multiplied_by_codes_is_the_product_of_the_dequantised_matrix(settings: Any) -> None:
+def test_a_vector_multiplied_by_codes_is_the_product_of_the_dequantized_matrix(settings: Any) -> None:
     made = quantize(weight(), QuantizeConfig(name="int8") if settings == ("int8",) else config(*settings))
     torch.manual_seed(2)
     half = 2e-2 if settings in FEWER else 1e-2  # without kernels the matrix is rounded first

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenise anew."""
+    """Tokenize anew."""
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
 
 

@@ -1,4 +1,4 @@
-"""Where methods over a quantised SmolLM2-135M start, on real rows: slow. ``-s`` shows the figures."""
+"""Where methods over a quantized SmolLM2-135M start, on real rows: slow. ``-s`` shows the figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenise anew."""
+    """Tokenize anew."""
     monkeypatch.setenv("LIT_LORA_CACHE", str(tmp_path / "cache"))
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from lit_lora.train.objectives.labelled import LabelledBatch, logits_of
+from lit_lora.train.objectives.labeled import LabeledBatch, logits_of
 from lit_lora.train.objectives.metrics import accuracy, f1, matthews
 
 __all__ = ["Classification"]
@@ -20,11 +20,11 @@ class Classification:
     unit: ClassVar[str] = "row"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
 
-    def count(self, batch: LabelledBatch) -> int:
+    def count(self, batch: LabeledBatch) -> int:
         """Rows."""
         return len(batch.labels)
 
-    def backward(self, model: Any, batch: LabelledBatch, scale: float) -> float:
+    def backward(self, model: Any, batch: LabeledBatch, scale: float) -> float:
         """Add the gradients of ``scale * sum of losses``; returns the sum."""
         logits, labels = logits_of(model, batch)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -32,7 +32,7 @@ class Classification:
         return float(loss.detach())
 
     @torch.no_grad()
-    def validate(self, model: Any, batches: Iterable[LabelledBatch]) -> dict[str, float]:
+    def validate(self, model: Any, batches: Iterable[LabeledBatch]) -> dict[str, float]:
         """Mean loss; share of right rows, F1 and Matthews' correlation."""
         parts = [logits_of(model, batch) for batch in batches]
         logits, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))

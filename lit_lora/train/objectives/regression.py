@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from lit_lora.train.objectives.labelled import LabelledBatch, logits_of
+from lit_lora.train.objectives.labeled import LabeledBatch, logits_of
 from lit_lora.train.objectives.metrics import pearson, spearman
 
 __all__ = ["Regression"]
@@ -20,11 +20,11 @@ class Regression:
     unit: ClassVar[str] = "row"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
 
-    def count(self, batch: LabelledBatch) -> int:
+    def count(self, batch: LabeledBatch) -> int:
         """Rows."""
         return len(batch.labels)
 
-    def backward(self, model: Any, batch: LabelledBatch, scale: float) -> float:
+    def backward(self, model: Any, batch: LabeledBatch, scale: float) -> float:
         """Add the gradients of ``scale * sum of losses``; returns the sum."""
         logits, numbers = logits_of(model, batch)
         loss = F.mse_loss(logits[:, 0].float(), numbers, reduction="sum")
@@ -32,7 +32,7 @@ class Regression:
         return float(loss.detach())
 
     @torch.no_grad()
-    def validate(self, model: Any, batches: Iterable[LabelledBatch]) -> dict[str, float]:
+    def validate(self, model: Any, batches: Iterable[LabeledBatch]) -> dict[str, float]:
         """Mean loss; correlation of the numbers, and of their ranks."""
         parts = [logits_of(model, batch) for batch in batches]
         logits, numbers = (torch.cat(part).cpu() for part in zip(*parts, strict=True))

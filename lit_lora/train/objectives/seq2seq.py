@@ -9,7 +9,7 @@ import torch
 
 from lit_lora import IGNORE_INDEX
 from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
-from lit_lora.train.objectives.labelled import LabelledBatch, logits_of
+from lit_lora.train.objectives.labeled import LabeledBatch, logits_of
 
 __all__ = ["Seq2Seq"]
 
@@ -23,17 +23,17 @@ class Seq2Seq:
     unit: ClassVar[str] = "target token"
     metrics: ClassVar[tuple[str, ...]] = ("exact_match",)
 
-    def count(self, batch: LabelledBatch) -> int:
+    def count(self, batch: LabeledBatch) -> int:
         """Target tokens."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
-    def backward(self, model: Any, batch: LabelledBatch, scale: float) -> float:
+    def backward(self, model: Any, batch: LabeledBatch, scale: float) -> float:
         """Add the gradients of ``scale * sum of losses``; returns the sum."""
         logits, labels = logits_of(model, batch)
         return float(cross_entropy_backward(logits.flatten(0, 1), labels.flatten(), scale))
 
     @torch.no_grad()
-    def validate(self, model: Any, batches: Iterable[LabelledBatch]) -> dict[str, float]:
+    def validate(self, model: Any, batches: Iterable[LabeledBatch]) -> dict[str, float]:
         """Mean loss; share of rows that are exactly right."""
         loss, targets = 0.0, 0
         exact_rows, rows = 0, 0

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_lora.data.config import LabelledConfig
-from lit_lora.data.labelled import Example, LabelledRow, LabelledRows, Labels, find_labels, read_examples
+from lit_lora.data.config import LabeledConfig
+from lit_lora.data.labeled import Example, LabeledRow, LabeledRows, Labels, find_labels, read_examples
 from lit_lora.data.padded import CALL, Layout, PaddedBatches, by_length, padded_tokens, split_by_length
 from lit_lora.errors import InputError, UsageError
 
@@ -22,7 +22,7 @@ def written(tmp_path: Path, text: str, name: str = "rows.jsonl") -> Path:
 
 
 def read(path: Path, **settings: object) -> list[Example]:
-    return read_examples([path], LabelledConfig(path=str(path), **settings))[0]
+    return read_examples([path], LabeledConfig(path=str(path), **settings))[0]
 
 
 def test_glue_like_rows_of_every_kind_of_file_are_found_by_their_columns(tmp_path):
@@ -40,7 +40,7 @@ def test_columns_are_named_filled_in_and_their_values_replaced(tmp_path):
     path = written(tmp_path, '{"s": "good", "y": 1}\n{"s": "bad", "y": 0}\n')
     settings = {"columns": {"text": "sst2: {s}", "label": "y"}, "values": {"y": {"0": "no", "1": "yes"}}}
     assert [(e.text, e.label) for e in read(path, **settings)] == [("sst2: good", "yes"), ("sst2: bad", "no")]
-    _, about = read_examples([path], LabelledConfig(path=str(path), columns={"text": "s", "label": "y"}))
+    _, about = read_examples([path], LabeledConfig(path=str(path), columns={"text": "s", "label": "y"}))
     assert about == "text: s, label: y"
 
 
@@ -96,12 +96,12 @@ def test_a_label_that_training_has_not_seen_is_named_with_its_place():
         Labels(("no", "yes")).id(examples("maybe")[0])
 
 
-def make_rows(lengths: list[int]) -> LabelledRows:
+def make_rows(lengths: list[int]) -> LabeledRows:
     rows = [
-        LabelledRow(np.arange(1, n + 1, dtype=np.int32), np.zeros(n, np.int32), np.array(n % 2), f"f:{n}")
+        LabeledRow(np.arange(1, n + 1, dtype=np.int32), np.zeros(n, np.int32), np.array(n % 2), f"f:{n}")
         for n in lengths
     ]
-    return LabelledRows(rows)
+    return LabeledRows(rows)
 
 
 def test_micro_batches_cost_as_little_as_the_best_of_all_cuts():
@@ -147,9 +147,9 @@ def test_rows_lie_side_by_side_with_their_mask_and_labels():
 
 
 def test_a_decoder_is_given_its_targets_one_place_later():
-    rows = LabelledRows(
+    rows = LabeledRows(
         [
-            LabelledRow(np.array([5, 6], np.int32), np.zeros(2, np.int32), np.array(target, np.int64), "f:1")
+            LabeledRow(np.array([5, 6], np.int32), np.zeros(2, np.int32), np.array(target, np.int64), "f:1")
             for target in ([7, 8, 1], [9, 1])
         ]
     )
@@ -161,6 +161,6 @@ def test_a_decoder_is_given_its_targets_one_place_later():
 def test_the_fingerprint_knows_tokens_labels_and_order():
     rows = make_rows([3, 4])
     assert rows.fingerprint == make_rows([3, 4]).fingerprint
-    changed = [make_rows([4, 3]), LabelledRows([rows[0]])]
-    other = LabelledRow(rows[1].ids, rows[1].types, np.array(1), rows[1].source)
-    assert len({r.fingerprint for r in [rows, *changed, LabelledRows([rows[0], other])]}) == 4
+    changed = [make_rows([4, 3]), LabeledRows([rows[0]])]
+    other = LabeledRow(rows[1].ids, rows[1].types, np.array(1), rows[1].source)
+    assert len({r.fingerprint for r in [rows, *changed, LabeledRows([rows[0], other])]}) == 4

@@ -1,4 +1,4 @@
-"""Labelled rows: a text or a pair of texts, and what to predict from it: a class, a number or another text."""
+"""Labeled rows: a text or a pair of texts, and what to predict from it: a class, a number or another text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy.typing as npt
 
 from lit_lora.config import did_you_mean
 from lit_lora.data.columns import cell, columns_in, columns_read, replace_values
-from lit_lora.data.config import LabelledConfig
+from lit_lora.data.config import LabeledConfig
 from lit_lora.data.read import read_rows
 from lit_lora.data.rows import Integers
 from lit_lora.data.sample import as_text
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["Example", "LabelledRow", "LabelledRows", "Labels", "Tokens", "find_labels", "read_examples"]
+__all__ = ["Example", "LabeledRow", "LabeledRows", "Labels", "Tokens", "find_labels", "read_examples"]
 
 Tokens: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """Token ids (T,), and for each token which of the two texts it belongs to (T,): 0 or 1."""
 
-# our column -> names under which it is recognised, the likeliest first
+# our column -> names under which it is recognized, the likeliest first
 _NAMES = {
     "text": ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input"),
     "pair": ("pair", "text_pair", "sentence2", "question2", "hypothesis"),
@@ -46,14 +46,14 @@ class Example:
 
 
 def read_examples(
-    files: Sequence[Path], config: LabelledConfig, *, labelled: bool | None = True, limit: int | None = None
+    files: Sequence[Path], config: LabeledConfig, *, labeled: bool | None = True, limit: int | None = None
 ) -> tuple[list[Example], str]:
     """The rows of some files, and a line that says which columns were read as what.
 
     Args:
         files: Data files.
         config: Names the mapping, or leaves it to be detected from the first row.
-        labelled: Whether rows have labels; ``None`` reads labels if the first row has one.
+        labeled: Whether rows have labels; ``None`` reads labels if the first row has one.
         limit: Number of rows to read; all if omitted.
 
     Raises:
@@ -67,7 +67,7 @@ def read_examples(
         if len(examples) == limit:
             break
         if columns is None:
-            columns = _choose(config, row, place, labelled=labelled)
+            columns = _choose(config, row, place, labeled=labeled)
             mapping = _describe(columns, row)
         examples.append(_example(config, columns, row, place))
     if not examples:
@@ -90,14 +90,14 @@ def _rows_with_place(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any
             yield f"{file}:{line}", row
 
 
-def _choose(config: LabelledConfig, row: Mapping[str, Any], place: str, *, labelled: bool | None) -> dict[str, str]:
+def _choose(config: LabeledConfig, row: Mapping[str, Any], place: str, *, labeled: bool | None) -> dict[str, str]:
     """Map our columns to the file's columns, or to templates with the file's columns in braces.
 
     Raises:
         InputError: The row lacks a column, or a column cannot be guessed.
         UsageError: The mapping names a column other than text, pair and label.
     """
-    _check_mapping(config, row, place, labelled=labelled)
+    _check_mapping(config, row, place, labeled=labeled)
     columns = dict(config.columns)
     for column, names in _NAMES.items():
         # A mapped text says what the row is: then a second text is not guessed.
@@ -108,7 +108,7 @@ def _choose(config: LabelledConfig, row: Mapping[str, Any], place: str, *, label
             columns[column] = guess
 
     missing = [column for column in ("text", "label") if column not in columns]
-    if not labelled and "label" in missing:
+    if not labeled and "label" in missing:
         missing.remove("label")
     if missing:
         mapping = ", ".join(f"{column}: YOUR_COLUMN" for column in missing)
@@ -118,12 +118,12 @@ def _choose(config: LabelledConfig, row: Mapping[str, Any], place: str, *, label
         )
 
     row_has_label = "label" in columns and all(name in row for name in columns_in(columns["label"]))
-    if labelled is False or (labelled is None and not row_has_label):
+    if labeled is False or (labeled is None and not row_has_label):
         columns.pop("label", None)
     return {column: columns[column] for column in _NAMES if column in columns}
 
 
-def _check_mapping(config: LabelledConfig, row: Mapping[str, Any], place: str, *, labelled: bool | None) -> None:
+def _check_mapping(config: LabeledConfig, row: Mapping[str, Any], place: str, *, labeled: bool | None) -> None:
     """Check ``columns`` and ``values`` of the config against our columns and the row.
 
     Raises:
@@ -136,7 +136,7 @@ def _check_mapping(config: LabelledConfig, row: Mapping[str, Any], place: str, *
                 f"data.columns: unknown column {column!r}{did_you_mean(column, _NAMES)}, known: {', '.join(_NAMES)}",
                 hint="our column comes first, yours second: columns: {text: sentence, label: sentiment}",
             )
-        if column == "label" and labelled is None:
+        if column == "label" and labeled is None:
             continue
         for name in columns_in(source):
             if name not in row:
@@ -145,11 +145,11 @@ def _check_mapping(config: LabelledConfig, row: Mapping[str, Any], place: str, *
                     hint=f"name it: data.columns: {{{column}: YOUR_COLUMN}} in the config",
                 )
     for column in config.values:
-        if column not in row and labelled is not None:
+        if column not in row and labeled is not None:
             raise InputError(f"{place}: no column {column!r} for data.values{did_you_mean(column, row)}")
 
 
-def _example(config: LabelledConfig, columns: Mapping[str, str], row: Mapping[str, Any], place: str) -> Example:
+def _example(config: LabeledConfig, columns: Mapping[str, str], row: Mapping[str, Any], place: str) -> Example:
     """One row.
 
     Raises:
@@ -235,8 +235,8 @@ def _is_number(text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledRow:
-    """One tokenised row."""
+class LabeledRow:
+    """One tokenized row."""
 
     ids: npt.NDArray[np.int32]  # (T,)
     types: npt.NDArray[np.int32]  # (T,): 1 for the tokens of the second text
@@ -245,10 +245,10 @@ class LabelledRow:
     """``file:line``"""
 
 
-class LabelledRows:
-    """Labelled rows in memory."""
+class LabeledRows:
+    """Labeled rows in memory."""
 
-    def __init__(self, rows: Sequence[LabelledRow]) -> None:
+    def __init__(self, rows: Sequence[LabeledRow]) -> None:
         self._rows = list(rows)
         self.token_counts: Integers = np.array([len(row.ids) for row in rows], dtype=np.int64)
         """Number of tokens in each row."""
@@ -256,12 +256,12 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> LabelledRow:
+    def __getitem__(self, i: int) -> LabeledRow:
         return self._rows[i]
 
-    def subset(self, positions: npt.NDArray[Any]) -> LabelledRows:
+    def subset(self, positions: npt.NDArray[Any]) -> LabeledRows:
         """The rows at these positions, in this order."""
-        return LabelledRows([self._rows[i] for i in positions])
+        return LabeledRows([self._rows[i] for i in positions])
 
     @property
     def texts(self) -> set[bytes]:

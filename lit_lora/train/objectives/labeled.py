@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["LabelledBatch", "logits_of"]
+__all__ = ["LabeledBatch", "logits_of"]
 
 
-class LabelledBatch(Protocol):
+class LabeledBatch(Protocol):
     """Rows with labels that are computed at once."""
 
     @property
@@ -22,7 +22,7 @@ class LabelledBatch(Protocol):
         """(B,) ids or numbers; (B, U) token ids or ``IGNORE_INDEX`` of texts."""
 
 
-def logits_of(model: Any, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+def logits_of(model: Any, batch: LabeledBatch) -> tuple[Tensor, Tensor]:
     """The model's logits, (B, labels) or (B, U, V) of a decoder, and the batch's labels on the model's device."""
     device = next(iter(model.parameters())).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
