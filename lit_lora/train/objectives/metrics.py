@@ -1,4 +1,4 @@
-"""How well predictions agree with labels: the figures that GLUE and its like are reported in."""
+"""How well predictions agree with labels: the metrics that GLUE and its like are reported in."""
 
 from __future__ import annotations
 
