@@ -1,7 +1,7 @@
 """The decoder. It knows nothing of finetuning methods or training.
 
-Shape letters throughout the package: ``B`` batch, ``T`` tokens, ``S`` cached or source tokens, ``D``
-width, ``F`` MLP width, ``N`` query heads, ``K`` key/value heads, ``H`` head size, ``V`` vocabulary, ``R`` rank.
+Shape letters throughout the package: ``B`` batch, ``T`` tokens, ``S`` cached or source tokens, ``D`` width, ``F`` MLP
+width, ``N`` query heads, ``K`` key/value heads, ``H`` head size, ``V`` vocabulary, ``R`` rank.
 
 The rooms of this package, as in the table of ``lit_lora``:
 

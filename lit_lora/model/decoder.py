@@ -40,7 +40,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
-        query, key, value = project(x, getattr(self, self._query), getattr(self, self._key), getattr(self, self._value))
+        projections = [getattr(self, name) for name in (self._query, self._key, self._value)]
+        query, key, value = project(x, *projections)
         context = attend(self.index, self._heads(query), self._heads(key), self._heads(value))  # (T, N, H)
         out: Tensor = getattr(self, self._out)(context.flatten(-2))
         return out

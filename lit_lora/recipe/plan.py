@@ -143,9 +143,12 @@ def _base_row(model: CausalLM) -> list[list[str]]:
     layer_bytes = sum(stored_bytes(layer) for layer in layers)
     weights = count_quantized(model)
 
-    types = sorted({layer.config for layer in layers}, key=lambda config: config.bits)
-    name = str(quantize) if len(types) == 1 else f"{types[0]} to {types[-1]} by layer"
     bits = 8 * layer_bytes / weights
+
+    name = str(quantize)
+    types = sorted({layer.config for layer in layers}, key=lambda config: config.bits)
+    if len(types) > 1:  # a method has chosen a type for each layer
+        name = f"{types[0]} to {types[-1]} by layer"
     return [["base", f"{name}: {weights:,} weights in {human_bytes(layer_bytes)}, {bits:.2f} bits per weight"]]
 
 
