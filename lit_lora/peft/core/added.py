@@ -72,8 +72,8 @@ class AddedModule(OwnModule):
             # The decoder subtracts it from the context that is left for documents.
             host.prefix_length = self.prefix_length  # type: ignore[assignment]
 
-        # A hook costs time in every forward pass, so only overridden methods become hooks. They are bound methods, and
-        # PyTorch passes them the host, so the module holds no reference to it: that would be a cycle in the tree.
+        # A hook costs time in every forward pass, so only overridden methods become hooks. PyTorch passes them the
+        # host, so this module needs no reference to it, which would be a cycle in the module tree.
         self._hooks = []
         if type(self).before is not AddedModule.before:
             self._hooks.append(host.register_forward_pre_hook(self.before))

@@ -62,7 +62,7 @@ def short_names(model: nn.Module, names: list[str]) -> list[str]:
 
     matching = []
     for name, module in model.named_modules():
-        # The base's modules: an own module in the place of the one it wraps, and nothing within an own module.
+        # A wrapper counts as the module it wraps; what is inside it is no module of the base.
         in_base = name in own or (_has_weights(module) and not name.startswith(inside))
         if in_base and _last_part(name) in last_parts:
             matching.append(name)

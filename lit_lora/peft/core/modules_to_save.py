@@ -34,9 +34,11 @@ class TrainedCopy(OwnModule):
         super().__init__()
         self.base_layer = base_layer
         parameters = dict(base_layer.named_parameters(recurse=False))
-        self.trained = nn.ParameterDict()
-        for name in parameters if names is None else names:
-            self.trained[name] = nn.Parameter(parameters[name].detach().to(torch.float32, copy=True))
+        copies = {
+            name: nn.Parameter(parameters[name].detach().to(torch.float32, copy=True))
+            for name in (parameters if names is None else names)
+        }
+        self.trained = nn.ParameterDict(copies)  # sorts them by name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward pass with the trained values, computed in the base's dtype."""

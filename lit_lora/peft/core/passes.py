@@ -27,7 +27,7 @@ def each_gradient(
 ) -> None:
     """Call ``take`` with the gradient of each layer's weight in each pass.
 
-    Each gradient is dropped as soon as it was taken, so memory holds one at a time and never those of the whole model.
+    Each gradient is dropped at once, so memory is needed for one at a time, not for those of the whole model.
 
     Args:
         model: Frozen; its layers require gradients during the passes.

@@ -322,7 +322,7 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             "exclude_modules": [],
             "layers": None,
             "rank_pattern": new_ranks,
-            # alpha / rank, the scaling, stays as it was.
+            # The scaling, alpha / rank, stays the same.
             "alpha_pattern": {name: alphas[name] * rank / ranks[name] for name, rank in new_ranks.items()},
         }
         method = self.model_copy(update=chosen)

@@ -1,7 +1,7 @@
 """Initializations of LoRA from the weight itself, in the directions in which it is largest instead of at zero.
 
-The initial factors are kept and their product is subtracted, ``y = W x + s (B A - B0 A0) x``. So nothing changes until
-the first step, the base keeps its values bit for bit, and the adapter is a plain LoRA of twice the rank for the
+The initial factors are stored and their product is subtracted, ``y = W x + s (B A - B0 A0) x``. So nothing changes
+until the first step, the base keeps its values bit for bit, and the adapter is a plain LoRA of twice the rank for the
 original base, ``[B, -B0] [A; A0]``.
 """
 

@@ -3,7 +3,7 @@
 LoftQ with three additions: an integer program chooses one of ``CHOICES`` for each matrix, so that all fit into a budget
 with the least error; the alternating fits of codes and update stop when they gain nothing; and errors can be weighed by
 Fisher information, the mean squared gradient of the loss on the user's rows. Only its means over rows and over columns
-are used, because the best low-rank approximation of a weighted matrix is known only for such weights.
+are used, because only for such weights is the best low-rank approximation of a weighted matrix known.
 The error of each choice is measured on the codes, before the update. The choices are types of this package, with
 scales in 8 bits, instead of the paper's 432 configurations.
 Source: Guo et al. 2023, "LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition", arXiv:2311.12023.
