@@ -216,7 +216,7 @@ BAD = {
     ),
     "target that matches nothing": (["peft.target_modules=[q_proj]"], 2, "'q_proj' matches no module"),
     "a start from rows": (["peft.init=eva"], 2, "peft.init: eva and lora-ga need a decoder"),
-    "a longer context": (["peft={name: longlora}"], 2, "longlora needs a decoder of this package"),
+    "a longer context": (["peft={name: longlora}"], 2, "longlora needs one of lit-lora's own decoders"),
     "too long": (["data.max_seq_length=6", "data.too_long=error"], 3, "more than the 6 allowed"),
     "more positions than there are": (["data.max_seq_length=64"], 2, "has positions for 32 tokens"),
     "a text of an encoder": (["data.task=seq2seq"], 2, "is an encoder: it cannot write texts"),
