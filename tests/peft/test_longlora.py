@@ -145,7 +145,7 @@ def test_configs_of_older_and_newer_transformers_are_extended_in_their_own_words
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     model = make_model()
     model.config = model.config.extended(2, "yarn")
-    with pytest.raises(UsageError, match="scaled by 'yarn' already"):
+    with pytest.raises(UsageError, match="already scaled by 'yarn'"):
         method(factor=2, rope_type="linear").apply(model)
     assert not own_modules(model)
     with pytest.raises(UsageError, match="no config with positions"):
