@@ -122,7 +122,7 @@ def test_new_tokens_are_trained_and_their_tokenizer_is_saved_with_the_adapter(ta
 
 
 @pytest.mark.parametrize("recipe", ["lora", "full"])
-def test_pain_3_what_is_trained_by_the_plain_template_brings_it_along(task, recipe):
+def test_pain_03_what_is_trained_by_the_plain_template_brings_it_along(task, recipe):
     (task / "base" / "chat_template.jinja").unlink()
     folder = finetuned(write_config(task, recipe=recipe, out=str(task / "out")))
     if recipe == "lora":
