@@ -129,7 +129,7 @@ def test_a_quantized_folder_is_not_quantized_again(base: Path) -> None:
 def test_another_method_of_quantizing_is_named(base: Path) -> None:
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(InputError, match="is quantized already, by gptq; expected bitsandbytes"):
+    with pytest.raises(InputError, match="already quantized, by gptq; expected bitsandbytes"):
         load_model(base)
 
 
