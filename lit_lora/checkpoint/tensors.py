@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_lora.errors import InputError
+from lit_lora.errors import InputError, first_line
 from lit_lora.files import read_json, require_safe_names
 
 __all__ = ["INDEX", "TensorReader", "Tensors", "check_tensors", "open_tensors", "read_weight_map"]
@@ -197,5 +197,5 @@ def _open_shard(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{file}: truncated or not a safetensors file ({str(error).splitlines()[0]})", hint="download it again"
+            f"{file}: truncated or not a safetensors file ({first_line(error)})", hint="download it again"
         ) from error

@@ -15,7 +15,7 @@ from torch import nn
 from lit_lora.classify.task import Kind, Task
 from lit_lora.data.labeled import Tokens
 from lit_lora.data.padded import Layout
-from lit_lora.errors import InputError, UsageError
+from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES
 
@@ -137,7 +137,7 @@ def read_pretrained(folder: Path) -> Pretrained:
                 folder, config=config, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # a dozen tokenizer formats raise almost anything
-        reason = _first_line(error)
+        reason = first_line(error)[:160]
         if "contains custom code" in reason or "references custom code" in reason:
             raise _needs_code(f"{folder}: its tokenizer") from error
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from error
@@ -180,7 +180,7 @@ def load_with_head(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{shape.folder}: its weights cannot be read: {_first_line(error)}",
+            f"{shape.folder}: its weights cannot be read: {first_line(error)[:160]}",
             hint="only safetensors are read; lit-lora download fetches models with them",
         ) from error
 
@@ -258,7 +258,7 @@ def _read_config(folder: Path) -> Any:
         with _quiet():
             config = transformers.CONFIG_MAPPING[kind].from_dict(_without_code(data), name_or_path=str(folder))
     except Exception as error:  # every model type has checks of its own, which raise almost anything
-        raise InputError(f"{folder / 'config.json'}: cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{folder / 'config.json'}: cannot be read: {first_line(error)[:160]}") from error
     if _class(config) is None:
         raise InputError(
             f"{folder}: transformers has no classification head for model_type {kind!r}, and it is not an "
@@ -282,12 +282,6 @@ def _without_code(data: Any) -> Any:
     if isinstance(data, list):
         return [_without_code(value) for value in data]
     return data
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error, of at most 160 characters; its type if it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
 
 
 def _needs_code(what: str) -> InputError:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_lora.config import validate
-from lit_lora.errors import InputError, LitLoraError, UsageError
+from lit_lora.errors import InputError, LitLoraError, UsageError, first_line
 from lit_lora.files import atomic_folder, disk_errors, read_json
 from lit_lora.peft.core.adapter_method import CONFIG, OWN, WEIGHTS, AdapterMethod
 from lit_lora.peft.core.added import AddedMethod
@@ -307,7 +307,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{path}: truncated or not a safetensors file ({reason})", hint="copy it again") from error
 
 
