@@ -104,7 +104,7 @@ def test_a_comparison_runs_measures_and_reports_and_a_second_start_finds_it_done
     (task / "compare.yaml").write_text(COMPARISON.replace("out: out\n", "") + more + "out: out\n")
     code, out, err = call()
     assert code == 0, err
-    shown = table(out, "Comparison, the lowest validation loss first")
+    shown = table(out, "Comparison, by validation loss")
     assert list(shown)[2:] == ["bad", "base, untrained"]
     assert (shown["lora"]["lr"], shown["bad"]["lr"], shown["houlsby"]["merges"]) == ("0.01", "failed", "no")
     assert float(shown["lora"]["validation loss"].split()[0]) < float(shown["base, untrained"]["validation loss"])
@@ -163,7 +163,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(task: Path, number: signal.Si
     else:
         assert code == 128 + number
         assert not (run / "result.json").exists()
-        assert "hint: the same command continues" in (task / "first.log").read_text()
+        assert "hint: run the same command again: it resumes" in (task / "first.log").read_text()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "result.json").read_text())["steps"] == 400
