@@ -19,14 +19,15 @@ from lit_lora.checkpoint.gguf import GGUFReader, part_number
 from lit_lora.checkpoint.gguf_tokenizer import write_tokenizer
 from lit_lora.checkpoint.litgpt import LitGPTReader
 from lit_lora.checkpoint.load import decoder_linears, empty_model
-from lit_lora.checkpoint.quantized import packed_bytes, packed_tensors, quantization_config
+from lit_lora.checkpoint.quantized import StoredTensors, packed_bytes, packed_tensors, quantization_config
 from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
-from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, open_tensors, read_weight_map
+from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, read_weight_map
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder, human_bytes, read_json, require_free_space, sha256_file, write_text
 from lit_lora.model import ModelConfig
 from lit_lora.model.families import DecoderNames
+from lit_lora.model.quantization import PACKED, quantization_method, without_quantization
 from lit_lora.quantize import QuantizeConfig, quantize
 
 __all__ = [
@@ -151,9 +152,10 @@ def plan_conversion(
     """
     config_json = _read_config(config) if config is not None else source.config()
     where = str(config or source.files[0].parent)
-    if config_json.get("quantization_config"):
-        raise InputError(f"{where}: already quantized", hint="convert the original 16-bit checkpoint")
     names = ModelConfig.from_hf(config_json, name=where).names
+    if quantize is not None and quantization_method(config_json) in PACKED:
+        raise InputError(f"{where}: already quantized", hint="convert the original 16-bit checkpoint")
+    config_json = without_quantization(config_json)
     config_json["tie_word_embeddings"] = _tied(source, config_json, names)
     expected, linear_weights = _expected(config_json, where)
     files = source.files[0].parent if len(source.files) > 1 else source.files[0]
@@ -264,7 +266,7 @@ def _safetensors(folder: Path, name: str) -> Source:
         name=name,
         format="safetensors",
         files=files,
-        tensors=open_tensors(folder),
+        tensors=StoredTensors(folder),
         config=partial(_read_config, folder),
         write_tokenizer=partial(copy_side_files, folder),
     )

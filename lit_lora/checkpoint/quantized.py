@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_lora.checkpoint.scaled import without_scales
 from lit_lora.checkpoint.tensors import open_tensors
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
@@ -115,7 +116,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = open_tensors(folder)
+        self._reader = without_scales(open_tensors(folder), folder)
         self._where = str(folder)
         names = self._reader.names()
 

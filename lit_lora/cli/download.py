@@ -47,6 +47,7 @@ def command(
     from lit_lora.checkpoint.convert import open_source, plan_conversion, quantization_stripped
     from lit_lora.classify import is_encoder
     from lit_lora.cli.convert import command as convert_command
+    from lit_lora.model.quantization import quantization_method
 
     if convert and out is not None:
         require_new(out)
@@ -73,7 +74,8 @@ def command(
         return
     if opened.format == "safetensors":
         plan = plan_conversion(opened)
-        log.say(f"{path}: {plan.parameters:,} weights in {plan.config['torch_dtype']}, {human_bytes(plan.bytes)}")
+        precision = quantization_method(opened.config()) or plan.config["torch_dtype"]
+        log.say(f"{path}: {plan.parameters:,} weights in {precision}, {size}")
         log.say(f'next: lit-lora generate {path} "What is the capital of France?"')
         return
 

@@ -8,7 +8,7 @@ The rooms of this package, as in the table of ``lit_lora``:
     3  decoder                                           the model: embedding, layers, head
     2  interface                                         what the rest of the package asks of any language model
     1  attention layers                                  what a layer is made of
-    0  rope kv_cache > config ops > products families    positions, cache, settings, arithmetic, names
+    0  rope kv_cache > config ops > products families quantization   positions, cache, settings, arithmetic, tables
 """
 
 from lit_lora.model.config import DTYPES, ModelConfig

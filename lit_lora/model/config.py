@@ -12,6 +12,7 @@ from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES, DecoderNames
+from lit_lora.model.quantization import require_readable, without_quantization
 
 __all__ = ["DTYPES", "KEEP_DTYPE", "ModelConfig", "Rope"]
 
@@ -176,7 +177,7 @@ class ModelConfig(Settings):
             dtype_key: self.dtype,
         }
         if self.source:
-            return {key: value for key, value in self.source.items() if key != "quantization_config"} | changed
+            return without_quantization(self.source) | changed
 
         # A config that was made in Python.
         return {
@@ -207,12 +208,7 @@ def _require_supported(data: dict[str, Any], name: str) -> None:
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
 
-    quantization = data.get("quantization_config")
-    quantizer = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization and quantizer not in ("bitsandbytes", "lit_lora"):
-        raise InputError(
-            f"{name}: this checkpoint is already quantized, by {quantizer}; expected bitsandbytes, or 16 or 32 bits"
-        )
+    require_readable(data, name)
 
 
 _NEEDED_BY_ROPE_TYPE: dict[str, tuple[str, ...]] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
+from lit_lora.model.quantization import PACKED, quantization_method
 from lit_lora.peft import quantization_of, read_adapter
 from lit_lora.quantize import QuantizeConfig
 
@@ -113,8 +114,8 @@ def held_base(base: Path, adapter: Path) -> QuantizeConfig | None:
     Raises:
         InputError: A folder is broken.
     """
-    quantized = ModelConfig.from_folder(base).source.get("quantization_config")
-    return None if quantized else quantization_of(adapter)
+    stays_quantized = quantization_method(ModelConfig.from_folder(base).source) in PACKED
+    return None if stays_quantized else quantization_of(adapter)
 
 
 def _configured_base(run: Path) -> str | None:
