@@ -244,9 +244,5 @@ def _cache_for(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int
     return _new_cache(model, len(prompts), longest + room, padding)
 
 
-@torch.no_grad()
 def _new_cache(model: LanguageModel, batch_size: int, length: int, padding: Tensor | None = None) -> KVCache:
-    device = _device(model)
-    # The dtype of the hidden states: single weights may have another, such as an adapter's float32.
-    dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device=device)).dtype
-    return KVCache(model.config, batch_size, length, dtype=dtype, device=device, padding=padding)
+    return KVCache(batch_size, length, device=_device(model), padding=padding)

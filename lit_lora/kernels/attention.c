@@ -33,14 +33,14 @@ static void transpose(const pair *in, pair *out, long count, long width) {
 }
 
 typedef struct {
-    const float *cosine, *sine;  // (tokens, size / 2)
-    long size, width;            // of a head, and padded
+    const float *cosine, *sine;  // (tokens, half)
+    long size, width, half;      // of a head, and padded; its first 2 half dimensions are turned, the others are not
 } turn;
 
-// Turn the pairs (a, b) = (i, i + size / 2), of 16 i or those of the mask, by the angle of token t: sign +1 forward, -1
-// for the gradient.
+// Turn the pairs (a, b) = (i, i + half), of 16 i or those of the mask, by the angle of token t: sign +1 forward, -1 for
+// the gradient.
 static inline void turn16(const turn *by, long t, long i, __mmask16 which, __m512 a, __m512 b, float sign, bf16 *out) {
-    long half = by->size / 2;
+    long half = by->half;
     __m512 cosine = _mm512_maskz_loadu_ps(which, by->cosine + t * half + i);
     __m512 sine = _mm512_mul_ps(_mm512_set1_ps(sign), _mm512_maskz_loadu_ps(which, by->sine + t * half + i));
     store16(out + i, which, _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine)));
@@ -48,20 +48,22 @@ static inline void turn16(const turn *by, long t, long i, __mmask16 which, __m51
 }
 
 static void rotate(const turn *by, long t, const bf16 *in, bf16 *out) {
-    long half = by->size / 2;
+    long half = by->half, rest = by->size - 2 * half;
     for (long i = 0; i < half; i += 16) {
         __mmask16 which = first16(half - i);
         turn16(by, t, i, which, load16(in + i, which), load16(in + half + i, which), 1.0f, out);
     }
+    if (rest) memcpy(out + 2 * half, in + 2 * half, sizeof(bf16) * (size_t)rest);
 }
 
 static void rotate_back(const turn *by, long t, const float *in, bf16 *out) {
-    long half = by->size / 2;
+    long half = by->half, rest = by->size - 2 * half;
     for (long i = 0; i < half; i += 16) {
         __mmask16 which = first16(half - i);
         __m512 a = _mm512_maskz_loadu_ps(which, in + i), b = _mm512_maskz_loadu_ps(which, in + half + i);
         turn16(by, t, i, which, a, b, -1.0f, out);
     }
+    store_row(out + 2 * half, in + 2 * half, rest, 1.0f);
 }
 
 typedef struct {
@@ -329,8 +331,8 @@ static char *room(const problem *p, space *s, int backward) {
 // that are not rotated yet. Returns 0, or 1 where memory ran out.
 long packed_attention(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine, const float *sine,
                       const long *starts, bf16 *out, float *lse, long documents, long common, long heads, long groups,
-                      long size, long window, float scale) {
-    turn by = {cosine, sine, size, padded(size)};
+                      long size, long rotated, long window, float scale) {
+    turn by = {cosine, sine, size, padded(size), rotated / 2};
     problem p = {query, key, value, starts, documents, common, heads, groups, window, scale, by};
     long failed = 0;
 #pragma omp parallel reduction(| : failed)
@@ -350,8 +352,8 @@ long packed_attention(const bf16 *query, const bf16 *key, const bf16 *value, con
 long packed_attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, const float *cosine,
                                const float *sine, const long *starts, const float *lse, const bf16 *dout, bf16 *dquery,
                                bf16 *dkey, bf16 *dvalue, long documents, long common, long heads, long groups,
-                               long size, long window, float scale) {
-    turn by = {cosine, sine, size, padded(size)};
+                               long size, long rotated, long window, float scale) {
+    turn by = {cosine, sine, size, padded(size), rotated / 2};
     problem p = {query, key, value, starts, documents, common, heads, groups, window, scale, by};
     float *shares = common ? malloc(sizeof(float) * (size_t)(documents * common * groups * 2 * size)) : 0;
     long failed = common && !shares;

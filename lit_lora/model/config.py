@@ -159,6 +159,11 @@ class ModelConfig(Settings):
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
 
     @property
+    def ropes(self) -> list[Rope]:
+        """The model's rotations, of which each layer uses one or none."""
+        return [self.rope]
+
+    @property
     def names(self) -> DecoderNames:
         """The family's names of the parts."""
         return FAMILIES[self.model_type].names

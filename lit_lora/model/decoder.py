@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.cached import CachedAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.config import ModelConfig
@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.index = index
+        self.layer = LayerAttention(index, window=config.sliding_window)
         self.head_dim = config.head_dim
         names = config.names
         width = config.hidden_size
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
         projections = [getattr(self, name) for name in (self._query, self._key, self._value)]
         query, key, value = project(x, *projections)
-        context = attend(self.index, self._heads(query), self._heads(key), self._heads(value))  # (T, N, H)
+        context = attend(self.layer, self._heads(query), self._heads(key), self._heads(value))  # (T, N, H)
         out: Tensor = getattr(self, self._out)(context.flatten(-2))
         return out
 

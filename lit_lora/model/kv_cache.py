@@ -13,19 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_lora.model.config import ModelConfig
-
 __all__ = ["KVCache"]
 
 
 class KVCache:
     """Room for ``max_length`` tokens in each of ``batch_size`` rows; the decoder appends to it in place.
 
+    Each layer stores keys and values as it computes them: layers may differ in heads, head sizes and dtype.
+
     Args:
-        config: The model's.
         batch_size: Rows B.
         max_length: Tokens per row, left padding included.
-        dtype: The model's, in which keys and values are stored.
         device: The model's.
         padding: (B,) int64, how many tokens at the left of each row are padding: they are never attended to, and
             positions count from the first token after them. ``None`` for no padding.
@@ -33,17 +31,18 @@ class KVCache:
 
     def __init__(
         self,
-        config: ModelConfig,
         batch_size: int,
         max_length: int,
         *,
-        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         padding: Tensor | None = None,
     ) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, S, H)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.keys: dict[int, Tensor] = {}
+        """By layer, (B, K, S, H), made when the layer first stores something."""
+        self.values: dict[int, Tensor] = {}
+        """By layer, (B, K, S, J), mostly J = H."""
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.max_length = max_length
         self.length = 0
@@ -62,16 +61,12 @@ class KVCache:
             raise ValueError(
                 f"{self.length} tokens are stored behind a prefix of {self.prefix_length}, not of {prefix_length}"
             )
-        layers, batch_size, heads, _, head_size = self.keys.shape
-        shape = (layers, batch_size, heads, prefix_length + self.max_length, head_size)
-        self.keys = self.keys.new_zeros(shape)
-        self.values = self.values.new_zeros(shape)
+        self.keys, self.values = {}, {}
         self.prefix_length = prefix_length
 
     def positions(self, tokens: int) -> Tensor:
         """Positions of the next ``tokens`` tokens, (B, T) int64; padding has the position of the first token."""
-        batch_size, device = self.keys.shape[1], self.keys.device
-        positions = torch.arange(self.length, self.length + tokens, device=device).expand(batch_size, -1)
+        positions = torch.arange(self.length, self.length + tokens, device=self.device).expand(self.batch_size, -1)
         if self.padding is not None:
             positions = (positions - self.padding[:, None]).clamp(min=0)
         return positions + self.prefix_length
@@ -92,7 +87,7 @@ class KVCache:
             return among_tokens
 
         # Padding lies between the prefix and the first token, so distances to the prefix are counted in positions.
-        prefix_positions = torch.arange(self.prefix_length, device=self.keys.device)
+        prefix_positions = torch.arange(self.prefix_length, device=self.device)
         distance = self.positions(tokens)[:, None, :, None] - prefix_positions  # (B, 1, T, P)
         to_prefix = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
         return torch.cat([to_prefix, among_tokens.expand(len(to_prefix), -1, -1, -1)], dim=-1)
@@ -100,7 +95,7 @@ class KVCache:
     def _among_tokens(self, tokens: int, window: int | None) -> Tensor:
         """Which tokens the next ones may see, without the prefix: (B or 1, 1, T, length + tokens) bool."""
         end = self.length + tokens
-        source = torch.arange(end, device=self.keys.device)  # (S,)
+        source = torch.arange(end, device=self.device)  # (S,)
         target = source[self.length :, None]  # (T, 1)
         seen = source <= target
         if window is not None:
@@ -112,20 +107,30 @@ class KVCache:
         return (seen & real) | (source == target)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, H) keys and values of one layer; returns all so far, the prefix first, as (B, K, S, H) views.
+        """Store the (B, K, T, H) keys and values of a layer; returns all so far, the prefix first, (B, K, S, H) views.
 
         :attr:`length` stays, as all layers write to the same slots: the decoder calls :meth:`advance` after the last.
         """
         start = self.prefix_length + self.length
         end = start + key.shape[2]
-        self.keys[layer, :, :, start:end] = key
-        self.values[layer, :, :, start:end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self._slots(layer, key, value)
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
+        return keys[:, :, :end], values[:, :, :end]
 
     def put_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the (K, P, H) keys and values of one layer that stand before the tokens of every row."""
-        self.keys[layer, :, :, : self.prefix_length] = key
-        self.values[layer, :, :, : self.prefix_length] = value
+        keys, values = self._slots(layer, key[None], value[None])
+        keys[:, :, : self.prefix_length] = key
+        values[:, :, : self.prefix_length] = value
+
+    def _slots(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All slots of a layer, (B, K, S, H) each; at first, zeros for keys and values like these, (…, K, …, H)."""
+        if layer not in self.keys:
+            length = self.prefix_length + self.max_length
+            for slots, new in ((self.keys, key), (self.values, value)):
+                slots[layer] = new.new_zeros(self.batch_size, new.shape[1], length, new.shape[3])
+        return self.keys[layer], self.values[layer]
 
     def copy_row(self, other: KVCache, row: int, tokens: int, start: int = 0) -> None:
         """Copy the prefix and the first ``tokens`` tokens of the first row of ``other`` to ``row``.
@@ -139,14 +144,17 @@ class KVCache:
         prefix = other.prefix_length
         self.reserve(prefix)
         first = prefix + start
-        for target, source in ((self.keys, other.keys), (self.values, other.values)):
-            target[:, row, :, :prefix] = source[:, 0, :, :prefix]
-            target[:, row, :, first : first + tokens] = source[:, 0, :, prefix : prefix + tokens]
+        for layer in other.keys:
+            others = other.keys[layer], other.values[layer]
+            for target, source in zip(self._slots(layer, *others), others, strict=True):
+                target[row, :, :prefix] = source[0, :, :prefix]
+                target[row, :, first : first + tokens] = source[0, :, prefix : prefix + tokens]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, given as (rows,) int64 or a mask (B,)."""
-        self.keys = self.keys[:, rows]
-        self.values = self.values[:, rows]
+        self.keys = {layer: keys[rows] for layer, keys in self.keys.items()}
+        self.values = {layer: values[rows] for layer, values in self.values.items()}
+        self.batch_size = len(torch.arange(self.batch_size, device=self.device)[rows])
         if self.padding is not None:
             self.padding = self.padding[rows]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lit_lora import kernels
 from lit_lora.model.products import sum_of_products
 
-__all__ = ["add_rms_norm", "causal_attention", "linear", "rotate", "swiglu", "to_device"]
+__all__ = ["add_rms_norm", "attention", "linear", "rotate", "swiglu", "to_device"]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -186,16 +186,23 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair ``(x_i, x_{i+H/2})`` by its position's angle.
+    """Turn each pair ``(x_i, x_{i+R/2})`` of the first R dimensions by its position's angle.
 
     Args:
         x: (T, heads, H).
-        cosine: (T, H/2) float32.
-        sine: (T, H/2) float32.
+        cosine: (T, R/2) float32. With R < H, the dimensions from R on stay as they are.
+        sine: (T, R/2) float32.
 
     Returns:
         (T, heads, H) in the dtype of ``x``.
     """
+    rotated = 2 * cosine.shape[1]
+    if rotated < x.shape[-1]:
+        if not rotated:
+            return x
+        first = x[..., :rotated].contiguous()
+        return torch.cat((rotate(first, cosine, sine), x[..., rotated:]), dim=-1)
+
     if kernels.usable(x, kernel="rotate"):
         if not torch.is_grad_enabled():
             return _rotated(x, cosine, sine, 1.0)
@@ -228,24 +235,76 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tenso
     return out
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of each token to itself and those before it, by a fused kernel of the device.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention, by a fused kernel of the device unless there is a softcap or are sinks.
 
     Args:
         query: (B, N, T, H).
-        key: (B, K, T, H).
-        value: (B, K, T, H).
-        mask: (T, T) bool, which replaces the causal one.
+        key: (B, K, S, H).
+        value: (B, K, S, J), mostly J = H.
+        mask: Bool, broadcast to (B, N, T, S): which tokens are seen.
+        causal: Instead of a mask, with S = T: each token sees itself and those before it.
+        scale: As all that follows, see :class:`lit_lora.model.attention.attend.LayerAttention`.
+        softcap: Likewise.
+        sinks: Likewise.
 
     Returns:
-        (B, N, T, H).
+        (B, N, T, J).
     """
-    if query.is_meta:
+    if softcap is not None or sinks is not None:
+        return _attention_by_steps(query, key, value, mask, causal, scale, softcap, sinks)
+    if query.is_meta and key.shape == value.shape:
         # On the meta device, where estimates count memory, PyTorch would write out all scores; no real device does.
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         numeric_mask = None if mask is None else mask.to(query.dtype)
-        out: Tensor = fused(query, key, value, 0.0, mask is None, attn_mask=numeric_mask)[0]
+        out: Tensor = fused(query, key, value, 0.0, causal, attn_mask=numeric_mask, scale=scale)[0]
         return out
 
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _attention_by_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """:func:`attention` with all scores written out.
+
+    Source: the softcap is that of Gemma 2, arXiv:2408.00118 section 2; sinks are those of arXiv:2309.17453 section 3.3.
+    """
+    groups, (tokens, size) = key.shape[1], query.shape[2:]
+    grouped = query.view(len(query), groups, -1, tokens, size)  # (B, K, N/K, T, H)
+    scores = grouped @ key[:, :, None].mT * (size**-0.5 if scale is None else scale)  # (B, K, N/K, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    if causal:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = mask[:, :, None]
+        scores = scores.masked_fill(~mask, -torch.inf)
+
+    scores = scores.float()
+    if sinks is not None:
+        sink = sinks.float().view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probabilities = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    out: Tensor = probabilities @ value[:, :, None]
+    return out.flatten(1, 2)

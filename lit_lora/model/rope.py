@@ -7,6 +7,8 @@ A pair of dimensions ``(i, i + H/2)`` of a head turns by ``position * frequency_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,28 +16,49 @@ from torch import Tensor
 from lit_lora.model.config import ModelConfig, Rope
 from lit_lora.model.ops import to_device
 
-__all__ = ["inverse_frequencies", "rope_table"]
+__all__ = ["UNROTATED", "RopeTable", "inverse_frequencies", "rope_tables"]
 
 
-def rope_table(config: ModelConfig, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's rotations.
+class RopeTable(NamedTuple):
+    """How one rotation turns the heads of some rows: the arguments of :func:`lit_lora.model.ops.rotate`."""
+
+    cosine: Tensor
+    """(T, R/2) float32, of R rotated dimensions; with the attention factor of ``yarn`` and ``longrope``."""
+    sine: Tensor
+    """Likewise."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RopeTable:
+        """The same with both tensors changed."""
+        return self._replace(cosine=change(self.cosine), sine=change(self.sine))
+
+    def without(self, rows: Tensor) -> RopeTable:
+        """The same, but ``rows``, (T,) bool, stay as they are: cosine 1 and sine 0 turn nothing."""
+        still = rows[:, None]
+        return self._replace(cosine=self.cosine.masked_fill(still, 1.0), sine=self.sine.masked_fill(still, 0.0))
+
+
+UNROTATED = RopeTable(torch.empty(0, 0), torch.empty(0, 0))
+"""The table that turns no dimension of any row."""
+
+
+def rope_tables(config: ModelConfig, positions: Tensor, length: int) -> list[RopeTable]:
+    """The table of each of a model's rotations, in the order of the config's ``ropes``.
 
     Args:
         config: The model's.
         positions: (T,) int64.
         length: The longest sequence among them; ``dynamic`` and ``longrope`` choose the frequencies by it.
-
-    Returns:
-        Two (T, H/2) float32 tensors, with the attention factor of ``yarn`` and ``longrope`` multiplied in.
     """
-    frequencies, factor = inverse_frequencies(config, length)
-    angles = positions.to(torch.float32)[:, None] * to_device(frequencies, positions.device)[None, :]  # (T, H/2)
-    return angles.cos() * factor, angles.sin() * factor
+    tables = []
+    for rope in config.ropes:
+        frequencies, factor = inverse_frequencies(config, rope, length)
+        angles = positions.to(torch.float32)[:, None] * to_device(frequencies, positions.device)[None, :]  # (T, R/2)
+        tables.append(RopeTable(angles.cos() * factor, angles.sin() * factor))
+    return tables
 
 
-def inverse_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, float]:
-    """Rotation per position of each dimension pair, (H/2,) float32, and the factor on cosine and sine."""
-    rope = config.rope
+def inverse_frequencies(config: ModelConfig, rope: Rope, length: int = 0) -> tuple[Tensor, float]:
+    """Rotation per position of each dimension pair, (R/2,) float32, and the factor on cosine and sine."""
     size = config.head_dim
     exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size  # (H/2,)
     plain = 1.0 / rope.rope_theta**exponents
@@ -43,33 +66,33 @@ def inverse_frequencies(config: ModelConfig, length: int = 0) -> tuple[Tensor, f
         assert rope.factor is not None
         return plain / rope.factor, 1.0
     if rope.rope_type == "dynamic":
-        return _dynamic(config, exponents, length), 1.0
+        return _dynamic(config, rope, exponents, length), 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, plain), 1.0
     if rope.rope_type == "yarn":
-        return _yarn(config, plain)
+        return _yarn(config, rope, plain)
     if rope.rope_type == "longrope":
-        return _longrope(config, exponents, length)
+        return _longrope(config, rope, exponents, length)
     return plain, 1.0
 
 
-def _context(config: ModelConfig) -> int:
+def _context(config: ModelConfig, rope: Rope) -> int:
     """Tokens that the model was trained on, before its context was lengthened."""
-    return config.rope.original_max_position_embeddings or config.max_position_embeddings
+    return rope.original_max_position_embeddings or config.max_position_embeddings
 
 
-def _factor(config: ModelConfig) -> float:
+def _factor(config: ModelConfig, rope: Rope) -> float:
     """How many times longer the context has become."""
-    return config.rope.factor or config.max_position_embeddings / _context(config)
+    return rope.factor or config.max_position_embeddings / _context(config, rope)
 
 
-def _dynamic(config: ModelConfig, exponents: Tensor, length: int) -> Tensor:
+def _dynamic(config: ModelConfig, rope: Rope, exponents: Tensor, length: int) -> Tensor:
     """NTK-aware base that grows with the sequence beyond the trained context."""
-    factor = _factor(config)
+    factor = _factor(config, rope)
     context = config.max_position_embeddings
     size = config.head_dim
     stretch = factor * max(length, context) / context - (factor - 1)
-    base: float = config.rope.rope_theta * stretch ** (size / (size - 2))
+    base: float = rope.rope_theta * stretch ** (size / (size - 2))
     return 1.0 / base**exponents
 
 
@@ -86,12 +109,11 @@ def _llama3(rope: Rope, plain: Tensor) -> Tensor:
     return (1 - blend) * plain / rope.factor + blend * plain
 
 
-def _yarn(config: ModelConfig, plain: Tensor) -> tuple[Tensor, float]:
+def _yarn(config: ModelConfig, rope: Rope, plain: Tensor) -> tuple[Tensor, float]:
     """Interpolation by parts with an attention temperature. Source: YaRN (arXiv:2309.00071) §3."""
-    rope = config.rope
     size = config.head_dim
-    factor = _factor(config)
-    context = _context(config)
+    factor = _factor(config, rope)
+    context = _context(config, rope)
 
     def dimension(rotations: float) -> float:
         """The dimension pair, as a fraction too, that turns this often over the trained context."""
@@ -119,11 +141,10 @@ def _yarn(config: ModelConfig, plain: Tensor) -> tuple[Tensor, float]:
     return frequencies, temperature(1.0)
 
 
-def _longrope(config: ModelConfig, exponents: Tensor, length: int) -> tuple[Tensor, float]:
+def _longrope(config: ModelConfig, rope: Rope, exponents: Tensor, length: int) -> tuple[Tensor, float]:
     """A divisor per dimension, one list within the original context and one beyond. Source: arXiv:2402.13753."""
-    rope = config.rope
-    context = _context(config)
-    factor = _factor(config)
+    context = _context(config, rope)
+    factor = _factor(config, rope)
 
     chosen = rope.long_factor if length > context else rope.short_factor
     divisors = torch.tensor(chosen, dtype=torch.float32)

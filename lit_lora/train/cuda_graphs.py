@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_lora import kernels, log
 from lit_lora.model import CausalLM
 from lit_lora.model.attention import flash
+from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.train.loss import Batch, Inputs, backward, backward_from, inputs_of
 
@@ -159,8 +160,7 @@ class GraphInputs(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All tensors, in one order."""
         inputs, attend = self.inputs, self.attend
-        places = attend.layout.on(attend.positions.device)
-        return [inputs.input_ids, inputs.positions, inputs.labels, *attend.rope, *places, self.scale]
+        return [inputs.input_ids, inputs.positions, inputs.labels, self.scale, *attend.tensors]
 
     def with_scale(self, scale: float) -> GraphInputs:
         """The same with another factor of the gradients."""
@@ -168,9 +168,9 @@ class GraphInputs(NamedTuple):
 
     def copy(self) -> GraphInputs:
         """The same in new tensors, which a graph can keep."""
-        input_ids, positions, labels, cosine, sine, *places, scale = (tensor.clone() for tensor in self.tensors)
+        input_ids, positions, labels, scale, *attention = (tensor.clone() for tensor in self.tensors)
         inputs = self.inputs._replace(input_ids=input_ids, positions=positions, labels=labels)
-        return GraphInputs(inputs, self.attend.copy((cosine, sine), places), scale)
+        return GraphInputs(inputs, self.attend.with_tensors(attention), scale)
 
     def backward(self, model: CausalLM) -> Tensor:
         """See :func:`lit_lora.train.loss.backward_from`."""
@@ -212,7 +212,7 @@ def _capturable(model: Any) -> bool:
 
     # Other kinds of attention run document by document, and each document's length would be a size of its own.
     config = model.config
-    query = (
-        model.get_input_embeddings().get_parameter("weight").new_empty(1, config.num_attention_heads, config.head_dim)
-    )
-    return flash.usable(query)
+    weight = model.get_input_embeddings().get_parameter("weight")
+    query = weight.new_empty(1, config.num_attention_heads, config.head_dim)
+    key = weight.new_empty(1, config.num_key_value_heads, config.head_dim)
+    return flash.usable(LayerAttention(0), query, key, key)

@@ -28,8 +28,8 @@ def method(case: str) -> peft.Method:
 
 def adapted(case: str, dtype: torch.dtype = torch.float32, window: int | None = None) -> CausalLM:
     """Shaken, so that everything in it has an effect."""
-    model = tiny.adapted(make_model(dtype=dtype), method(case))
-    model.config = model.config.model_copy(update={"sliding_window": window, "max_position_embeddings": 40})
+    model = tiny.adapted(make_model(dtype=dtype, window=window), method(case))
+    model.config = model.config.model_copy(update={"max_position_embeddings": 40})
     shake(model, 0.1)
     return model.eval()
 

@@ -81,7 +81,7 @@ def test_logits_of_one_token_after_a_cache_are_those_of_the_full_pass(case):
     model, ids = shaken(case), torch.tensor([[5, 3, 7, 8, 9]])
     with torch.no_grad():
         expected = model(ids)[:, -1:]
-        cache = KVCache(model.config, 1, 8)
+        cache = KVCache(1, 8)
         model(ids[:, :-1], cache=cache)
         torch.testing.assert_close(model(ids[:, -1:], cache=cache), expected, atol=2e-5, rtol=2e-5)
 

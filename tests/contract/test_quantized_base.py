@@ -143,7 +143,7 @@ def test_decoding_with_a_cache_is_the_full_pass(folder, case, config):
     shake(model, 0.05)
     with torch.no_grad():
         expected = model.eval()(ids)[:, -1:]
-        cache = KVCache(model.config, 1, 8)
+        cache = KVCache(1, 8)
         model(ids[:, :-1], cache=cache)
         torch.testing.assert_close(model(ids[:, -1:], cache=cache), expected, atol=1e-4, rtol=1e-4)
 

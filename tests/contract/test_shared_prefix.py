@@ -62,8 +62,7 @@ def test_in_bfloat16_they_are_so_within_its_rounding(checkpointing):
 @pytest.mark.parametrize("window", [None, 4, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_are_those_of_whole_rows(window, dtype):
-    model = make_model(dtype=dtype).eval()
-    model.config = model.config.model_copy(update={"sliding_window": window})
+    model = make_model(dtype=dtype, window=window).eval()
     whole, shared = batches()
     with torch.no_grad():
         expected = model.hidden_states(whole.input_ids, lengths=whole.lengths)[0].split(whole.lengths)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_lora import kernels
 from lit_lora.model import ModelConfig
 from lit_lora.model.attention import flash as varlen_attention
-from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.ops import add_rms_norm, rotate, swiglu
 from lit_lora.model.products import sum_of_products
@@ -104,10 +104,13 @@ def test_dequantized_bits_are_those_of_the_cpu(name: str, block: int, double: bo
     assert torch.equal(got.cpu(), expected)
 
 
-def attention(heads: int, keys: int, size: int, window: int | None) -> ModelConfig:
+LAYER = LayerAttention(0)
+
+
+def attention(heads: int, keys: int, size: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=8, hidden_size=heads * size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=heads,
-        num_key_value_heads=keys, head_dim=size, sliding_window=window,
+        num_key_value_heads=keys, head_dim=size,
     )  # fmt: skip
 
 
@@ -129,29 +132,30 @@ def attend_by(config: ModelConfig, lengths: list[int], how: str, device: str) ->
 def test_packed_attention(
     heads: int, keys: int, size: int, lengths: list[int], window: int | None, how: str, dtype: torch.dtype
 ) -> None:
-    config = attention(heads, keys, size, window)
+    config = attention(heads, keys, size)
     tokens = sum(lengths) + (5 if how in ("behind", "common") else 0)
     torch.manual_seed(0)
     query, key, value = (torch.randn(tokens, n, size) for n in (heads, keys, keys))
-    assert varlen_attention.usable(query.to("cuda", dtype))
+    assert varlen_attention.usable(LAYER, *(x.to("cuda", dtype) for x in (query, key, value)))
     attends = {device: attend_by(config, lengths, how, device) for device in ("cuda", "cpu")}
-    compare(lambda q, k, v: (attends[q.device.type](0, q, k, v),), query, key, value, dtype=dtype)
+    layer = LayerAttention(0, window)
+    compare(lambda q, k, v: (attends[q.device.type](layer, q, k, v),), query, key, value, dtype=dtype)
 
 
 def test_gradients_of_attention_are_the_same_bits_in_every_run() -> None:
-    config, lengths = attention(4, 2, 64, None), [700, 300, 1500]
+    config, lengths = attention(4, 2, 64), [700, 300, 1500]
     attend = PackedAttention(config, lengths, torch.device("cuda"))
     torch.manual_seed(0)
     leaves = [torch.randn(2500, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
     outer = torch.randn(2500, 4, 64, device="cuda", dtype=torch.bfloat16)
-    runs = [torch.autograd.grad(attend(0, *leaves), leaves, outer) for _ in range(5)]
+    runs = [torch.autograd.grad(attend(LAYER, *leaves), leaves, outer) for _ in range(5)]
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_head_sizes_that_the_kernel_does_not_take_go_through_the_loop() -> None:
-    config, lengths = attention(2, 1, 12, None), [9, 4]
+    config, lengths = attention(2, 1, 12), [9, 4]
     torch.manual_seed(0)
     given = [torch.randn(13, n, 12) for n in (2, 1, 1)]
     attends = {device: PackedAttention(config, lengths, torch.device(device)) for device in ("cuda", "cpu")}
-    compare(lambda q, k, v: (attends[q.device.type](0, q, k, v),), *given, dtype=torch.bfloat16)
+    compare(lambda q, k, v: (attends[q.device.type](LAYER, q, k, v),), *given, dtype=torch.bfloat16)

@@ -51,7 +51,7 @@ def test_left_padding_in_the_cache_changes_nothing(model: CausalLM) -> None:
     prompts = [torch.randint(61, (length,)) for length in (3, 7)]
     batch = torch.zeros(2, 7, dtype=torch.int64)
     batch[0, 4:], batch[1] = prompts[0], prompts[1]
-    cache = KVCache(model.config, 2, 9, padding=torch.tensor([4, 0]))
+    cache = KVCache(2, 9, padding=torch.tensor([4, 0]))
     first = model(batch, cache=cache)
     following = torch.randint(61, (2, 2))
     second = model(following, cache=cache)
@@ -64,7 +64,7 @@ def test_left_padding_in_the_cache_changes_nothing(model: CausalLM) -> None:
 @torch.no_grad()
 def test_a_truncated_cache_continues_as_if_the_rest_had_not_been(model: CausalLM) -> None:
     ids = torch.randint(61, (1, 8))
-    cache = KVCache(model.config, 1, 20)
+    cache = KVCache(1, 20)
     model(torch.cat((ids[:, :5], torch.randint(61, (1, 6))), 1), cache=cache)
     cache.truncate(5)
     torch.testing.assert_close(model(ids[:, 5:], cache=cache), model(ids)[:, 5:], rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.ops import add_rms_norm, linear, rotate, swiglu
 from lit_lora.model.products import sum_of_products
@@ -127,13 +128,12 @@ def test_packed_attention_equals_pytorch(
             "num_hidden_layers": 1,
             "num_attention_heads": 6,
             "num_key_value_heads": groups,
-            "sliding_window": window,
         }
     )
     attend = PackedAttention(config, lengths, torch.device("cpu"), shared_prefix=shared_prefix)
     given = sum(lengths) - shared_prefix * (len(lengths) - 1)
     query, key, value = (torch.randn(given, heads, size) for heads in (6, groups, groups))
-    _compare(lambda *tensors: (attend(0, *tensors),), query, key, value)
+    _compare(lambda *tensors: (attend(LayerAttention(0, window), *tensors),), query, key, value)
 
 
 @pytest.mark.skipif(not kernels.has("packed_attention"), reason="no AVX-512 BF16")
@@ -146,7 +146,7 @@ def test_attention_gives_the_same_bits_each_time() -> None:
     for _ in range(3):
         torch.manual_seed(0)
         leaves = [torch.randn(151, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
-        out = attend(0, *leaves)
+        out = attend(LayerAttention(0), *leaves)
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
@@ -157,7 +157,7 @@ def test_a_kernel_that_finds_no_memory_says_so() -> None:
         pytest.skip("no AVX-512 BF16")
     starts = torch.tensor([0, 1 << 50])  # buffers for such a document cannot be had
     with pytest.raises(MemoryError, match="packed_attention"):
-        kernels.call("packed_attention", *[None] * 5, starts, None, None, 1, 0, 1, 1, 64, 1 << 40, 1.0)
+        kernels.call("packed_attention", *[None] * 5, starts, None, None, 1, 0, 1, 1, 64, 64, 1 << 40, 1.0)
 
 
 def test_pain_07_changing_one_document_leaves_the_others_bit_equal() -> None:

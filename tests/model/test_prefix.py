@@ -84,7 +84,7 @@ def test_cached_rows_behind_tokens_are_as_if_each_began_with_them(kwargs):
     model = put_before(make_model(**kwargs), PREFIX)
     padding = torch.tensor([0, 5])
     ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(model.config, 2, 12, dtype=model.lm_head.weight.dtype, padding=padding)
+    cache = KVCache(2, 12, padding=padding)
     pieces = [model.hidden_states(piece, cache=cache) for piece in ids.split([6, 1, 4, 1], dim=1)]
     got = torch.cat(pieces, dim=1)
     tolerance = 0.06 if got.dtype == torch.bfloat16 else 1e-5
@@ -126,7 +126,7 @@ def test_gradients_of_tokens_before_packed_documents_are_those_of_each_beginning
 
 def test_a_cache_that_was_filled_without_what_stands_before_is_refused():
     model = make_model()
-    cache = KVCache(model.config, 1, 12)
+    cache = KVCache(1, 12)
     model.hidden_states(torch.tensor([[1, 2]]), cache=cache)
     with pytest.raises(ValueError, match="2 tokens are stored"):
         put_before(model, PREFIX).hidden_states(torch.tensor([[3]]), cache=cache)

@@ -95,7 +95,7 @@ def test_gradients_equal_transformers(name: str) -> None:
 def test_cached_decoding_equals_the_full_pass(name: str) -> None:
     _, ours = _pair(name)
     ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(ours.config, 2, 30)
+    cache = KVCache(2, 30)
     with torch.no_grad():
         pieces = [ours(ids[:, start:end], cache=cache) for start, end in ((0, 11), (11, 12), (12, 13), (13, 30))]
         torch.testing.assert_close(torch.cat(pieces, 1), ours(ids), rtol=1e-4, atol=1e-4)

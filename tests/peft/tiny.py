@@ -20,7 +20,11 @@ VOCABULARY, WIDTH, LAYERS = 61, 16, 2
 
 
 def make_model(
-    tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1, vocabulary: int = VOCABULARY
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    vocabulary: int = VOCABULARY,
+    window: int | None = None,
 ) -> CausalLM:
     torch.manual_seed(seed)
     config = ModelConfig(
@@ -31,6 +35,7 @@ def make_model(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=4,
+        sliding_window=window,
         attention_bias=True,
         tie_word_embeddings=tied,
         dtype=str(dtype).removeprefix("torch."),

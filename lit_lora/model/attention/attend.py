@@ -9,11 +9,42 @@ with, such as a system prompt, are handled alike: a model computes them once. ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Attend"]
+from lit_lora.model.rope import UNROTATED, RopeTable
+
+__all__ = ["Attend", "LayerAttention"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """How one layer attends: all in which the layers of a model may differ."""
+
+    index: int
+    """The layer's place in the model, by which a cache stores its keys and values."""
+    window: int | None = None
+    """A token sees this many tokens, itself included; ``None`` means all before it."""
+    scale: float | None = None
+    """The factor on the products of queries and keys; ``None`` means ``H**-0.5``."""
+    softcap: float | None = None
+    """Scores ``s`` become ``softcap * tanh(s / softcap)``; ``None`` leaves them as they are."""
+    rope: int | None = 0
+    """Which of the config's ``ropes`` rotates queries and keys; ``None`` leaves them as they are."""
+    sinks: Tensor | None = None
+    """(N,): per query head, the score of a key that every token sees and whose value is 0."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels can compute it: they know neither softcap nor sinks."""
+        return self.softcap is None and self.sinks is None
+
+    def rope_table(self, tables: Sequence[RopeTable]) -> RopeTable:
+        """The table of its rotation, of those of the model."""
+        return UNROTATED if self.rope is None else tables[self.rope]
 
 
 class Attend(Protocol):
@@ -22,11 +53,11 @@ class Attend(Protocol):
     prefix_length: int
     """How many of the first rows are tokens that stand before every document; mostly 0."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(layer index, queries (T, N, H), keys (T, K, H), values (T, K, H)) -> (T, N, H)."""
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(the calling layer, queries (T, N, H), keys (T, K, H), values (T, K, J)) -> (T, N, J); mostly J = H."""
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H) turned by the positions of its rows."""
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
+        """(T, heads, H), queries or keys of ``layer``, turned by the positions of their rows."""
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document.

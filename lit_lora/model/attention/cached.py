@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.ops import rotate
-from lit_lora.model.rope import rope_table
+from lit_lora.model.ops import attention, rotate
+from lit_lora.model.rope import rope_tables
 
 __all__ = ["CachedAttention"]
 
@@ -32,39 +31,48 @@ class CachedAttention:
         self.config, self.cache = config, cache
         self.batch_size = batch_size
         self.tokens = tokens
-        self.mask = cache.mask(tokens, config.sliding_window)
-        self.rope = rope_table(config, cache.positions(tokens).reshape(-1), cache.prefix_length + cache.length + tokens)
+        length = cache.prefix_length + cache.length + tokens
+        self.ropes = rope_tables(config, cache.positions(tokens).reshape(-1), length)
+        self._masks: dict[int | None, Tensor | None] = {}  # by window
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend to everything stored so far.
 
         Args:
-            layer: Index of the calling layer: where its keys and values are stored.
+            layer: The calling layer's.
             query: (B·T, N, H).
             key: (B·T, K, H).
-            value: (B·T, K, H).
+            value: (B·T, K, J), mostly J = H.
 
         Returns:
-            (B·T, N, H) in the dtype of ``query``.
+            (B·T, N, J) in the dtype of ``query``.
         """
+        rope = layer.rope_table(self.ropes)
         q, k, v = (
             tensor.view(self.batch_size, self.tokens, *tensor.shape[1:]).transpose(1, 2)  # (B, heads, T, H)
-            for tensor in (rotate(query, *self.rope), rotate(key, *self.rope), value)
+            for tensor in (rotate(query, *rope), rotate(key, *rope), value)
         )
-        keys, values = self.cache.append(layer, k, v)
-        if self.tokens == 1:
+        keys, values = self.cache.append(layer.index, k, v)
+        mask = self._mask(layer.window)
+        out_shape = (*query.shape[:2], value.shape[2])
+        if self.tokens == 1 and layer.fused:
             # (B, K, N/K, H): all query heads of a key/value head become the rows of one product. With one new token
             # they see the same keys, and nothing has to be masked between them. A fifth of the time on a CPU.
             q = q.reshape(self.batch_size, key.shape[1], -1, key.shape[2])
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).reshape(query.shape)
+            return attention(q, keys, values, mask, scale=layer.scale).reshape(out_shape)
 
-        grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=grouped)
-        return out.transpose(1, 2).reshape(query.shape)
+        out = attention(q, keys, values, mask, scale=layer.scale, softcap=layer.softcap, sinks=layer.sinks)
+        return out.transpose(1, 2).reshape(out_shape)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def _mask(self, window: int | None) -> Tensor | None:
+        """Which stored tokens the new ones may see, see :meth:`KVCache.mask`; made once for all layers."""
+        if window not in self._masks:
+            self._masks[window] = self.cache.mask(self.tokens, window)
+        return self._masks[window]
+
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(B·T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *self.rope)
+        return rotate(x, *layer.rope_table(self.ropes))
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every row; see :class:`Attend`."""
@@ -82,14 +90,13 @@ class _CachedWithPrefix:
         self.prefix_length = 0 if cache.length else prefix_length
         cache.reserve(prefix_length)
         self.tokens = CachedAttention(tokens.config, cache, tokens.batch_size, tokens.tokens)
-        self.prefix = PackedAttention(tokens.config, [prefix_length], cache.keys.device)
+        self.prefix = PackedAttention(tokens.config, [prefix_length], cache.device)
         if rotated:
-            # Cosine 1 and sine 0 turn nothing: the rotation stays in the path but leaves these keys as they are.
-            cosine, sine = self.prefix.rope
-            self.prefix.rope = torch.ones_like(cosine), torch.zeros_like(sine)
+            everything = torch.ones_like(self.prefix.positions, dtype=torch.bool)
+            self.prefix.ropes = [rope.without(everything) for rope in self.prefix.ropes]
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(P + B·T, …) to (P + B·T, N, H), P being :attr:`prefix_length`."""
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(P + B·T, …) to (P + B·T, N, J), P being :attr:`prefix_length`."""
         if not self.prefix_length:
             return self.tokens(layer, query, key, value)
 
@@ -99,14 +106,16 @@ class _CachedWithPrefix:
         prefix_value, token_value = torch.split(value, sizes)
 
         # First, because the tokens attend to what the cache then holds.
-        self.cache.put_prefix(layer, self.prefix.rotate(prefix_key).transpose(0, 1), prefix_value.transpose(0, 1))
+        rotated_key = self.prefix.rotate(layer, prefix_key)
+        self.cache.put_prefix(layer.index, rotated_key.transpose(0, 1), prefix_value.transpose(0, 1))
         prefix_out = self.prefix(layer, prefix_query, prefix_key, prefix_value)
         token_out = self.tokens(layer, token_query, token_key, token_value)
         return torch.cat([prefix_out, token_out])
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(P + B·T, heads, H) turned by the positions of its rows."""
-        return torch.cat([self.prefix.rotate(x[: self.prefix_length]), self.tokens.rotate(x[self.prefix_length :])])
+        prefix, tokens = x[: self.prefix_length], x[self.prefix_length :]
+        return torch.cat([self.prefix.rotate(layer, prefix), self.tokens.rotate(layer, tokens)])
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: every row already has a prefix."""

@@ -20,16 +20,14 @@ class Layout:
 
     Args:
         lengths: Tokens per document.
-        window: A token sees this many tokens, itself included; ``None`` means all before it.
         shared_prefix: The number of tokens that every document begins with; they come first, once, and then the rest
             of each document.
     """
 
-    def __init__(self, lengths: Sequence[int], window: int | None, shared_prefix: int = 0) -> None:
+    def __init__(self, lengths: Sequence[int], shared_prefix: int = 0) -> None:
         self.lengths = list(lengths)
         self.shared_prefix = shared_prefix
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
-        self.window = window or (1 << 40)  # without a window, more than any document has
         self._moved: dict[torch.device, Places] = {}
 
     def positions(self) -> Tensor:
@@ -65,12 +63,6 @@ class Layout:
         packed = (~in_prefix | (document == 0)).nonzero()[:, 0]
         prefixes = self.starts[:-1, None] + torch.arange(self.shared_prefix)
         return Places(starts, sources, packed, prefixes)
-
-    def sizes(self, query: Tensor, key: Tensor) -> tuple[int | float, ...]:
-        """The closing arguments of the CPU's kernels, forward and backward, as ``attention.c`` declares them."""
-        _, query_heads, head_size = query.shape
-        key_heads, scale = key.shape[1], head_size**-0.5
-        return len(self.starts) - 1, self.shared_prefix, query_heads, key_heads, head_size, self.window, scale
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, …) packed rows to (S, …) spread ones, in which every document has the shared prefix."""

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.documents import Layout
 
 __all__ = ["longest", "usable", "varlen_attention"]
 
 
-def usable(query: Tensor) -> bool:
-    """Whether the GPU has the kernel and it takes such queries."""
+def usable(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the GPU has the kernel and it takes these tensors."""
     return (
         query.is_cuda
+        and layer.fused
+        and key.shape == value.shape
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
@@ -37,10 +40,11 @@ def longest(layout: Layout) -> int:
     return max(128, 1 << (max(layout.lengths) - 1).bit_length())
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def varlen_attention(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Attend within each document; the same bits in every run, the gradients too.
 
     Args:
+        layer: Its window and scale.
         query: (T, N, H), rotated.
         key: (T, K, H), likewise.
         value: (T, K, H).
@@ -49,41 +53,46 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     Returns:
         (T, N, H).
     """
-    return _VarlenAttention.apply(query, key, value, layout)  # type: ignore[no-untyped-call, no-any-return]
+    return _VarlenAttention.apply(query, key, value, layout, layer)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-        documents, window = _documents(layout, query.device)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, layer: LayerAttention) -> Tensor:
+        documents, options = _documents(layout, query.device), _options(layer, layout)
         dropout, causal, return_mask = 0.0, True, False
         out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *documents, dropout, causal, return_mask, **window
+            query, key, value, *documents, dropout, causal, return_mask, **options
         )
         ctx.save_for_backward(query, key, value, out, lse, rng_state, unused)
-        ctx.layout = layout
+        ctx.layout, ctx.layer = layout, layer
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, rng_state, unused = ctx.saved_tensors
-        documents, window = _documents(ctx.layout, grad.device)
+        documents, options = _documents(ctx.layout, grad.device), _options(ctx.layer, ctx.layout)
         dropout, causal = 0.0, True
         with _repeatable():
             grads = torch.ops.aten._flash_attention_backward(
-                grad, query, key, value, out, lse, *documents, dropout, causal, rng_state, unused, **window
+                grad, query, key, value, out, lse, *documents, dropout, causal, rng_state, unused, **options
             )
-        return *grads, None
+        return *grads, None, None
 
 
-def _documents(layout: Layout, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], dict[str, int]]:
-    """Where documents begin and how long the longest is, of queries and of keys; the window as keyword arguments."""
+def _documents(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where documents begin and how long the longest is, of queries and of keys."""
     starts, most = layout.on(device).starts, longest(layout)
-    window = {}
-    if layout.window < most:
-        window = {"window_size_left": layout.window - 1, "window_size_right": 0}  # tokens beside the one itself
-    return (starts, starts, most, most), window
+    return starts, starts, most, most
+
+
+def _options(layer: LayerAttention, layout: Layout) -> dict[str, Any]:
+    """The kernel's keyword arguments that depend on the layer."""
+    options: dict[str, Any] = {"scale": layer.scale}
+    if layer.window is not None and layer.window < longest(layout):
+        options |= {"window_size_left": layer.window - 1, "window_size_right": 0}  # tokens beside the one itself
+    return options
 
 
 @contextmanager

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_lora.model.attention import flash
-from lit_lora.model.attention.attend import Attend
+from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.cpu_kernel import packed_attention, usable
 from lit_lora.model.attention.documents import Layout, Places
 from lit_lora.model.config import ModelConfig
-from lit_lora.model.ops import causal_attention, rotate, to_device
-from lit_lora.model.rope import rope_table
+from lit_lora.model.ops import attention, rotate, to_device
+from lit_lora.model.rope import RopeTable, rope_tables
 
 __all__ = ["PackedAttention"]
 
@@ -43,66 +43,62 @@ class PackedAttention:
     ) -> None:
         self.config = config
         self.lengths = list(lengths)
-        self.window = config.sliding_window
-        self.layout = Layout(self.lengths, self.window, shared_prefix)
+        self.layout = Layout(self.lengths, shared_prefix)
         self.positions = to_device(self.layout.positions(), device)
-        self.rope = rope_table(config, self.positions, max(self.lengths))
+        self.ropes = rope_tables(config, self.positions, max(self.lengths))
 
-    def copy(self, rope: tuple[Tensor, Tensor], places: Sequence[Tensor]) -> PackedAttention:
-        """The same with other tensors: those of ``rope``, and of the layout's places."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors on the device that attention reads, in one order."""
+        tables = [tensor for rope in self.ropes for tensor in rope]
+        return [*tables, *self.layout.on(self.positions.device)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> PackedAttention:
+        """The same with other :attr:`tensors`."""
         twin = copy(self)
-        twin.rope = rope
-        twin.layout = self.layout.copy(Places(*places))
+        pairs = 2 * len(self.ropes)
+        twin.ropes = [RopeTable(*pair) for pair in zip(tensors[:pairs:2], tensors[1:pairs:2], strict=True)]
+        twin.layout = self.layout.copy(Places(*tensors[pairs:]))
         return twin
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate, and attend within each document.
 
         Args:
-            layer: Index of the calling layer; unused here.
+            layer: The calling layer's.
             query: (T, N, H).
             key: (T, K, H).
-            value: (T, K, H).
+            value: (T, K, J), mostly J = H.
 
         Returns:
-            (T, N, H) in the dtype of ``query``.
+            (T, N, J) in the dtype of ``query``.
         """
-        return self.within(self.layout, query, key, value)
+        return self.within(self.layout, layer, query, key, value)
 
-    def within(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def within(self, layout: Layout, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Rotate by the positions in the documents, and attend within each piece of ``layout``.
 
         The arguments and the result are those of a call. ``layout`` may cut documents into pieces, as positions are
         taken from the documents and not from it.
         """
+        rope = layer.rope_table(self.ropes)
         # On a CPU one kernel rotates, finds the shared prefix and attends.
-        if usable(query, key, value):
-            return packed_attention(query, key, value, self.rope, layout)
+        if usable(layer, query, key, value):
+            return packed_attention(layer, query, key, value, rope, layout)
 
         # Elsewhere the shared prefix is copied into every document, and taken out of the result again.
         query, key, value = map(layout.spread, (query, key, value))
-        query, key = rotate(query, *self.rope), rotate(key, *self.rope)
-        if flash.usable(query):
-            return layout.gather(flash.varlen_attention(query, key, value, layout))
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        if flash.usable(layer, query, key, value):
+            return layout.gather(flash.varlen_attention(layer, query, key, value, layout))
 
         pieces = zip(*(torch.split(tensor, layout.lengths) for tensor in (query, key, value)), strict=True)
-        outputs = [self._one_piece(q, k, v) for q, k, v in pieces]
+        outputs = [_one_piece(layer, q, k, v) for q, k, v in pieces]
         return layout.gather(torch.cat(outputs))
 
-    def _one_piece(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(T, N, H), (T, K, H), (T, K, H), rotated, of one document or piece -> (T, N, H)."""
-        tokens = len(query)
-        mask = None
-        if self.window is not None and tokens > self.window:
-            mask = _window_mask(tokens, self.window, query.device)
-
-        # PyTorch wants (B, heads, T, H).
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        return causal_attention(q, k, v, mask)[0].transpose(0, 1)
-
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *map(self.layout.gather, self.rope))
+        return rotate(x, *layer.rope_table(self.ropes).map(self.layout.gather))
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document; see :class:`Attend`."""
@@ -119,14 +115,26 @@ class _PackedWithPrefix(PackedAttention):
         self.prefix_length = prefix_length
 
         if rotated:
-            # Cosine 1 and sine 0 turn nothing: these rows are in their final form.
-            in_prefix = self.positions[:, None] < prefix_length
-            cosine, sine = self.rope
-            self.rope = cosine.masked_fill(in_prefix, 1.0), sine.masked_fill(in_prefix, 0.0)
+            in_prefix = self.positions < prefix_length
+            self.ropes = [rope.without(in_prefix) for rope in self.ropes]
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: every document already has a prefix."""
         raise ValueError(f"every document already has a prefix of {self.prefix_length} tokens")
+
+
+def _one_piece(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(T, N, H), (T, K, H), (T, K, J), rotated, of one document or piece -> (T, N, J)."""
+    tokens = len(query)
+    mask = None
+    if layer.window is not None and tokens > layer.window:
+        mask = _window_mask(tokens, layer.window, query.device)
+
+    # PyTorch wants (B, heads, T, H).
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    causal = mask is None
+    out = attention(q, k, v, mask, causal=causal, scale=layer.scale, softcap=layer.softcap, sinks=layer.sinks)
+    return out[0].transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ of ``nn.Module``, and removing it restores the base exactly.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,22 +19,7 @@ from lit_lora.peft.core.method import Kind
 from lit_lora.peft.core.modules import OwnModule, own_modules
 from lit_lora.peft.core.updates import Update
 
-__all__ = ["AddedMethod", "AddedModule", "Attend", "blocks", "decoder_of", "own_state", "width_of"]
-
-
-class Attend(Protocol):
-    """The attention that a decoder passes to its layers; see :class:`lit_lora.model.attention.attend.Attend`."""
-
-    prefix_length: int
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """(T, heads, H), rotated by the positions of its rows."""
-
-    def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
-        """The same, with ``prefix_length`` tokens before every document."""
+__all__ = ["AddedMethod", "AddedModule", "blocks", "decoder_of", "own_state", "width_of"]
 
 
 class AddedModule(OwnModule):

@@ -10,6 +10,7 @@ the interpolation is Chen et al. 2023, arXiv:2306.15595, or YaRN, arXiv:2309.000
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
+from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.documents import Layout
 from lit_lora.model.attention.packed import PackedAttention
-from lit_lora.peft.core.added import AddedModule, Attend
+from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.capabilities import AnyConfig, ChangesConfig, GroupsTokens
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.module_names import default_names, names_of
@@ -117,10 +119,10 @@ class GroupedAttention:
         groups: list[int] = []
         for length in self.tokens.lengths:
             groups += _groups(length, size, first)
-        return Layout(groups, self.tokens.window)
+        return Layout(groups)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, J) -> (T, N, J)."""
         query_heads, kv_heads = query.shape[1], key.shape[1]
         queries_per_kv = query_heads // kv_heads
         if kv_heads > 1:
@@ -134,14 +136,18 @@ class GroupedAttention:
 
         early = (query[:, :query_cut], key[:, :kv_cut], value[:, :kv_cut])
         late = (query[:, query_cut:], late_key, late_value)
+        early_layer = late_layer = layer
+        if layer.sinks is not None:  # one per query head
+            early_layer = replace(layer, sinks=layer.sinks[:query_cut])
+            late_layer = replace(layer, sinks=layer.sinks[query_cut:])
         # The kernels require contiguous tensors.
-        early_out = self.tokens.within(self.aligned, *(tensor.contiguous() for tensor in early))
-        late_out = self.tokens.within(self.shifted, *(tensor.contiguous() for tensor in late))
+        early_out = self.tokens.within(self.aligned, early_layer, *(tensor.contiguous() for tensor in early))
+        late_out = self.tokens.within(self.shifted, late_layer, *(tensor.contiguous() for tensor in late))
         return torch.cat([early_out, late_out], dim=1)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(T, heads, H), rotated by the positions of its rows."""
-        return self.tokens.rotate(x)
+        return self.tokens.rotate(layer, x)
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Not supported: only a document's first group would see the prefix."""

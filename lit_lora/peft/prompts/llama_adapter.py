@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.model.attention.attend import Attend, LayerAttention
+from lit_lora.model.ops import attention
 from lit_lora.peft.adapters.bottleneck import norms
 from lit_lora.peft.core.adapter_method import WEIGHTS
-from lit_lora.peft.core.added import AddedMethod, AddedModule, Attend, blocks, decoder_of
+from lit_lora.peft.core.added import AddedMethod, AddedModule, blocks, decoder_of
 from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy
@@ -77,15 +78,14 @@ class _Gated:
         self.rotate = attend.rotate
         self.with_prefix = attend.with_prefix
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(T, N, H), (T, K, H), (T, K, J) -> (T, N, J)."""
         prompt = self.adaption.adaption_prompt.to(query.dtype)
         keys, values = self.attention.keys_and_values(prompt)
         # Queries are rotated and keys are not, as in the official code: the prompt has no position. All tokens see all
         # of the prompt, so it is one batch without a mask, (1, heads, rows, H).
-        q, k, v = (rows.transpose(0, 1)[None] for rows in (self.attend.rotate(query), keys, values))
-        is_grouped = query.shape[1] != key.shape[1]
-        from_prompt = F.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped)[0].transpose(0, 1)
+        q, k, v = (rows.transpose(0, 1)[None] for rows in (self.attend.rotate(layer, query), keys, values))
+        from_prompt = attention(q, k, v, scale=layer.scale, softcap=layer.softcap)[0].transpose(0, 1)
 
         gate: Tensor = self.adaption.adaption_gate
         if self.adaption.tanh:

@@ -19,7 +19,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lit_lora.peft.core.added import AddedModule, Attend, decoder_of
+from lit_lora.model.attention.attend import Attend, LayerAttention
+from lit_lora.peft.core.added import AddedModule, decoder_of
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, only_rows, refuse
 
@@ -99,19 +100,19 @@ class _Prefixed:
         if self.attend.prefix_length:  # 0 once a cache contains them
             self.keys_values = prefix.rows().to(dtype).view(prefix.prefix_length, *prefix.shape)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(T, N, H), (T, K, H), (T, K, H) -> (T, N, H)."""
         if self.keys_values is None:
             return self.attend(layer, query, key, value)
-        prefix_keys, prefix_values = self.keys_values[:, layer].unbind(1)
+        prefix_keys, prefix_values = self.keys_values[:, layer.index].unbind(1)
         queries = self._after_zeros(query)
         keys = torch.cat([prefix_keys, key])
         values = torch.cat([prefix_values, value])
         return self.attend(layer, queries, keys, values)[self.attend.prefix_length :]
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(T, heads, H), rotated by the positions of its rows."""
-        return self.attend.rotate(self._after_zeros(x))[self.attend.prefix_length :]
+        return self.attend.rotate(layer, self._after_zeros(x))[self.attend.prefix_length :]
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Raises: the attention inside already has a prefix."""
@@ -204,8 +205,8 @@ class _Recorder:
         self.with_prefix = attend.with_prefix
         self.recorded = recorded
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.recorded[layer] = (self.attend.rotate(key).float(), value.float())
+    def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.recorded[layer.index] = (self.attend.rotate(layer, key).float(), value.float())
         return self.attend(layer, query, key, value)
 
 
