@@ -35,7 +35,16 @@ from lit_lora import log
 from lit_lora.errors import DiskError, InputError, UsageError
 from lit_lora.files import disk_errors, human_bytes, require_free_space, require_safe_names, sha256_file
 
-__all__ = ["RemoteFile", "choose_files", "fetch_file", "fetch_repo", "is_safetensors", "list_repo"]
+__all__ = [
+    "RemoteFile",
+    "choose_files",
+    "fetch_file",
+    "fetch_repo",
+    "fetch_side_files",
+    "is_safetensors",
+    "list_repo",
+    "read_start",
+]
 
 T = TypeVar("T")
 
@@ -129,7 +138,7 @@ def fetch_repo(
         out: The folder. If it exists, its files must be those of the repository.
         revision: Branch, tag or commit; the main branch if omitted.
         endpoint: The Hub's address; ``HF_ENDPOINT`` or the public one if omitted.
-        check: Called with the folder once it has the small files; it may raise before the weights are downloaded.
+        check: Called with the folder once it has all files but the weights; it may raise before the weights are downloaded.
 
     Raises:
         UsageError: ``repo`` is not the name of a repository.
@@ -137,7 +146,8 @@ def fetch_repo(
             cannot be reached, or it repeatedly sends a file with a wrong hash.
         DiskError: ``out`` exists with other content, or the disk is full.
     """
-    files = _checkpoint_files(repo, list_repo(repo, revision=revision, endpoint=endpoint))
+    side_files, weights = _checkpoint_files(repo, list_repo(repo, revision=revision, endpoint=endpoint))
+    files = [*side_files, *weights]
     if out.exists():
         differing = [file.name for file in files if not file.is_at(out / file.name)]
         if differing:
@@ -160,8 +170,7 @@ def fetch_repo(
         if path.is_file() and path not in expected:
             path.unlink()
 
-    small = [file for file in files if file.sha256 is None]
-    _fetch_all(repo, small, staging)
+    _fetch_all(repo, side_files, staging)
     if check is not None:
         check(staging)
     _fetch_all(repo, files, staging)
@@ -199,8 +208,48 @@ def fetch_file(repo: str, name: str, out: Path, *, revision: str | None = None, 
     _fetch_all(repo, [file], out.parent, names={name: out.name})
 
 
-def _checkpoint_files(repo: str, listed: list[RemoteFile]) -> list[RemoteFile]:
-    """The files of a repository that belong to its checkpoint, the weights last.
+def fetch_side_files(
+    repo: str, out: Path, *, revision: str | None = None, endpoint: str | None = None
+) -> list[RemoteFile]:
+    """Download configuration, tokenizer and model card of a checkpoint or an adapter into the folder ``out``.
+
+    Returns:
+        The files with the weights, which are not downloaded.
+
+    Raises:
+        UsageError: ``repo`` is not the name of a repository.
+        InputError: As :func:`fetch_repo`.
+        DiskError: The disk is full.
+    """
+    side_files, weights = _checkpoint_files(repo, list_repo(repo, revision=revision, endpoint=endpoint))
+    _fetch_all(repo, side_files, out)
+    return weights
+
+
+def read_start(repo: str, file: RemoteFile, count: int) -> bytes:
+    """The first ``count`` bytes of a file of a repository, or all if it has fewer.
+
+    Raises:
+        InputError: Access is denied, or the Hub cannot be reached.
+    """
+
+    def read() -> bytes:
+        received = b""
+        headers = _headers() | {"Range": f"bytes=0-{count - 1}"}
+        with get_session().stream("GET", file.url, headers=headers, timeout=30) as response:
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                received += chunk
+                if len(received) >= count:  # a server may ignore the range and send the whole file
+                    break
+        return received[:count]
+
+    with _explained(repo):
+        return _with_retries(read)
+
+
+def _checkpoint_files(repo: str, listed: list[RemoteFile]) -> tuple[list[RemoteFile], list[RemoteFile]]:
+    """The files of a repository that belong to its checkpoint: all but the weights, and the weights.
 
     Raises:
         InputError: There are no weights, or a name is not safe.
@@ -214,7 +263,7 @@ def _checkpoint_files(repo: str, listed: list[RemoteFile]) -> list[RemoteFile]:
     if not is_safetensors(weights[0]):
         log.warn(f"{repo} has no safetensors, only pickles ({weights[0]}); lit-lora convert reads them safely")
     by_name = {file.name: file for file in listed}
-    return [by_name[name] for name in (*others, *weights)]
+    return [by_name[name] for name in others], [by_name[name] for name in weights]
 
 
 def choose_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -298,9 +347,7 @@ def _fetch_rest(file: RemoteFile, part: Path, bar: tqdm[Any]) -> None:
     size = _size(part)
     if size == file.size and part.is_file():
         return
-    headers = {"Accept-Encoding": "identity"}  # compressed, the byte range would count other bytes
-    if _token():  # the client drops it if the Hub redirects to another host
-        headers["Authorization"] = f"Bearer {_token()}"
+    headers = _headers()
     if size:
         headers["Range"] = f"bytes={size}-"
     with get_session().stream("GET", file.url, headers=headers, timeout=30) as response:
@@ -373,6 +420,14 @@ def _with_retries(call: Callable[[], T], progress: Callable[[], int] = lambda: 0
             problem = f"returned status {status}" if status else "did not respond"
             log.note(f"the Hub {problem}; retrying in {seconds:.0f} s")
             time.sleep(seconds)
+
+
+def _headers() -> dict[str, str]:
+    """The headers of a request for a file."""
+    headers = {"Accept-Encoding": "identity"}  # compressed, a byte range would count other bytes
+    if _token():  # the client drops it if the Hub redirects to another host
+        headers["Authorization"] = f"Bearer {_token()}"
+    return headers
 
 
 def _token() -> str | bool:

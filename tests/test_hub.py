@@ -85,7 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, content in self.server.files.items():
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob}
-            if name.endswith((".safetensors", ".bin", ".gguf")):
+            if name.endswith((".safetensors", ".bin", ".gguf")) or name in self.server.hashes:
                 sha256 = self.server.hashes.get(name, hashlib.sha256(content).hexdigest())
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
@@ -99,7 +99,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         start = 0
         wanted = self.headers.get("Range")
         if wanted and self.server.ranges:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start = int(first)
+            content = content[: int(last) + 1] if last else content
         status, headers = (
             (206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}) if start else (200, {})
         )
@@ -421,3 +423,27 @@ def test_too_little_disk_is_said_before_the_first_byte(server: FakeHub, tmp_path
 def test_a_name_that_is_no_repository_is_a_usage_error(repo: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the name of a Hub repository"):
         hub.fetch_repo(repo, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_start_of_a_file_is_read_without_the_rest(server: FakeHub, tmp_path: Path, ranges: bool) -> None:
+    server.ranges = ranges
+    server.files["model.safetensors"] = WEIGHTS * 20
+    server.faults["model.safetensors"] = [(503, {})]
+    (weights,) = hub.fetch_side_files("some/model", tmp_path, endpoint=server.url)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "tokenizer.json"]
+    assert hub.read_start("some/model", weights, 1000) == WEIGHTS[:1000]
+    assert hub.read_start("some/model", weights, len(WEIGHTS) * 30) == WEIGHTS * 20
+    requested = [headers["Range"] for headers in server.asked("model.safetensors")]
+    assert requested == ["bytes=0-999"] * 2 + [f"bytes=0-{len(WEIGHTS) * 30 - 1}"]
+
+
+def test_a_tokenizer_in_large_file_storage_comes_before_the_weights(server: FakeHub, tmp_path: Path) -> None:
+    server.hashes["tokenizer.json"] = hashlib.sha256(FILES["tokenizer.json"]).hexdigest()
+
+    def check(folder: Path) -> None:
+        assert (folder / "tokenizer.json").is_file()
+        assert not server.asked("model.safetensors")
+
+    fetch(server, tmp_path / "out", check=check)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_lora.checkpoint.headers import Headers
 from lit_lora.checkpoint.scaled import without_scales
-from lit_lora.checkpoint.tensors import open_tensors
+from lit_lora.checkpoint.tensors import TensorReader, open_tensors
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.quantize import Blocks, Groups, Int8, QuantizeConfig, Quantized, quantize
@@ -110,13 +111,14 @@ class StoredTensors:
 
     Args:
         folder: The folder.
+        reader: Its tensors as stored; opened if omitted.
 
     Raises:
         InputError: Files are missing or broken.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._reader = without_scales(open_tensors(folder), folder)
+    def __init__(self, folder: Path, reader: TensorReader | Headers | None = None) -> None:
+        self._reader = without_scales(reader or open_tensors(folder), folder)
         self._where = str(folder)
         names = self._reader.names()
 

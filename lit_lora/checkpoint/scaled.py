@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_lora import log
+from lit_lora.checkpoint.headers import Headers
 from lit_lora.checkpoint.tensors import TensorReader
 from lit_lora.errors import InputError
 from lit_lora.files import read_json
@@ -38,7 +39,7 @@ _BLOCK = 32
 _CHUNK_VALUES = 1 << 22
 
 
-def without_scales(reader: TensorReader, folder: Path) -> TensorReader | ScaledTensors:
+def without_scales(reader: TensorReader | Headers, folder: Path) -> TensorReader | Headers | ScaledTensors:
     """The tensors as the model has them, without scales; ``reader`` itself if the folder stores none."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -59,7 +60,7 @@ class ScaledTensors:
         where: The folder, for messages.
     """
 
-    def __init__(self, reader: TensorReader, config: Mapping[str, Any], where: str) -> None:
+    def __init__(self, reader: TensorReader | Headers, config: Mapping[str, Any], where: str) -> None:
         self._reader = reader
         self._where = where
         self._block = _block_size(config)

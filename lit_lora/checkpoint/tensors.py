@@ -13,11 +13,21 @@ from torch import Tensor
 from lit_lora.errors import InputError, first_line
 from lit_lora.files import read_json, require_safe_names
 
-__all__ = ["INDEX", "TensorReader", "Tensors", "check_tensors", "open_tensors", "read_weight_map"]
+__all__ = [
+    "DTYPES",
+    "INDEX",
+    "LFS_POINTER",
+    "TensorReader",
+    "Tensors",
+    "check_tensors",
+    "lfs_pointer_error",
+    "open_tensors",
+    "read_weight_map",
+]
 
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,6 +42,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""The dtypes of safetensors by their names in its headers."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that stands for a file in a clone without Git LFS."""
 
 
 class Tensors(Protocol):
@@ -88,9 +102,9 @@ class TensorReader:
             InputError: The file uses an unsupported dtype.
         """
         stored = self._slices[name].get_dtype()
-        if stored not in _DTYPES:
-            raise InputError(f"tensor {name}: dtype {stored} is not supported, expected one of {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
+        if stored not in DTYPES:
+            raise InputError(f"tensor {name}: dtype {stored} is not supported, expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor's values: pages of the file, mapped on use, or a copy in ``dtype`` where that differs."""
@@ -190,10 +204,19 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
+def lfs_pointer_error(file: Path | str) -> InputError:
+    """The error for a file that begins with ``LFS_POINTER``."""
+    return InputError(
+        f"{file}: a Git LFS pointer instead of the weights", hint="run git lfs pull, or use lit-lora download"
+    )
+
+
 def _open_shard(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    file.open("rb").close()  # raises PermissionError, where safetensors would say that there is no such file
+    with file.open("rb") as opened:  # raises PermissionError, where safetensors would say that there is no such file
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise lfs_pointer_error(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

@@ -106,7 +106,7 @@ def _fetch(source: str, out: Path | None, file_folder: Path, revision: str | Non
         owner, name, *file = source.split("/", 2)
         if not file:
             target = out or _CHECKPOINTS / name
-            hub.fetch_repo(source, target, revision=revision, check=_check_config)
+            hub.fetch_repo(source, target, revision=revision, check=_check_side_files)
             return target
         parts = _gguf_parts(file[0])
         for part in parts:
@@ -135,14 +135,18 @@ def _was_made_from(file: Path, folder: Path) -> bool:
     return card.is_file() and sha256_file(file) in card.read_text(encoding="utf-8")
 
 
-def _check_config(folder: Path) -> None:
+def _check_side_files(folder: Path) -> None:
     """Reject a model that lit-lora cannot use, before its weights are downloaded."""
     from lit_lora.classify import is_encoder
     from lit_lora.model import ModelConfig
+    from lit_lora.tokenizer import Tokenizer
 
     adapter = (folder / "adapter_config.json").is_file()
-    if (folder / "config.json").is_file() and not adapter and not is_encoder(folder):
-        ModelConfig.from_folder(folder)
+    if not (folder / "config.json").is_file() or adapter or is_encoder(folder):
+        return
+    config = ModelConfig.from_folder(folder)
+    if (folder / "tokenizer.json").is_file():
+        Tokenizer.load(folder).require_fit(config.vocab_size)
 
 
 def _local(path: Path, out: Path | None, convert: bool) -> Path:

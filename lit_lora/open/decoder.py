@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from lit_lora.checkpoint.load import load_model
-from lit_lora.errors import InputError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.open.folders import find_folders, held_base
 from lit_lora.peft import load_adapter
@@ -90,17 +89,12 @@ def _load_tokenizer(decoder: CausalLM, base: Path, adapter: Path | None) -> Toke
     """The adapter's tokenizer, which it has if it has added tokens, or else the base's.
 
     Raises:
-        InputError: The tokenizer cannot be read, or it has more tokens than the model.
+        InputError: The tokenizer cannot be read, or it is of another model.
     """
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         return Tokenizer.load(adapter)
     tokenizer = Tokenizer.load(base)
-    embeddings = decoder.config.vocab_size
-    if tokenizer.vocab_size > embeddings:
-        raise InputError(
-            f"{base}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {embeddings}",
-            hint="tokenizer.json and config.json are of different models",
-        )
+    tokenizer.require_fit(decoder.config.vocab_size)
     return tokenizer
 
 

@@ -240,6 +240,30 @@ class Tokenizer:
         """The largest id plus one. The model's embedding may have more rows (padding), never fewer."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
+    def require_fit(self, rows: int) -> None:
+        """Refuse the tokenizer of another model.
+
+        Args:
+            rows: Rows of the model's embedding.
+
+        Raises:
+            InputError: It has more tokens than the embedding has rows, or it knows none of the ids with which the
+                configuration files end a text as a special token.
+        """
+        hint = "tokenizer.json and config.json are of different models"
+        if self.vocab_size > rows:
+            raise InputError(
+                f"{self.where}: the tokenizer has {self.vocab_size} tokens, the model's embedding {rows}", hint=hint
+            )
+        ends = {token_id: self.token(token_id) for token_id in _configured_eos(self._files)}
+        if ends and not any(token in self._special for token in ends.values()):
+            token_id, token = next(iter(ends.items()))
+            meaning = "no token" if token is None else f"the ordinary token {token!r}"
+            raise InputError(
+                f"{self.where}: the model ends a text with id {token_id}, which is {meaning} of the tokenizer",
+                hint=hint,
+            )
+
     def add_tokens(self, tokens: Sequence[str]) -> list[int]:
         """Add words to the vocabulary, and return their ids; existing ones keep theirs.
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -117,6 +119,53 @@ def test_an_unsupported_model_is_refused_before_its_weights_come(
     assert run("download", "some/neox") == 3
     assert "model_type 'gpt_neox' is not supported" in capsys.readouterr().err
     assert not server.asked("model.safetensors")
+
+
+QUANTIZED = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": QUANTIZED}, ["already quantized, by gptq", "lit-lora download some/original"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["already quantized, by mlx", "some/original"]),
+        ({"model_type": "foo", "auto_map": {"AutoConfig": "modeling.Config"}}, ["model_type 'foo'", "never runs"]),
+        ({"model_type": "lama"}, ["model_type 'lama' is not supported", "did you mean", "'llama'"]),
+        ({"num_hidden_layers": None}, ["config.json: 'num_hidden_layers' is missing"]),
+        ({"vocab_size": 300}, ["the tokenizer has 384 tokens, the model's embedding 300"]),
+        ({"eos_token_id": 350}, ["ends a text with id 350, which is the ordinary token"]),
+        ({"eos_token_id": 383, "vocab_size": 1000}, ["ends a text with id 383, which is"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line_before_its_weights_come(
+    server: FakeHub,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    changes: dict[str, Any],
+    words: list[str],
+) -> None:
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, **changes}))
+    Path("model/README.md").write_text("---\nbase_model: some/original\n---\n")
+    server.hashes["tokenizer.json"] = hashlib.sha256(Path("model/tokenizer.json").read_bytes()).hexdigest()
+    serve(server, Path("model"), monkeypatch)
+    assert run("download", "some/model-x") == 3
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    assert not server.asked("model.safetensors")
+    assert not Path("checkpoints/model-x").exists()
+
+
+def test_a_quantized_checkpoint_is_fetched_and_ready(
+    server: FakeHub,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    assert run("convert", "model", "--quantize", "int8", "--out", "packed") == 0
+    serve(server, Path("packed"), monkeypatch)
+    assert run("download", "some/packed") == 0
+    assert "weights in bitsandbytes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
