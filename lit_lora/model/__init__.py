@@ -7,7 +7,7 @@ The rooms of this package, as in the table of ``lit_lora``:
 
     3  decoder                                           the model: embedding, layers, head
     2  interface                                         what the rest of the package asks of any language model
-    1  attention layers                                  what a layer is made of
+    1  attention moe > layers                            what a layer is made of
     0  rope kv_cache > config ops > products families quantization   positions, cache, settings, arithmetic, tables
 """
 

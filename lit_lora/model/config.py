@@ -69,6 +69,13 @@ class ModelConfig(Settings):
     tie_word_embeddings: bool = Field(False, description="Whether the head shares the embedding's weight.")
     attention_bias: bool = Field(False, description="Whether the q, k, v and o projections have a bias.")
     mlp_bias: bool = Field(False, description="Whether the gate, up and down projections have a bias.")
+    num_experts: int = Field(0, ge=0, description="Experts E in the place of an MLP; 0 for plain MLPs.")
+    num_experts_per_tok: int = Field(1, gt=0, description="Experts that compute each token.")
+    moe_intermediate_size: int | None = Field(None, gt=0, description="An expert's width; intermediate_size if null.")
+    norm_topk_prob: bool = Field(False, description="Whether the weights of a token's experts sum up to 1.")
+    shared_expert_intermediate_size: int = Field(0, ge=0, description="Width of the expert of all tokens; 0 for none.")
+    decoder_sparse_step: int = Field(1, gt=0, description="Every how many layers one has experts.")
+    mlp_only_layers: list[int] = Field([], description="Layers without experts, counted from 0.")
     bos_token_id: int | None = Field(None, description="Beginning of sequence.")
     eos_token_id: int | list[int] | None = Field(None, description="End of sequence, at which generation stops.")
     dtype: str = Field("float32", description="Data type of the stored weights: float32, bfloat16 or float16.")
@@ -83,6 +90,8 @@ class ModelConfig(Settings):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is more than all {self.num_experts}")
         return self
 
     @classmethod
@@ -118,6 +127,8 @@ class ModelConfig(Settings):
         heads: Any = fields.get("num_attention_heads")
         width: Any = fields.get("hidden_size")
         fields.setdefault("num_key_value_heads", heads)
+        if "num_local_experts" in fields:  # the other name in use
+            fields.setdefault("num_experts", fields["num_local_experts"])
         if "head_dim" not in fields:
             sizes_are_valid = all(isinstance(size, int) and size > 0 for size in (heads, width))
             fields["head_dim"] = width // heads if sizes_are_valid else 2  # validation will report the wrong size
@@ -162,6 +173,16 @@ class ModelConfig(Settings):
     def ropes(self) -> list[Rope]:
         """The model's rotations, of which each layer uses one or none."""
         return [self.rope]
+
+    @property
+    def expert_width(self) -> int:
+        """Width F of an expert's MLP."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 0, has experts in the place of its MLP."""
+        in_step = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and in_step and layer not in self.mlp_only_layers
 
     @property
     def names(self) -> DecoderNames:

@@ -17,6 +17,7 @@ from lit_lora.model.config import ModelConfig
 from lit_lora.model.interface import Checkpointing
 from lit_lora.model.kv_cache import KVCache
 from lit_lora.model.layers import MLP, Linear, RMSNorm, add_part, checkpointed, project, recomputed
+from lit_lora.model.moe import MixtureOfExperts
 
 __all__ = ["CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
 
@@ -69,7 +70,7 @@ class DecoderLayer(nn.Module):
         names = config.names
         width, eps = config.hidden_size, config.rms_norm_eps
         self._attention = add_part(self, names.attention, SelfAttention(config, index))
-        self._mlp = add_part(self, names.mlp, MLP(config))
+        self._mlp = add_part(self, names.mlp, MixtureOfExperts(config) if config.has_experts(index) else MLP(config))
         self._attention_norm = add_part(self, names.attention_norm, RMSNorm(width, eps))
         self._mlp_norm = add_part(self, names.mlp_norm, RMSNorm(width, eps))
         self.checkpointing: Checkpointing = "none"

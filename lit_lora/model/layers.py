@@ -49,11 +49,17 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``. Source: arXiv:2002.05202 (SwiGLU)."""
+    """``down(silu(gate(x)) * up(x))``. Source: arXiv:2002.05202 (SwiGLU).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: Sizes and names.
+        inner: The width of the product; ``config.intermediate_size`` if omitted.
+    """
+
+    def __init__(self, config: ModelConfig, inner: int | None = None) -> None:
         super().__init__()
-        names, width, inner = config.names, config.hidden_size, config.intermediate_size
+        names, width = config.names, config.hidden_size
+        inner = inner or config.intermediate_size
         self._gate = add_part(self, names.mlp_gate, Linear(width, inner, bias=config.mlp_bias))
         self._up = add_part(self, names.mlp_in, Linear(width, inner, bias=config.mlp_bias))
         self._down = add_part(self, names.mlp_out, Linear(inner, width, bias=config.mlp_bias))

@@ -14,6 +14,16 @@ FAMILIES: dict[str, Family] = {
         "MistralForCausalLM",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,  # always, so config.json has no such key
+            "max_position_embeddings": 131072,
+        },
+    ),
 }
 """Decoders, which this package implements."""
 

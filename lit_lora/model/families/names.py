@@ -53,6 +53,14 @@ class DecoderNames(PartNames):
     mlp_gate: str = "mlp.gate_proj"
     mlp_in: str = "mlp.up_proj"
     mlp_out: str = "mlp.down_proj"
+    # Of a layer with a mixture of experts. Its shared expert has an MLP's names within.
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    experts_in: str = "mlp.experts.gate_up_proj"
+    """The parameter with every expert's gate and up projections."""
+    experts_out: str = "mlp.experts.down_proj"
+    shared: str = "mlp.shared_expert"
+    shared_gate: str = "mlp.shared_expert_gate"
 
     @property
     def decoder(self) -> str:
