@@ -138,7 +138,7 @@ def fetch_repo(
         out: The folder. If it exists, its files must be those of the repository.
         revision: Branch, tag or commit; the main branch if omitted.
         endpoint: The Hub's address; ``HF_ENDPOINT`` or the public one if omitted.
-        check: Called with the folder once it has all files but the weights; it may raise before the weights are downloaded.
+        check: Called with the folder once it has all files but the weights; may raise before they are downloaded.
 
     Raises:
         UsageError: ``repo`` is not the name of a repository.
