@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from lit_lora import __version__, log
-from lit_lora.checkpoint.gguf import GGUFReader, part_number
-from lit_lora.checkpoint.gguf_tokenizer import write_tokenizer
 from lit_lora.checkpoint.litgpt import LitGPTReader
 from lit_lora.checkpoint.load import decoder_linears, empty_model
 from lit_lora.checkpoint.quantized import StoredTensors, packed_bytes, packed_tensors, quantization_config
@@ -25,6 +23,7 @@ from lit_lora.checkpoint.tensors import INDEX, Tensors, check_tensors, read_weig
 from lit_lora.checkpoint.torch_file import TorchReader
 from lit_lora.errors import InputError
 from lit_lora.files import atomic_folder, human_bytes, read_json, require_free_space, sha256_file, write_text
+from lit_lora.gguf import GGUFReader, part_number, write_tokenizer
 from lit_lora.model import ModelConfig
 from lit_lora.model.families import DecoderNames
 from lit_lora.model.quantization import PACKED, quantization_method, without_quantization
@@ -59,6 +58,7 @@ class Source:
         write_tokenizer: Writes the tokenizer's files, and others that belong to the checkpoint, into a folder.
         dtype: Dtype to write by default; ``None`` keeps each tensor's own.
         license: As the file states it.
+        checked: Whether the reader has checked the tensors against the config.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Source:
     write_tokenizer: Callable[[Path], object]
     dtype: torch.dtype | None = None
     license: str | None = None
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,17 @@ def plan_conversion(
     """
     config_json = _read_config(config) if config is not None else source.config()
     where = str(config or source.files[0].parent)
-    names = ModelConfig.from_hf(config_json, name=where).names
     if quantize is not None and quantization_method(config_json) in PACKED:
         raise InputError(f"{where}: already quantized", hint="convert the original 16-bit checkpoint")
     config_json = without_quantization(config_json)
-    config_json["tie_word_embeddings"] = _tied(source, config_json, names)
-    expected, linear_weights = _expected(config_json, where)
-    files = source.files[0].parent if len(source.files) > 1 else source.files[0]
-    check_tensors(files, source.tensors, expected, head=names.head)
+    if source.checked and config is None:
+        expected = {name: source.tensors.shape(name) for name in source.tensors.names()}
+    else:
+        names = ModelConfig.from_hf(config_json, name=where).names
+        config_json["tie_word_embeddings"] = _tied(source, config_json, names)
+        expected = _expected(config_json, where)
+        files = source.files[0].parent if len(source.files) > 1 else source.files[0]
+        check_tensors(files, source.tensors, expected, head=names.head)
 
     dtype = dtype or source.dtype
     dtypes = {name: dtype or source.tensors.dtype(name) for name in expected}
@@ -174,11 +178,12 @@ def plan_conversion(
             raise InputError(f"{tokenizer}: no tokenizer.json in it")
         write = partial(copy_side_files, tokenizer)
 
-    to_quantize = frozenset(linear_weights if quantize else ())
+    to_quantize = frozenset(_linear_weights(config_json, where) if quantize else ())
     total = sum(sizes[name] * dtypes[name].itemsize for name in expected if name not in to_quantize)
     if quantize is not None:
         total += sum(packed_bytes(name.removesuffix(".weight"), expected[name], quantize) for name in to_quantize)
-        config_json["quantization_config"] = quantization_config([quantize], dtypes[largest], head=names.head)
+        head = ModelConfig.from_hf(config_json, name=where).names.head
+        config_json["quantization_config"] = quantization_config([quantize], dtypes[largest], head=head)
     return Plan(source, config_json, dtypes, sum(sizes.values()), total, write, quantize, to_quantize)
 
 
@@ -284,6 +289,7 @@ def _gguf(path: Path) -> Source:
         write_tokenizer=partial(write_tokenizer, reader.metadata, source=path),
         dtype=torch.bfloat16,
         license=reader.metadata.get("general.license"),
+        checked=True,
     )
 
 
@@ -342,11 +348,15 @@ def _tied(source: Source, config: dict[str, Any], names: DecoderNames) -> bool:
     return False
 
 
-def _expected(config: dict[str, Any], where: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shape of every tensor of a model with this config, and the names of the decoder's linear weights."""
+def _expected(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model with this config."""
     model = empty_model(ModelConfig.from_hf(config, name=where))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return shapes, [f"{name}.weight" for name in decoder_linears(model)]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _linear_weights(config: dict[str, Any], where: str) -> list[str]:
+    """Names of the weights of the decoder's linear layers."""
+    return [f"{name}.weight" for name in decoder_linears(empty_model(ModelConfig.from_hf(config, name=where)))]
 
 
 def _finite(source: Source, name: str, dtype: torch.dtype) -> Tensor:

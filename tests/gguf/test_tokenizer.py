@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lit_lora.checkpoint.gguf_tokenizer import _SPLITS, write_tokenizer
 from lit_lora.errors import InputError
+from lit_lora.gguf.tokenizer import _SPLITS, write_tokenizer
 from tests.checkpoint.makers import tokenizer_metadata
 
 TEXT = "I'll pay 1234.50€ for it,  OK?\n\n  Ça va? 你好 عربي 😀\tEND'S "

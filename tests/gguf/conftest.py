@@ -1,0 +1,5 @@
+"""Fixtures of the GGUF tests."""
+
+from tests.checkpoint.conftest import tokenizer_folder
+
+__all__ = ["tokenizer_folder"]
