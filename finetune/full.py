@@ -14,8 +14,7 @@ from lit_lora.config import OneOf
 from lit_lora.peft import freeze, methods
 from lit_lora.peft.selective.full import FullConfig
 from lit_lora.recipe import FinetuneConfig, Options, begin, card_of_model, finish, main, show_plan, start, summary
-from lit_lora.recipe.data import answer_samples, load_data
-from lit_lora.tokenizer import Tokenizer
+from lit_lora.recipe.data import answer_samples, load_data, load_tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
@@ -34,7 +33,7 @@ class Config(FinetuneConfig):
 def finetune(config: Config, options: Options) -> Path:
     """Train the weights, save the whole model as ``model/``, and return the run folder."""
     run = start(config, options)
-    tokenizer = Tokenizer.load(config.model.path)
+    tokenizer = load_tokenizer(config)
     data = load_data(config, tokenizer)
 
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)

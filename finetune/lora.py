@@ -13,9 +13,8 @@ from lit_lora.config import OneOf
 from lit_lora.peft import Method, freeze, lr_factors, methods, with_token_ids
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe import FinetuneConfig, Options, begin, finish, main, show_plan, start, write_adapter
-from lit_lora.recipe.data import answer_samples, load_data
+from lit_lora.recipe.data import answer_samples, load_data, load_tokenizer
 from lit_lora.recipe.method import apply_method, finalize
-from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
@@ -32,7 +31,7 @@ class Config(FinetuneConfig):
 def finetune(config: Config, options: Options) -> Path:
     """Train an adapter, save it as ``adapter/`` in PEFT's format, and return the run folder."""
     run = start(config, options)
-    tokenizer = Tokenizer.load(config.model.path)
+    tokenizer = load_tokenizer(config)
     method = with_token_ids(config.peft, tokenizer.add_tokens)
     data = load_data(config, tokenizer)
 

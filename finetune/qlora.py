@@ -14,10 +14,9 @@ from lit_lora.peft import Method, lr_factors, methods, with_token_ids
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.recipe import FinetuneConfig, Options, begin, finish, main, show_plan, start, write_adapter
-from lit_lora.recipe.data import answer_samples, load_data
+from lit_lora.recipe.data import answer_samples, load_data, load_tokenizer
 from lit_lora.recipe.method import finalize
 from lit_lora.recipe.quantized_base import for_quantized_base, keep_base, load_base
-from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
@@ -40,7 +39,7 @@ class Config(FinetuneConfig):
 def finetune(config: Config, options: Options) -> Path:
     """Train an adapter, save it as ``adapter/`` in PEFT's format, and return the run folder."""
     run = start(config, options)
-    tokenizer = Tokenizer.load(config.model.path)
+    tokenizer = load_tokenizer(config)
     method = for_quantized_base(config.peft, config.quantize)
     method = with_token_ids(method, tokenizer.add_tokens)
     data = load_data(config, tokenizer)

@@ -51,7 +51,18 @@ T = TypeVar("T")
 # The files of a checkpoint. Anything else in a repository (other frameworks' weights, images, code) is not downloaded.
 _SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "lit_model.pth")
-_OTHERS = ("*.json", "*.txt", "*.model", "*.jinja", "*.yaml", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
+_OTHERS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.yaml",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
 
 # huggingface_hub uses httpx in 1.x and httpx2 in 2.x; this is the base of all errors of either.
 _HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]

@@ -28,6 +28,7 @@ from lit_lora.model import ModelConfig
 from lit_lora.model.families import DecoderNames
 from lit_lora.model.quantization import PACKED, quantization_method, without_quantization
 from lit_lora.quantize import QuantizeConfig, quantize
+from lit_lora.tokenizer import FAST, Tokenizer, has_vocabulary
 
 __all__ = [
     "Plan",
@@ -174,7 +175,7 @@ def plan_conversion(
 
     write = source.write_tokenizer
     if tokenizer is not None:
-        if not (tokenizer / "tokenizer.json").is_file():
+        if not has_vocabulary(tokenizer):
             raise InputError(f"{tokenizer}: no tokenizer.json in it")
         write = partial(copy_side_files, tokenizer)
 
@@ -219,10 +220,12 @@ def write_side_files(plan: Plan, folder: Path) -> None:
     """
     write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
     plan.write_tokenizer(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not has_vocabulary(folder):
         log.warn(f"{plan.source.name}: has no tokenizer.json; give a folder that has one with --tokenizer FOLDER")
         return
+    path = folder / FAST
+    if not path.is_file():
+        Tokenizer.load(folder).save(folder)
     try:
         tokens = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception as error:  # the library raises plain Exception

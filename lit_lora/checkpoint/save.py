@@ -18,6 +18,7 @@ from lit_lora.checkpoint.tensors import INDEX
 from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.quantize import QuantizedLinear
+from lit_lora.tokenizer import Tokenizer, needs_conversion
 
 __all__ = ["CheckpointWriter", "copy_side_files", "save_model", "save_quantized"]
 
@@ -57,6 +58,8 @@ _SIDE_FILES = (
     "vocab.txt",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template*",
     "LICENSE*",
     "NOTICE*",
@@ -256,21 +259,28 @@ def _write_folder(
     return Path(folder)
 
 
-def copy_side_files(src: Path, dst: Path) -> list[str]:
+def copy_side_files(src: Path, dst: Path, *, templates: bool = True) -> list[str]:
     """Copy what belongs to a checkpoint besides its weights: config, tokenizer, chat templates, license.
 
     Files that ``dst`` already has are kept. The model card is not copied, because the new model gets its own.
+    ``tokenizer.json`` is written beside a SentencePiece or tiktoken file, for programs that do not read those.
+
+    Args:
+        src: The checkpoint.
+        dst: An existing folder.
+        templates: Copy chat templates. Without them, ``dst`` has its own.
 
     Returns:
         The names of the files copied.
 
     Raises:
+        InputError: The tokenizer cannot be read.
         OSError: The disk is full or failing.
     """
     copied = []
     for path in sorted(Path(src).iterdir()):
         target = Path(dst) / path.name
-        if target.exists():
+        if target.exists() or ("chat_template" in path.name and not templates):
             continue
         if path.name == "additional_chat_templates" and path.is_dir():
             shutil.copytree(path, target)
@@ -278,4 +288,6 @@ def copy_side_files(src: Path, dst: Path) -> list[str]:
         elif path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in _SIDE_FILES):
             shutil.copyfile(path, target)
             copied.append(path.name)
+    if needs_conversion(dst):
+        Tokenizer.load(dst).save(dst)
     return copied

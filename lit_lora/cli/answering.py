@@ -1,4 +1,4 @@
-"""What ``generate`` and ``chat`` share: sampling settings, the template of another file, the command to try next."""
+"""What ``generate`` and ``chat`` share: sampling settings, another chat template, the command to try next."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_lora import log
-from lit_lora.errors import InputError
 
 if TYPE_CHECKING:
     from lit_lora.generate import Sampling
     from lit_lora.tokenizer import Message, Tokenizer
 
-__all__ = ["next_command", "read_template", "sampling_from"]
+__all__ = ["choose_template", "next_command", "sampling_from"]
 
 
 def sampling_from(**options: Any) -> Sampling:
@@ -37,29 +36,25 @@ def next_command(name: str, model: Path, adapter: Path | None) -> str:
     return shlex.join(words)
 
 
-def read_template(tokenizer: Tokenizer, file: Path) -> None:
-    """Use the chat template in ``file``, and show on stderr what it changes.
+def choose_template(tokenizer: Tokenizer, name: str) -> None:
+    """Use another chat template, and show on stderr what it changes.
 
     Raises:
-        InputError: The file cannot be read or is not a template.
+        InputError: It cannot be read, is no template, or does not fit the tokenizer.
+        UsageError: There is no such template.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as a chat template: {error}") from error
-
     chat: list[Message] = [
         {"role": "user", "content": "first question"},
         {"role": "assistant", "content": "first answer"},
         {"role": "user", "content": "second question"},
     ]
     before = tokenizer.template.render(chat, generation_prompt=True)
-    tokenizer.use_template(text, str(file))
+    tokenizer.choose_template(name)
     after = tokenizer.template.render(chat, generation_prompt=True)
     if before == after:
-        log.note(f"{file}: formats conversations exactly like the model's own template")
+        log.note(f"{name}: formats conversations exactly like the model's own template")
         return
-    log.warn(f"{file} replaces the template that the model was trained with, and formats conversations differently:")
+    log.warn(f"{name} replaces the template that the model was trained with, and formats conversations differently:")
     diff = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm=""))
     for line in diff[2:]:  # without the two lines of file names
         log.note(line)

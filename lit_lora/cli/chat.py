@@ -13,7 +13,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
-from lit_lora.cli.answering import next_command, read_template, sampling_from
+from lit_lora.cli.answering import choose_template, next_command, sampling_from
 from lit_lora.config import did_you_mean
 from lit_lora.errors import LitLoraError, UsageError
 
@@ -69,7 +69,7 @@ def command(
     how: dict[str, Any] = {"dtype": dtype, "device": device, "drop_layers": drop_layers}
     opened = open_model(model, adapter=adapter, quantize=quantize, **how)
     if template is not None:
-        read_template(opened.tokenizer, template)
+        choose_template(opened.tokenizer, template)
 
     def with_adapter(chosen: Path | None) -> OpenedModel:
         quantization: Any = quantize
@@ -78,7 +78,7 @@ def command(
             quantization = held_base(opened.base, opened.adapter)
         other = open_model(opened.base, adapter=chosen, quantize=quantization, **how)
         if template is not None:
-            other.tokenizer.use_template(opened.tokenizer.template.text, str(template))
+            other.tokenizer.choose_template(template)
         return other
 
     session = ChatSession(opened.model, opened.tokenizer, sampling, system=system, stop=stop or [])

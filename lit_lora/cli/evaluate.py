@@ -11,6 +11,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
+from lit_lora.cli.answering import choose_template
 from lit_lora.cli.prepare import parse_columns
 from lit_lora.errors import UsageError
 from lit_lora.files import require_new, write_text
@@ -47,6 +48,7 @@ def command(
     format_: options.Format = None,
     columns: options.Columns = None,
     system: options.System = None,
+    template: options.Template = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Score multiple choice as plain text, without the chat template.")
     ] = False,
@@ -108,6 +110,8 @@ def command(
             quantize=quantize or candidate.quantize,
             drop_layers=drop_layers,
         )
+        if template is not None:
+            choose_template(opened.tokenizer, template)
         return opened.model, opened.tokenizer, opened.description
 
     results = compare(

@@ -11,7 +11,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
-from lit_lora.cli.answering import next_command, read_template, sampling_from
+from lit_lora.cli.answering import choose_template, next_command, sampling_from
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import require_new
 
@@ -91,7 +91,7 @@ def command(
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, drop_layers=drop_layers)
     log.note(opened.description)
     if template is not None:
-        read_template(opened.tokenizer, template)
+        choose_template(opened.tokenizer, template)
     prompts = [_encode(opened, messages, raw, place) for place, _, messages in rows]
     if file is None:
         _answer_one(opened, prompts[0], sampling, stop or [])

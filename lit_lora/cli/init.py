@@ -126,12 +126,13 @@ def _inspect(config: DataConfig, model: Path) -> _Dataset:
     from lit_lora.data import cache_folder
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
+    from lit_lora.tokenizer import has_vocabulary
 
     source = locate(config.path, cache_folder())
     config, guessed = _with_mapping(config, source.train[0])
     info: dict[str, Any] = {}
     rows, samples = _draw(read_samples(config, source.train, info))
-    has_model = (model / "tokenizer.json").is_file()
+    has_model = has_vocabulary(model)
     lengths = _token_counts(samples, model if has_model else None)
     longest = max(lengths)
     sizes = [size for size in (256, 512, 1024, 2048) if size >= 1.1 * longest]  # with a margin for unseen rows

@@ -98,5 +98,8 @@ RepetitionPenalty = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of the sampling; random if omitted.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer at this text; may be repeated.")]
 Template = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Chat template (Jinja) to use instead of the model's own.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Chat template to use instead of the model's own: a name such as chatml, or a Jinja file."
+    ),
 ]

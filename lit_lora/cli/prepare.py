@@ -21,6 +21,7 @@ __all__ = ["command", "parse_columns", "parse_validation"]
 def command(
     path: options.Data,
     model: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint whose tokenizer and chat template to use.")],
+    template: options.Template = None,
     format_: options.Format = None,
     columns: options.Columns = None,
     system: options.RowSystem = None,
@@ -76,6 +77,8 @@ def command(
     }
     config = validate({key: value for key, value in settings.items() if value is not None}, DataConfig, name="prepare")
     tokenizer = Tokenizer.load(model)
+    if template is not None:
+        tokenizer.choose_template(template)
     with tempfile.TemporaryDirectory(prefix="lit-lora-") as temporary:
         cache = Path(temporary) if dry_run else cache_folder()
         prepared = prepare(config, tokenizer, cache=cache, seed=seed)

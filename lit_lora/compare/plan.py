@@ -11,8 +11,7 @@ from lit_lora.data import cache_folder, prepare
 from lit_lora.errors import UsageError
 from lit_lora.estimate import estimate
 from lit_lora.model import ModelConfig
-from lit_lora.recipe import lengths_of, setup_for
-from lit_lora.tokenizer import Tokenizer
+from lit_lora.recipe import lengths_of, load_tokenizer, setup_for
 from lit_lora.train.device import choose_device, choose_dtype
 
 __all__ = ["check_folders", "count_runs", "run_all", "seconds_per_run"]
@@ -73,7 +72,7 @@ def _complete(config: CompareConfig, variant: Variant) -> bool:
 def _seconds(variant: Variant, seed: int) -> float:
     """Estimated duration of one run."""
     config = variant.config
-    prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=seed)
+    prepared = prepare(config.data, load_tokenizer(config), cache=cache_folder(), seed=seed)
     lengths = lengths_of(prepared.train, config.peft)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)

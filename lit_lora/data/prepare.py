@@ -144,7 +144,7 @@ def _load(
         return islice(all_samples, limit)
 
     table, from_cache = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
-    if info["tools"] and "tools" not in (tokenizer.chat_template or ""):
+    if info["tools"] and "tools" not in tokenizer.template_for([{}]).text:
         log.warn("the rows have tools, but the model's chat template has no place for them; they are ignored")
     return table, report_files(", ".join(map(str, files)), table, info, from_cache=from_cache)
 

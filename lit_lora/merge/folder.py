@@ -21,7 +21,7 @@ from lit_lora.model import DTYPES
 from lit_lora.model.config import KEEP_DTYPE
 from lit_lora.peft.files.model_card import card_row, model_card
 from lit_lora.quantize import Quantized
-from lit_lora.tokenizer.tokenizer import Tokenizer
+from lit_lora.tokenizer import Tokenizer, has_vocabulary
 
 __all__ = ["Forecast", "MergeReport", "forecast", "merge"]
 
@@ -194,15 +194,16 @@ def _write_side_files(plan: MergePlan, folder: Path) -> None:
             configs, getattr(torch, plan.config.dtype), head=plan.config.names.head
         )
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    if (plan.adapter.folder / "tokenizer.json").is_file():
+    has_own = (plan.adapter.folder / "tokenizer.json").is_file()
+    if has_own:
         copy_side_files(plan.adapter.folder, folder)
-    copy_side_files(plan.folder, folder)
+    copy_side_files(plan.folder, folder, templates=not has_own)
 
 
 def _token_ids(plan: MergePlan, folder: Path) -> list[int]:
     """Token ids of a text; without a tokenizer, ids spread over the vocabulary."""
     vocabulary = plan.config.vocab_size
-    if (folder / "tokenizer.json").is_file():
+    if has_vocabulary(folder):
         ids = [token for token in Tokenizer.load(folder).encode(_TEXT) if token < vocabulary]
     else:
         ids = list(range(0, vocabulary, max(1, vocabulary // _MAX_TOKENS)))

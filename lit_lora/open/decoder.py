@@ -14,7 +14,7 @@ from lit_lora.peft import load_adapter
 from lit_lora.peft.adapters import bottleneck
 from lit_lora.quantize import QuantizeConfig, found_config
 from lit_lora.quantize.config import parse
-from lit_lora.tokenizer import Tokenizer
+from lit_lora.tokenizer import Tokenizer, has_vocabulary
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
 
 __all__ = ["OpenedModel", "open_model"]
@@ -81,21 +81,19 @@ def open_model(
         about.append(str(stored_as))
     about.append(f"{str(torch_dtype).removeprefix('torch.')} on {torch_device}")
 
-    tokenizer = _load_tokenizer(decoder, base, adapter_folder)
+    tokenizer = _load_tokenizer(base, adapter_folder)
     return OpenedModel(decoder, tokenizer, ", ".join(about), base, adapter_folder)
 
 
-def _load_tokenizer(decoder: CausalLM, base: Path, adapter: Path | None) -> Tokenizer:
-    """The adapter's tokenizer, which it has if it has added tokens, or else the base's.
+def _load_tokenizer(base: Path, adapter: Path | None) -> Tokenizer:
+    """The adapter's tokenizer, which it has if it has added tokens or chosen a template, or else the base's.
 
     Raises:
         InputError: The tokenizer cannot be read, or it is of another model.
     """
-    if adapter is not None and (adapter / "tokenizer.json").is_file():
+    if adapter is not None and has_vocabulary(adapter):
         return Tokenizer.load(adapter)
-    tokenizer = Tokenizer.load(base)
-    tokenizer.require_fit(decoder.config.vocab_size)
-    return tokenizer
+    return Tokenizer.load(base)
 
 
 def _fastest_dtype(base: Path, device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from lit_lora.recipe.config import (
     load_settings,
     recipe_for,
 )
-from lit_lora.recipe.data import RunData, answer_samples, lengths_of, load_data, row_lengths
+from lit_lora.recipe.data import RunData, answer_samples, lengths_of, load_data, load_tokenizer, row_lengths
 from lit_lora.recipe.entry import execute, main
 from lit_lora.recipe.plan import (
     duration,
@@ -48,6 +48,7 @@ __all__ = [
     "load_data",
     "load_recipe",
     "load_settings",
+    "load_tokenizer",
     "main",
     "planned_rows",
     "planned_steps",

@@ -49,6 +49,10 @@ class ModelSettings(Settings):
         "auto", description="Precision of the base weights; auto is bf16 if the hardware supports it."
     )
     device: str = Field("auto", description="Device to train on: auto, cpu, cuda, cuda:1 or mps.")
+    chat_template: str | None = Field(
+        None,
+        description="Chat template: a name such as chatml, or a Jinja file; if omitted, the checkpoint's own.",
+    )
 
 
 class RunConfig(Settings):

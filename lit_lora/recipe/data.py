@@ -12,12 +12,26 @@ from lit_lora.data.rows import Row, Rows
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.model import CausalLM
-from lit_lora.peft import Method
+from lit_lora.peft import Method, with_token_ids
 from lit_lora.peft.core.capabilities import GroupsTokens
 from lit_lora.recipe.config import FinetuneConfig
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["RunData", "answer_samples", "lengths_of", "load_data", "row_lengths"]
+__all__ = ["RunData", "answer_samples", "lengths_of", "load_data", "load_tokenizer", "row_lengths"]
+
+
+def load_tokenizer(config: FinetuneConfig) -> Tokenizer:
+    """The base's tokenizer, with the tokens that the method adds and the template that the config names.
+
+    Raises:
+        InputError: The tokenizer cannot be read, or the template does not fit it.
+        UsageError: There is no such template.
+    """
+    tokenizer = Tokenizer.load(config.model.path)
+    with_token_ids(config.peft, tokenizer.add_tokens)
+    if config.model.chat_template is not None:
+        tokenizer.choose_template(config.model.chat_template)
+    return tokenizer
 
 
 @dataclass
@@ -29,6 +43,8 @@ class RunData:
     prepared: Prepared
     samples: list[tuple[list[int], list[int]]]
     """Validation rows to answer during training: token ids of the prompt, and of the expected answer."""
+    template: str | None
+    """What chat template the rows are written by, in words; ``None`` for plain text."""
 
     @property
     def about(self) -> str:
@@ -45,7 +61,11 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
     prepared = prepare(config.data, tokenizer, cache=cache_folder(), seed=config.seed)
     for line in prepared.report.lines():
         log.note(line)
+    template = None
     if prepared.report.files[0].format != "text":
+        template = tokenizer.template_name
+        if not tokenizer.has_own_template:
+            template += " (the checkpoint has none; model.chat_template=NAME chooses another)"
         tokenizer.adopt_template()  # conversations were rendered by it
     batches = Batches(
         prepared.train,
@@ -56,11 +76,11 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
     )
     rows = prepared.validation
     if rows is None:
-        return RunData(batches, [], prepared, [])
+        return RunData(batches, [], prepared, [], template)
 
     validation = list(validation_batches(rows, config.train.micro_batch_tokens))
     samples = [_sample(rows[number]) for number in range(min(config.train.samples, len(rows)))]
-    return RunData(batches, validation, prepared, samples)
+    return RunData(batches, validation, prepared, samples, template)
 
 
 def _sample(row: Row) -> tuple[list[int], list[int]]:
@@ -79,8 +99,9 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
 
     Raises:
         InputError: The tokenizer or the data cannot be read.
+        UsageError: There is no such chat template.
     """
-    prepared = prepare(config.data, Tokenizer.load(config.model.path), cache=cache_folder(), seed=config.seed)
+    prepared = prepare(config.data, load_tokenizer(config), cache=cache_folder(), seed=config.seed)
     return lengths_of(prepared.train, config.peft)
 
 

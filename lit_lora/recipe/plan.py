@@ -63,6 +63,7 @@ def show_plan(run: Run, model: CausalLM, data: RunData) -> None:
     table = [
         *planned_rows(run, model),
         *_base_row(model),
+        *([["chat template", data.template]] if data.template else []),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
         *_prefix_row(data.batches.shared_prefix),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),

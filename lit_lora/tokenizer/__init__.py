@@ -1,5 +1,6 @@
 """Tokenizer: text to ids, and conversations to ids with a loss mask."""
 
+from lit_lora.tokenizer.backend import FAST, has_vocabulary, needs_conversion
 from lit_lora.tokenizer.chat import (
     EncodedChat,
     RenderedChat,
@@ -17,6 +18,7 @@ from lit_lora.tokenizer.tokenizer import Tokenizer
 __all__ = [
     "ChatTemplate",
     "EncodedChat",
+    "FAST",
     "Message",
     "RenderedChat",
     "TextStream",
@@ -26,5 +28,7 @@ __all__ = [
     "encode_prompt",
     "encode_rendered",
     "encode_text",
+    "has_vocabulary",
+    "needs_conversion",
     "render_chat",
 ]

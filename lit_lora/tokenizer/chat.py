@@ -184,6 +184,7 @@ class _Rendered:
         if not tokenizer.has_own_template:
             _note_default_template(tokenizer.where)
         self._tokenizer = tokenizer
+        self._template = tokenizer.template_for(tools)
         self._messages = messages
         self._tools = tools
         self.text = self._render(messages, generation_prompt)
@@ -200,7 +201,7 @@ class _Rendered:
         Raises:
             InputError: The template omits or rewrites its text.
         """
-        template = self._tokenizer.template
+        template = self._template
         start, end = self._content_span(index)
 
         # If something stands between the generation prompt and the text, such as "<think>", the model generates it.
@@ -221,7 +222,7 @@ class _Rendered:
         return _Turn(start, end + len(rest.rstrip()), closed=False)
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        return self._tokenizer.template.render(messages, tools=self._tools, generation_prompt=generation_prompt)
+        return self._template.render(messages, tools=self._tools, generation_prompt=generation_prompt)
 
     def _place_contents(self, generation_prompt: bool) -> dict[int, list[Span]] | None:
         """Spans of each message's content, found by rendering it between marks; None if the marks change the text.
@@ -323,7 +324,7 @@ class _Rendered:
             for start, _ in spans:
                 if start > end:
                     next_message = min(next_message, start)
-        end_tokens = self._tokenizer.special_pattern.findall(self._tokenizer.template.after_answer)
+        end_tokens = self._tokenizer.special_pattern.findall(self._template.after_answer)
         if not end_tokens:
             return ""
         position = self.text.find(end_tokens[-1], end, next_message)

@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_lora.errors import InputError
 
-__all__ = ["ChatTemplate", "Message", "default_template"]
+__all__ = ["ChatTemplate", "Message"]
 
 
 class Message(TypedDict, total=False):
@@ -32,22 +32,6 @@ class Message(TypedDict, total=False):
     """In a tool message, the call that it answers."""
     reasoning_content: str
     """Reasoning in an assistant message, for templates that support it."""
-
-
-def default_template(*, starts_with_bos: bool) -> str:
-    """The template for a checkpoint without one: plain headings, and EOS after each assistant text.
-
-    Args:
-        starts_with_bos: Whether the tokenizer puts BOS before plain text; then conversations begin with it too.
-    """
-    return (
-        ("{{ bos_token }}" if starts_with_bos else "")
-        + "{% for message in messages %}"
-        + "{{ ('' if loop.first else '\\n\\n') + '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-        + "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-        + "{% endfor %}"
-        + "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
-    )
 
 
 class ChatTemplate:

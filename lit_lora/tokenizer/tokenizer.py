@@ -17,10 +17,15 @@ from typing import Any
 
 import tokenizers
 
-from lit_lora.errors import InputError
-from lit_lora.files import read_json, read_text, write_text
+from lit_lora import log
+from lit_lora.config import did_you_mean
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import disk_errors, read_json, read_text, remove_folder, write_text
+from lit_lora.tokenizer.backend import FAST, Backend, read_backend
 from lit_lora.tokenizer.stream import TextStream
-from lit_lora.tokenizer.template import ChatTemplate, default_template
+from lit_lora.tokenizer.template import ChatTemplate
+from lit_lora.tokenizer.template_files import FOLDER, choose_default, read_templates, template_files
+from lit_lora.tokenizer.templates import DEFAULT, NAMED, named_template
 
 __all__ = ["Offsets", "Tokenizer"]
 
@@ -32,49 +37,95 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 # characters for private use from plane 15, as many as the token has characters, so that offsets stay the same.
 _STAND_IN = 0xF0000
 _FILL = chr(0xFFFFD)
+# What looks like a special token at the end of an answer.
+_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+_BY_TEMPLATE = (
+    *("end_of_turn_id", "special_pattern", "stop_ids"),
+    *("_special", "_special_ids", "_stand_ins", "_tool_template"),
+)
 
 
 class Tokenizer:
     """A tokenizer with the chat template and the stop rules of its checkpoint; see :meth:`load`.
 
     Args:
-        backend: The tokenizer of ``tokenizer.json``; its truncation, padding and post-processing are switched off.
-        files: The parsed JSON files beside it, by name, and ``chat_template.jinja`` as text.
+        backend: The vocabulary; its truncation, padding and post-processing are switched off.
+        files: The parsed JSON files beside it, by name.
+        templates: The checkpoint's chat templates by name.
         where: The folder, for error messages.
+
+    Raises:
+        InputError: The files are of different models.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, files: Mapping[str, Any], where: str) -> None:
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(self, backend: Backend, files: Mapping[str, Any], templates: Mapping[str, str], where: str) -> None:
+        self._backend = backend.tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._converted = backend.converted
         self._files = dict(files)
+        self._files[_SPECIAL_MAP] = {**backend.named, **self._files.get(_SPECIAL_MAP, {})}
         self.where = where
         """The folder it comes from, for error messages."""
-        self._backend = backend
-        self._named = _named_tokens(self._files, backend)
-        _declare_special(backend, self._files, self._named)
-        self._post_processor = backend.post_processor
-        self.starts_with_bos = self.bos_id is not None and backend.encode("x").ids[:1] == [self.bos_id]
+        self._named = _named_tokens(self._files, self._backend)
+        _declare_special(self._backend, self._files, self._named, where)
+        self._post_processor = self._backend.post_processor
+        self.starts_with_bos = self.bos_id is not None and self._backend.encode("x").ids[:1] == [self.bos_id]
         """Whether plain text begins with BOS, as the post-processor of ``tokenizer.json`` decides."""
         # From here on, post-processing is only for saving: it adds special tokens, and trims spaces off the offsets.
-        backend.post_processor = None
+        self._backend.post_processor = None
 
-        template = _chat_template(self._files, where)
-        self.has_own_template = template is not None
+        self._templates = dict(templates)
+        self.has_own_template = bool(templates)
         """Whether the checkpoint has a chat template; if not, a plain one is used."""
-        if template is None:
-            template = default_template(starts_with_bos=self.starts_with_bos)
-        self.template = ChatTemplate(template, self._named, where)
+        self.template_name = DEFAULT
+        """What to call the template in use."""
+        if templates:
+            name, text = choose_default(templates, where)
+            self.template_name = "the checkpoint's own" if name == "default" else f"{name!r} of the checkpoint"
+        else:
+            text = named_template(DEFAULT, starts_with_bos=self.starts_with_bos)
+        self.template = ChatTemplate(text, self._named, where)
         self._literal: tokenizers.Tokenizer | None = None
         self.changed = False
-        """Whether a model trained with it needs files of its own: tokens were added, or a template was adopted."""
+        """Whether a model trained with it needs files of its own: tokens were added, or a template was chosen."""
 
     def adopt_template(self) -> None:
         """Make the plain template of a checkpoint without one its own: what is trained by it is to be saved with it."""
         if not self.has_own_template:
             self.has_own_template = self.changed = True
 
+    def choose_template(self, name: str) -> None:
+        """Replace the chat template, also in what :meth:`save` writes.
+
+        Args:
+            name: The path of a Jinja file, the name of one of the checkpoint's own templates, or one of ``NAMED``.
+
+        Raises:
+            InputError: It is not a valid template, or what ends its answers is not a token of this vocabulary.
+            UsageError: There is no such template.
+        """
+        path = Path(name)
+        if path.is_file() or path.suffix == ".jinja" or len(path.parts) > 1:
+            self.use_template(read_text(path), name)
+        elif name in self._templates:
+            self.use_template(self._templates[name], f"{self.where}: {name}")
+        elif name in NAMED:
+            self.use_template(named_template(name, starts_with_bos=self.starts_with_bos), name)
+            self._warn_of_missing_tokens(name)
+        else:
+            names = [*self._templates, *NAMED]
+            known = ", ".join(names)
+            raise UsageError(
+                f"no chat template {name!r}{did_you_mean(name, names)}, known: {known}",
+                hint="give one of them, or the path of a .jinja file",
+            )
+        self._check_end_of_turn(name)
+        self.template_name = name
+        self.changed = True
+
     def use_template(self, text: str, where: str) -> None:
-        """Replace the checkpoint's chat template, also in what :meth:`save` writes.
+        """Replace the chat template by its source; see :meth:`choose_template`.
 
         Args:
             text: The Jinja source.
@@ -84,33 +135,65 @@ class Tokenizer:
             InputError: It is not a valid template.
         """
         self.template = ChatTemplate(text, self._named, where)
+        self._templates = {"default": text}
         self.has_own_template = True
-        for cached in ("stop_ids", "end_of_turn_id"):  # both depend on the template
+        self._literal = None
+        # All of these depend on what the template writes after an answer.
+        for cached in _BY_TEMPLATE:
             self.__dict__.pop(cached, None)
+
+    def template_for(self, tools: Sequence[Any] | None) -> ChatTemplate:
+        """The template of a conversation: with tools, the checkpoint's own for tools if it has one."""
+        return self._tool_template if tools else self.template
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        text = self._templates.get("tool_use")
+        return self.template if text is None else ChatTemplate(text, self._named, self.where)
+
+    def _warn_of_missing_tokens(self, name: str) -> None:
+        missing = [token for token in NAMED[name] if len(self.encode(token, special=True)) > 1]
+        if missing:
+            counted = ", ".join(f"{token} is {len(self.encode(token))} tokens" for token in missing)
+            log.warn(
+                f"chat template {name}: {counted} in this vocabulary, so rows are longer than with the model's own"
+            )
+
+    def _check_end_of_turn(self, name: str) -> None:
+        """Refuse a template whose answers do not end in one token: generation could not stop there.
+
+        Raises:
+            InputError: See above.
+        """
+        mark = _MARK.search(self.template.after_answer)
+        if mark and self.end_of_turn_id is None:
+            with_eos = [other for other, tokens in NAMED.items() if not tokens]
+            raise InputError(
+                f"chat template {name}: {mark[0]} ends an answer, which is not a token of {self.where}",
+                hint=f"choose one that ends with EOS ({', '.join(with_eos)}), "
+                f"or train it as a new token: peft.trainable_tokens='[\"{mark[0]}\"]'",
+            )
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and, if present, the configuration files and the chat template beside it.
+        """Read the vocabulary and, if present, the configuration files and the chat templates beside it.
 
         Raises:
-            InputError: There is no ``tokenizer.json``, or a file is not valid.
+            InputError: There is no vocabulary, a file is not valid, or they are of different models.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{folder}: no tokenizer.json", hint=_no_tokenizer_hint(folder))
-        text = read_text(path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise InputError(f"{path}: the tokenizers library cannot read it: {error}") from error
         files: dict[str, Any] = {}
         for name in _SIDE_FILES:
             if (folder / name).is_file():
                 files[name] = read_json(folder / name)
-        if (folder / _TEMPLATE_FILE).is_file():
-            files[_TEMPLATE_FILE] = read_text(folder / _TEMPLATE_FILE)
-        return cls(backend, files, str(folder))
+        backend = read_backend(folder, files.get(_CONFIG, {}))
+        tokenizer = cls(backend, files, read_templates(folder, files.get(_CONFIG, {})), str(folder))
+        config = files.get(_MODEL, {})
+        text_model = config.get("text_config")
+        rows = (text_model if isinstance(text_model, dict) else config).get("vocab_size")
+        if type(rows) is int:
+            tokenizer.require_fit(rows)
+        return tokenizer
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of ``text``, without BOS or EOS.
@@ -251,9 +334,14 @@ class Tokenizer:
                 configuration files end a text as a special token.
         """
         hint = "tokenizer.json and config.json are of different models"
-        if self.vocab_size > rows:
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        beyond = [token for token, token_id in vocabulary.items() if token_id >= rows]
+        # A padding token is often added without a row in the embedding. Nothing here computes padding.
+        if beyond and beyond != [self._named.get("pad_token")]:
+            which = f" ({', '.join(sorted(beyond))} beyond it)" if len(beyond) <= 3 else ""
             raise InputError(
-                f"{self.where}: the tokenizer has {self.vocab_size} tokens, the model's embedding {rows}", hint=hint
+                f"{self.where}: the tokenizer has {self.vocab_size} tokens, the model's embedding {rows}{which}",
+                hint=hint,
             )
         ends = {token_id: self.token(token_id) for token_id in _configured_eos(self._files)}
         if ends and not any(token in self._special for token in ends.values()):
@@ -288,28 +376,46 @@ class Tokenizer:
         Raises:
             DiskError: The disk is full or read-only.
         """
+        folder = Path(folder)
+        if self.has_own_template:
+            remove_folder(folder / FOLDER)  # another model's
         for name, text in self._to_files().items():
-            write_text(Path(folder) / name, text)
+            path = folder / name
+            with disk_errors(folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the ids; the same after save and load, whatever the folder."""
-        rules = [self._to_json(), self.template.text, self._named, self.starts_with_bos, sorted(self.stop_ids)]
+        templates = [self.template.text, self.template_for([{}]).text]
+        rules = [self._to_json(), templates, self._named, self.starts_with_bos, sorted(self.stop_ids)]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def _to_files(self) -> dict[str, str]:
         """The files of :meth:`save`: name -> text."""
-        config = dict(self._files.get(_CONFIG, {}))
+        json_files = {name: dict(value) for name, value in self._files.items() if name != _MODEL}  # the model's own
+        config = json_files.setdefault(_CONFIG, {})
         config.pop("chat_template", None)  # it has a file of its own
         config.update(self._named)
-        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        config.setdefault("tokenizer_class", _CLASS)
+        if self._converted:  # the class that read the original file would read tokenizer.json by rules of its own
+            config["tokenizer_class"] = _CLASS
+            config.pop("auto_map", None)
+        if not json_files[_SPECIAL_MAP]:
+            del json_files[_SPECIAL_MAP]
 
-        json_files = {_CONFIG: config}
-        for name, value in self._files.items():
-            if name not in (_CONFIG, _TEMPLATE_FILE, _MODEL):  # config.json is the model's
-                json_files[name] = value
+        # Other programs stop at the ids of this file only.
+        end_of_turn = self.end_of_turn_id
+        if self.has_own_template and end_of_turn is not None and end_of_turn not in _configured_eos(json_files):
+            generation = json_files.setdefault(_GENERATION, {})
+            eos_ids = _configured_eos(self._files) or [token for token in [self.eos_id] if token is not None]
+            stops = list(dict.fromkeys([*eos_ids, end_of_turn]))
+            generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
 
-        files = {"tokenizer.json": self._to_json(), _TEMPLATE_FILE: self.template.text}
+        files = {FAST: self._to_json()}
+        if self.has_own_template:
+            files |= template_files(self._templates or {"default": self.template.text})
         for name, value in json_files.items():
             files[name] = json.dumps(value, indent=2, ensure_ascii=False)
         return files
@@ -327,10 +433,14 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> dict[str, tokenizers.AddedToken]:
-        """The special tokens by their strings."""
+        """The special tokens by their strings: those declared so, and what the template ends an answer with."""
         named = set(self._named.values())
-        added = self._backend.get_added_tokens_decoder().values()
-        return {token.content: token for token in added if token.special or token.content in named}
+        end = self.template.after_answer
+        special = {}
+        for token in self._backend.get_added_tokens_decoder().values():
+            if token.special or token.content in named or (_MARK.fullmatch(token.content) and token.content in end):
+                special[token.content] = token
+        return special
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -382,21 +492,10 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL_MAP = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
 _MODEL = "config.json"
-_TEMPLATE_FILE = "chat_template.jinja"
 _SIDE_FILES = (_CONFIG, _SPECIAL_MAP, _GENERATION, _MODEL)
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def _no_tokenizer_hint(folder: Path) -> str:
-    if folder.is_file():
-        return "this is a file, expected a checkpoint folder; lit-lora convert makes one from a GGUF or .pth file"
-    if not folder.is_dir():
-        return "no such folder; lit-lora download fetches a checkpoint"
-    if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
-        return "this is a run or an adapter; lit-lora merge makes a checkpoint from it"
-    if (folder / "tokenizer.model").is_file():
-        return "tokenizer.model alone is not supported; add tokenizer.json from the model's repository"
-    return "a checkpoint folder contains config.json, tokenizer.json and *.safetensors; lit-lora convert makes one"
+_CLASS = "PreTrainedTokenizerFast"
+"""transformers' class that takes ``tokenizer.json`` as it is."""
 
 
 def _content(token: Any) -> str | None:
@@ -441,8 +540,14 @@ def _configured_eos(files: Mapping[str, Any]) -> list[int]:
     return _ids_in(files, _GENERATION, "eos_token_id") + _ids_in(files, _MODEL, "eos_token_id")
 
 
-def _declare_special(backend: tokenizers.Tokenizer, files: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Add the tokens that only the configuration files declare, which ``tokenizer.json`` may lack."""
+def _declare_special(
+    backend: tokenizers.Tokenizer, files: Mapping[str, Any], named: Mapping[str, str], where: str
+) -> None:
+    """Add the tokens that only the configuration files declare, which ``tokenizer.json`` may lack.
+
+    Raises:
+        InputError: A file gives a token another id than the vocabulary can.
+    """
     config = files.get(_CONFIG, {})
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
 
@@ -459,6 +564,12 @@ def _declare_special(backend: tokenizers.Tokenizer, files: Mapping[str, Any], na
         else:
             backend.add_tokens([added])
         present.add(token["content"])
+        if backend.token_to_id(token["content"]) != int(token_id):
+            raise InputError(
+                f"{where}/{_CONFIG}: {token['content']!r} has the id {token_id}, "
+                f"but {backend.token_to_id(token['content'])} in the vocabulary",
+                hint="the two files are of different models; take both from the model's repository",
+            )
 
     listed: list[str | None] = list(named.values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -466,24 +577,3 @@ def _declare_special(backend: tokenizers.Tokenizer, files: Mapping[str, Any], na
         listed += [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     missing = [token for token in dict.fromkeys(listed) if token and token not in present]
     backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in missing])
-
-
-def _chat_template(files: Mapping[str, Any], where: str) -> str | None:
-    """The template's source, from its own file or from ``tokenizer_config.json``; None if there is none.
-
-    Raises:
-        InputError: The entry in ``tokenizer_config.json`` is neither text nor a list of named templates.
-    """
-    if _TEMPLATE_FILE in files:
-        return str(files[_TEMPLATE_FILE])
-    entry = files.get(_CONFIG, {}).get("chat_template")
-    if entry is None or isinstance(entry, str):
-        return entry
-    try:
-        templates = {template["name"]: template["template"] for template in entry}
-        first = next(iter(templates.values()))
-        return str(templates.get("default", first))
-    except (TypeError, KeyError, StopIteration) as error:
-        raise InputError(
-            f"{where}/{_CONFIG}: chat_template: expected text or a list of {{name, template}}, got something else"
-        ) from error

@@ -328,6 +328,7 @@ def test_a_checkpoint_without_template_gets_a_plain_one_that_is_saved(
     assert "no chat template" in capsys.readouterr().err
     encoded = encode_chat(tokenizer, messages[:2])
     assert learned(tokenizer, encoded) == ["Paris<|endoftext|>"]
+    tokenizer.adopt_template()
     tokenizer.save(tmp_path / "saved")
     saved = Tokenizer.load(tmp_path / "saved")
     assert saved.has_own_template

@@ -175,10 +175,6 @@ def test_a_folder_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no tokenizer\.json") as caught:
         Tokenizer.load(tmp_path / "nowhere")
     assert "lit-lora download" in str(caught.value.hint)
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(InputError) as caught:
-        Tokenizer.load(tmp_path)
-    assert "tokenizer.model alone" in str(caught.value.hint)
 
 
 def test_pain_45_loading_opens_no_socket(make: MakeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
