@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.generate.sample import Sampling, choose
-from lit_lora.model import KVCache, LanguageModel
+from lit_lora.model import Cache, LanguageModel
 
 __all__ = ["Generation", "PrefixCache", "generate"]
 
@@ -26,7 +26,7 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
-        self.cache: KVCache | None = None
+        self.cache: Cache | None = None
         self.ids: list[int] = []
 
     def keep_beginning(self, model: LanguageModel, prompt: Sequence[int], room: int) -> list[int]:
@@ -44,7 +44,7 @@ class PrefixCache:
         needed = len(prompt) + room
         if self.cache is None or self.cache.max_length < needed:
             # Twice what is needed, so that a chat that grows turn by turn rarely copies its cache.
-            larger = _new_cache(model, 1, min(2 * needed, max(needed, model.context)))
+            larger = model.new_cache(1, min(2 * needed, max(needed, model.context)))
             if self.cache is not None and shared_prefix:
                 larger.copy_row(self.cache, 0, shared_prefix)
                 larger.advance(shared_prefix)
@@ -152,7 +152,7 @@ class Generation(Iterator[list[int | None]]):
             return
 
         cache, waiting = self._cache, self._waiting
-        self._cache = _new_cache(self._model, 1, shared_prefix)
+        self._cache = self._model.new_cache(1, shared_prefix)
         self._waiting = torch.tensor([first[:shared_prefix]], device=self._device)
         self._read()
         for row, prompt in enumerate(prompts):
@@ -237,12 +237,8 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
 
 
-def _cache_for(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int) -> KVCache:
+def _cache_for(model: LanguageModel, prompts: Sequence[Sequence[int]], room: int) -> Cache:
     """A cache for prompts padded on the left, and ``room`` tokens after them."""
     longest = max(len(prompt) for prompt in prompts)
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=_device(model))
-    return _new_cache(model, len(prompts), longest + room, padding)
-
-
-def _new_cache(model: LanguageModel, batch_size: int, length: int, padding: Tensor | None = None) -> KVCache:
-    return KVCache(batch_size, length, device=_device(model), padding=padding)
+    return model.new_cache(len(prompts), longest + room, padding=padding)

@@ -14,7 +14,7 @@ The rooms of this package, as in the table of ``lit_lora``:
 from lit_lora.model.config import DTYPES, ModelConfig
 from lit_lora.model.decoder import CausalLM
 from lit_lora.model.families import FAMILIES
-from lit_lora.model.interface import LanguageModel
+from lit_lora.model.interface import Cache, LanguageModel
 from lit_lora.model.kv_cache import KVCache
 
-__all__ = ["DTYPES", "FAMILIES", "CausalLM", "KVCache", "LanguageModel", "ModelConfig"]
+__all__ = ["Cache", "DTYPES", "FAMILIES", "CausalLM", "KVCache", "LanguageModel", "ModelConfig"]

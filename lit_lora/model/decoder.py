@@ -143,6 +143,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.not_wrappable: frozenset[str] = frozenset()
         self._decoder = add_part(self, config.names.decoder, Decoder(config))
         self._head = add_part(self, config.names.head, Linear(config.hidden_size, config.vocab_size, bias=False))
         if config.tie_word_embeddings:
@@ -174,6 +175,10 @@ class CausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter."""
         self.get_output_embeddings().weight = self.get_input_embeddings().weight
+
+    def new_cache(self, batch_size: int, max_length: int, *, padding: Tensor | None = None) -> KVCache:
+        """An empty cache; see :class:`lit_lora.model.LanguageModel`."""
+        return KVCache(batch_size, max_length, device=next(self.parameters()).device, padding=padding)
 
     def checkpoint_activations(self, what: Checkpointing) -> None:
         """Trade time for memory in training; losses and gradients stay the same bits.

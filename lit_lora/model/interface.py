@@ -12,14 +12,34 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from lit_lora.model.config import ModelConfig
-from lit_lora.model.kv_cache import KVCache
 
-__all__ = ["Checkpointing", "LanguageModel"]
+__all__ = ["Cache", "Checkpointing", "LanguageModel"]
 
 Checkpointing = Literal["none", "selective", "full"]
 """Activations to recompute in the backward pass: none, the MLPs' (selective) or whole layers' (full)."""
 
 Self = TypeVar("Self", bound="LanguageModel")
+
+
+class Cache(Protocol):
+    """What a model has read of several rows, so that decoding computes each token once."""
+
+    length: int
+    """Tokens read per row, left padding included."""
+    max_length: int
+    """Room for tokens per row."""
+
+    def copy_row(self, other: Any, row: int, tokens: int, start: int = 0) -> None:
+        """Copy the first ``tokens`` tokens of the first row of ``other`` to ``row``, behind ``start`` of padding."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows, given as (rows,) int64 or a mask (B,)."""
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` tokens as read."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
 
 
 @runtime_checkable
@@ -30,6 +50,8 @@ class LanguageModel(Protocol):
     """Sizes, and the names of the model's parts."""
     training: bool
     """As in ``nn.Module``."""
+    not_wrappable: frozenset[str]
+    """Names of linear layers whose weights the model reads itself: it would not call a module in their place."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, on one device."""
@@ -62,13 +84,22 @@ class LanguageModel(Protocol):
     def checkpoint_activations(self, what: Checkpointing) -> None:
         """Trade time for memory in training, in place; losses and gradients stay the same bits."""
 
+    def new_cache(self, batch_size: int, max_length: int, *, padding: Tensor | None = None) -> Cache:
+        """An empty cache for ``batch_size`` rows of up to ``max_length`` tokens.
+
+        Args:
+            batch_size: Rows B.
+            max_length: Tokens per row, left padding included.
+            padding: (B,) int64, how many tokens at the left of each row are padding; ``None`` for no padding.
+        """
+
     def hidden_states(
         self,
         input_ids: Tensor,
         *,
         lengths: Sequence[int] | None = None,
         shared_prefix: int = 0,
-        cache: KVCache | None = None,
+        cache: Any | None = None,
     ) -> Tensor:
         """Map token ids (B, T) int64 to the final norm's output (B, T, D); see :class:`lit_lora.model.CausalLM`."""
 

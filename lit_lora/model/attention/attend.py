@@ -59,6 +59,9 @@ class Attend(Protocol):
     def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(T, heads, H), queries or keys of ``layer``, turned by the positions of their rows."""
 
+    def token_positions(self) -> Tensor:
+        """(T,) int64: the position of each row in its document, for models that use positions themselves."""
+
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document.
 

@@ -74,6 +74,10 @@ class CachedAttention:
         """(B·T, heads, H) turned by the positions of its rows."""
         return rotate(x, *layer.rope_table(self.ropes))
 
+    def token_positions(self) -> Tensor:
+        """(B·T,) int64: the position of each row in its document."""
+        return self.cache.positions(self.tokens).reshape(-1)
+
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every row; see :class:`Attend`."""
         return _CachedWithPrefix(self, prefix_length, rotated)
@@ -116,6 +120,10 @@ class _CachedWithPrefix:
         """(P + B·T, heads, H) turned by the positions of its rows."""
         prefix, tokens = x[: self.prefix_length], x[self.prefix_length :]
         return torch.cat([self.prefix.rotate(layer, prefix), self.tokens.rotate(layer, tokens)])
+
+    def token_positions(self) -> Tensor:
+        """(P + B·T,) int64: the position of each row in its document."""
+        return torch.cat([self.prefix.positions[: self.prefix_length], self.tokens.token_positions()])
 
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Refused: every row already has a prefix."""

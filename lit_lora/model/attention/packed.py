@@ -100,6 +100,10 @@ class PackedAttention:
         """(T, heads, H) turned by the positions of its rows."""
         return rotate(x, *layer.rope_table(self.ropes).map(self.layout.gather))
 
+    def token_positions(self) -> Tensor:
+        """(T,) int64: the position of each row in its document."""
+        return self.layout.gather(self.positions)
+
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """The same, with ``prefix_length`` tokens before every document; see :class:`Attend`."""
         return _PackedWithPrefix(self, prefix_length, rotated)

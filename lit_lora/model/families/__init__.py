@@ -4,9 +4,10 @@ A decoder that differs from Llama's only in names and defaults needs no more tha
 train by every method, merge and save.
 """
 
+from lit_lora.model.families.hosted import HOSTED, LLAMA_LIKE
 from lit_lora.model.families.names import DecoderNames, Family, PartNames
 
-__all__ = ["ENCODERS", "FAMILIES", "DecoderNames", "Family", "PartNames"]
+__all__ = ["ENCODERS", "FAMILIES", "HOSTED", "LLAMA_LIKE", "DecoderNames", "Family", "PartNames"]
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM"),

@@ -146,7 +146,12 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
         method = with_names_of(self, model)
         if copies is None:
             copies = with_parameters(model, method.modules_to_save)
-        adaptable = {name: module for name, module in model.named_modules() if name and self.adaptable(module)}
+        passed_over: frozenset[str] = getattr(model, "not_wrappable", frozenset())
+        adaptable = {
+            name: module
+            for name, module in model.named_modules()
+            if name and name not in passed_over and self.adaptable(module)
+        }
         if isinstance(method.target_modules, list):
             targets = method._named_targets(model, adaptable, copies)
         else:
@@ -209,6 +214,11 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
         for name, module in model.named_modules():
             is_leaf = not any(True for _ in module.children())
             if name and is_leaf and matches(pattern, name):
+                if name in getattr(model, "not_wrappable", frozenset()):
+                    return (
+                        f"peft.target_modules: {pattern!r} cannot be adapted: the model reads the weight of {name} "
+                        "itself, so that a module in its place would have no effect"
+                    )
                 kinds = ", ".join(kind.__name__ for kind in self.adapts)
                 return (
                     f"peft.target_modules: {pattern!r} is of the wrong kind: {name} is {type(module).__name__}, "

@@ -153,7 +153,8 @@ class _LoRALinears(torch.autograd.Function):
             base = (flat, _dense(part.weight, x.dtype).T)
             bias = None if part.bias is None else part.bias.to(x.dtype)
             y = sum_of_products(update, base, start=bias)
-            outputs.append(y.view(*x.shape[:-1], -1))
+            # Not `view`: some models of transformers change outputs in place, which autograd forbids for views.
+            outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
 
         # Only the gradients of A and of a trained W need x, the largest tensor to save; that of B needs x A^T.
         trains_A = any(ctx.needs_input_grad[5::4])

@@ -149,6 +149,10 @@ class GroupedAttention:
         """(T, heads, H), rotated by the positions of its rows."""
         return self.tokens.rotate(layer, x)
 
+    def token_positions(self) -> Tensor:
+        """(T,) int64, the position of each row in its document."""
+        return self.tokens.token_positions()
+
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Not supported: only a document's first group would see the prefix."""
         raise ValueError("attention in groups does not support a prefix before every document")

@@ -76,6 +76,7 @@ class _Gated:
         self.attention = attention
         self.prefix_length = attend.prefix_length
         self.rotate = attend.rotate
+        self.token_positions = attend.token_positions
         self.with_prefix = attend.with_prefix
 
     def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -114,6 +114,10 @@ class _Prefixed:
         """(T, heads, H), rotated by the positions of its rows."""
         return self.attend.rotate(layer, self._after_zeros(x))[self.attend.prefix_length :]
 
+    def token_positions(self) -> Tensor:
+        """(T,) int64, the position of each row in its document, after the prefix."""
+        return self.attend.token_positions()[self.attend.prefix_length :]
+
     def with_prefix(self, prefix_length: int, *, rotated: bool = False) -> Attend:
         """Raises: the attention inside already has a prefix."""
         return self.attend.with_prefix(prefix_length, rotated=rotated)
@@ -202,6 +206,7 @@ class _Recorder:
     def __init__(self, attend: Attend, recorded: dict[int, tuple[Tensor, Tensor]]) -> None:
         self.attend = attend
         self.rotate = attend.rotate
+        self.token_positions = attend.token_positions
         self.with_prefix = attend.with_prefix
         self.recorded = recorded
 

@@ -1,0 +1,12 @@
+"""Any decoder that transformers implements, behind the protocol that our own decoder has.
+
+A hosted model is transformers' own modules with transformers' own parameter names. Attention is ours where that is
+right for the model, so that documents are packed and share a prefix; see :mod:`lit_lora.hf.rows`. Nothing is taken on
+trust: :func:`lit_lora.hf.selftest.choose` compares with the model itself when it is opened.
+"""
+
+from lit_lora.hf.causal import HostedLM, build
+from lit_lora.hf.config import HostedConfig, config_from_hf, read_config
+from lit_lora.hf.selftest import choose
+
+__all__ = ["HostedConfig", "HostedLM", "build", "choose", "config_from_hf", "read_config"]
