@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_lora.checkpoint.quantized import StoredTensors
+from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.tensors import check_tensors
 from lit_lora.errors import UsageError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer
 from lit_lora.quantize import quantize as quantize_matrix
 
-__all__ = ["decoder_linears", "empty_model", "load_model"]
+__all__ = ["decoder_linears", "empty_model", "load_model", "stored_shapes"]
 
 
 def load_model(
@@ -43,11 +43,11 @@ def load_model(
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
-    stored = StoredTensors(folder)
-    _check_quantization(folder, stored.configs(), quantize)
     model = empty_model(config)
+    stored = StoredParameters(folder, model)
+    _check_quantization(folder, stored.configs(), quantize)
     to_quantize = set(decoder_linears(model)) if quantize is not None else set()
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = stored_shapes(model)
     check_tensors(folder, stored, expected, head=config.names.head)
 
     for name in expected:
@@ -59,8 +59,9 @@ def load_model(
             assert quantize is not None
             _put_quantized(model, parent, _quantized(parent, tensor, quantize), dtype or tensor.dtype)
         else:
+            module = model.get_submodule(parent)
             tensor = stored.read(name, dtype).to(device)
-            setattr(model.get_submodule(parent), last, nn.Parameter(tensor))
+            setattr(module, last, nn.Parameter(tensor) if last in module._parameters else tensor)
 
     if config.tie_word_embeddings:
         model.tie_weights()
@@ -87,6 +88,14 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
             linear = model.get_parameter(f"{name}.weight")
             _put_quantized(model, name, _quantized(name, linear, quantize), linear.dtype)
     return model
+
+
+def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape by name of what a checkpoint of ``model`` has: parameters, each once, and persistent buffers."""
+    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
+    buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+    return {name: tuple(tensor.shape) for name, tensor in {**parameters, **buffers}.items()}
 
 
 def decoder_linears(model: CausalLM) -> list[str]:
