@@ -161,7 +161,7 @@ def _concatenated(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     """The exact sum, whose rank is the sum of the ranks."""
     left = [weight * update.scaling * update.left.float() for weight, update in terms]
     right = [update.right.float() for _, update in terms]
-    return LowRank(torch.cat(left, dim=1), torch.cat(right), 1.0)
+    return LowRank(torch.cat(left, dim=-1), torch.cat(right, dim=-2), 1.0)
 
 
 def _linear(name: str, terms: Sequence[tuple[float, LowRank]]) -> LowRank:
@@ -170,7 +170,7 @@ def _linear(name: str, terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     Raises:
         UsageError: The ranks differ.
     """
-    ranks = {update.right.shape[0] for _, update in terms}
+    ranks = {update.right.shape[-2] for _, update in terms}
     if len(ranks) > 1:
         raise UsageError(f"linear: the adapters have ranks {sorted(ranks)} for {name}; concatenate takes any")
     left = []
@@ -194,12 +194,11 @@ def _nearest(update: LowRank, rank: int) -> LowRank:
     matrix in the middle gives that of the product.
     """
     left, small_left = torch.linalg.qr(update.left.double())
-    right, small_right = torch.linalg.qr(update.right.double().T)
-    U, values, V = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
-    rank = min(rank, len(values))
-    roots = values[:rank].sqrt()
-    nearest_left = left @ U[:, :rank] * roots
-    nearest_right = roots[:, None] * (V[:rank] @ right.T)
+    right, small_right = torch.linalg.qr(update.right.double().mT)
+    U, values, V = torch.linalg.svd(small_left @ small_right.mT, full_matrices=False)
+    roots = values[..., :rank].sqrt()
+    nearest_left = left @ U[..., :rank] * roots[..., None, :]
+    nearest_right = roots[..., None] * (V[..., :rank, :] @ right.mT)
     return LowRank(nearest_left.float(), nearest_right.float(), 1.0)
 
 

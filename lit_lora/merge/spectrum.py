@@ -191,9 +191,10 @@ def singular_values(update: Update, weight: Tensor) -> Tensor:
     """
     if isinstance(update, LowRank):
         left = torch.linalg.qr(update.left.double(), mode="r").R  # (min(rows, R), R)
-        right = torch.linalg.qr(update.right.T.double(), mode="r").R
-        values: Tensor = torch.linalg.svdvals(left @ right.T)
-        return values * abs(update.scaling)
+        right = torch.linalg.qr(update.right.mT.double(), mode="r").R
+        values: Tensor = torch.linalg.svdvals(left @ right.mT)
+        # A stack of matrices counts as one matrix with the others as its diagonal blocks, which has all their values.
+        return values.flatten().sort(descending=True).values * abs(update.scaling)
 
     before = weight.flatten(1)
     after = update.apply(weight, 0, update.rows(weight.shape[0])).flatten(1)

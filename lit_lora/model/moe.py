@@ -69,9 +69,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Map (T, D) to (T, D), given the chosen experts and their weights, both (T, k)."""
-        first = ExpertLayer(getattr(self, self._first))
-        second = ExpertLayer(getattr(self, self._second))
+        first, second = self.layers().values()
         return run_experts(x, chosen, weights, first, second, self.activate)
+
+    def layers(self) -> dict[str, ExpertLayer]:
+        """First and second layer, by the names of their parameters."""
+        return {name: ExpertLayer(getattr(self, name)) for name in (self._first, self._second)}
 
     @staticmethod
     def activate(gate_and_up: Tensor) -> Tensor:

@@ -80,9 +80,15 @@ def _shape(module: nn.Module) -> str:
     if isinstance(base, QuantizedLinear):  # first: reading its weight would dequantize it
         shape = f"{base.out_features}×{base.in_features} {base.quantized.config}"
     elif isinstance(weight := getattr(base, "weight", None), Tensor):
-        shape = "×".join(str(size) for size in weight.shape)
+        shape = _times(weight)
+    elif isinstance(module, OwnModule):  # of a module with several parameters
+        shape = ", ".join(f"{name} {_times(base.get_parameter(name))}" for name in module.updates())
     else:
         shape = ""
 
     rank = getattr(module, "rank", None)
     return shape if rank is None else f"{shape}, rank {rank}"
+
+
+def _times(tensor: Tensor) -> str:
+    return "×".join(str(size) for size in tensor.shape)

@@ -24,13 +24,14 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def select(patterns: Iterable[str], names: Iterable[str], *, key: str) -> list[str]:
+def select(patterns: Iterable[str], names: Iterable[str], *, key: str, what: str = "module") -> list[str]:
     """The names that any pattern matches, in their own order.
 
     Args:
         patterns: As in :func:`matches`.
         names: Dotted names to choose from.
         key: The settings key that the patterns come from, for the message.
+        what: What the names are of, for the message.
 
     Raises:
         UsageError: A pattern matches nothing.
@@ -42,7 +43,7 @@ def select(patterns: Iterable[str], names: Iterable[str], *, key: str) -> list[s
         matching = [name for name in names if matches(pattern, name)]
         selected.update(matching)
         if not matching:
-            problems.append(_no_match(pattern, names, key))
+            problems.append(_no_match(pattern, names, key, what))
     if problems:
         raise UsageError("\n".join(problems))
     return [name for name in names if name in selected]
@@ -78,8 +79,8 @@ def _has_weights(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
 
 
-def _no_match(pattern: str, names: Sequence[str], key: str) -> str:
+def _no_match(pattern: str, names: Sequence[str], key: str, what: str) -> str:
     last_parts = list(dict.fromkeys(_last_part(name) for name in names))
     available = ", ".join(last_parts[:20]) + (", …" if len(last_parts) > 20 else "")
     suggestion = did_you_mean(pattern, last_parts)
-    return f"{key}: {pattern!r} matches no module{suggestion}, available: {available or 'none'}"
+    return f"{key}: {pattern!r} matches no {what}{suggestion}, available: {available or 'none'}"

@@ -21,9 +21,11 @@ __all__ = ["LowRank", "Magnitude", "Replace", "Rows", "Scaled", "Update", "Updat
 class LowRank:
     """``W + scaling * left @ right``; several such terms, concatenated along the rank, are one.
 
+    A stack of matrices, such as the weights of experts, has a product for each matrix.
+
     Args:
-        left: (rows, R).
-        right: (R, columns).
+        left: (rows, R), or (E, rows, R) for a stack.
+        right: (R, columns), or (E, R, columns).
         scaling: Factor of the product.
     """
 
@@ -36,20 +38,21 @@ class LowRank:
         return base
 
     def apply(self, weight: Tensor, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the updated ``weight``, in its shape and float32."""
+        """Rows, or matrices, ``start`` to ``stop`` of the updated ``weight``, in its shape and float32."""
         rows = weight[start:stop].float()
         return self.product(start, stop).view_as(rows).add_(rows)  # a convolution's rows have more dimensions
 
     def product(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the change, (stop - start, columns) float32."""
-        return (self.left[start:stop].float() @ self.right.float()).mul_(self.scaling)
+        """Rows, or matrices, ``start`` to ``stop`` of the change, float32."""
+        right = self.right if self.right.dim() == 2 else self.right[start:stop]
+        return (self.left[start:stop].float() @ right.float()).mul_(self.scaling)
 
     def norm(self, weight: Tensor) -> float:
         """Frobenius norm of the change, without computing the whole matrix."""
         # ||L R||² = tr(Rᵀ Lᵀ L R) = sum of (Lᵀ L) * (R Rᵀ): two Gram matrices of R x R. In float64, because the terms
         # cancel; rounding can still leave a sum near zero below it.
         left, right = self.left.double(), self.right.double()
-        square = ((left.T @ left) * (right @ right.T)).sum()
+        square = ((left.mT @ left) * (right @ right.mT)).sum()
         return abs(self.scaling) * float(square.clamp(min=0).sqrt())
 
     def negative(self) -> LowRank:
@@ -59,8 +62,8 @@ class LowRank:
     def plus(self, other: LowRank) -> LowRank:
         """The sum of both updates: their factors concatenated along the rank."""
         # One update has one factor, so each one's own moves into its left matrix.
-        left = torch.cat([self.left.float() * self.scaling, other.left.float() * other.scaling], dim=1)
-        right = torch.cat([self.right.float(), other.right.float()])
+        left = torch.cat([self.left.float() * self.scaling, other.left.float() * other.scaling], dim=-1)
+        right = torch.cat([self.right.float(), other.right.float()], dim=-2)
         return LowRank(left, right, scaling=1.0)
 
 

@@ -12,21 +12,25 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from lit_lora.errors import UsageError
+from lit_lora.peft.core.base_tensors import base_tensors
 from lit_lora.peft.core.capabilities import InitializesFromData, ScalesLearningRate, TakesTokens
 from lit_lora.peft.core.matching import matches, select, short_names
 from lit_lora.peft.core.module_names import names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TokenEmbedding, TokenHead, TrainedCopy, train_tokens
 from lit_lora.peft.core.passes import Pass
-from lit_lora.peft.core.targeted import TargetedMethod, check_rank, whole_modules
+from lit_lora.peft.core.targeted import TargetedMethod, check_rank, layer_number, whole_modules
 from lit_lora.peft.core.updates import LowRank, Magnitude
 from lit_lora.peft.lora.conv import Conv, LoRAConv
 from lit_lora.peft.lora.data_inits import gradient_factors, principal_inputs, share_ranks, sum_gradients
 from lit_lora.peft.lora.embedding import LoRAEmbedding
 from lit_lora.peft.lora.inits import WeightInit, start_factors
 from lit_lora.peft.lora.linear import Init, LoRALinear
+from lit_lora.peft.lora.parameters import LoRAParameters, adaptable_parameters, matrix_size
 
 __all__ = ["LoRAConfig"]
+
+_OUTSIDE = "parameter outside a linear layer"
 
 DataInit = Literal["eva", "lora-ga"]
 
@@ -36,9 +40,13 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     peft_type: ClassVar[str] = "LORA"
-    peft_keys: ClassVar[frozenset[str]] = frozenset(
-        ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
-    ) | frozenset(["init_lora_weights", "trainable_token_indices", "megatron_core", "qalora_group_size", "eva_config"])
+    peft_keys: ClassVar[frozenset[str]] = (
+        frozenset(
+            ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
+        )
+        | frozenset(["init_lora_weights", "trainable_token_indices", "target_parameters", "megatron_core"])
+        | frozenset(["qalora_group_size", "eva_config"])
+    )
     renamed: ClassVar[Mapping[str, str]] = {"start_rows": "init_rows"}
 
     name: Literal["lora"] = Field("lora", description="The method.")
@@ -47,6 +55,11 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
     )
     alpha: float | None = Field(
         None, gt=0, description="Scale of the updates, which are multiplied by alpha / rank; 2 x rank if omitted."
+    )
+    target_parameters: list[str] = Field(
+        [],
+        description="Parameters outside linear layers to adapt as well, by name: experts.gate_up_proj and "
+        "experts.down_proj for the experts of a mixture, gate.weight for its routers.",
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of the updates' inputs to zero in training; try 0.05 on little data."
@@ -110,6 +123,18 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             raise ValueError(f"rho has no effect with init {self.init!r}, only with eva")
         return self
 
+    @model_validator(mode="after")
+    def _check_parameters(self) -> LoRAConfig:
+        if not self.target_parameters:
+            return self
+        if self.name != "lora":
+            raise ValueError(f"target_parameters are for lora, {self.title} adapts linear layers only")
+        if self.dropout:
+            raise ValueError("target_parameters need dropout 0: their update has no input of its own to drop")
+        if self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"init {self.init!r} is for linear layers; target_parameters need kaiming or gaussian")
+        return self
+
     @property
     def rows_for_init(self) -> int:
         """Number of rows of the data that EVA and LoRA-GA need; 0 for other inits."""
@@ -134,17 +159,19 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def lr_factors(self, model: nn.Module) -> dict[str, float]:
-        """LoRA+: the factor of every linear layer's ``lora_B``, which starts at zero.
+        """LoRA+: the factor of every ``lora_B`` that starts at zero.
 
         Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
         """
         if self.loraplus_lr_ratio == 1:
             return {}
-        return {
-            f"{name}.lora_B": self.loraplus_lr_ratio
-            for name, module in own_modules(model).items()
-            if isinstance(module, LoRALinear)
-        }
+        factors = {}
+        for name, module in own_modules(model).items():
+            if isinstance(module, LoRALinear):
+                factors[f"{name}.lora_B"] = self.loraplus_lr_ratio
+            elif isinstance(module, LoRAParameters):
+                factors |= {f"{name}.lora_B.{parameter}": self.loraplus_lr_ratio for parameter in module.lora_B}
+        return factors
 
     @property
     def lr(self) -> float | None:
@@ -169,10 +196,9 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         """``adapter_config.json`` without the base model's name."""
         own = own_modules(model)
-        adapted = {
-            name: module for name, module in own.items() if isinstance(module, LoRALinear | LoRAEmbedding | LoRAConv)
-        }
-        ranks, alphas = self._saved_sizes(adapted)
+        adapted = [name for name, module in own.items() if isinstance(module, LoRALinear | LoRAEmbedding | LoRAConv)]
+        parameters = _adapted_parameters(own)
+        ranks, alphas = self._saved_sizes(own, adapted, parameters)
         rank = _usual(ranks, self.rank)
         alpha = _usual(alphas, self.base_alpha)
         return {
@@ -182,7 +208,8 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": self.dropout,
-            "target_modules": short_names(model, list(adapted)),
+            "target_modules": short_names(model, adapted),
+            "target_parameters": _short_parameter_names(model, parameters) or None,
             "rank_pattern": {f"^{name}": value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
             "use_rslora": self.use_rslora,
@@ -194,18 +221,24 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             "init_lora_weights": True,
         }
 
-    def _saved_sizes(self, modules: Mapping[str, OwnModule]) -> tuple[dict[str, int], dict[str, float]]:
-        """Rank and alpha of each module's saved factors.
+    def _saved_sizes(
+        self, own: Mapping[str, OwnModule], modules: Sequence[str], parameters: Sequence[str]
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """Rank and alpha of the saved factors of each module and each parameter.
 
         The rank may be a multiple of that in the settings, such as for pissa; alpha is what gives the same scaling.
         """
+        updates = {name: own[name].updates()["weight"] for name in modules}
+        for name in parameters:
+            module, _, parameter = name.rpartition(".")
+            updates[name] = own[module].updates()[parameter]
+
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
-        for name, module in modules.items():
-            update = module.updates()["weight"]
+        for name, update in updates.items():
             low = update.low if isinstance(update, Magnitude) else update
             assert isinstance(low, LowRank)
-            rank = low.right.shape[0]
+            rank = low.right.shape[-2]
             alpha = low.scaling * (math.sqrt(rank) if self.use_rslora else rank)
             if math.isclose(alpha, round(alpha), rel_tol=1e-12):  # rounding in scaling = alpha / rank
                 alpha = round(alpha)
@@ -213,11 +246,42 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             alphas[name] = alpha
         return ranks, alphas
 
+    def targets(self, model: nn.Module, copies: list[str] | None = None) -> list[str]:
+        """Names of the modules to wrap, in the model's order; none are needed beside ``target_parameters``.
+
+        Raises:
+            UsageError: A name matches nothing that can be adapted, nothing is left, or two settings name the same.
+        """
+        parameters = self.parameters(model)
+        for name in parameters:
+            module = name.rpartition(".")[0]
+            if module in (copies or ()):
+                raise UsageError(f"peft: {module} is in both target_parameters and modules_to_save, expected only one")
+        targets = [] if parameters and not self.target_modules else super().targets(model, copies)
+        select(self.rank_pattern, [*targets, *parameters], key="peft.rank_pattern")
+        select(self.alpha_pattern, [*targets, *parameters], key="peft.alpha_pattern")
+        return targets
+
+    def parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that ``target_parameters`` choose, in the model's order.
+
+        Raises:
+            UsageError: A name matches nothing that can be adapted, or nothing is left.
+        """
+        if not self.target_parameters:
+            return []
+        available = adaptable_parameters(model)
+        chosen = select(self.target_parameters, available, key="peft.target_parameters", what=_OUTSIDE)
+        chosen = [name for name in chosen if self.layers is None or layer_number(name) in (None, *self.layers)]
+        if not chosen:
+            raise UsageError(f"peft.target_parameters: no parameter in layers {self.layers}")
+        return chosen
+
     def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each target.
 
         Raises:
-            UsageError: A pattern matches no target, or its value is not positive.
+            UsageError: The value of a pattern is not positive.
         """
         ranks = _by_pattern(self.rank_pattern, targets, "peft.rank_pattern")
         alphas = _by_pattern(self.alpha_pattern, targets, "peft.alpha_pattern")
@@ -350,9 +414,35 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
                 adapter.
         """
         super().apply(model)
+        self._adapt_parameters(model)
         if self.bias != "none":
             self._train_biases(model)
         self._train_tokens(model)
+
+    def _adapt_parameters(self, model: nn.Module) -> None:
+        """Wrap the modules that have parameters of ``target_parameters``, in place.
+
+        Raises:
+            UsageError: A rank is too large.
+        """
+        settings: dict[str, dict[str, tuple[int, float]]] = {}  # module -> its parameters' ranks and scalings
+        for name, (rank, alpha) in self.ranks_and_alphas(self.parameters(model)).items():
+            module, _, parameter = name.rpartition(".")
+            self._check_parameter_rank(model, name, rank)
+            settings.setdefault(module, {})[parameter] = rank, self.scaling(rank, alpha)
+        random_init: Init = "gaussian" if self.init == "gaussian" else "kaiming"
+        for name, of_module in settings.items():
+            base = model.get_submodule(name)
+            replace_module(model, name, LoRAParameters(base, of_module, random_init, train_A=not self.freeze_A))
+
+    def _check_parameter_rank(self, model: nn.Module, name: str, rank: int) -> None:
+        """Check that a parameter's rank is at most that of its matrices.
+
+        Raises:
+            UsageError: It is too large.
+        """
+        size = matrix_size(model.get_submodule(name.rpartition(".")[0]), tuple(model.get_parameter(name).shape))
+        check_rank(rank, name, (size.outputs, size.inputs))
 
     def _train_biases(self, model: nn.Module) -> None:
         """Train the biases of modules that are not adapted too, if all should train, in place.
@@ -398,6 +488,23 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
 Number = TypeVar("Number", int, float)
 
 
+def _adapted_parameters(own: Mapping[str, OwnModule]) -> list[str]:
+    """The parameters outside linear layers that have an update."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in own.items()
+        if isinstance(module, LoRAParameters)
+        for parameter in module.sizes
+    ]
+
+
+def _short_parameter_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The last two parts of parameters' names if they match these and no others, else the full names."""
+    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    matching = [name for name in base_tensors(model) if any(matches(pattern, name) for pattern in short)]
+    return short if sorted(matching) == sorted(names) else list(names)
+
+
 def _token_indices(modules: Mapping[str, OwnModule]) -> dict[str, list[int]]:
     """Trained tokens by embedding or head; a tied head is left out, for PEFT ties it to the embedding when it loads."""
     indices: dict[str, list[int]] = {}
@@ -426,9 +533,8 @@ def _by_pattern(patterns: Mapping[str, float], targets: list[str], key: str) -> 
     """The value of the first pattern that matches, for each target that one does.
 
     Raises:
-        UsageError: A pattern matches no target, or a value is not positive.
+        UsageError: A value is not positive.
     """
-    select(patterns, targets, key=key)
     values: dict[str, float] = {}
     for name in targets:
         value = _first_match(patterns, name)

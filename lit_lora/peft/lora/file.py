@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from lit_lora.config import validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.adapter_method import CONFIG, WEIGHTS
-from lit_lora.peft.core.matching import listed
+from lit_lora.peft.core.matching import listed, matches
 from lit_lora.peft.core.modules import own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_embedding, find_head, train_rows
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.lora.dora import DoRALinear
 from lit_lora.peft.lora.linear import LoRALinear
+from lit_lora.peft.lora.parameters import adaptable_parameters
 
 __all__ = ["LoRAFile"]
 
 # Values of init_lora_weights that leave the base unchanged; PiSSA and the like need a changed base.
 _PLAIN_INITS = {None, True, False, "gaussian", "eva", "orthogonal"}
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_INNER = ".base_layer"
+"""PEFT wraps a module again for each of its parameters; this is the end of the name of all wrappers but the last."""
 
 
 class LoRAFile(LoRAConfig):
@@ -62,6 +65,7 @@ class LoRAFile(LoRAConfig):
         tied = embedding is not None and head is not None and _share_weight(model, embedding, head)
 
         TargetedMethod.apply(self, model)
+        self._adapt_parameters(model)
         own = own_modules(model)
         for name in self.trained_biases:
             if name not in own:
@@ -96,12 +100,22 @@ class LoRAFile(LoRAConfig):
         Raises:
             UsageError: One is of a kind that LoRA does not adapt.
         """
-        for name in self.target_modules:
+        with_parameters = {name.rpartition(".")[0] for name in self.parameters(model)}
+        targets = [name for name in self.target_modules if name not in with_parameters]
+        for name in targets:
             module = model.get_submodule(name)
             if not self.adaptable(module):
                 kinds = ", ".join(kind.__name__ for kind in self.adapts)
                 raise UsageError(f"{name} is {type(module).__name__}, {self.title} adapts {kinds}")
-        return list(self.target_modules)
+        return targets
+
+    def parameters(self, model: nn.Module) -> list[str]:
+        """The parameters outside linear layers that the file has factors for: PEFT allows names that match nothing."""
+        available = adaptable_parameters(model)
+        return [name for name in available if any(matches(target, name) for target in self.target_parameters)]
+
+    def _check_parameter_rank(self, model: nn.Module, name: str, rank: int) -> None:
+        """None, as for modules."""
 
     def misfits(self, targets: Mapping[str, Any]) -> list[str]:
         """None: a rank higher than the matrix's makes no sense in training, but computes the right product."""
@@ -162,20 +176,25 @@ class LoRAFile(LoRAConfig):
                 f"{WEIGHTS}: {len(contents.magnitudes)} magnitude vectors for {len(contents.ranks)} modules, but "
                 f"use_dora is {json.dumps(raw.get('use_dora', False))}"
             )
+        parameters = raw.get("target_parameters") or []
+        modules = [name for name in contents.ranks if not name.endswith(_INNER)]
+        names = [*modules, *(f"{name}.{target.rpartition('.')[2]}" for name in modules for target in parameters)]
         rank = raw.get("r", 8)
-        ranks = _by_regex(raw.get("rank_pattern") or {}, contents.ranks)
+        ranks = _by_regex(raw.get("rank_pattern") or {}, names)
         for name, actual in contents.ranks.items():
             expected = ranks.get(name, rank)
-            if actual != expected:
+            # Only the model tells how many matrices a parameter has, which share the rank of the file's tensors.
+            if actual != expected and not parameters:
                 raise InputError(f"{CONFIG}: rank {expected} for {name}, but its tensors have rank {actual}")
         settings = {
             "name": "dora" if is_dora else "lora",
             "rank": rank,
             "alpha": raw.get("lora_alpha", 8),
             "dropout": raw.get("lora_dropout", 0.0),
-            "target_modules": list(contents.ranks),
+            "target_modules": modules,
+            "target_parameters": parameters,
             "rank_pattern": ranks,
-            "alpha_pattern": _by_regex(raw.get("alpha_pattern") or {}, contents.ranks),
+            "alpha_pattern": _by_regex(raw.get("alpha_pattern") or {}, names),
             "bias": raw.get("bias", "none"),
             "use_rslora": raw.get("use_rslora", False),
             "modules_to_save": list(contents.rows),
