@@ -1,4 +1,4 @@
-"""LoRA of experts and routers against PEFT's ``target_parameters``, live: same numbers, and each opens the other's files.
+"""LoRA of experts and routers against PEFT's ``target_parameters``, live: same numbers, same files.
 
 The experts are those of our decoder, and of transformers' models in each layout that exists.
 """

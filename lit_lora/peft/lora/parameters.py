@@ -3,8 +3,8 @@
 Every matrix of a stack gets an update of its own, ``W_e + s B_e A_e``. Modules are wrapped as a whole, as in PEFT's
 ``target_parameters``, whose file format this is: all ``A`` are one matrix (E · R, in) and all ``B`` one (out, R · E).
 
-Mixtures of experts, our own and those of transformers that take part in its experts interface, compute an update beside
-the weight, for the chosen experts only. For any other module, the weight with its update is formed in each forward pass,
+Mixtures of experts, our own and those of transformers with its experts interface, compute an update beside the weight,
+for the chosen experts only. For any other module, the weight with its update is formed in each forward pass,
 which costs memory for another copy of it and for its gradient.
 """
 
