@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,8 +180,12 @@ def check_tensors(where: Path, tensors: Tensors, expected: Mapping[str, tuple[in
             raise InputError(f"{where}: tensor {name}: shape {tensors.shape(name)}, expected {shape} from the config")
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path, available: Iterable[str] | None = None) -> dict[str, str]:
     """Tensor name to shard file name, from a ``*.index.json``; every shard exists.
+
+    Args:
+        index: The file.
+        available: Names of the files beside it; those in its folder if omitted.
 
     Raises:
         InputError: Not such an index, or a shard is missing.
@@ -195,7 +199,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name in shards:
         if "/" in name:
             raise InputError(f"{index}: shard name {name!r} is not a plain file name")
-    missing = [name for name in shards if not (index.parent / name).is_file()]
+    present = {path.name for path in index.parent.iterdir()} if available is None else set(available)
+    missing = [name for name in shards if name not in present]
     if missing:
         raise InputError(
             f"{index.parent}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 
 import typer
 
@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": (
         "lit_lora.cli.convert",
         "Convert GGUF, .bin/.pth or LitGPT files to a checkpoint, or change its dtype.",
+    ),
+    "inspect": (
+        "lit_lora.cli.inspect",
+        "Show what a model, adapter, run or Hub repository is, and what is wrong with it.",
     ),
     "prepare": ("lit_lora.cli.prepare", "Read and tokenize a dataset, and report its contents."),
     "finetune": ("lit_lora.cli.finetune", "Finetune from a YAML config."),
@@ -92,7 +96,7 @@ def build_app(requested: str | None) -> typer.Typer:
 
 def help_texts(function: Callable[..., None]) -> tuple[str, list[str]]:
     """The docstring of a command as prose, one line per paragraph, and the command lines of its ``Examples:``."""
-    prose, _, examples = (inspect.getdoc(function) or "").partition("Examples:\n")
+    prose, _, examples = (getdoc(function) or "").partition("Examples:\n")
     paragraphs = [" ".join(paragraph.split()) for paragraph in prose.strip().split("\n\n")]
     return "\n\n".join(paragraphs), [line.strip() for line in examples.splitlines() if line.strip()]
 

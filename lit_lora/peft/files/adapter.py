@@ -37,7 +37,7 @@ from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS
 from lit_lora.peft.table import methods
 from lit_lora.quantize import QuantizeConfig, found_config
 
-__all__ = ["Adapter", "quantization_of", "read_adapter", "save_adapter"]
+__all__ = ["EXTRAS", "Adapter", "method_of", "quantization_of", "read_adapter", "save_adapter"]
 
 EXTRAS = "lit_lora.json"
 _PREFIX = "base_model.model."
@@ -202,7 +202,7 @@ def read_adapter(folder: Path) -> Adapter:
     copies = {name: tensor for name, tensor in tensors.items() if name.endswith(_BASE_COPY)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     try:
-        method = _method(raw)
+        method = method_of(raw)
         values = method.normalized(raw, tensors)
         config = _settings(method, raw, extras, values)
     except LitLoraError as error:
@@ -240,7 +240,7 @@ def _extras(folder: Path) -> dict[str, Any]:
     return read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
 
 
-def _method(raw: Mapping[str, Any]) -> type[AdapterMethod]:
+def method_of(raw: Mapping[str, Any]) -> type[AdapterMethod]:
     """The method that reads an adapter with this ``adapter_config.json``, all of whose keys it supports.
 
     Raises:
