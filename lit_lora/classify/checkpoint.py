@@ -43,9 +43,9 @@ class Pretrained:
 
     @property
     def positions(self) -> int | None:
-        """Maximum number of tokens in a row; ``None`` if positions are relative."""
+        """Maximum number of tokens in a row, of input or target; ``None`` if positions are relative."""
         positions = getattr(self.config, "max_position_embeddings", None)
-        if positions is None or self.writes_text:
+        if positions is None:
             return None
         unused = self.config.pad_token_id + 1 if self.config.model_type in _COUNTED_FROM_PADDING else 0
         return min(int(positions) - unused, int(self.tokenizer.model_max_length))
@@ -106,17 +106,26 @@ class Pretrained:
             raise UsageError(f"data.max_seq_length: {asked}, but {self.folder} has positions for {positions} tokens")
         return asked or positions or _DEFAULT_ROW_TOKENS
 
+    def target_tokens(self, asked: int) -> int:
+        """Maximum number of tokens in a text that the model writes: as asked for, but at most as many as positions."""
+        return min(asked, self.positions or asked)
+
     @property
     def layout(self) -> Layout:
         """How rows are padded for this model.
 
         Raises:
-            InputError: The tokenizer has no padding token.
+            InputError: The tokenizer has no padding token, or the decoder no first token.
         """
         pad = self.tokenizer.pad_token_id
         if pad is None:
             raise InputError(
                 f"{self.folder}: the tokenizer has no padding token", hint="set pad_token in its tokenizer_config.json"
+            )
+        if self.writes_text and self.config.decoder_start_token_id is None:
+            raise InputError(
+                f"{self.folder}: config.json has no decoder_start_token_id, the first token of the decoder",
+                hint="add it: the end-of-text token for mBART and NLLB, the padding token for T5 and Pegasus",
             )
         has_types = getattr(self.config, "type_vocab_size", 0) > 1
         return Layout(pad, has_types, self.config.decoder_start_token_id if self.writes_text else None)

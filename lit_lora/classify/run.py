@@ -141,7 +141,7 @@ def encode_rows(
         shape: The model's tokenizer.
         task: The kind of label.
         config: Maximum lengths, and what to do with longer rows.
-        labeled: Whether the rows have labels; without, they get 0.
+        labeled: Whether the rows have labels.
 
     Raises:
         InputError: A label does not fit the task, a row is too long, or none is left.
@@ -171,12 +171,17 @@ def encode_rows(
         )
 
     remaining = [examples[place] for place in places]
-    labels = _labels(remaining, shape, task, config) if labeled else [np.zeros((), np.int64)] * len(remaining)
+    labels = _labels(remaining, shape, task, config) if labeled else [_no_label(task)] * len(remaining)
     rows = []
     for place, label in zip(places, labels, strict=True):
         ids, types = tokens[place]
         rows.append(LabeledRow(ids, types, label, examples[place].source))
     return LabeledRows(rows)
+
+
+def _no_label(task: Task) -> Any:
+    """What takes the label's place in a row without one: no tokens, or a 0."""
+    return np.zeros(0 if task.kind == "seq2seq" else (), np.int64)
 
 
 def _report_long(
@@ -213,12 +218,17 @@ def _labels(examples: Sequence[Example], shape: Pretrained, task: Task, config: 
         return [np.array(_number(example), np.float32) for example in examples]
 
     targets = [ids for ids, _ in shape.encode([example.label or "" for example in examples], None, None)]
-    long = [place for place, ids in enumerate(targets) if len(ids) > config.max_target_length]
+    max_tokens = shape.target_tokens(config.max_target_length)
+    long = [place for place, ids in enumerate(targets) if len(ids) > max_tokens]
     if long:
+        if max_tokens == config.max_target_length:
+            limit, remedy = "data.max_target_length", "raise it"
+        else:
+            limit, remedy = "the model's positions,", "shorten these texts"
         raise InputError(
             f"{examples[long[0]].source}: a target of {len(targets[long[0]])} tokens, more than "
-            f"data.max_target_length {config.max_target_length} ({len(long):,} such rows)",
-            hint="raise it: the model would learn to stop where a target is cut",
+            f"{limit} {max_tokens} ({len(long):,} such rows)",
+            hint=f"{remedy}: the model would learn to stop where a target is cut",
         )
     return [ids.astype(np.int64) for ids in targets]
 
@@ -321,7 +331,13 @@ def prediction_samples(
     def show(step: int) -> None:
         training = model.training
         model.eval()
-        predictions = predict(model, shape.tokenizer, data.task, batches)
+        predictions = predict(
+            model,
+            shape.tokenizer,
+            data.task,
+            batches,
+            max_target_length=shape.target_tokens(config.data.max_target_length),
+        )
         for example, prediction in zip(data.examples, predictions, strict=True):
             probability = "" if prediction.probability is None else f" ({prediction.probability:.0%})"
             text = log.shortened(example.text, 80)

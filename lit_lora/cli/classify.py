@@ -144,7 +144,11 @@ def _predict(
     rows = encode_rows(examples, opened.shape, opened.task, section, labeled=labeled)
     batches = by_length(rows, opened.shape.layout, 4096)
     predictions = predict(
-        opened.model, opened.shape.tokenizer, opened.task, batches, max_target_length=section.max_target_length
+        opened.model,
+        opened.shape.tokenizer,
+        opened.task,
+        batches,
+        max_target_length=opened.shape.target_tokens(section.max_target_length),
     )
     if not labeled:
         return predictions, {}

@@ -29,6 +29,38 @@ _SIZES: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+_SEQ2SEQ_SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5_SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS),
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 2,
+}
 CONFIGS: dict[str, Any] = {
     "bert": lambda **more: transformers.BertConfig(**_SIZES | {"max_position_embeddings": 32} | more),
     "roberta": lambda **more: transformers.RobertaConfig(
@@ -50,32 +82,63 @@ CONFIGS: dict[str, Any] = {
         }
         | more
     ),
-    "t5": lambda **more: transformers.T5Config(
-        **{
-            "vocab_size": len(WORDS),
-            "d_model": 16,
-            "d_kv": 8,
-            "d_ff": 24,
-            "num_layers": 2,
-            "num_heads": 2,
-            "dropout_rate": 0.0,
-            "pad_token_id": 0,
-            "decoder_start_token_id": 0,
+    "t5": lambda **more: transformers.T5Config(**_T5_SIZES | {"tie_word_embeddings": True} | more),
+    "flan-t5": lambda **more: transformers.T5Config(
+        **_T5_SIZES | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} | more
+    ),
+    "bart": lambda **more: transformers.BartConfig(**_SEQ2SEQ_SIZES | more),
+    "mbart": lambda **more: transformers.MBartConfig(**_SEQ2SEQ_SIZES | more),
+    "nllb": lambda **more: transformers.M2M100Config(**_SEQ2SEQ_SIZES | {"scale_embedding": True} | more),
+    "pegasus": lambda **more: transformers.PegasusConfig(**_SEQ2SEQ_SIZES | {"decoder_start_token_id": 0} | more),
+    "modernbert": lambda **more: transformers.ModernBertConfig(
+        **_SIZES
+        | {
+            "max_position_embeddings": 32,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+            "bos_token_id": 1,
+            "cls_token_id": 1,
             "eos_token_id": 2,
-            "tie_word_embeddings": True,
+            "sep_token_id": 2,
         }
         | more
     ),
+    "electra": lambda **more: transformers.ElectraConfig(
+        **_SIZES | {"max_position_embeddings": 32, "embedding_size": 12} | more
+    ),
+    "distilbert": lambda **more: transformers.DistilBertConfig(
+        **{
+            "vocab_size": len(WORDS),
+            "dim": 16,
+            "hidden_dim": 24,
+            "n_layers": 2,
+            "n_heads": 2,
+            "max_position_embeddings": 32,
+            "pad_token_id": 0,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        }
+        | more
+    ),
+    "xlm-roberta": lambda **more: transformers.XLMRobertaConfig(
+        **_SIZES | {"max_position_embeddings": 33, "type_vocab_size": 1, "bos_token_id": 1, "eos_token_id": 2} | more
+    ),
 }
-FAMILIES = tuple(CONFIGS)
-ENCODERS = tuple(name for name in FAMILIES if name != "t5")
+SEQ2SEQ = ("t5", "flan-t5", "bart", "mbart", "nllb", "pegasus")
+"""Encoder-decoders, which write texts; the others are encoders with a head."""
+FAMILIES = ("bert", "roberta", "deberta-v2", "t5")
+"""The types on which everything is tested."""
+MORE_FAMILIES = tuple(family for family in CONFIGS if family not in FAMILIES)
+"""Types that share the code of those: their names and heads are tested."""
+ENCODERS = tuple(family for family in FAMILIES if family not in SEQ2SEQ)
 
 
 def make_model(family: str, *, seed: int = 0, labels: int = 2, spread: float = 0.2, **more: Any) -> nn.Module:
     """A model with its head, of random weights that are no zeros and ones."""
     torch.manual_seed(seed)
-    config = CONFIGS[family](**({} if family == "t5" else {"num_labels": labels}), **more)
-    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForSequenceClassification
+    config = CONFIGS[family](**({} if family in SEQ2SEQ else {"num_labels": labels}), **more)
+    auto = transformers.AutoModelForSeq2SeqLM if family in SEQ2SEQ else transformers.AutoModelForSequenceClassification
     model: nn.Module = auto.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -90,19 +153,19 @@ def inputs(family: str) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 4:], ids[1, 4:] = 0, 0
     found = {"input_ids": ids, "attention_mask": mask}
-    return {**found, "decoder_input_ids": torch.tensor([[0, 5, 6], [0, 9, 4]])} if family == "t5" else found
+    return {**found, "decoder_input_ids": torch.tensor([[0, 5, 6], [0, 9, 4]])} if family in SEQ2SEQ else found
 
 
 def save_base(family: str, folder: Path, *, head: bool = False, **more: Any) -> Path:
     """A checkpoint folder with a tokenizer; of an encoder without a head, as after pretraining, unless asked for."""
     model: Any = make_model(family, **more)
-    (model if head or family == "t5" else model.base_model).save_pretrained(folder)
+    (model if head or family in SEQ2SEQ else model.base_model).save_pretrained(folder)
     backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
     backend.post_processor = processors.TemplateProcessing(
-        single="$A [SEP]" if family == "t5" else "[CLS] $A [SEP]",
-        pair="$A $B [SEP]" if family == "t5" else pair,
+        single="$A [SEP]" if family in SEQ2SEQ else "[CLS] $A [SEP]",
+        pair="$A $B [SEP]" if family in SEQ2SEQ else pair,
         special_tokens=[(word, WORDS.index(word)) for word in ("[CLS]", "[SEP]")],
     )
     backend.save(str(folder / "tokenizer.json"))

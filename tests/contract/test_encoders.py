@@ -1,4 +1,4 @@
-"""The contract of methods on models of transformers: BERT, RoBERTa, DeBERTa and T5, each with its head."""
+"""The contract of methods on encoders and encoder-decoders of transformers, each with its head."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from lit_lora.classify import Task, head_of
 from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import model_updates, own_modules
-from tests.classify.tiny import FAMILIES, inputs, make_model
+from tests.classify.tiny import CONFIGS, FAMILIES, SEQ2SEQ, inputs, make_model
 from tests.peft.tiny import shake
 
 METHODS = {
     "lora": {"name": "lora", "rank": 4},
     "lora q,v": {"name": "lora", "rank": 4, "target_modules": "q,v", "dropout": 0.1},
-    "lora embedding": {"name": "lora", "rank": 2, "target_modules": ["*word_embeddings", "query", "query_proj"]},
+    "lora embedding": {
+        "name": "lora",
+        "rank": 2,
+        "target_modules": ["*word_embeddings", "tok_embeddings", "query", "query_proj", "q_lin", "Wqkv"],
+    },
     "pissa": {"name": "lora", "rank": 4, "init": "pissa"},
     "dora": {"name": "dora", "rank": 4},
     "multilora": {"name": "multilora", "rank": 2},
@@ -42,20 +46,32 @@ METHODS = {
     "full head": {"name": "full", "train": []},
 }
 NOT_FOR = {
-    "bitfit": {"t5"},  # has no bias
-    "parallel": {"bert", "roberta", "deberta-v2"},  # whose MLP is not one module
-    "full head": {"t5"},  # its head is that of the checkpoint
-    "lora embedding": {"t5"},  # shared by encoder, decoder and head
+    "bitfit": {"t5", "flan-t5", "modernbert"},  # have no bias
+    # whose MLP is not one module
+    "parallel": {"bert", "roberta", "deberta-v2", "electra", "xlm-roberta", "bart", "mbart", "nllb", "pegasus"},
+    "full head": set(SEQ2SEQ),  # whose head is that of the checkpoint
+    "lora embedding": set(SEQ2SEQ),  # shared by encoder, decoder and head
 }
 NEAR = {"pissa", "lin", "composed"}  # start at a product that is taken off again, or at small adapters
 PARTLY_FROZEN = {"pissa", "vera"}
-CASES = [(family, case) for case in METHODS for family in FAMILIES if family not in NOT_FOR.get(case, ())]
+# What depends on the names of parts is tested by default on each table of names; the rest of the product is slow.
+BY_NAME = {(family, case) for family in ("bart", "distilbert", "modernbert") for case in ("lora q,v", "ia3", "houlsby")}
+CASES = [(family, case) for case in METHODS for family in CONFIGS if family not in NOT_FOR.get(case, ())]
 WITH_OWN = [(family, case) for family, case in CASES if not case.startswith("full")]
 LOW_RANK = [(f, c) for f, c in WITH_OWN if peft.METHODS[str(METHODS[c]["name"])][0] == "mergeable"]
 
 
 def each(cases):
-    return pytest.mark.parametrize(("family", "case"), cases, ids=[f"{family}-{case}" for family, case in cases])
+    parameters = [
+        pytest.param(
+            family,
+            case,
+            id=f"{family}-{case}",
+            marks=[] if family in FAMILIES or (family, case) in BY_NAME else [pytest.mark.slow],
+        )
+        for family, case in cases
+    ]
+    return pytest.mark.parametrize(("family", "case"), parameters)
 
 
 @lru_cache
@@ -68,7 +84,7 @@ def base(family: str) -> nn.Module:
 
 
 def head(family: str, model: nn.Module) -> list[str]:
-    return head_of(model, [], Task("seq2seq") if family == "t5" else Task("classification", ("no", "yes")))
+    return head_of(model, [], Task("seq2seq") if family in SEQ2SEQ else Task("classification", ("no", "yes")))
 
 
 def method(family: str, case: str, model: nn.Module) -> peft.Method:
@@ -101,7 +117,7 @@ def train(family: str, model: nn.Module, steps: int, lr: float = 1e-2) -> list[f
     model.train()
     for _ in range(steps):
         found = model(**inputs(family)).logits
-        targets = torch.tensor([[5, 7, 2], [9, 4, 2]]).flatten() if family == "t5" else torch.tensor([0, 1])
+        targets = torch.tensor([[5, 7, 2], [9, 4, 2]]).flatten() if family in SEQ2SEQ else torch.tensor([0, 1])
         loss = F.cross_entropy(found.flatten(0, -2), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -196,7 +212,7 @@ def test_an_adapter_is_not_put_on_another_base(family, case, tmp_path):
 def test_a_fixed_batch_is_learnt(family, case):
     model, _ = adapted(family, case)
     losses = train(family, model, 40, lr=2e-2)
-    assert losses[-1] < (0.95 if family == "t5" else 0.6) * losses[0]  # T5's tied head starts far from any token
+    assert losses[-1] < (0.95 if family in SEQ2SEQ else 0.6) * losses[0]  # T5's tied head starts far from any token
 
 
 def test_a_method_that_cannot_train_a_head_says_so(tmp_path: Path):

@@ -15,7 +15,7 @@ import yaml
 from lit_lora.classify import open_classifier
 from lit_lora.cli import main
 from lit_lora.data.padded import PaddedBatches
-from tests.classify.tiny import ENCODERS, FAMILIES, save_base, write_config, write_rows
+from tests.classify.tiny import ENCODERS, FAMILIES, MORE_FAMILIES, save_base, write_config, write_rows
 from tests.finetune.tiny_task import contents, make_base
 from tests.train.tiny_run import metrics
 
@@ -101,6 +101,33 @@ def test_an_encoder_decoder_learns_to_write_the_label(call, tmp_path):
     # what greedy decoding writes is right exactly where every token is the likeliest
     assert f"exact match\t{right / len(found):.1%} [" in out
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in ("bart", "distilbert") else [pytest.mark.slow]) for name in MORE_FAMILIES],
+)
+def test_other_types_of_transformers_train_and_predict(call, tmp_path, family):
+    run = trained(call, tmp_path, family)
+    found = predictions(call, run)
+    assert found == predictions(call, run / "adapter", "--dtype", "fp32", rows=tmp_path / "rows.jsonl")
+    code, out, _ = call("classify", run, found[0]["text"])
+    assert (code, out.splitlines()[0].strip()) == (0, found[0]["prediction"])
+
+
+def test_an_encoder_decoder_without_a_first_token_is_refused(call, tmp_path):
+    save_base("mbart", tmp_path / "base", decoder_start_token_id=None)
+    code, _, err = call("finetune", "--config", task(tmp_path, "mbart"))
+    assert code == 3
+    assert "config.json has no decoder_start_token_id" in err
+
+
+def test_a_target_longer_than_the_positions_is_refused(call, tmp_path):
+    save_base("bart", tmp_path / "base", max_position_embeddings=12)
+    words = {"label": {"0": "the film was bad and the plot was dull and boring and awful", "1": "truly brilliant"}}
+    code, _, err = call("finetune", "--config", task(tmp_path, "bart", data={"values": words}))
+    assert code == 3
+    assert "a target of 14 tokens, more than the model's positions, 12" in err
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

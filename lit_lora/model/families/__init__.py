@@ -56,5 +56,32 @@ ENCODERS: dict[str, PartNames] = {
         mlp="DenseReluDense",
         mlp_out="DenseReluDense.wo",
     ),
+    "bart": PartNames(
+        embedding="embed_tokens",  # of encoder and decoder; both are tied to `shared`, which is never called
+        query="*_attn.q_proj",  # self_attn and encoder_attn
+        key="*_attn.k_proj",
+        value="*_attn.v_proj",
+        attention="*_attn.out_proj",
+        mlp="fc2",
+        mlp_out="fc2",
+    ),
+    "distilbert": PartNames(
+        embedding="word_embeddings",
+        query="q_lin",
+        key="k_lin",
+        value="v_lin",
+        attention="out_lin",
+        mlp="ffn",
+        mlp_out="ffn.lin2",
+    ),
+    "modernbert": PartNames(
+        embedding="tok_embeddings",
+        query="Wqkv",  # query, key and value are one product
+        key="Wqkv",
+        value="Wqkv",
+        attention="attn.Wo",
+        mlp="mlp",
+        mlp_out="mlp.Wo",
+    ),
 }
 """Encoders and encoder-decoders, which transformers implements. A type that is not listed may share another's names."""

@@ -63,13 +63,14 @@ def with_names_of(settings: AnySettings, model: nn.Module) -> AnySettings:
 
 
 def same_parts(patterns: Iterable[str], model: nn.Module) -> list[str]:
-    """The patterns, with Llama's names that match nothing in ``model`` replaced by its name for the same part."""
+    """The patterns, with Llama's names replaced by the names of ``model`` for the same parts."""
     names = names_of(model)
     modules = [name for name, module in model.named_modules() if not isinstance(module, OwnModule)]
     translated = []
     for pattern in patterns:
         model_name = pattern
-        if pattern in _PARTS and not _matches_any(pattern, modules):
+        # Also where a module has Llama's name: BART's self_attn returns a tuple, its part is self_attn.out_proj.
+        if pattern in _PARTS:
             model_name = getattr(names, _PARTS[pattern], pattern)  # encoders lack some of a decoder's parts
         # A name that matches nothing either stays as it was given, for the message.
         translated.append(model_name if _matches_any(model_name, modules) else pattern)
