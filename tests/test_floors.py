@@ -333,7 +333,7 @@ NAMED_BY_OTHERS = {
 
 def part_names(tree: ast.AST) -> Iterator[ast.AST]:
     """Where a name of a Llama's part is written: an attribute, or a text without spaces, which is no message."""
-    defaults = [str(getattr(DecoderNames(), field.name)).rpartition(".")[2] for field in fields(DecoderNames)]
+    defaults = [(getattr(DecoderNames(), field.name) or "").rpartition(".")[2] for field in fields(DecoderNames)]
     words = [name for name in defaults if "_" in name]  # mlp, norm and layers are words too
     pattern = re.compile(rf"\b({'|'.join(words)})\b|\bmodel\.layers\b")
     for node in ast.walk(tree):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.generate.sample import Sampling, choose
-from lit_lora.model import Cache, LanguageModel
+from lit_lora.model import Cache, KVCache, LanguageModel
 
 __all__ = ["Generation", "PrefixCache", "generate"]
 
@@ -40,6 +40,8 @@ class PrefixCache:
         stored = 0 if self.cache is None else min(len(self.ids), self.cache.length)
         limit = min(stored, len(prompt) - 1)
         shared_prefix = next((place for place in range(limit) if self.ids[place] != prompt[place]), limit)
+        if _rotated_anew(model, stored, len(prompt)):
+            shared_prefix = 0
 
         needed = len(prompt) + room
         if self.cache is None or self.cache.max_length < needed:
@@ -88,7 +90,10 @@ class Generation(Iterator[list[int | None]]):
             waiting = _left_padded(prompts)
             self._cache = _cache_for(model, prompts, max(self._left))
         self._waiting = torch.tensor(waiting, device=self._device)  # (B, T), not yet read
-        if prefix_cache is None and len(prompts) > 1:
+        self._ids = [list(prompt) for prompt in prompts]  # what has been read and drawn
+        switch = model.config.rope_switch
+        all_rotated_alike = switch is None or all(len(prompt) <= switch for prompt in prompts)
+        if prefix_cache is None and len(prompts) > 1 and all_rotated_alike:
             self._read_shared_prefix()
 
         self._seen: Tensor | None = None
@@ -99,6 +104,7 @@ class Generation(Iterator[list[int | None]]):
         if not any(self._running):
             raise StopIteration
         self._drop_ended_rows()
+        self._start_over_if_rotated_anew()
         logits = self._read()
         if self._seen is None and self._sampling.repetition_penalty != 1.0:
             self._seen = self._seen_tokens(logits)
@@ -113,6 +119,7 @@ class Generation(Iterator[list[int | None]]):
         for row, token in zip(self._rows, tokens, strict=True):
             if self._running[row]:
                 step[row] = token
+                self._ids[row].append(token)
                 self._left[row] -= 1
                 self._running[row] = token not in self._stop_ids and self._left[row] > 0
         return step
@@ -128,6 +135,8 @@ class Generation(Iterator[list[int | None]]):
         if training:  # eval() walks over all modules, which is too much to do for every token
             self._model.eval()
         try:
+            if isinstance(self._cache, KVCache):
+                self._cache.expected = self._waiting.shape[1]
             for piece in torch.split(self._waiting, _PIECE, dim=1):
                 hidden = self._model.hidden_states(piece, cache=self._cache)  # (B, T, D)
                 if self._prefix_cache is not None:
@@ -161,6 +170,21 @@ class Generation(Iterator[list[int | None]]):
         cache.advance(shared_prefix)
         self._cache = cache
         self._waiting = waiting[:, shared_prefix:]
+
+    def _start_over_if_rotated_anew(self) -> None:
+        """Read everything again once a row becomes so long that the keys in the cache are rotated in another way."""
+        cache, tokens = self._cache, self._waiting.shape[1]
+        if not isinstance(cache, KVCache) or not cache.length:
+            return
+        if not any(_rotated_anew(self._model, length - tokens, length) for length in cache.lengths(tokens)):
+            return
+        rows = [self._ids[row] for row in self._rows]
+        if self._prefix_cache is not None:
+            cache.truncate(0)
+            self._prefix_cache.ids = []
+        else:
+            self._cache = _cache_for(self._model, rows, max(self._left))
+        self._waiting = torch.tensor(_left_padded(rows), device=self._device)
 
     def _drop_ended_rows(self) -> None:
         """Remove ended rows from the cache once they are half of it, so that a few long answers do not pay for them."""
@@ -225,6 +249,12 @@ def generate(
                 hint="shorten the prompt",
             )
     return Generation(model, prompts, sampling, stop_ids, prefix_cache)
+
+
+def _rotated_anew(model: LanguageModel, before: int, after: int) -> bool:
+    """Whether the keys of a sequence of ``before`` tokens are of no use once it has ``after``."""
+    switch = model.config.rope_switch
+    return switch is not None and (before > switch) != (after > switch)
 
 
 def _device(model: LanguageModel) -> torch.device:

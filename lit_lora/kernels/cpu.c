@@ -16,9 +16,9 @@ static inline float reciprocal(float x) {
     return r * (2.0f - x * r);
 }
 
-// s = x + delta; y = s * rstd * weight. delta may be null: then s is not written.
+// s = x + delta; y = s * rstd * (offset + weight). delta may be null: then s is not written.
 void add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *s, bf16 *y, float *rstd,
-                  long tokens, long width, float eps) {
+                  long tokens, long width, float eps, float offset) {
 #pragma omp parallel for schedule(static) if (tokens > 8)
     for (long t = 0; t < tokens; t++) {
         const bf16 *row = x + t * width;
@@ -36,29 +36,30 @@ void add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *s,
         float r = 1.0f / __builtin_sqrtf(square / (float)width + eps);
         rstd[t] = r;
 #pragma omp simd
-        for (long i = 0; i < width; i++) out[i] = down(up(row[i]) * r * up(weight[i]));
+        for (long i = 0; i < width; i++) out[i] = down(up(row[i]) * r * (offset + up(weight[i])));
     }
 }
 
-// dx = dresidual + rstd * (dy * weight - s * rstd^2 * mean(dy * weight * s)). dresidual may be null.
+// dx = dresidual + rstd * (dy * w - s * rstd^2 * mean(dy * w * s)) with w = offset + weight. dresidual may be null.
 void rms_norm_backward(const bf16 *dy, const bf16 *dresidual, const bf16 *s, const bf16 *weight, const float *rstd,
-                       bf16 *dx, long tokens, long width) {
+                       bf16 *dx, long tokens, long width, float offset) {
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < tokens; t++) {
         const bf16 *g = dy + t * width, *row = s + t * width;
         bf16 *out = dx + t * width;
         float dot = 0.0f, r = rstd[t];
 #pragma omp simd reduction(+ : dot)
-        for (long i = 0; i < width; i++) dot += up(g[i]) * up(weight[i]) * up(row[i]);
+        for (long i = 0; i < width; i++) dot += up(g[i]) * (offset + up(weight[i])) * up(row[i]);
         float c = dot * r * r / (float)width;
         if (dresidual) {
             const bf16 *d = dresidual + t * width;
 #pragma omp simd
             for (long i = 0; i < width; i++)
-                out[i] = down(up(d[i]) + r * (up(g[i]) * up(weight[i]) - up(row[i]) * c));
+                out[i] = down(up(d[i]) + r * (up(g[i]) * (offset + up(weight[i])) - up(row[i]) * c));
         } else {
 #pragma omp simd
-            for (long i = 0; i < width; i++) out[i] = down(r * (up(g[i]) * up(weight[i]) - up(row[i]) * c));
+            for (long i = 0; i < width; i++)
+                out[i] = down(r * (up(g[i]) * (offset + up(weight[i])) - up(row[i]) * c));
         }
     }
 }
@@ -77,6 +78,28 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *
         float d = up(dy[i]), g = up(gate[i]), v = up(value[i]);
         float sigmoid = reciprocal(1.0f + exponential(-g));
         dgate[i] = down(d * v * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+        dvalue[i] = down(d * g * sigmoid);
+    }
+}
+
+// gelu(g) by its approximation with tanh is g * sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3)): as swiglu, but for this.
+static inline float gelu_argument(float g) { return g * (1.5957691f + 0.07135482f * g * g); }
+
+void geglu(const bf16 *gate, const bf16 *value, bf16 *y, long count) {
+#pragma omp parallel for simd schedule(static) if (count > 16384)
+    for (long i = 0; i < count; i++) {
+        float g = up(gate[i]);
+        y[i] = down(g * reciprocal(1.0f + exponential(-gelu_argument(g))) * up(value[i]));
+    }
+}
+
+void geglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *dgate, bf16 *dvalue, long count) {
+#pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < count; i++) {
+        float d = up(dy[i]), g = up(gate[i]), v = up(value[i]);
+        float sigmoid = reciprocal(1.0f + exponential(-gelu_argument(g)));
+        float slope = 1.5957691f + 0.21406446f * g * g;
+        dgate[i] = down(d * v * sigmoid * (1.0f + g * (1.0f - sigmoid) * slope));
         dvalue[i] = down(d * g * sigmoid);
     }
 }

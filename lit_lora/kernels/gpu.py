@@ -16,7 +16,17 @@ from lit_lora import log
 __all__ = ["KERNELS", "launch", "switched_off", "usable"]
 
 KERNELS = frozenset(
-    ("add_rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate", "cross_entropy", "dequantize_blocks")
+    (
+        "add_rms_norm",
+        "cross_entropy",
+        "dequantize_blocks",
+        "geglu",
+        "geglu_backward",
+        "rms_norm_backward",
+        "rotate",
+        "swiglu",
+        "swiglu_backward",
+    )
 )
 
 

@@ -18,6 +18,8 @@ __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "dequantize_blocks",
+    "geglu",
+    "geglu_backward",
     "rms_norm_backward",
     "rotate",
     "swiglu",
@@ -60,7 +62,7 @@ def _kind(argument: Any) -> Any:
 
 
 @triton.jit
-def _add_rms_norm(x, delta, weight, total, normed, roots, width, eps, ADD: tl.constexpr, WIDTH: tl.constexpr):
+def _add_rms_norm(x, delta, weight, total, normed, roots, width, eps, offset, ADD: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # 64 bits: row * width may exceed 32
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -75,7 +77,7 @@ def _add_rms_norm(x, delta, weight, total, normed, roots, width, eps, ADD: tl.co
 
     root = 1.0 / tl.sqrt(tl.sum(summed * summed) / width + eps)
     tl.store(roots + row, root)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
     tl.store(normed + start + column, (summed * root * scale).to(normed.dtype.element_ty), mask=inside)
 
 
@@ -89,19 +91,22 @@ def add_rms_norm(
     tokens: int,
     width: int,
     eps: float,
+    offset: float,
 ) -> None:
     """See :func:`lit_lora.model.ops.add_rms_norm`: writes ``total``, ``normed`` and ``roots``."""
     added = x if delta is None else delta  # without ADD the kernel does not read it, but a pointer has to be passed
     size = triton.next_power_of_2(width)
     constants = {"ADD": delta is not None, "WIDTH": size}
     _launch(
-        _add_rms_norm, tokens, x, added, weight, total, normed, roots, width, eps,
+        _add_rms_norm, tokens, x, added, weight, total, normed, roots, width, eps, offset,
         constants=constants, num_warps=_warps(size),
     )  # fmt: skip
 
 
 @triton.jit
-def _rms_norm_backward(grad, grad_total, total, weight, roots, out, width, ADD: tl.constexpr, WIDTH: tl.constexpr):
+def _rms_norm_backward(
+    grad, grad_total, total, weight, roots, out, width, offset, ADD: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -109,7 +114,7 @@ def _rms_norm_backward(grad, grad_total, total, weight, roots, out, width, ADD: 
 
     summed = tl.load(total + start + column, mask=inside, other=0.0).to(tl.float32)
     scaled_grad = tl.load(grad + start + column, mask=inside, other=0.0).to(tl.float32)
-    scaled_grad *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scaled_grad *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
     root = tl.load(roots + row)
 
     # The second term is what each element changes of all others' norm, by the mean square.
@@ -129,13 +134,14 @@ def rms_norm_backward(
     out: Tensor,
     tokens: int,
     width: int,
+    offset: float,
 ) -> None:
     """Write the gradient of the sum into ``out``: what comes through its norm, plus ``grad_total``."""
     added = grad if grad_total is None else grad_total
     size = triton.next_power_of_2(width)
     constants = {"ADD": grad_total is not None, "WIDTH": size}
     _launch(
-        _rms_norm_backward, tokens, grad, added, total, weight, roots, out, width,
+        _rms_norm_backward, tokens, grad, added, total, weight, roots, out, width, offset,
         constants=constants, num_warps=_warps(size),
     )  # fmt: skip
 
@@ -173,6 +179,48 @@ def swiglu_backward(
     """Write the gradients of ``gate`` and ``value``; all have ``count`` elements."""
     arguments = (grad, gate, value, grad_gate, grad_value, count)
     _launch(_swiglu_backward, -(-count // _STRETCH), *arguments, constants={"SIZE": _STRETCH}, num_warps=8)
+
+
+@triton.jit
+def _gelu_sigmoid(g):
+    # gelu(g) by its approximation with tanh is g * sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3)).
+    return 1.0 / (1.0 + tl.exp(-g * (1.5957691 + 0.07135482 * g * g)))
+
+
+@triton.jit
+def _geglu(gate, value, out, count, SIZE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(value + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (g * _gelu_sigmoid(g) * v).to(out.dtype.element_ty), mask=inside)
+
+
+def geglu(gate: Tensor, value: Tensor, out: Tensor, count: int) -> None:
+    """Write ``gelu(gate) * value`` into ``out``; all have ``count`` elements."""
+    _launch(_geglu, -(-count // _STRETCH), gate, value, out, count, constants={"SIZE": _STRETCH}, num_warps=8)
+
+
+@triton.jit
+def _geglu_backward(grad, gate, value, grad_gate, grad_value, count, SIZE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < count
+    d = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(value + place, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = _gelu_sigmoid(g)
+    slope = 1.5957691 + 0.21406446 * g * g
+    gate_slope = d * v * sigmoid * (1.0 + g * (1.0 - sigmoid) * slope)
+    tl.store(grad_gate + place, gate_slope.to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_value + place, (d * g * sigmoid).to(grad_value.dtype.element_ty), mask=inside)
+
+
+def geglu_backward(
+    grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor, count: int
+) -> None:
+    """Write the gradients of ``gate`` and ``value``; all have ``count`` elements."""
+    arguments = (grad, gate, value, grad_gate, grad_value, count)
+    _launch(_geglu_backward, -(-count // _STRETCH), *arguments, constants={"SIZE": _STRETCH}, num_warps=8)
 
 
 @triton.jit

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -11,10 +13,15 @@ from pydantic import ConfigDict, Field, model_validator
 from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json
-from lit_lora.model.families import FAMILIES, DecoderNames
+from lit_lora.model.families import FAMILIES, Block, DecoderNames
 from lit_lora.model.quantization import require_readable, without_quantization
 
-__all__ = ["DTYPES", "KEEP_DTYPE", "ModelConfig", "Rope"]
+__all__ = ["DTYPES", "KEEP_DTYPE", "Activation", "ModelConfig", "Rope"]
+
+Activation = Literal["silu", "swish", "gelu", "gelu_pytorch_tanh"]
+"""Of the MLP's gate, by transformers' names. ``swish`` is another name of ``silu``."""
+
+LayerType = Literal["full_attention", "sliding_attention"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The dtypes of weights, by their names in settings and commands."""
@@ -32,6 +39,7 @@ class Rope(Settings):
         "default", description="Kind of scaling: default, linear, dynamic, yarn, longrope or llama3."
     )
     rope_theta: float = Field(10000.0, gt=0, description="Base of the geometric progression of wavelengths.")
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="Share of a head's dimensions that are rotated.")
     factor: float | None = Field(None, gt=0, description="Context length relative to pretraining.")
     original_max_position_embeddings: int | None = Field(None, gt=0, description="Context length in pretraining.")
     low_freq_factor: float | None = Field(None, description="llama3: wavelengths above context / this are scaled.")
@@ -44,10 +52,13 @@ class Rope(Settings):
     truncate: bool = Field(True, description="yarn: round the correction range outwards.")
     short_factor: list[float] | None = Field(None, description="longrope: divisors within the original context.")
     long_factor: list[float] | None = Field(None, description="longrope: divisors beyond the original context.")
+    llama_4_scaling_beta: float | None = Field(
+        None, description="Queries grow with the logarithm of their position in original contexts, times this."
+    )
 
 
 class ModelConfig(Settings):
-    """Sizes and options of a Llama-shaped decoder.
+    """Sizes and options of a decoder.
 
     Keys of ``config.json`` that the decoder does not use are kept in ``source`` and written back by :meth:`to_hf`.
     """
@@ -65,10 +76,24 @@ class ModelConfig(Settings):
     rms_norm_eps: float = Field(1e-6, ge=0, description="Constant added to the mean square before taking its root.")
     max_position_embeddings: int = Field(2048, gt=0, description="Context length in tokens.")
     sliding_window: int | None = Field(None, gt=0, description="Tokens that a token attends to, including itself.")
+    layer_types: list[LayerType] | None = Field(
+        None, description="Per layer, full_attention or sliding_attention, with the window; all the latter if null."
+    )
     rope: Rope = Field(Rope(), description="Rotary position embedding.")
+    local_rope: Rope | None = Field(None, description="That of layers with sliding_attention, if they have their own.")
+    no_rope_layers: list[int] | None = Field(None, description="Per layer, 0 for no rotary position embedding.")
+    hidden_act: Activation = Field("silu", description="Activation of the MLP's gate.")
     tie_word_embeddings: bool = Field(False, description="Whether the head shares the embedding's weight.")
     attention_bias: bool = Field(False, description="Whether the q, k, v and o projections have a bias.")
+    attention_out_bias: bool | None = Field(None, description="Whether o has one; as q, k and v if null.")
     mlp_bias: bool = Field(False, description="Whether the gate, up and down projections have a bias.")
+    query_pre_attn_scalar: float | None = Field(None, gt=0, description="Scores are divided by the root of this.")
+    attention_multiplier: float | None = Field(None, description="Factor of scores, in the place of a root.")
+    attn_logit_softcapping: float | None = Field(None, gt=0, description="Bound of scores, approached by tanh.")
+    final_logit_softcapping: float | None = Field(None, gt=0, description="Bound of logits, approached by tanh.")
+    embedding_multiplier: float = Field(1.0, description="Factor of the decoder's input.")
+    residual_multiplier: float = Field(1.0, description="Factor of what layers add to the residual stream.")
+    logits_scaling: float = Field(1.0, gt=0, description="Divisor of logits.")
     num_experts: int = Field(0, ge=0, description="Experts E in the place of an MLP; 0 for plain MLPs.")
     num_experts_per_tok: int = Field(1, gt=0, description="Experts that compute each token.")
     moe_intermediate_size: int | None = Field(None, gt=0, description="An expert's width; intermediate_size if null.")
@@ -88,8 +113,13 @@ class ModelConfig(Settings):
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+        for rope in self.ropes:
+            if self.rotated(rope) % 2:
+                raise ValueError(f"an odd number of dimensions of a head is rotated: {self.rotated(rope)}")
+        for key in ("layer_types", "no_rope_layers"):
+            value = getattr(self, key)
+            if value is not None and len(value) < self.num_hidden_layers:
+                raise ValueError(f"{key} lists {len(value)} layers of {self.num_hidden_layers}")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is more than all {self.num_experts}")
         return self
@@ -117,12 +147,14 @@ class ModelConfig(Settings):
             InputError: Unknown family, an unsupported option, or values that do not fit together.
         """
         _require_supported(data, name)
-        fields: dict[str, Any] = {**FAMILIES[data["model_type"]].defaults}
-        for key, value in data.items():
-            if value is not None:
-                fields[key] = value
-        if "sliding_window" in data and data["sliding_window"] is None:
-            fields.pop("sliding_window", None)  # an explicit null turns off the window that is the family's default
+        family = FAMILIES[data["model_type"]]
+        fields: dict[str, Any] = {**family.defaults, **data}
+        for key in [key for key, value in fields.items() if value is None or key in _OF_SOME - family.reads]:
+            del fields[key]  # an explicit null turns off the family's default, such as a window
+        fields |= {**family.complete(fields), **family.fixed}
+        if fields.get("hidden_act", "silu") not in get_args(Activation):
+            expected = ", ".join(get_args(Activation))
+            raise InputError(f"{name}: hidden_act {fields['hidden_act']!r} is not supported, expected {expected}")
 
         heads: Any = fields.get("num_attention_heads")
         width: Any = fields.get("hidden_size")
@@ -135,7 +167,7 @@ class ModelConfig(Settings):
 
         dtype = fields.get("dtype", fields.get("torch_dtype", "float32"))  # transformers 5, transformers 4
         fields["dtype"] = str(dtype).removeprefix("torch.")
-        fields["rope"] = _rope(data, name)
+        fields["rope"], fields["local_rope"] = _ropes(fields, name)
         fields["source"] = data
         try:
             return validate(fields, cls, name=name)
@@ -162,17 +194,53 @@ class ModelConfig(Settings):
         source = dict(self.source)
         if source:
             key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
-            rope_source = {**(source.get(key) or {}), **changed}
+            ropes = source.get(key) or {}
+            rope_source = {**ropes.get(_FULL, ropes), **changed}
             rope_source.pop("type", None)  # the former name of rope_type
             source["max_position_embeddings"] = context
-            source[key] = rope_source
+            source[key] = {**ropes, _FULL: rope_source} if _FULL in ropes else rope_source
         rope = self.rope.model_copy(update=changed)
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
 
     @property
     def ropes(self) -> list[Rope]:
         """The model's rotations, of which each layer uses one or none."""
-        return [self.rope]
+        return [self.rope] if self.local_rope is None else [self.rope, self.local_rope]
+
+    def rotated(self, rope: Rope) -> int:
+        """The number of a head's dimensions that ``rope`` rotates."""
+        return int(self.head_dim * rope.partial_rotary_factor)
+
+    @property
+    def rope_switch(self) -> int | None:
+        """With ``longrope``, the length beyond which all positions of a sequence are rotated in another way."""
+        switches = [rope.original_max_position_embeddings for rope in self.ropes if rope.rope_type == "longrope"]
+        return switches[0] if switches else None
+
+    def rotates_alike(self, lengths: Sequence[int]) -> bool:
+        """Whether the same tokens at the beginning of sequences of these lengths are rotated in the same way."""
+        switch = self.rope_switch
+        return switch is None or max(lengths) <= switch or min(lengths) > switch
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, if it has one."""
+        return self.sliding_window if self._is_sliding(layer) else None
+
+    def rope_of(self, layer: int) -> int | None:
+        """Which of :attr:`ropes` a layer uses; ``None`` for no rotation."""
+        if self.no_rope_layers is not None and not self.no_rope_layers[layer]:
+            return None
+        return 1 if self.local_rope is not None and self._is_sliding(layer) else 0
+
+    def _is_sliding(self, layer: int) -> bool:
+        return self.layer_types is None or self.layer_types[layer] == "sliding_attention"
+
+    @property
+    def attention_scale(self) -> float | None:
+        """The factor of scores; ``None`` for ``H**-0.5``."""
+        if self.query_pre_attn_scalar is not None:
+            return 1 / math.sqrt(self.query_pre_attn_scalar)
+        return self.attention_multiplier
 
     @property
     def expert_width(self) -> int:
@@ -188,6 +256,11 @@ class ModelConfig(Settings):
     def names(self) -> DecoderNames:
         """The family's names of the parts."""
         return FAMILIES[self.model_type].names
+
+    @property
+    def block(self) -> Block:
+        """What the family's layers compute."""
+        return FAMILIES[self.model_type].block
 
     @property
     def keeps_dtype(self) -> bool:
@@ -206,10 +279,10 @@ class ModelConfig(Settings):
             return without_quantization(self.source) | changed
 
         # A config that was made in Python.
+        family = FAMILIES[self.model_type]
         return {
-            "architectures": [FAMILIES[self.model_type].architecture],
-            "hidden_act": "silu",
-            **self.model_dump(exclude={"rope", "source"}),
+            "architectures": [family.architecture],
+            **self.model_dump(exclude={"rope", "local_rope", "source", *(_OF_SOME - family.reads)}),
             "rope_parameters": self.rope.model_dump(exclude_none=True),
         }
 
@@ -231,8 +304,11 @@ def _require_supported(data: dict[str, Any], name: str) -> None:
             hint=hint,
         )
 
-    if data.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"{name}: hidden_act {data['hidden_act']!r} is not supported, expected 'silu'")
+    if data.get("use_bidirectional_attention"):
+        raise InputError(f"{name}: use_bidirectional_attention: tokens see later ones, so this model cannot write text")
+    types = set(data.get("layer_types") or ())
+    if len(types) > 1 and "layer_types" not in FAMILIES[data["model_type"]].reads:
+        raise InputError(f"{name}: layer_types: models of type {family} have layers of one type, got {sorted(types)}")
 
     require_readable(data, name)
 
@@ -248,21 +324,51 @@ _NEEDED_BY_ROPE_TYPE: dict[str, tuple[str, ...]] = {
 """Keys that each rope type cannot do without."""
 
 
-def _rope(data: dict[str, Any], name: str) -> dict[str, Any]:
-    """The rope settings of ``config.json``.
+_FULL, _SLIDING = get_args(LayerType)
 
-    transformers 5 writes ``rope_parameters``, transformers 4 ``rope_theta`` and ``rope_scaling``.
+_OF_SOME = frozenset(
+    (
+        "attention_out_bias",
+        "attention_multiplier",
+        "attn_logit_softcapping",
+        "embedding_multiplier",
+        "final_logit_softcapping",
+        "layer_types",
+        "logits_scaling",
+        "no_rope_layers",
+        "query_pre_attn_scalar",
+        "residual_multiplier",
+    )
+)
+"""Fields that only some families have: in the others' ``config.json`` such a key means nothing."""
+
+
+def _ropes(fields: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The rotation of all layers, or of those with full attention, and that of those with a window, if they have one.
+
+    transformers 5 writes ``rope_parameters``, by type of layer where they differ, transformers 4 ``rope_scaling``,
+    ``rope_theta`` and ``rope_local_base_freq``.
     """
-    scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise InputError(f"{name}: rope_scaling: expected an object, got {type(scaling).__name__}")
 
+    local = None
+    if "rope_local_base_freq" in fields:
+        own = scaling.get(_SLIDING) or {}
+        local = _rope({"rope_theta": fields["rope_local_base_freq"], **own}, fields, name)
+    return _rope(scaling.get(_FULL, scaling), fields, name), local
+
+
+def _rope(scaling: dict[str, Any], fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """One rotation, from its own keys and those of ``config.json``."""
     rope = {key: value for key, value in scaling.items() if value is not None}
     rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", data.get("rope_theta", 10000.0))
-    if "original_max_position_embeddings" not in rope:
-        context = data.get("original_max_position_embeddings", data.get("max_position_embeddings", 2048))
-        rope["original_max_position_embeddings"] = context
+    rope.setdefault("rope_theta", fields.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if "original_max_position_embeddings" in fields:
+        rope["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
+    rope.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings", 2048))
 
     rope_type = rope["rope_type"]
     if rope_type not in _NEEDED_BY_ROPE_TYPE:

@@ -1,22 +1,35 @@
-"""The Llama-shaped decoder. Parameters have the family's names, so checkpoints load and save without a mapping.
+"""The decoder. Parameters have the family's names, so checkpoints load and save without a mapping.
 
 Modules look up their children by these names on every call, because methods put other modules in the children's places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.cached import CachedAttention
+from lit_lora.model.attention.documents import Layout
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.interface import Checkpointing
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.layers import MLP, Linear, RMSNorm, add_part, checkpointed, project, recomputed
+from lit_lora.model.layers import (
+    MLP,
+    AddRMSNorm,
+    Linear,
+    Projections,
+    RMSNorm,
+    ScaledEmbedding,
+    add_part,
+    checkpointed,
+    recomputed,
+)
 from lit_lora.model.moe import MixtureOfExperts
 
 __all__ = ["CausalLM", "Decoder", "DecoderLayer", "SelfAttention"]
@@ -27,39 +40,72 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.layer = LayerAttention(index, window=config.sliding_window)
+        self.layer = LayerAttention(
+            index,
+            window=config.window_of(index),
+            scale=config.attention_scale,
+            softcap=config.attn_logit_softcapping,
+            rope=config.rope_of(index),
+        )
+        self.block = config.block
         self.head_dim = config.head_dim
         names = config.names
         width = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
-        self._query = add_part(self, names.query, Linear(width, query_width, bias=bias))
-        self._key = add_part(self, names.key, Linear(width, key_width, bias=bias))
-        self._value = add_part(self, names.value, Linear(width, key_width, bias=bias))
-        self._out = add_part(self, names.attention_out, Linear(query_width, width, bias=bias))
+        out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
+
+        parts, sizes = (names.query, names.key, names.value), (query_width, key_width, key_width)
+        self._projections = Projections(self, parts, width, sizes, bias=bias)
+        self._out = add_part(self, names.attention_out, Linear(query_width, width, bias=out_bias))
+        self._query_norm = self._add_norm(names.query_norm, query_width, config)
+        self._key_norm = self._add_norm(names.key_norm, key_width, config)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend among the tokens of ``x``, (T, D) to (T, D)."""
-        projections = [getattr(self, name) for name in (self._query, self._key, self._value)]
-        query, key, value = project(x, *projections)
-        context = attend(self.layer, self._heads(query), self._heads(key), self._heads(value))  # (T, N, H)
+        query, key, value = self._projections(self, x)
+        layer, value = self.layer, self._heads(value)
+        if self.block.norm_after_rope:
+            query, key = (attend.rotate(layer, self._heads(projected)) for projected in (query, key))
+            layer = self._rotated
+        query, key = self._normed(self._query_norm, query), self._normed(self._key_norm, key)
+        context = attend(layer, query, key, value)  # (T, N, H)
         out: Tensor = getattr(self, self._out)(context.flatten(-2))
         return out
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``x`` (T, D), each (T, K, H); the keys are not rotated."""
-        key = getattr(self, self._key)(x)
-        value = getattr(self, self._value)(x)
-        return self._heads(key), self._heads(value)
+        _, key, value = self._projections(self, x)
+        return self._normed(self._key_norm, key), self._heads(value)
+
+    def _add_norm(self, name: str | None, width: int, config: ModelConfig) -> str | None:
+        """Make a norm of queries or keys a child; returns what it is called, or ``None`` if there is none."""
+        if name is None:
+            return None
+        spanned = width if self.block.query_key_norm == "width" else self.head_dim
+        return add_part(self, name, RMSNorm(spanned, config))
+
+    def _normed(self, norm: str | None, x: Tensor) -> Tensor:
+        """Queries or keys, (T, heads · H) or (T, heads, H), normed if there is a norm, to (T, heads, H)."""
+        if norm is None:
+            return self._heads(x)
+        over_width = self.block.query_key_norm == "width"
+        normed: Tensor = getattr(self, norm)(x.flatten(1) if over_width else self._heads(x))
+        return self._heads(normed)
+
+    @property
+    def _rotated(self) -> LayerAttention:
+        """How the layer attends with queries and keys that are already rotated."""
+        return replace(self.layer, rope=None)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(T, heads · H) to (T, heads, H)."""
-        return projected.view(*projected.shape[:-1], -1, self.head_dim)
+        return projected.view(projected.shape[0], -1, self.head_dim)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on a normed input and added to the residual stream.
+    """Attention and MLP, each added to the residual stream, with a norm of its input, of its output, or both.
 
     The next norm does the addition, in one pass over memory. So a layer takes and returns two tensors: the stream, and
     the ``delta`` that is still to be added to it.
@@ -68,11 +114,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         names = config.names
-        width, eps = config.hidden_size, config.rms_norm_eps
         self._attention = add_part(self, names.attention, SelfAttention(config, index))
         self._mlp = add_part(self, names.mlp, MixtureOfExperts(config) if config.has_experts(index) else MLP(config))
-        self._attention_norm = add_part(self, names.attention_norm, RMSNorm(width, eps))
-        self._mlp_norm = add_part(self, names.mlp_norm, RMSNorm(width, eps))
+        self._attention_norm = self._add_norm(names.attention_norm, AddRMSNorm, config)
+        self._attention_post_norm = self._add_norm(names.attention_post_norm, RMSNorm, config)
+        self._mlp_norm = self._add_norm(names.mlp_norm, AddRMSNorm, config)
+        self._mlp_post_norm = self._add_norm(names.mlp_post_norm, RMSNorm, config)
+        self.residual_multiplier = config.residual_multiplier
         self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -82,20 +130,39 @@ class DecoderLayer(nn.Module):
         return self._forward(x, delta, attend)
 
     def _forward(self, x: Tensor, delta: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
-        attention_norm = getattr(self, self._attention_norm)
-        attention = getattr(self, self._attention)
-        mlp_norm = getattr(self, self._mlp_norm)
-        mlp = getattr(self, self._mlp)
-
-        x, normed = attention_norm(x, delta)
-        with recomputed(normed, partial(_norm_again, attention_norm, x)):
-            attended = attention(normed, attend)
-
-        x, normed = mlp_norm(x, attended)
+        attention, mlp = getattr(self, self._attention), getattr(self, self._mlp)
         if self.checkpointing == "selective":
-            return x, checkpointed(mlp, normed)
-        with recomputed(normed, partial(_norm_again, mlp_norm, x)):
-            return x, mlp(normed)
+            mlp = partial(checkpointed, mlp)
+
+        def attended_to(normed: Tensor) -> Tensor:
+            attended: Tensor = attention(normed, attend)  # not by keyword: hooks of added modules see positions only
+            return attended
+
+        x, attended = self._sublayer(attended_to, self._attention_norm, self._attention_post_norm, x, delta)
+        return self._sublayer(mlp, self._mlp_norm, self._mlp_post_norm, x, attended)
+
+    def _sublayer(
+        self, call: Callable[[Tensor], Tensor], norm: str | None, post_norm: str | None, x: Tensor, delta: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add ``delta`` to the stream; returns the stream and the output of attention or MLP for it, to be added."""
+        if norm is None:
+            x = x if delta is None else x + delta
+            out = call(x)
+        else:
+            norm_module = getattr(self, norm)
+            x, normed = norm_module(x, delta)
+            with recomputed(normed, partial(_norm_again, norm_module, x)):
+                out = call(normed)
+
+        if post_norm is not None:
+            out = getattr(self, post_norm)(out)
+        if self.residual_multiplier != 1.0:
+            out = out * self.residual_multiplier
+        return x, out
+
+    def _add_norm(self, name: str | None, kind: type[RMSNorm], config: ModelConfig) -> str | None:
+        """Make a norm a child; returns what it is called, or ``None`` if the family has none."""
+        return None if name is None else add_part(self, name, kind(config.hidden_size, config))
 
 
 def _norm_again(norm: nn.Module, total: Tensor) -> Tensor:
@@ -111,9 +178,11 @@ class Decoder(nn.Module):
         super().__init__()
         names = config.names
         layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self._embedding = add_part(self, names.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
+        embedding = ScaledEmbedding if config.block.scaled_embedding else nn.Embedding
+        self._embedding = add_part(self, names.embedding, embedding(config.vocab_size, config.hidden_size))
         self._layers = add_part(self, names.layers, layers)
-        self._norm = add_part(self, names.norm, RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self._norm = add_part(self, names.norm, AddRMSNorm(config.hidden_size, config))
+        self.embedding_multiplier = config.embedding_multiplier
         self.prefix_length = 0
         """Positions before every document that are taken by an added module, such as a prefix."""
 
@@ -130,6 +199,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Map embedded tokens (T, D) to normed hidden states (T, D)."""
+        if self.embedding_multiplier != 1.0:
+            x = x * self.embedding_multiplier
         delta: Tensor | None = None
         for layer in getattr(self, self._layers):
             x, delta = layer(x, delta, attend)
@@ -203,7 +274,10 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., D) to logits (..., V)."""
         logits: Tensor = self.get_output_embeddings()(hidden)
-        return logits
+        if self.config.logits_scaling != 1.0:
+            logits = logits / self.config.logits_scaling
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden_states(
         self,
@@ -244,6 +318,10 @@ class CausalLM(nn.Module):
             packed_length = sum(lengths) - shared_prefix * (len(lengths) - 1)
             if packed_length != batch_size * tokens or min(lengths) < shared_prefix:
                 raise ValueError(f"lengths sum to {packed_length}, the row has {batch_size * tokens} tokens")
+            if shared_prefix and not self.config.rotates_alike(lengths):
+                layout = Layout(lengths, shared_prefix)  # the prefix is not the same in all of them
+                whole_rows = self.hidden_states(layout.spread(input_ids[0])[None], lengths=lengths)
+                return layout.gather(whole_rows[0])[None]
             attention = PackedAttention(self.config, lengths, input_ids.device, shared_prefix=shared_prefix)
 
         # The decoder sees one flat row of tokens; only attention knows where documents and rows begin.

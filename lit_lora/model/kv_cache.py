@@ -46,6 +46,9 @@ class KVCache:
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self.max_length = max_length
         self.length = 0
+        self.expected = 0
+        """At least this many tokens follow in the next passes, as those of a prompt that is read in pieces: rotations
+        that depend on a sequence's length count them."""
         self.prefix_length = 0
         """Slots before all tokens, for a prefix of every row: see :meth:`reserve`. Filled once there are tokens."""
 
@@ -70,6 +73,13 @@ class KVCache:
         if self.padding is not None:
             positions = (positions - self.padding[:, None]).clamp(min=0)
         return positions + self.prefix_length
+
+    def lengths(self, tokens: int) -> list[int]:
+        """How long each row is after the next ``tokens`` tokens or those expected, with its prefix, without padding."""
+        length = self.prefix_length + self.length + max(tokens, self.expected)
+        if self.padding is None:
+            return [length] * self.batch_size
+        return [length - padding for padding in self.padding.tolist()]
 
     def mask(self, tokens: int, window: int | None) -> Tensor | None:
         """Which stored tokens the next ``tokens`` tokens may see.
@@ -161,6 +171,7 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` tokens as stored."""
         self.length += tokens
+        self.expected = max(self.expected - tokens, 0)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: RMS norm and gated MLP.
+"""The parts of a decoder layer: RMS norms and gated MLP.
 
 A module's children have the names that its family gives them, so a parameter is called here what its checkpoint calls
 it. A module keeps these names and looks a child up by them, because methods put other modules in the children's places.
@@ -6,19 +6,31 @@ it. A module keeps these names and looks a child up by them, because methods put
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_lora.model.config import ModelConfig
-from lit_lora.model.ops import add_rms_norm, linear, swiglu
+from lit_lora.model.config import Activation, ModelConfig
+from lit_lora.model.ops import add_rms_norm, geglu, linear, swiglu
 
-__all__ = ["MLP", "Linear", "RMSNorm", "add_part", "checkpointed", "project", "recomputed"]
+__all__ = [
+    "MLP",
+    "AddRMSNorm",
+    "Linear",
+    "Projections",
+    "RMSNorm",
+    "ScaledEmbedding",
+    "add_part",
+    "checkpointed",
+    "project",
+    "recomputed",
+]
 
 R = TypeVar("R")
 
@@ -32,24 +44,50 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) * weight`` of the residual stream, after adding to it.
+    """``x / sqrt(mean(x²) + eps) * (offset + weight)``.
+
+    Args:
+        width: Of what is normed, D.
+        config: Its ``rms_norm_eps``, and the family's offset.
+    """
+
+    def __init__(self, width: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, config.block.norm_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D) in the dtype of ``x``."""
+        return add_rms_norm(x, None, self.weight, self.eps, self.offset)[1]
+
+
+class AddRMSNorm(RMSNorm):
+    """:class:`RMSNorm` of the residual stream, after adding to it.
 
     The output of attention or an MLP reaches the stream here and not where it is computed: adding and norming are one
     pass over memory instead of two. So a layer hands on the stream ``x`` and, as ``delta``, what is still to be added.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``x + delta`` and its norm, each (..., D) in the dtype of ``x``."""
-        return add_rms_norm(x, delta, self.weight, self.eps)
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding times the root of its width, rounded to the dtype of its weight as transformers does it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embed (...,) int64 to (..., D)."""
+        return super().forward(input) * self.embed_scale
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """The factor, a scalar."""
+        return torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype, device=self.weight.device)
 
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``. Source: arXiv:2002.05202 (SwiGLU).
+    """``down(activation(gate(x)) * up(x))``. Source: arXiv:2002.05202.
 
     Args:
         config: Sizes and names.
@@ -60,17 +98,57 @@ class MLP(nn.Module):
         super().__init__()
         names, width = config.names, config.hidden_size
         inner = inner or config.intermediate_size
-        self._gate = add_part(self, names.mlp_gate, Linear(width, inner, bias=config.mlp_bias))
-        self._up = add_part(self, names.mlp_in, Linear(width, inner, bias=config.mlp_bias))
+        self.gated = _GATED[config.hidden_act]
+        gate_and_up = names.mlp_gate, names.mlp_in
+        self._gate_and_up = Projections(self, gate_and_up, width, (inner, inner), bias=config.mlp_bias)
         self._down = add_part(self, names.mlp_out, Linear(inner, width, bias=config.mlp_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        gate, value = project(x, getattr(self, self._gate), getattr(self, self._up))
-        inner = swiglu(gate, value)
-        with recomputed(inner, lambda: swiglu(gate, value)):
+        gate, value = self._gate_and_up(self, x)
+        inner = self.gated(gate, value)
+        with recomputed(inner, lambda: self.gated(gate, value)):
             out: Tensor = getattr(self, self._down)(inner)
         return out
+
+
+def _geglu_exact(gate: Tensor, value: Tensor) -> Tensor:
+    return F.gelu(gate) * value
+
+
+_GATED: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": swiglu,
+    "swish": swiglu,
+    "gelu": _geglu_exact,
+    "gelu_pytorch_tanh": geglu,
+}
+
+
+class Projections:
+    """Linear layers of one input; if they have one name, they are fused: one layer, whose output is theirs in order.
+
+    Args:
+        parent: Gets the layers as children, in place.
+        names: The name of each.
+        width: Of the input, D.
+        sizes: The size of each one's output.
+        bias: Whether they have a bias.
+    """
+
+    def __init__(
+        self, parent: nn.Module, names: Sequence[str], width: int, sizes: Sequence[int], *, bias: bool
+    ) -> None:
+        self.sizes = list(sizes)
+        widths = dict(zip(names, sizes, strict=True)) if len(set(names)) > 1 else {names[0]: sum(sizes)}
+        self.children = [add_part(parent, name, Linear(width, size, bias=bias)) for name, size in widths.items()]
+
+    def __call__(self, parent: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """Map (..., D) to the outputs, (..., size) each, by the children that ``parent`` has now."""
+        outputs = project(x, *[getattr(parent, child) for child in self.children])
+        if len(outputs) == len(self.sizes):
+            return outputs
+        (fused,) = outputs
+        return tuple(part.contiguous() for part in torch.split(fused, self.sizes, dim=-1))  # as kernels take them
 
 
 def add_part(parent: nn.Module, name: str, part: nn.Module) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lit_lora import kernels
 from lit_lora.model.products import sum_of_products
 
-__all__ = ["add_rms_norm", "attention", "linear", "rotate", "swiglu", "to_device"]
+__all__ = ["add_rms_norm", "attention", "geglu", "linear", "rotate", "swiglu", "to_device", "to_halves"]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -32,14 +32,17 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)  # only a copy from pinned memory does not block
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and norm the sum: ``s = x + delta``, ``s / sqrt(mean(s²) + eps) * weight``.
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and norm the sum: ``s = x + delta``, ``s / sqrt(mean(s²) + eps) * (offset + weight)``.
 
     Args:
         x: (..., D).
         delta: (..., D), or ``None`` for nothing to add.
         weight: (D,).
         eps: Added to the mean square.
+        offset: Added to the weight, in float32.
 
     Returns:
         ``s`` and the normed ``s``, both (..., D) in the dtype of ``x``.
@@ -48,29 +51,36 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     """
     if kernels.usable(x, weight, *([] if delta is None else [delta]), kernel="add_rms_norm"):
         if not torch.is_grad_enabled():  # without autograd's bookkeeping: a third of the time for one token
-            return _added_and_normed(x, delta, weight, eps)[:2]
-        return _AddRMSNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call, no-any-return]
+            return _added_and_normed(x, delta, weight, eps, offset)[:2]
+        return _AddRMSNorm.apply(x, delta, weight, eps, offset)  # type: ignore[no-untyped-call, no-any-return]
 
     total = x if delta is None else x + delta
     wide = total.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if offset:
+        return total, (normal * (offset + weight.float())).to(x.dtype)
     return total, normal.to(x.dtype) * weight
 
 
-def _added_and_normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _added_and_normed(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """By the kernel: the sum, its norm, both (..., D), and per row ``1 / sqrt(mean(s²) + eps)``, (rows,) float32."""
     width = x.shape[-1]
     total = x if delta is None else torch.empty_like(x)  # with nothing to add, the kernel leaves x as it is
     normed = torch.empty_like(x)
     roots = x.new_empty(x.numel() // width, dtype=torch.float32)
-    kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps)
+    kernels.call("add_rms_norm", x, delta, weight, total, normed, roots, roots.numel(), width, eps, offset)
     return total, normed, roots
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total, normed, roots = _added_and_normed(x, delta, weight, eps)
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, roots = _added_and_normed(x, delta, weight, eps, offset)
+        ctx.offset = offset
         ctx.save_for_backward(total, weight, roots)
         ctx.set_materialize_grads(False)  # the last norm's sum is not used: None instead of a tensor of zeros
         return total, normed
@@ -79,9 +89,9 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, roots = ctx.saved_tensors
-        _, needs_delta, needs_weight, _ = ctx.needs_input_grad
+        _, needs_delta, needs_weight, _, _ = ctx.needs_input_grad
         if grad_normed is None:
-            return grad_total, grad_total, None, None
+            return grad_total, grad_total, None, None, None
 
         grad_weight = None
         if needs_weight:
@@ -92,9 +102,10 @@ class _AddRMSNorm(torch.autograd.Function):
         grad_normed = grad_normed.contiguous()
         grad_total = None if grad_total is None else grad_total.contiguous()
         width = total.shape[-1]
-        kernels.call("rms_norm_backward", grad_normed, grad_total, total, weight, roots, grad, roots.numel(), width)
+        sizes = roots.numel(), width, ctx.offset
+        kernels.call("rms_norm_backward", grad_normed, grad_total, total, weight, roots, grad, *sizes)
         # x and delta were added, so both have the gradient of the sum.
-        return grad, grad if needs_delta else None, grad_weight, None
+        return grad, grad if needs_delta else None, grad_weight, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -156,47 +167,63 @@ own, and every panel would touch all of them again."""
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """``silu(gate) * value`` of two tensors of one shape. Source: arXiv:2002.05202."""
     if kernels.usable(gate, value, kernel="swiglu"):
-        if not torch.is_grad_enabled():
-            return _swiglu(gate, value)
-        return _SwiGLU.apply(gate, value)  # type: ignore[no-untyped-call, no-any-return]
+        return _gated(gate, value, "swiglu")
     return F.silu(gate) * value
 
 
-def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    """:func:`swiglu` by the kernel."""
+def geglu(gate: Tensor, value: Tensor) -> Tensor:
+    """``gelu(gate) * value``, by gelu's approximation with tanh. Source: arXiv:2002.05202 and arXiv:1606.08415 §2."""
+    if kernels.usable(gate, value, kernel="geglu"):
+        return _gated(gate, value, "geglu")
+    return F.gelu(gate, approximate="tanh") * value
+
+
+def _gated(gate: Tensor, value: Tensor, kernel: str) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _gated_by_kernel(gate, value, kernel)
+    return _Gated.apply(gate, value, kernel)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _gated_by_kernel(gate: Tensor, value: Tensor, kernel: str) -> Tensor:
     out = torch.empty_like(gate)
-    kernels.call("swiglu", gate, value, out, gate.numel())
+    kernels.call(kernel, gate, value, out, gate.numel())
     return out
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, value: Tensor, kernel: str) -> Tensor:
         ctx.save_for_backward(gate, value)
-        return _swiglu(gate, value)
+        ctx.kernel = kernel
+        return _gated_by_kernel(gate, value, kernel)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, value = ctx.saved_tensors
         grad_gate, grad_value = torch.empty_like(gate), torch.empty_like(value)
         grad = grad.contiguous()
-        kernels.call("swiglu_backward", grad, gate, value, grad_gate, grad_value, gate.numel())
-        return grad_gate, grad_value
+        kernels.call(f"{ctx.kernel}_backward", grad, gate, value, grad_gate, grad_value, gate.numel())
+        return grad_gate, grad_value, None
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, neighbors: bool = False) -> Tensor:
     """Turn each pair ``(x_i, x_{i+R/2})`` of the first R dimensions by its position's angle.
 
     Args:
         x: (T, heads, H).
         cosine: (T, R/2) float32. With R < H, the dimensions from R on stay as they are.
         sine: (T, R/2) float32.
+        neighbors: The pairs are ``(x_{2i}, x_{2i+1})`` instead.
 
     Returns:
         (T, heads, H) in the dtype of ``x``.
     """
     rotated = 2 * cosine.shape[1]
+    if neighbors:
+        turned = rotate(to_halves(x, rotated), cosine, sine)
+        pairs = turned[..., :rotated].reshape(*x.shape[:-1], 2, -1).mT.flatten(-2)
+        return torch.cat((pairs, turned[..., rotated:]), dim=-1)
     if rotated < x.shape[-1]:
         if not rotated:
             return x
@@ -211,6 +238,12 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)  # (T, heads, H/2) each
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def to_halves(x: Tensor, rotated: int) -> Tensor:
+    """(T, heads, H) with the first R = ``rotated`` dimensions in the order 0, 2, 4 …, 1, 3, 5 …."""
+    halves = x[..., :rotated].reshape(*x.shape[:-1], -1, 2).mT.flatten(-2)
+    return torch.cat((halves, x[..., rotated:]), dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -7,29 +7,48 @@ A pair of dimensions ``(i, i + H/2)`` of a head turns by ``position * frequency_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_lora.model.config import ModelConfig, Rope
-from lit_lora.model.ops import to_device
+from lit_lora.model.ops import rotate, to_device, to_halves
 
 __all__ = ["UNROTATED", "RopeTable", "inverse_frequencies", "rope_tables"]
 
 
 class RopeTable(NamedTuple):
-    """How one rotation turns the heads of some rows: the arguments of :func:`lit_lora.model.ops.rotate`."""
+    """How one rotation turns the heads of some rows."""
 
     cosine: Tensor
     """(T, R/2) float32, of R rotated dimensions; with the attention factor of ``yarn`` and ``longrope``."""
     sine: Tensor
     """Likewise."""
+    neighbors: bool = False
+    """Dimensions ``2 i`` and ``2 i + 1`` turn together, not ``i`` and ``i + R/2``."""
+    query_scale: Tensor | None = None
+    """(T, 1, 1) float32, a factor of queries; ``None`` for 1."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """(T, heads, H), turned."""
+        return rotate(x, self.cosine, self.sine, self.neighbors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those it consists of, in one order."""
+        tensors = [self.cosine, self.sine, self.query_scale]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RopeTable:
-        """The same with both tensors changed."""
-        return self._replace(cosine=change(self.cosine), sine=change(self.sine))
+        """The same with all tensors changed."""
+        scale = None if self.query_scale is None else change(self.query_scale)
+        return self._replace(cosine=change(self.cosine), sine=change(self.sine), query_scale=scale)
+
+    def halved(self, x: Tensor) -> Tensor:
+        """(T, heads, H) queries or keys, with dimensions that turn together moved to ``i`` and ``i + R/2``."""
+        return to_halves(x, 2 * self.cosine.shape[1]) if self.neighbors else x
 
     def without(self, rows: Tensor) -> RopeTable:
         """The same, but ``rows``, (T,) bool, stay as they are: cosine 1 and sine 0 turn nothing."""
@@ -41,25 +60,45 @@ UNROTATED = RopeTable(torch.empty(0, 0), torch.empty(0, 0))
 """The table that turns no dimension of any row."""
 
 
-def rope_tables(config: ModelConfig, positions: Tensor, length: int) -> list[RopeTable]:
+def rope_tables(config: ModelConfig, positions: Tensor, lengths: Sequence[tuple[int, int]]) -> list[RopeTable]:
     """The table of each of a model's rotations, in the order of the config's ``ropes``.
 
     Args:
         config: The model's.
         positions: (T,) int64.
-        length: The longest sequence among them; ``dynamic`` and ``longrope`` choose the frequencies by it.
+        lengths: For every sequence in turn, how many of the positions are its, and how long it is in all. ``dynamic``
+            and ``longrope`` choose their frequencies by it.
     """
     tables = []
     for rope in config.ropes:
-        frequencies, factor = inverse_frequencies(config, rope, length)
-        angles = positions.to(torch.float32)[:, None] * to_device(frequencies, positions.device)[None, :]  # (T, R/2)
-        tables.append(RopeTable(angles.cos() * factor, angles.sin() * factor))
+        frequencies, factor = _frequencies(config, rope, lengths)
+        angles = positions.to(torch.float32)[:, None] * to_device(frequencies, positions.device)  # (T, R/2)
+        query_scale = None
+        if rope.llama_4_scaling_beta is not None:
+            contexts = positions // _context(config, rope)
+            query_scale = (1 + rope.llama_4_scaling_beta * torch.log1p(contexts.float()))[:, None, None]
+        tables.append(
+            RopeTable(angles.cos() * factor, angles.sin() * factor, config.block.rope_pairs == "neighbors", query_scale)
+        )
     return tables
+
+
+def _frequencies(config: ModelConfig, rope: Rope, lengths: Sequence[tuple[int, int]]) -> tuple[Tensor, float]:
+    """Those of each row, (T or 1, R/2) float32, and the factor on cosine and sine."""
+    if rope.rope_type not in ("dynamic", "longrope"):
+        frequencies, factor = inverse_frequencies(config, rope)
+        return frequencies[None], factor
+    rows, factors = [], [1.0]
+    for count, length in lengths:
+        frequencies, factor = inverse_frequencies(config, rope, length)
+        rows.append(frequencies.expand(count, -1))
+        factors.append(factor)  # the same for all lengths
+    return torch.cat(rows), factors[-1]
 
 
 def inverse_frequencies(config: ModelConfig, rope: Rope, length: int = 0) -> tuple[Tensor, float]:
     """Rotation per position of each dimension pair, (R/2,) float32, and the factor on cosine and sine."""
-    size = config.head_dim
+    size = config.rotated(rope)
     exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size  # (H/2,)
     plain = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
@@ -90,7 +129,7 @@ def _dynamic(config: ModelConfig, rope: Rope, exponents: Tensor, length: int) ->
     """NTK-aware base that grows with the sequence beyond the trained context."""
     factor = _factor(config, rope)
     context = config.max_position_embeddings
-    size = config.head_dim
+    size = config.rotated(rope)
     stretch = factor * max(length, context) / context - (factor - 1)
     base: float = rope.rope_theta * stretch ** (size / (size - 2))
     return 1.0 / base**exponents
@@ -111,7 +150,7 @@ def _llama3(rope: Rope, plain: Tensor) -> Tensor:
 
 def _yarn(config: ModelConfig, rope: Rope, plain: Tensor) -> tuple[Tensor, float]:
     """Interpolation by parts with an attention temperature. Source: YaRN (arXiv:2309.00071) §3."""
-    size = config.head_dim
+    size = config.rotated(rope)
     factor = _factor(config, rope)
     context = _context(config, rope)
 

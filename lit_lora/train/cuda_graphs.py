@@ -215,4 +215,5 @@ def _capturable(model: Any) -> bool:
     weight = model.get_input_embeddings().get_parameter("weight")
     query = weight.new_empty(1, config.num_attention_heads, config.head_dim)
     key = weight.new_empty(1, config.num_key_value_heads, config.head_dim)
-    return flash.usable(LayerAttention(0), query, key, key)
+    layer = LayerAttention(0, softcap=config.attn_logit_softcapping)
+    return config.rope_switch is None and flash.usable(layer, query, key, key)

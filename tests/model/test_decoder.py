@@ -84,7 +84,7 @@ def test_lengths_that_do_not_cover_the_row_are_refused(model: CausalLM) -> None:
         ({"hidden_size": "many"}, "hidden_size"),
         ({"rope_scaling": {"type": "cubic"}}, "'cubic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "needs low_freq_factor, high_freq_factor"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
     ],
 )

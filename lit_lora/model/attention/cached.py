@@ -9,7 +9,7 @@ from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 from lit_lora.model.config import ModelConfig
 from lit_lora.model.kv_cache import KVCache
-from lit_lora.model.ops import attention, rotate
+from lit_lora.model.ops import attention
 from lit_lora.model.rope import rope_tables
 
 __all__ = ["CachedAttention"]
@@ -31,8 +31,8 @@ class CachedAttention:
         self.config, self.cache = config, cache
         self.batch_size = batch_size
         self.tokens = tokens
-        length = cache.prefix_length + cache.length + tokens
-        self.ropes = rope_tables(config, cache.positions(tokens).reshape(-1), length)
+        lengths = [(tokens, length) for length in cache.lengths(tokens)]
+        self.ropes = rope_tables(config, cache.positions(tokens).reshape(-1), lengths)
         self._masks: dict[int | None, Tensor | None] = {}  # by window
 
     def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,9 +48,11 @@ class CachedAttention:
             (B·T, N, J) in the dtype of ``query``.
         """
         rope = layer.rope_table(self.ropes)
+        if rope.query_scale is not None:
+            query = query * rope.query_scale.to(query.dtype)
         q, k, v = (
             tensor.view(self.batch_size, self.tokens, *tensor.shape[1:]).transpose(1, 2)  # (B, heads, T, H)
-            for tensor in (rotate(query, *rope), rotate(key, *rope), value)
+            for tensor in (rope.rotate(query), rope.rotate(key), value)
         )
         keys, values = self.cache.append(layer.index, k, v)
         mask = self._mask(layer.window)
@@ -72,7 +74,7 @@ class CachedAttention:
 
     def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(B·T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *layer.rope_table(self.ropes))
+        return layer.rope_table(self.ropes).rotate(x)
 
     def token_positions(self) -> Tensor:
         """(B·T,) int64: the position of each row in its document."""

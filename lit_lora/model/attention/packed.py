@@ -11,13 +11,14 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from lit_lora.errors import InputError
 from lit_lora.model.attention import flash
 from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.attention.cpu_kernel import packed_attention, usable
 from lit_lora.model.attention.documents import Layout, Places
 from lit_lora.model.config import ModelConfig
-from lit_lora.model.ops import attention, rotate, to_device
-from lit_lora.model.rope import RopeTable, rope_tables
+from lit_lora.model.ops import attention, to_device
+from lit_lora.model.rope import rope_tables
 
 __all__ = ["PackedAttention"]
 
@@ -45,20 +46,20 @@ class PackedAttention:
         self.lengths = list(lengths)
         self.layout = Layout(self.lengths, shared_prefix)
         self.positions = to_device(self.layout.positions(), device)
-        self.ropes = rope_tables(config, self.positions, max(self.lengths))
+        self.ropes = rope_tables(config, self.positions, [(length, length) for length in self.lengths])
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors on the device that attention reads, in one order."""
-        tables = [tensor for rope in self.ropes for tensor in rope]
+        tables = [tensor for rope in self.ropes for tensor in rope.tensors]
         return [*tables, *self.layout.on(self.positions.device)]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> PackedAttention:
         """The same with other :attr:`tensors`."""
         twin = copy(self)
-        pairs = 2 * len(self.ropes)
-        twin.ropes = [RopeTable(*pair) for pair in zip(tensors[:pairs:2], tensors[1:pairs:2], strict=True)]
-        twin.layout = self.layout.copy(Places(*tensors[pairs:]))
+        rest = iter(tensors)
+        twin.ropes = [rope.map(lambda _: next(rest)) for rope in self.ropes]
+        twin.layout = self.layout.copy(Places(*rest))
         return twin
 
     def __call__(self, layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -82,13 +83,16 @@ class PackedAttention:
         taken from the documents and not from it.
         """
         rope = layer.rope_table(self.ropes)
+        if rope.query_scale is not None:
+            query = query * layout.gather(rope.query_scale).to(query.dtype)
         # On a CPU one kernel rotates, finds the shared prefix and attends.
         if usable(layer, query, key, value):
+            query, key = rope.halved(query), rope.halved(key)
             return packed_attention(layer, query, key, value, rope, layout)
 
         # Elsewhere the shared prefix is copied into every document, and taken out of the result again.
         query, key, value = map(layout.spread, (query, key, value))
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key = rope.rotate(query), rope.rotate(key)
         if flash.usable(layer, query, key, value):
             return layout.gather(flash.varlen_attention(layer, query, key, value, layout))
 
@@ -98,7 +102,9 @@ class PackedAttention:
 
     def rotate(self, layer: LayerAttention, x: Tensor) -> Tensor:
         """(T, heads, H) turned by the positions of its rows."""
-        return rotate(x, *layer.rope_table(self.ropes).map(self.layout.gather))
+        if layer.rope is None:
+            return x
+        return self.ropes[layer.rope].map(self.layout.gather).rotate(x)
 
     def token_positions(self) -> Tensor:
         """(T,) int64: the position of each row in its document."""
@@ -117,6 +123,12 @@ class _PackedWithPrefix(PackedAttention):
         shared_prefix = prefix_length + tokens.layout.shared_prefix
         super().__init__(tokens.config, lengths, tokens.positions.device, shared_prefix=shared_prefix)
         self.prefix_length = prefix_length
+        if not rotated and not tokens.config.rotates_alike(lengths):
+            raise InputError(
+                f"documents of at most {tokens.config.rope_switch} tokens and longer ones cannot have the same virtual "
+                "tokens before them, as this model rotates them differently",
+                hint="limit the length of rows with data.max_seq_length, or use a method without virtual tokens",
+            )
 
         if rotated:
             in_prefix = self.positions < prefix_length

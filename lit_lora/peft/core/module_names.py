@@ -22,8 +22,13 @@ __all__ = ["default_names", "names_of", "same_parts", "with_names_of"]
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 _LLAMA = DecoderNames()
-# Last part of Llama's module name -> field of DecoderNames, such as q_proj -> query.
-_PARTS = {getattr(_LLAMA, part.name).rpartition(".")[2]: part.name for part in fields(DecoderNames)}
+# Last part of Llama's module name -> field of DecoderNames, such as q_proj -> query. Of two fields with one name, such
+# as down_proj of an MLP and of experts, it is the first.
+_PARTS = {
+    name.rpartition(".")[2]: part.name
+    for part in reversed(fields(DecoderNames))
+    if (name := getattr(_LLAMA, part.name)) is not None
+}
 
 
 def default_names(*parts: str) -> list[str]:
@@ -71,7 +76,7 @@ def same_parts(patterns: Iterable[str], model: nn.Module) -> list[str]:
         model_name = pattern
         # Also where a module has Llama's name: BART's self_attn returns a tuple, its part is self_attn.out_proj.
         if pattern in _PARTS:
-            model_name = getattr(names, _PARTS[pattern], pattern)  # encoders lack some of a decoder's parts
+            model_name = getattr(names, _PARTS[pattern], None) or pattern  # some models lack some parts
         # A name that matches nothing either stays as it was given, for the message.
         translated.append(model_name if _matches_any(model_name, modules) else pattern)
     return list(dict.fromkeys(translated))

@@ -13,6 +13,7 @@ from lit_lora.peft.core.updates import Rows, Update
 __all__ = [
     "OwnModule",
     "device_of",
+    "embed_scale",
     "freeze",
     "model_updates",
     "own_modules",
@@ -74,6 +75,14 @@ def device_of(module: nn.Module) -> torch.device:
     """The device of a module's tensors; they are all on one."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()))
     return tensor.device
+
+
+def embed_scale(embedding: nn.Module) -> Tensor | float:
+    """The factor by which an embedding, wrapped or not, multiplies the rows that it looks up; in most families 1."""
+    while isinstance(embedding, OwnModule):
+        embedding = embedding.base_layer
+    scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
+    return scale
 
 
 def own_modules(model: nn.Module) -> dict[str, OwnModule]:

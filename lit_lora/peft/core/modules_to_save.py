@@ -16,7 +16,7 @@ from torch.func import functional_call
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.module_names import names_of
-from lit_lora.peft.core.modules import OwnModule, replace_module
+from lit_lora.peft.core.modules import OwnModule, embed_scale, replace_module
 from lit_lora.peft.core.updates import Replace, Rows, Update
 
 __all__ = ["TokenEmbedding", "TokenHead", "TrainedCopy", "find_embedding", "find_head", "train_rows", "train_tokens"]
@@ -91,7 +91,8 @@ class TokenEmbedding(OwnModule):
         # sorting the tokens, and its shapes do not depend on the ids, as a CUDA graph needs.
         slots = self.slots[input_ids]
         base: Tensor = self.base_layer(input_ids.clamp(max=self.base_layer.weight.shape[0] - 1))
-        trained = nn.functional.embedding(slots.clamp(min=0), self.token_rows).to(base.dtype)
+        rows = nn.functional.embedding(slots.clamp(min=0), self.token_rows)
+        trained = (rows * embed_scale(self.base_layer)).to(base.dtype)
         return torch.where((slots >= 0)[..., None], trained, base)
 
     def updates(self) -> dict[str, Update]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_lora.peft.core.modules import OwnModule
+from lit_lora.peft.core.modules import OwnModule, embed_scale
 from lit_lora.peft.core.updates import LowRank, Update
 
 __all__ = ["LoRAEmbedding"]
@@ -35,7 +35,7 @@ class LoRAEmbedding(OwnModule):
         """Embed (...,) int64 to (..., D)."""
         base: Tensor = self.base_layer(input_ids)
         low = nn.functional.embedding(input_ids, self.lora_A.T)  # (..., R)
-        return base + (self.scaling * low @ self.lora_B.T).to(base.dtype)
+        return base + (self.scaling * low @ self.lora_B.T * embed_scale(self.base_layer)).to(base.dtype)
 
     def updates(self) -> dict[str, Update]:
         """``E + s (B A)^T``."""

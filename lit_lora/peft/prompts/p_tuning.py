@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
 from lit_lora.peft.prompts.prompt import Prompt, PromptConfig, PromptMethod
-from lit_lora.peft.prompts.virtual_tokens import embedding_of, only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import embedded, embedding_of, only_rows, refuse
 
 __all__ = ["EncodedPrompt", "PTuningConfig"]
 
@@ -160,8 +160,8 @@ class PTuningConfig(PromptMethod):
         embedding = embedding_of(model)
         # The encoder reads one row per virtual token, none for the fixed ones.
         sized = self.model_copy(update={"num_virtual_tokens": self._virtual})
-        rows = embedding[sized._start_ids(model).to(embedding.device)]
-        template = self._embedded_template(embedding)
+        rows = embedded(model, sized._start_ids(model))
+        template = self._embedded_template(model)
 
         width = embedding.shape[1]
         default_hidden = width if self.encoder == "mlp" else max(width // 2, 1)
@@ -170,23 +170,24 @@ class PTuningConfig(PromptMethod):
             prompt = EncodedPrompt(rows, template, self.encoder, hidden, self.encoder_num_layers)
         prompt.join(host)
 
-    def _embedded_template(self, embedding: Tensor) -> list[int | Tensor]:
+    def _embedded_template(self, model: nn.Module) -> list[int | Tensor]:
         """The template with token ids replaced by their embeddings, (m, D) each.
 
         Raises:
-            UsageError: It has texts, or ids outside the embedding (V, D).
+            UsageError: It has texts, or ids that the model does not have.
         """
-        embedded: list[int | Tensor] = []
+        vocabulary = len(embedding_of(model))
+        parts: list[int | Tensor] = []
         for part in self.template or [self._virtual]:
             if isinstance(part, int):
-                embedded.append(part)
+                parts.append(part)
                 continue
             if isinstance(part, str):
                 raise UsageError("peft.template: expected token ids, got text; call with_text first")
-            if not part or min(part) < 0 or max(part) >= len(embedding):
-                raise UsageError(f"peft.template: expected token ids from 0 to {len(embedding) - 1}, got {part[:10]}")
-            embedded.append(embedding[part])
-        return embedded
+            if not part or min(part) < 0 or max(part) >= vocabulary:
+                raise UsageError(f"peft.template: expected token ids from 0 to {vocabulary - 1}, got {part[:10]}")
+            parts.append(embedded(model, torch.tensor(part)))
+        return parts
 
     def peft_config(self, model: nn.Module) -> dict[str, Any]:
         """``adapter_config.json`` without the base model's name."""

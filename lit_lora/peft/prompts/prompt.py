@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lit_lora.peft.core.added import AddedModule
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, embedding_of, only_rows, refuse
+from lit_lora.peft.prompts.virtual_tokens import EMBEDDINGS, VirtualTokens, embedded, embedding_of, only_rows, refuse
 
 __all__ = ["Prompt", "PromptConfig", "PromptMethod"]
 
@@ -104,7 +104,7 @@ class PromptConfig(PromptMethod):
         host = self._host(model)
         embedding = embedding_of(model)
         if self.init == "tokens":
-            rows = embedding[self._start_ids(model).to(embedding.device)]
+            rows = embedded(model, self._start_ids(model))
         else:
             rows = torch.randn(self.length, embedding.shape[1], device=embedding.device)
         Prompt(rows).join(host)

@@ -14,8 +14,9 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.peft.core.adapter_method import CONFIG, WEIGHTS
 from lit_lora.peft.core.added import AddedMethod, decoder_of
 from lit_lora.peft.core.capabilities import TakesText
+from lit_lora.peft.core.modules import embed_scale
 
-__all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "embedding_of", "only_rows", "refuse"]
+__all__ = ["EMBEDDINGS", "VirtualTokens", "cycled", "embedded", "embedding_of", "only_rows", "refuse"]
 
 EMBEDDINGS = "prompt_embeddings"
 """The only tensor in PEFT's file of a prefix or prompt: one row per virtual token, as computed by any network."""
@@ -101,6 +102,12 @@ def embedding_of(model: nn.Module) -> Tensor:
     """(V, D): the weight of the token embedding; the base's if an adapter wraps it."""
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     return weight.detach()
+
+
+def embedded(model: nn.Module, ids: Tensor) -> Tensor:
+    """(n, D): what the decoder gets for token ids (n,), by the base's embedding if an adapter wraps it."""
+    weight = embedding_of(model)
+    return weight[ids.to(weight.device)] * embed_scale(model.get_input_embeddings())  # type: ignore[operator]
 
 
 def cycled(ids: Sequence[int], length: int) -> list[int]:
