@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.tensors import check_tensors
 from lit_lora.errors import UsageError
+from lit_lora.hf import HostedConfig, HostedLM, build, choose, fill_buffers, read_config
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer
 from lit_lora.quantize import quantize as quantize_matrix
 
-__all__ = ["decoder_linears", "empty_model", "load_model", "stored_shapes"]
+__all__ = ["AnyModel", "decoder_linears", "empty_model", "load_model", "open_checkpoint", "stored_shapes"]
+
+AnyModel = CausalLM | HostedLM
+"""Our own decoder, or one of transformers."""
 
 
 def load_model(
@@ -23,7 +28,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantize: QuantizeConfig | Quantizer | None = None,
-) -> CausalLM:
+) -> AnyModel:
     """Load a checkpoint for inference or finetuning.
 
     On the CPU, tensors that are stored in ``dtype`` stay pages of the mapped file until something writes to them, so
@@ -42,14 +47,15 @@ def load_model(
         UsageError: The folder is quantized in another way than ``quantize``, or the block size does not fit.
     """
     folder = Path(folder)
-    config = ModelConfig.from_folder(folder)
-    model = empty_model(config)
-    stored = StoredParameters(folder, model)
+    model, stored = open_checkpoint(folder, dtype)
     _check_quantization(folder, stored.configs(), quantize)
     to_quantize = set(decoder_linears(model)) if quantize is not None else set()
     expected = stored_shapes(model)
-    check_tensors(folder, stored, expected, head=config.names.head)
+    check_tensors(folder, stored, expected, head=model.config.names.head)
+    if isinstance(model, HostedLM):
+        fill_buffers(model, device)
 
+    names = _names(model)
     for name in expected:
         parent, _, last = name.rpartition(".")
         if stored.quantized(name):
@@ -58,19 +64,56 @@ def load_model(
             tensor = stored.read_once(name).to(device)
             assert quantize is not None
             _put_quantized(model, parent, _quantized(parent, tensor, quantize), dtype or tensor.dtype)
+        elif name in names:
+            parameter = nn.Parameter(stored.read(name, _dtype(model, name, dtype)).to(device))
+            for place in names[name]:
+                _put(model, place, parameter)
         else:
-            module = model.get_submodule(parent)
-            tensor = stored.read(name, dtype).to(device)
-            setattr(module, last, nn.Parameter(tensor) if last in module._parameters else tensor)
+            _put(model, name, stored.read(name).to(device))
 
-    if config.tie_word_embeddings:
-        model.tie_weights()
-    if dtype is not None:
-        model.config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    if isinstance(model, HostedLM):
+        choose(model)
     return model.eval()
 
 
-def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None = None) -> CausalLM:
+def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> tuple[AnyModel, StoredParameters]:
+    """An empty model for a checkpoint, and the parameters that the files have for it.
+
+    Args:
+        folder: A Hugging Face folder.
+        dtype: Dtype of the model; as ``config.json`` says when omitted.
+
+    Raises:
+        InputError: Files are missing or broken, or no model can be built from ``config.json``.
+    """
+    config = read_config(folder)
+    if dtype is not None:
+        config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    model = empty_model(config)
+    stored = StoredParameters(folder, model)
+    if isinstance(model, HostedLM) and config.tie_word_embeddings and _has_own_head(model, stored):
+        model = empty_model(config.model_copy(update={"tie_word_embeddings": False}))
+        stored = StoredParameters(folder, model)
+    return model, stored
+
+
+def _has_own_head(model: HostedLM, stored: StoredParameters) -> bool:
+    """Whether the files of a model that is tied by its config hold a head that is not the embedding.
+
+    Some composite models do not say that they are not tied; transformers decides as here.
+    """
+    (tied,) = (
+        names
+        for names in _names(model).values()
+        if model.get_parameter(names[0]) is model.get_output_embeddings().weight
+    )
+    if not all(name in stored.names() for name in tied):
+        return False
+    embedding, *others = map(stored.read, tied)
+    return not all(torch.equal(embedding, other) for other in others)
+
+
+def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None = None) -> AnyModel:
     """A model on the meta device: shapes and dtypes without memory.
 
     Args:
@@ -80,8 +123,12 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
     Raises:
         UsageError: The block size does not divide the row length of a layer.
     """
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model: AnyModel
+    if isinstance(config, HostedConfig):
+        model = build(config)
+    else:
+        with torch.device("meta"):
+            model = CausalLM(config)
     if quantize is not None:
         model.to(getattr(torch, config.dtype))
         for name in decoder_linears(model):
@@ -92,25 +139,50 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
 
 def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape by name of what a checkpoint of ``model`` has: parameters, each once, and persistent buffers."""
-    parameters = dict(model.named_parameters())
     state = model.state_dict(keep_vars=True)
     buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
-    return {name: tuple(tensor.shape) for name, tensor in {**parameters, **buffers}.items()}
+    return {name: tuple(tensor.shape) for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
 
 
-def decoder_linears(model: CausalLM) -> list[str]:
-    """Names of the layers to quantize: every linear layer except the head."""
+def decoder_linears(model: AnyModel) -> list[str]:
+    """Names of the layers to quantize: every linear layer that the model calls, except the head."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name not in model.not_wrappable
+    ]
 
 
-def _quantized(layer: str, weight: torch.Tensor, quantize: QuantizeConfig | Quantizer) -> Quantized:
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of every parameter, of which a tied one has several, by the first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {of_one[0]: of_one for of_one in names.values()}
+
+
+def _dtype(model: AnyModel, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """``dtype``, or float32 for what transformers never computes in less, such as the rates of a recurrence."""
+    if dtype is None or isinstance(model, CausalLM):
+        return dtype
+    plan = model.net._get_dtype_plan(dtype)
+    return next((kept for pattern, kept in plan.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter or buffer called ``name``."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, tensor)
+
+
+def _quantized(layer: str, weight: Tensor, quantize: QuantizeConfig | Quantizer) -> Quantized:
     if isinstance(quantize, QuantizeConfig):
         return quantize_matrix(weight, quantize, name=f"{layer}.weight")
     return quantize(layer, weight)
 
 
-def _put_quantized(model: CausalLM, name: str, weight: Quantized, dtype: torch.dtype) -> None:
+def _put_quantized(model: nn.Module, name: str, weight: Quantized, dtype: torch.dtype) -> None:
     """Replace the layer called ``name`` with a quantized one that keeps its bias."""
     parent, _, last = name.rpartition(".")
     bias = model.get_submodule(name).bias

@@ -5,8 +5,8 @@ right for the model, so that documents are packed and share a prefix; see :mod:`
 trust: :func:`lit_lora.hf.selftest.choose` compares with the model itself when it is opened.
 """
 
-from lit_lora.hf.causal import HostedLM, build
+from lit_lora.hf.causal import HostedLM, build, fill_buffers
 from lit_lora.hf.config import HostedConfig, config_from_hf, read_config
 from lit_lora.hf.selftest import choose
 
-__all__ = ["HostedConfig", "HostedLM", "build", "choose", "config_from_hf", "read_config"]
+__all__ = ["HostedConfig", "HostedLM", "build", "choose", "config_from_hf", "fill_buffers", "read_config"]

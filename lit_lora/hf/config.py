@@ -107,9 +107,11 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
+    kind = CONFIG_MAPPING[data["model_type"]]
     plain = {key: value for key, value in data.items() if key not in ("quantization_config", "auto_map")}
-    whole = CONFIG_MAPPING[data["model_type"]].from_dict(plain)
+    whole = kind.from_dict(kind._decode_special_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
+    text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
 
