@@ -182,8 +182,8 @@ def run_experts(
     out = second(activate(hidden), groups)
     out = _Moved.apply(out, groups.inverse, groups.order, 1)  # type: ignore[no-untyped-call]
     weighted = out.view(tokens, per_token, -1) * weights.to(x.dtype)[..., None]
-    # Summed in float32 and rounded once.
-    return weighted.sum(1, dtype=torch.float32).to(x.dtype)
+    total: Tensor = weighted.sum(1, dtype=torch.float32)  # rounded once, at the end
+    return total.to(x.dtype)
 
 
 class _Groups:

@@ -1,4 +1,4 @@
-"""LoRA of experts and routers against PEFT's ``target_parameters``, live: same numbers, same files.
+"""LoRA of experts and routers against PEFT's ``target_parameters``, live: same numbers, and files open both ways.
 
 The experts are those of our decoder, and of transformers' models in each layout that exists.
 """

@@ -41,11 +41,9 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     peft_type: ClassVar[str] = "LORA"
     peft_keys: ClassVar[frozenset[str]] = (
-        frozenset(
-            ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"]
-        )
-        | frozenset(["init_lora_weights", "trainable_token_indices", "target_parameters", "megatron_core"])
-        | frozenset(["qalora_group_size", "eva_config"])
+        frozenset(["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"])
+        | frozenset(["bias", "target_parameters", "init_lora_weights", "trainable_token_indices"])
+        | frozenset(["megatron_core", "qalora_group_size", "eva_config"])
     )
     renamed: ClassVar[Mapping[str, str]] = {"start_rows": "init_rows"}
 

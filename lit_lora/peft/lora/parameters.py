@@ -3,9 +3,9 @@
 Every matrix of a stack gets an update of its own, ``W_e + s B_e A_e``. Modules are wrapped as a whole, as in PEFT's
 ``target_parameters``, whose file format this is: all ``A`` are one matrix (E · R, in) and all ``B`` one (out, R · E).
 
-Mixtures of experts, our own and those of transformers with its experts interface, compute an update beside the weight,
-for the chosen experts only. For any other module, the weight with its update is formed in each forward pass,
-which costs memory for another copy of it and for its gradient.
+Mixtures of experts, our own and those of transformers' experts interface, compute an update beside the weight, for the
+chosen experts only. For any other module, the updated weight is formed in each forward pass, which costs memory for
+another copy of it and for its gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["LoRAParameters", "MatrixSize", "adaptable_parameters", "matrix_size"
 class MatrixSize(NamedTuple):
     """What a parameter consists of."""
 
-    count: int
+    matrices: int
     """Number of matrices E; 1 for a parameter of two dimensions."""
     outputs: int
     inputs: int
@@ -92,8 +92,8 @@ class LoRAParameters(OwnModule):
             weight = base_layer.get_parameter(name)
             size = matrix_size(base_layer, tuple(weight.shape))
             self.sizes[name] = size
-            A = torch.empty(size.count * rank, size.inputs, dtype=torch.float32, device=weight.device)
-            B = torch.zeros(size.outputs, rank * size.count, dtype=torch.float32, device=weight.device)
+            A = torch.empty(size.matrices * rank, size.inputs, dtype=torch.float32, device=weight.device)
+            B = torch.zeros(size.outputs, rank * size.matrices, dtype=torch.float32, device=weight.device)
             if init == "kaiming":
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             else:
@@ -104,7 +104,7 @@ class LoRAParameters(OwnModule):
     @property
     def rank(self) -> str:
         """The rank, or several, for tables."""
-        ranks = {len(self.lora_A[name]) // size.count for name, size in self.sizes.items()}
+        ranks = {len(self.lora_A[name]) // size.matrices for name, size in self.sizes.items()}
         return " and ".join(map(str, sorted(ranks)))
 
     def __getattr__(self, name: str) -> Any:
@@ -128,8 +128,8 @@ class LoRAParameters(OwnModule):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``A`` (E, R, in) and ``B`` (E, out, R) of a parameter, as views."""
         size = self.sizes[name]
-        A = self.lora_A[name].view(size.count, -1, size.inputs)
-        B = self.lora_B[name].view(size.outputs, -1, size.count).permute(2, 0, 1)
+        A = self.lora_A[name].view(size.matrices, -1, size.inputs)
+        B = self.lora_B[name].view(size.outputs, -1, size.matrices).permute(2, 0, 1)
         return A, B
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,4 +207,5 @@ def _experts_of(module: nn.Module) -> _ExpertsOf | None:
         )
         for name in stacks
     }
-    return _ExpertsOf(layers, module._apply_gate if module.has_gate else module.act_fn)
+    activate: Any = module._apply_gate if module.has_gate else module.act_fn
+    return _ExpertsOf(layers, activate)
