@@ -31,14 +31,15 @@ class StoredParameters:
     Args:
         folder: A Hugging Face folder.
         model: The model, which may be on the meta device; its values are not used.
+        files: The tensors of the folder; opened if omitted.
 
     Raises:
         InputError: Files are missing or broken, or tensors that belong together do not fit together.
     """
 
-    def __init__(self, folder: Path, model: nn.Module) -> None:
+    def __init__(self, folder: Path, model: nn.Module, files: StoredTensors | None = None) -> None:
         self._folder = folder
-        self.files = StoredTensors(folder)
+        self.files = files or StoredTensors(folder)
         self._network: nn.Module = getattr(model, "net", model)  # a hosted model is one of transformers
         shapes = {name: self.files.shape(name) for name in self.files.names()}
         self.conversions, self._unexpected = _find_conversions(shapes, model, self._network)

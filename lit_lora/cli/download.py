@@ -44,10 +44,10 @@ def command(
 
         HF_TOKEN=… lit-lora download meta-llama/Llama-3.2-1B --out checkpoints/llama
     """
-    from lit_lora.checkpoint.convert import open_source, plan_conversion, quantization_stripped
+    from lit_lora.checkpoint.convert import open_source, quantization_stripped
     from lit_lora.classify import is_encoder
     from lit_lora.cli.convert import command as convert_command
-    from lit_lora.model.quantization import quantization_method
+    from lit_lora.inspection import inspect
 
     if convert and out is not None:
         require_new(out)
@@ -73,9 +73,9 @@ def command(
         log.say(f"next: lit-lora finetune --config classify model.path={path} data.path=my_labels.jsonl")
         return
     if opened.format == "safetensors":
-        plan = plan_conversion(opened)
-        precision = quantization_method(opened.config()) or plan.config["torch_dtype"]
-        log.say(f"{path}: {plan.parameters:,} weights in {precision}, {size}")
+        report = inspect(str(path))
+        report.require_usable()
+        log.say(f"{path}: {report.parameters:,} weights in {report.precision}, {size}")
         log.say(f'next: lit-lora generate {path} "What is the capital of France?"')
         return
 
@@ -138,14 +138,15 @@ def _was_made_from(file: Path, folder: Path) -> bool:
 def _check_side_files(folder: Path) -> None:
     """Reject a model that lit-lora cannot use, before its weights are downloaded."""
     from lit_lora.classify import is_encoder
-    from lit_lora.model import ModelConfig
+    from lit_lora.hf import read_config
     from lit_lora.tokenizer import Tokenizer
+    from lit_lora.tokenizer.backend import has_vocabulary
 
     adapter = (folder / "adapter_config.json").is_file()
     if not (folder / "config.json").is_file() or adapter or is_encoder(folder):
         return
-    config = ModelConfig.from_folder(folder)
-    if (folder / "tokenizer.json").is_file():
+    config = read_config(folder)
+    if has_vocabulary(folder):
         Tokenizer.load(folder).require_fit(config.vocab_size)
 
 

@@ -70,7 +70,12 @@ def _show(report: Inspection) -> None:
     if report.parts:
         log.table("Sizes", ["part", "parameters", "stored", "by dtype"], _size_rows(report.parts), right=(1, 2))
     if report.targets:
-        log.table("Modules", ["name", "shape", "count", "in all-linear"], _target_rows(report.targets), right=(1, 2))
+        log.table(
+            "Modules",
+            ["name", "shape", "count", "in all-linear", "named by"],
+            _target_rows(report.targets),
+            right=(1, 2),
+        )
     if report.problems:
         problems = [
             ["error" if problem.fatal else "warning", problem.text, problem.hint or ""] for problem in report.problems
@@ -93,10 +98,11 @@ def _size(count: int) -> str:
 
 def _target_rows(targets: Sequence[Target]) -> list[list[str]]:
     in_all_linear = {True: "yes", False: "no", None: ""}
-    return [
-        [target.name, "×".join(map(str, target.shape)), f"×{target.count}", in_all_linear[target.all_linear]]
-        for target in targets
-    ]
+    rows = []
+    for target in targets:
+        shape = "×".join(map(str, target.shape))
+        rows.append([target.name, shape, f"×{target.count}", in_all_linear[target.all_linear], target.setting or ""])
+    return rows
 
 
 def _run_rows(run: Mapping[str, object]) -> _Rows:

@@ -14,11 +14,12 @@ from lit_lora.files import read_json
 from lit_lora.model import FAMILIES, ModelConfig
 from lit_lora.model.config import Rope
 from lit_lora.model.families import HOSTED, LLAMA_LIKE, DecoderNames
+from lit_lora.model.quantization import require_readable, without_quantization
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["HostedConfig", "config_from_hf", "read_config", "text_config"]
+__all__ = ["UNLIMITED", "HostedConfig", "config_from_hf", "read_config", "text_config"]
 
 UNLIMITED = 1 << 20
 """The context of a model that names no limit, such as a recurrent one."""
@@ -55,7 +56,7 @@ class HostedConfig(ModelConfig):
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as read, with the fields that finetuning may change, and without quantization."""
         changed = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
-        data = {key: value for key, value in self.source.items() if key != "quantization_config"}
+        data = without_quantization(self.source)
         dtype_key = "torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"
         if isinstance(data.get("text_config"), dict):
             text = data["text_config"]
@@ -89,6 +90,7 @@ def config_from_hf(data: dict[str, Any], *, name: str = "config.json") -> ModelC
     if model_type in FAMILIES:
         return ModelConfig.from_hf(data, name=name)
     _require_supported(data, name)
+    require_readable(data, name)
     try:
         text = text_config(data)
     except Exception as error:  # a config class validates as it likes
@@ -108,7 +110,7 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[data["model_type"]]
-    plain = {key: value for key, value in data.items() if key not in ("quantization_config", "auto_map")}
+    plain = {key: value for key, value in without_quantization(data).items() if key != "auto_map"}
     whole = kind.from_dict(kind._decode_special_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
     text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)

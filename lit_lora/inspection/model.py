@@ -11,9 +11,13 @@ import torch
 import transformers
 
 from lit_lora.checkpoint.headers import Header
-from lit_lora.checkpoint.load import empty_model
+from lit_lora.checkpoint.load import empty_model, stored_shapes
+from lit_lora.checkpoint.parameters import StoredParameters
+from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.tensors import Tensors, check_tensors
 from lit_lora.classify import read_pretrained
+from lit_lora.hf import HostedConfig, build, config_from_hf
+from lit_lora.hf.config import UNLIMITED
 from lit_lora.inspection.parts import parts, targets
 from lit_lora.inspection.report import Inspection, ModelFacts
 from lit_lora.model import ModelConfig
@@ -23,6 +27,8 @@ __all__ = ["inspect_encoder", "inspect_model"]
 
 # Rows of a stored head that are compared with the embedding's: few, to read no more than a page of each.
 _COMPARED_ROWS = 8
+# Keys of the number of experts per layer, by family.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def inspect_model(
@@ -38,16 +44,20 @@ def inspect_model(
         headers: The stored tensors as the files have them; empty if the format has no such headers.
     """
     with report.noting_errors():
-        config = ModelConfig.from_hf(data, name=name)
+        config = config_from_hf(data, name=name)
         report.model = _facts(config)
-        model = empty_model(config)
+        model = build(config) if isinstance(config, HostedConfig) else empty_model(config)
         report.targets = targets(model)
-        stored = tensors.names() if tensors is not None else []
-        report.parts = parts(model, headers, {tensor: tensor for tensor in stored})
-        if tensors is not None:
-            expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-            check_tensors(Path(report.path), tensors, expected, head=config.names.head)
-            _check_head(report, config, tensors)
+        report.parts = parts(model, {}, {})  # until the stored tensors have turned out to be the model's
+        if tensors is None:
+            return
+        if isinstance(tensors, StoredTensors):
+            stored = StoredParameters(Path(name).parent, model, tensors)
+            parameter_of = {tensor: each.parameters[0] for each in stored.conversions for tensor in each.stored}
+            report.parts = parts(model, headers, parameter_of)
+            tensors = stored
+        check_tensors(Path(report.path), tensors, stored_shapes(model), head=config.names.head)
+        _check_head(report, config, tensors)
 
 
 def inspect_encoder(report: Inspection, folder: Path, headers: Mapping[str, Header]) -> None:
@@ -85,23 +95,21 @@ def inspect_encoder(report: Inspection, folder: Path, headers: Mapping[str, Head
 def _facts(config: ModelConfig) -> ModelFacts:
     source = config.source
     text = source["text_config"] if isinstance(source.get("text_config"), dict) else source
-    kinds = Counter(map(str, text.get("layer_types") or []))
-    architectures = source.get("architectures") or [None]
-    experts = next(
-        (text[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), None
-    )
+    hosted = isinstance(config, HostedConfig)
+    layer_types = Counter(map(str, text.get("layer_types") or []))
+    unlimited = hosted and config.max_position_embeddings == UNLIMITED
     return ModelFacts(
         model_type=config.model_type,
-        architecture=architectures[0],
-        runs_by="lit-lora's decoder",
+        architecture=(source.get("architectures") or [None])[0],
+        runs_by="transformers' model, hosted by lit-lora" if hosted else "lit-lora's decoder",
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         rows=config.vocab_size,
-        context=config.max_position_embeddings,
-        window=config.sliding_window,
-        layer_types=dict(kinds) if len(kinds) > 1 else {},
-        rope=_rope(config),
-        experts=experts,
+        context=None if unlimited else config.max_position_embeddings,
+        window=text.get("sliding_window") if hosted else config.sliding_window,
+        layer_types=dict(layer_types) if len(layer_types) > 1 else {},
+        rope=_stored_rope(text) if hosted else _rope(config),
+        experts=next((text[key] for key in _EXPERTS if text.get(key)), None),
         tied=config.tie_word_embeddings,
         quantization=quantization_method(source),
     )
@@ -111,14 +119,21 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
     """Type and base of the rotary embedding, and the settings of its type."""
     rope = config.rope.model_dump(exclude_unset=True, exclude_none=True)
     if config.rope.rope_type == "default":
-        rope = {key: rope[key] for key in ("rope_type", "rope_theta")}
+        rope = {"rope_type": "default", "rope_theta": config.rope.rope_theta}
     return rope
+
+
+def _stored_rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of the rotary embedding, in transformers' newer or older keys."""
+    older = {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+    rope = text.get("rope_parameters") or older
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def _check_head(report: Inspection, config: ModelConfig, tensors: Tensors) -> None:
     """Note a stored head that is not the embedding, though the config ties the two."""
     head, embedding = f"{config.names.head}.weight", f"{config.names.embedding}.weight"
-    if not config.tie_word_embeddings or head not in tensors.names():
+    if not config.tie_word_embeddings or not {head, embedding} <= set(tensors.names()):
         return
     # Pages of mapped files: only those of the compared rows are read.
     first, second = (tensors.read(name)[:_COMPARED_ROWS] for name in (head, embedding))

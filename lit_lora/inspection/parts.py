@@ -12,15 +12,16 @@ from lit_lora.checkpoint.headers import Header
 from lit_lora.inspection.report import Part, Target
 from lit_lora.peft import methods
 from lit_lora.peft.core.targeted import TargetedMethod
+from lit_lora.peft.lora.parameters import adaptable_parameters
 
 __all__ = ["matrices", "parts", "targets"]
 
 # The part that a class of modules is, by its name in transformers or here; the first that matches, in this order.
 _CLASSES = {
-    "norms": r"Norm$|LayerNorm",
-    "experts": r"Expert|MoE|Moe|Router",
-    "recurrence": r"Mamba|DeltaNet|ShortConv|Recurrent|Rwkv|SSM|Mixer$",
+    "norms": r"Norm(Gated|1P)?$",
     "attention": r"Attention|SelfOutput",
+    "recurrence": r"Mamba|DeltaNet|ShortConv|Recurrent|Rwkv|SSM|Mixer$",
+    "experts": r"Experts$|SparseMoe|MoE$|Router$",
     "MLP": r"MLP|FeedForward|FFN|DenseReluDense|DenseGatedAct|Intermediate$|Output$",
     "embedding": r"Embedding",
 }
@@ -59,7 +60,7 @@ def parts(model: nn.Module, stored: Mapping[str, Header], parameter_of: Mapping[
 
 
 def targets(model: nn.Module) -> list[Target]:
-    """The modules that ``peft.target_modules`` can name, one row per kind, in the model's order."""
+    """The modules and parameters that a method can name, one row per kind, in the model's order."""
     lora = methods()["lora"]()
     assert isinstance(lora, TargetedMethod)
     all_linear = set(lora.targets(model))
@@ -68,10 +69,13 @@ def targets(model: nn.Module) -> list[Target]:
         weight = getattr(module, "weight", None)
         if name and lora.adaptable(module) and weight is not None:
             names_by_row.setdefault((_in_layer(name), tuple(weight.shape)), []).append(name)
-    return [
-        Target(name, shape, len(names), all_linear=not all_linear.isdisjoint(names))
+    rows = [
+        Target(name, shape, len(names), not all_linear.isdisjoint(names), "target_modules")
         for (name, shape), names in names_by_row.items()
     ]
+    stacks = Counter((_in_layer(name), tuple(model.get_parameter(name).shape)) for name in adaptable_parameters(model))
+    rows += [Target(name, shape, count, False, "target_parameters") for (name, shape), count in stacks.items()]
+    return rows
 
 
 def matrices(stored: Mapping[str, Header]) -> list[Target]:
@@ -80,7 +84,7 @@ def matrices(stored: Mapping[str, Header]) -> list[Target]:
     for name, header in stored.items():
         if len(header.shape) > 1:
             rows[_in_layer(name.removesuffix(".weight")), header.shape] += 1
-    return [Target(name, shape, count, all_linear=None) for (name, shape), count in rows.items()]
+    return [Target(name, shape, count, all_linear=None, setting=None) for (name, shape), count in rows.items()]
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:
@@ -96,7 +100,6 @@ def _kinds(model: nn.Module) -> dict[str, str]:
         if inherited == "other" and name.startswith(layers):
             inherited = "MLP"  # some families have its linear layers in the block itself
         by_class = next((part for part, names in _CLASSES.items() if re.search(names, type(module).__name__)), None)
-        # Within experts everything counts as experts, but for shared ones, which every token passes.
         kinds[name] = special.get(id(module)) or by_class or inherited
     return kinds
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lit_lora.errors import LitLoraError
+from lit_lora.errors import InputError, LitLoraError
 
 __all__ = ["AdapterFacts", "Inspection", "ModelFacts", "Part", "Problem", "Target", "TokenizerFacts"]
 
@@ -85,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Target:
-    """Modules of one kind, one per layer mostly, as ``peft.target_modules`` can name them."""
+    """Modules or parameters of one kind, mostly one per layer, that a finetuning method can name."""
 
     name: str
     """Their name within a layer, or in full."""
@@ -94,6 +95,8 @@ class Target:
     count: int
     all_linear: bool | None
     """Whether ``all-linear`` takes them; ``None`` where the model is not known."""
+    setting: Literal["target_modules", "target_parameters"] | None
+    """The setting that names them."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,32 @@ class Inspection:
     def usable(self) -> bool:
         """Whether nothing is in the way of using it."""
         return not any(problem.fatal for problem in self.problems)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def precision(self) -> str:
+        """How most of the weights are stored: quantization or dtype, as safetensors names it."""
+        if self.model is not None and self.model.quantization is not None:
+            return self.model.quantization
+        sizes: Counter[str] = Counter()
+        for part in self.parts:
+            sizes.update(part.dtypes)
+        return max(sizes, key=sizes.__getitem__, default="an unknown dtype")
+
+    def require_usable(self) -> None:
+        """Raise what stands in the way of using it.
+
+        Raises:
+            InputError: One line per problem, and the first remedy.
+        """
+        fatal = [problem for problem in self.problems if problem.fatal]
+        if fatal:
+            hint = next((problem.hint for problem in fatal if problem.hint), None)
+            raise InputError("\n".join(problem.text for problem in fatal), hint=hint)
 
     def warn(self, text: str, hint: str | None = None) -> None:
         """Note something that does not stand in the way of use."""

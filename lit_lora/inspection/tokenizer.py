@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_lora.errors import InputError
 from lit_lora.inspection.report import Inspection, TokenizerFacts
-from lit_lora.tokenizer import Tokenizer
+from lit_lora.tokenizer import ChatTemplate, Message, Tokenizer
+from lit_lora.tokenizer.templates import NAMED, named_template
 
 __all__ = ["inspect_tokenizer"]
 
@@ -42,10 +44,6 @@ def _facts(tokenizer: Tokenizer, folder: Path) -> TokenizerFacts:
         "pad": tokenizer.pad_id,
         "end of turn": tokenizer.end_of_turn_id,
     }
-    template = None
-    if tokenizer.has_own_template:
-        own_file = (folder / "chat_template.jinja").is_file()
-        template = "chat_template.jinja" if own_file else "tokenizer_config.json"
     return TokenizerFacts(
         vocabulary=tokenizer.vocab_size,
         special_tokens={
@@ -54,5 +52,36 @@ def _facts(tokenizer: Tokenizer, folder: Path) -> TokenizerFacts:
             if token_id is not None
         },
         starts_with_bos=tokenizer.starts_with_bos,
-        template=template,
+        template=_template(tokenizer, folder) if tokenizer.has_own_template else None,
     )
+
+
+def _template(tokenizer: Tokenizer, folder: Path) -> str:
+    """Where the chat template comes from, and which of those with a name it is."""
+    files = [name for name in ("chat_template.jinja", "chat_template.json") if (folder / name).is_file()]
+    source = files[0] if files else "tokenizer_config.json"
+    return f"{source} ({name})" if (name := _known_name(tokenizer)) else source
+
+
+def _known_name(tokenizer: Tokenizer) -> str | None:
+    """The name of the template that writes the same text for the same conversation, if there is one."""
+    written = _written(tokenizer.template)
+    for name in NAMED:
+        text = named_template(name, starts_with_bos=tokenizer.starts_with_bos)
+        if written and _written(ChatTemplate(text, tokenizer.template.special_tokens, name)) == written:
+            return name
+    return None
+
+
+def _written(template: ChatTemplate) -> str:
+    """A conversation with every role; nothing if the template rejects it."""
+    chat: list[Message] = [
+        {"role": "system", "content": "one"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"},
+    ]
+    try:
+        return template.render(chat, generation_prompt=True)
+    except InputError:
+        return ""

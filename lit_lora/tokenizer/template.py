@@ -48,7 +48,8 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: Mapping[str, str], where: str) -> None:
         self.text = text
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
+        """The tokens that it can write by name."""
         self._where = where
         try:
             self._template = _environment().from_string(text)
@@ -78,7 +79,7 @@ class ChatTemplate:
                 tools=tools,
                 documents=None,
                 add_generation_prompt=generation_prompt,
-                **self._special_tokens,
+                **self.special_tokens,
             )
         except RecursionError as error:
             raise InputError(f"{self._where}: the chat template never ends") from error

@@ -109,18 +109,6 @@ def test_one_gguf_file_of_a_hub_repository_is_fetched_and_converted(
     assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["tiny", "tiny.Q4_0.gguf"]
 
 
-def test_an_unsupported_model_is_refused_before_its_weights_come(
-    server: FakeHub,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Any,
-) -> None:
-    Path("model/config.json").write_text('{"model_type": "gpt_neox"}')
-    serve(server, Path("model"), monkeypatch)
-    assert run("download", "some/neox") == 3
-    assert "model_type 'gpt_neox' is not supported" in capsys.readouterr().err
-    assert not server.asked("model.safetensors")
-
-
 QUANTIZED = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 

@@ -20,6 +20,7 @@ from tests.checkpoint.makers import CONFIG, litgpt_state, state_dict, write_hf_f
 from tests.classify.tiny import save_base
 from tests.cli.test_convert import run
 from tests.cli.test_download import serve
+from tests.families import tiny_configs
 from tests.test_hub import FakeHub, server  # noqa: F401 - fixture
 from tests.tiny import tiny_tokenizer
 
@@ -72,7 +73,7 @@ def test_a_checkpoint_is_described_by_its_files(capsys: Any) -> None:
             "end of turn": ["<|im_end|>", 2],
         },
         "starts_with_bos": False,
-        "template": "chat_template.jinja",
+        "template": "chat_template.jinja (chatml)",
     }
     sizes = {part["name"]: (part["parameters"], part["bytes"]) for part in report["parts"]}
     attention, mlp, norms = 2 * (2 * 64 * 64 + 2 * 64 * 32), 2 * 3 * 64 * 96, 5 * 64
@@ -103,7 +104,7 @@ def test_the_tables_are_lines_with_tabs_in_a_pipe(capsys: Any) -> None:
     assert [line for line in lines if line.startswith("#")] == ["# model", "# Sizes", "# Modules"]
     assert "runs by\tlit-lora's decoder" in lines
     assert "bos\t<|im_start|> (1)" in lines
-    assert "self_attn.q_proj\t64×64\t×2\tyes" in lines
+    assert "self_attn.q_proj\t64×64\t×2\tyes\ttarget_modules" in lines
     assert "embedding\t24,576\t98.3 KB\t98.3 KB F32" in lines
 
 
@@ -308,6 +309,34 @@ def test_other_formats_are_inspected_too(capsys: Any) -> None:
         if source != "lit":  # it has no tokenizer
             assert report["usable"], report["problems"]
             assert report["tokenizer"]["special_tokens"] == whole["tokenizer"]["special_tokens"]
+
+
+HOSTED: dict[str, tuple[str, list[int], int, set[str]]] = {
+    "gpt2": ("attn.c_attn", [96, 32], 4, {"embedding", "attention", "MLP", "norms"}),
+    "gpt_oss": ("mlp.experts.gate_up_proj", [4, 32, 96], 4, {"embedding", "attention", "experts", "norms", "head"}),
+    "falcon_mamba": ("mixer.in_proj", [128, 32], 4, {"embedding", "recurrence", "norms"}),
+    "gemma3#composite": (
+        "self_attn.q_proj", [32, 32], 4, {"embedding", "attention", "MLP", "norms", "unused by the text model"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HOSTED)
+def test_a_hosted_model_is_inspected_by_the_names_that_it_has_in_memory(key: str, capsys: Any) -> None:
+    name, shape, count, part_names = HOSTED[key]
+    tiny_configs.save(key, Path("hosted"))
+    tiny_tokenizer(Path("hosted"))
+    report = inspected("hosted", capsys)
+    assert report["model"]["runs_by"] == "transformers' model, hosted by lit-lora"
+    (target,) = [target for target in report["targets"] if target["name"] == name]
+    assert (target["shape"], target["count"]) == (shape, count)
+    assert target["setting"] == ("target_parameters" if len(shape) == 3 else "target_modules")
+    assert {part["name"] for part in report["parts"]} == part_names
+    stored = load_file("hosted/model.safetensors").values()
+    assert sum(part["bytes"] for part in report["parts"]) == sum(tensor.nbytes for tensor in stored)
+    Path("hosted/model.safetensors").unlink()
+    save_file({"other": torch.ones(1)}, "hosted/model.safetensors")
+    assert "is missing" in inspected("hosted", capsys, code=3)["problems"][0]["text"]
 
 
 @pytest.mark.parametrize(("family", "target"), [("bert", "attention.self.query"), ("t5", "layer.*.SelfAttention.q")])
