@@ -20,6 +20,7 @@ __all__ = [
     "LATENT_KEY_VALUE",
     "MINUS_EXP",
     "ONE_ADDED",
+    "OUTPUT_LAST",
     "SAME",
     "WITHOUT_CHANNEL",
     "TensorOp",
@@ -124,6 +125,9 @@ MINUS_EXP = _one(lambda log: -torch.exp(log), lambda stored: torch.log(-stored),
 
 INPUT_FIRST = _one(lambda weight: weight.T, lambda weight: weight.T)
 """A linear layer that Hugging Face stores as (in, out), as GPT-2 does."""
+
+OUTPUT_LAST = _one(lambda weight: weight.swapaxes(1, 2), lambda weight: weight.swapaxes(1, 2))
+"""Experts whose down projection Hugging Face stores as (experts, in, out)."""
 
 WITHOUT_CHANNEL = _one(lambda weight: weight.squeeze(1), lambda weight: weight.unsqueeze(1))
 """A depthwise convolution: (channels, 1, kernel) in Hugging Face."""

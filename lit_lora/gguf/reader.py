@@ -90,7 +90,8 @@ class GGUFReader:
         if "full_attention" in rope:
             config["rope_parameters"] = rope
             config["rope_theta"] = rope["full_attention"]["rope_theta"]
-            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            if rope["sliding_attention"]["rope_theta"] != config["rope_theta"]:
+                config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
             return config
         config["rope_theta"] = rope.pop("rope_theta")
         if "partial_rotary_factor" in rope:
@@ -103,16 +104,14 @@ class GGUFReader:
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None:
             raise InputError(f"{self._file.path}: tensor token_embd.weight is missing")
-        config: dict[str, Any] = {
+        return {
             "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self._family.model_type]],
             "vocab_size": embedding.shape[0],
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
-        if "tokenizer.ggml.padding_token_id" in self.metadata:
-            config["pad_token_id"] = self.metadata["tokenizer.ggml.padding_token_id"]
-        return config
 
     def _require_layers(self) -> None:
         """A damaged count of layers must not make a model of millions of them."""
@@ -129,16 +128,15 @@ class GGUFReader:
         stored = self._file.tensors
         places = {}
         for name, shape in self._shapes.items():
-            place = self._family.place(name, layers)
-            if place is None:
+            candidates = self._family.places(name, layers)
+            if not candidates:
                 raise InputError(f"{self._file.path}: tensor {name} has no place in a {self._file.architecture} file")
-            if place.names == ("output.weight",) and self._config["tie_word_embeddings"]:
-                continue
-            for gguf_name in place.names:
-                if gguf_name not in stored:
-                    raise InputError(f"{self._file.path}: tensor {gguf_name} is missing, expected it for {name}")
-            places[name] = place
-            self._require_shape(name, shape, place)
+            complete = [place for place in candidates if stored.keys() >= set(place.names)]
+            if not complete:
+                (missing, *_) = sorted(set(candidates[0].names) - stored.keys())
+                raise InputError(f"{self._file.path}: tensor {missing} is missing, expected it for {name}")
+            places[name] = complete[0]
+            self._require_shape(name, shape, complete[0])
 
         used = {name for place in places.values() for name in place.names}
         for name in stored:
@@ -168,7 +166,7 @@ def _derived(name: str) -> bool:
 
 
 def hf_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint with this config, by name, as transformers saves it.
+    """The shape of every tensor that transformers saves for this config, by name, without a tied head.
 
     Raises:
         InputError: transformers cannot make a model of it.
@@ -177,7 +175,10 @@ def hf_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ...]]
         settings = AutoConfig.for_model(**copy.deepcopy(config))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-            state = revert_weight_conversion(model, model.state_dict())
+            once = {name for name, _ in model.named_parameters()}
+            tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+            own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+            state = revert_weight_conversion(model, own)
     except Exception as error:  # whatever a config that does not add up makes transformers raise
         raise InputError(f"{where}: its metadata does not describe a model: {first_line(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

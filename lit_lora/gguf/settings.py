@@ -14,15 +14,31 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from lit_lora.errors import InputError
 from lit_lora.gguf.file import GGUFFile, dequantize, shortest
 
-__all__ = ["Fixed", "HeadSize", "HeldBy", "Layers", "Number", "Rope", "Setting", "number_of_heads"]
+__all__ = [
+    "Constant",
+    "Fixed",
+    "HeadSize",
+    "HeldBy",
+    "Layers",
+    "Number",
+    "Rope",
+    "Setting",
+    "number_of_heads",
+    "rope_tensors",
+    "values_of",
+]
 
 Config = dict[str, Any]
 
 _NO_DEFAULT: Any = object()
+
+_YARN_LOG = 0.1  # YaRN scales attention by 1 + 0.1 · ln(factor)
 
 
 class Setting(Protocol):
@@ -51,39 +67,56 @@ class Number:
         name: The config's key; ``outer.inner`` for a key of a nested object.
         key: The metadata key.
         kind: int, float or bool.
-        default: The value where the file has no such key, or a function of the config that gives it. ``None`` leaves
-            the config's key out, too. Without a default, the key must be there.
+        default: The value where the file has no such key, or a function of the config that gives it. Without a
+            default, the key must be there.
+        zero_is_none: Whether 0 in the file stands for ``None``.
     """
 
     name: str
     key: str
     kind: type = int
     default: Any = _NO_DEFAULT
+    zero_is_none: bool = False
 
     def read(self, file: GGUFFile, config: Config) -> None:
         """See :class:`Setting`."""
-        value = file.get(self.key)
-        if value is None and self.default is not _NO_DEFAULT:
-            value = self.default(config) if callable(self.default) else self.default
+        if self.zero_is_none and not file.get(self.key):
+            _put(config, self.name, None)
+        elif file.get(self.key) is None and self.default is not _NO_DEFAULT:
+            _put(config, self.name, _default(self.default, config))
         elif self.kind is int:
-            value = file.number(self.key)
+            _put(config, self.name, file.number(self.key))
         elif self.kind is float:
-            value = file.decimal(self.key)
-        elif not isinstance(value, self.kind):
+            _put(config, self.name, file.decimal(self.key))
+        elif isinstance(file.get(self.key), self.kind):
+            _put(config, self.name, file.get(self.key))
+        else:
             raise file.wrong(self.key, f"a {self.kind.__name__}")
-        if value is None:
-            return
-        outer, _, inner = self.name.rpartition(".")
-        (config.setdefault(outer, {}) if outer else config)[inner] = value
 
     def write(self, config: Mapping[str, Any], metadata: dict[str, Any]) -> None:
         """See :class:`Setting`."""
-        outer, _, inner = self.name.rpartition(".")
-        value = (config[outer] if outer else config).get(inner)
-        if value is None and callable(self.default):
-            value = self.default(config)
+        value = _find(config, self.name)
+        if value is None:
+            value = None if self.default is _NO_DEFAULT else _default(self.default, config)
+        if value is None and self.zero_is_none:
+            value = 0
         if value is not None:
             metadata[self.key] = self.kind(value)
+
+
+def _default(default: Any, config: Mapping[str, Any]) -> Any:
+    return default(config) if callable(default) else default
+
+
+def _put(config: Config, name: str, value: Any) -> None:
+    """Set ``name``, or ``outer.inner`` within a nested object."""
+    outer, _, inner = name.rpartition(".")
+    (config.setdefault(outer, {}) if outer else config)[inner] = value
+
+
+def _find(config: Mapping[str, Any], name: str) -> Any:
+    outer, _, inner = name.rpartition(".")
+    return (config[outer] if outer else config).get(inner)
 
 
 @dataclass(frozen=True)
@@ -95,13 +128,37 @@ class Fixed:
 
     def read(self, file: GGUFFile, config: Config) -> None:
         """See :class:`Setting`."""
-        config[self.name] = self.value
+        _put(config, self.name, self.value)
 
     def write(self, config: Mapping[str, Any], metadata: dict[str, Any]) -> None:
         """See :class:`Setting`."""
-        value = config.get(self.name, self.value)
+        value = _find(config, self.name)
         if value != self.value:
             raise InputError(f"{self.name}: {value!r} cannot be stored in GGUF, llama.cpp expects {self.value!r}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A metadata key that llama.cpp expects, and whose value transformers has built in.
+
+    Attributes:
+        key: The metadata key.
+        value: Its value, or a function of the config that gives it.
+    """
+
+    key: str
+    value: Any
+
+    def read(self, file: GGUFFile, config: Config) -> None:
+        """See :class:`Setting`."""
+        expected = _default(self.value, config)
+        stored = file.get(self.key)
+        if stored is not None and (shortest(stored) if isinstance(stored, float) else stored) != expected:
+            raise file.wrong(self.key, repr(expected))
+
+    def write(self, config: Mapping[str, Any], metadata: dict[str, Any]) -> None:
+        """See :class:`Setting`."""
+        metadata[self.key] = _default(self.value, config)
 
 
 @dataclass(frozen=True)
@@ -129,6 +186,12 @@ class HeldBy:
         """Nothing: the tensors tell."""
 
 
+def values_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What ``write`` takes: the values of transformers' config, under their other names, too."""
+    values = config.to_dict()
+    return values | {other: values[name] for other, name in config.attribute_map.items() if name in values}
+
+
 def number_of_heads(config: Mapping[str, Any]) -> int:
     """The number of query heads, the default of the number of key-value heads."""
     return int(config["num_attention_heads"])
@@ -138,26 +201,15 @@ def _head_size(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-@dataclass(frozen=True)
 class HeadSize:
-    """The size of a head.
-
-    Attributes:
-        free: Whether the family has ``head_dim``; else it is ``hidden_size / num_attention_heads``.
-    """
-
-    free: bool = True
+    """``head_dim``, of families that have it. Others' is the width by the heads."""
 
     def read(self, file: GGUFFile, config: Config) -> None:
         """See :class:`Setting`."""
-        implied = config["hidden_size"] // config["num_attention_heads"]
-        size = file.number("attention.key_length", implied)
+        size = file.number("attention.key_length", _head_size(config))
         if file.number("attention.value_length", size) != size:
             raise file.wrong("attention.value_length", f"{size}, as attention.key_length is")
-        if not self.free and size != implied:
-            raise file.wrong("attention.key_length", f"{implied}, embedding_length / attention.head_count")
-        if self.free:
-            config["head_dim"] = size
+        config["head_dim"] = size
 
     def write(self, config: Mapping[str, Any], metadata: dict[str, Any]) -> None:
         """See :class:`Setting`."""
@@ -217,15 +269,19 @@ class Rope:
         partial: Whether the family may turn only part of a head.
         local_base: The base of layers with a sliding window, where theirs differs; 0.0 for the same base without the
             scaling. ``None`` for families whose layers share all settings.
+        truncate: ``False`` where YaRN's boundaries are not rounded to whole dimensions.
     """
 
     partial: bool = False
     local_base: float | None = None
+    truncate: bool = True
 
     def read(self, file: GGUFFile, config: Config) -> None:
         """See :class:`Setting`."""
         base = file.decimal("rope.freq_base", 10000.0)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base} | _read_scaling(file, base)
+        if not self.truncate and rope["rope_type"] == "yarn":
+            rope["truncate"] = False
         if rope["rope_type"] == "longrope":
             config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         if self.partial:
@@ -245,7 +301,7 @@ class Rope:
         metadata["rope.freq_base"] = float(rope["rope_theta"])
         part = rope.get("partial_rotary_factor") or 1.0
         metadata["rope.dimension_count"] = int(_head_size(config) * part)
-        _write_scaling(rope, metadata)
+        _write_scaling(rope, metadata, config["max_position_embeddings"])
 
 
 def _read_scaling(file: GGUFFile, base: float) -> dict[str, Any]:
@@ -273,9 +329,13 @@ def _yarn_scaling(file: GGUFFile, factor: float) -> dict[str, Any]:
     for name in ("beta_fast", "beta_slow"):
         if file.get(f"rope.scaling.yarn_{name}") is not None:
             scaling[name] = file.decimal(f"rope.scaling.yarn_{name}")
+    if file.get("rope.scaling.yarn_log_multiplier") is not None:
+        # llama.cpp has one number for DeepSeek's two, which are equal in its models.
+        scale = shortest(file.decimal("rope.scaling.yarn_log_multiplier") / _YARN_LOG)
+        scaling |= {"mscale": scale, "mscale_all_dim": scale}
     if file.get("rope.scaling.attn_factor") is not None:
         # llama.cpp multiplies YaRN's default factor by this one; in Hugging Face it replaces the default.
-        default = 0.1 * math.log(factor) + 1
+        default = _YARN_LOG * math.log(factor) + 1
         scaling["attention_factor"] = file.decimal("rope.scaling.attn_factor") * default
     return scaling
 
@@ -325,7 +385,7 @@ def _llama3_scaling(file: GGUFFile, factors: np.ndarray, theta: float) -> dict[s
     )
 
 
-def _write_scaling(rope: Mapping[str, Any], metadata: dict[str, Any]) -> None:
+def _write_scaling(rope: Mapping[str, Any], metadata: dict[str, Any], context: int) -> None:
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
         metadata["rope.scaling.type"] = kind
@@ -335,8 +395,32 @@ def _write_scaling(rope: Mapping[str, Any], metadata: dict[str, Any]) -> None:
         for name in ("beta_fast", "beta_slow"):
             if rope.get(name) is not None:
                 metadata[f"rope.scaling.yarn_{name}"] = float(rope[name])
+        if rope.get("mscale") != rope.get("mscale_all_dim"):
+            raise InputError("mscale: GGUF has one number for mscale and mscale_all_dim, expected them to be equal")
+        if rope.get("mscale_all_dim"):
+            metadata["rope.scaling.yarn_log_multiplier"] = _YARN_LOG * rope["mscale_all_dim"]
         if rope.get("attention_factor") is not None:
-            default = 0.1 * math.log(rope["factor"]) + 1
+            default = _YARN_LOG * math.log(rope["factor"]) + 1
             metadata["rope.scaling.attn_factor"] = rope["attention_factor"] / default
     if kind == "longrope":
-        metadata["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        original = rope["original_max_position_embeddings"]
+        metadata["rope.scaling.original_context_length"] = original
+        metadata["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(context / original) / math.log(original))
+    if kind == "dynamic":
+        raise InputError("rope_type: 'dynamic' cannot be stored in GGUF")
+
+
+def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that hold rope's scaling where metadata does not, by llama.cpp's name; float32, (rotated / 2,)."""
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        return {f"rope_factors_{name}.weight": torch.tensor(rope[f"{name}_factor"]) for name in ("long", "short")}
+    if kind != "llama3":
+        return {}
+    size = _head_size(config)
+    wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    blend = ((rope["original_max_position_embeddings"] / wavelength - low) / (high - low)).clamp(0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - blend) / rope["factor"] + blend)).float()}
