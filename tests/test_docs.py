@@ -150,6 +150,8 @@ BROKEN = [
     f"{FINETUNE} model.path=checkpoints/nothing",
     f"{FINETUNE} model.device=cuda",
     f"{PREPARE}/../SmolLM2-135M my_data.jsonl",
+    f"{FINETUNE} model.chat_template=chatlm",
+    f"{FINETUNE} model.chat_template=llama-3",
     "lit-lora estimate --config lora data.validation=4 --memory 100MB",
     f"{PREPARE} my_dta.jsonl",
     f"{PREPARE} broken.jsonl",

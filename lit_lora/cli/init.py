@@ -36,6 +36,7 @@ _CHARACTERS_PER_TOKEN = 3.0  # for a guess without a tokenizer: low, so that len
 def command(
     data: options.Data,
     model: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint to finetune.")] = _MODEL,
+    template: options.Template = None,
     format_: options.Format = None,
     columns: options.Columns = None,
     system: options.RowSystem = None,
@@ -54,12 +55,12 @@ def command(
     require_new(out)
     settings = {"path": data, "format": format_, "columns": parse_columns(columns or []) or None, "system": system}
     config = validate({key: value for key, value in settings.items() if value is not None}, DataConfig, name="init")
-    dataset = _inspect(config, model)
+    dataset = _inspect(config, model, template)
     machine = _machine()
     log.say(dataset.about)
     log.say(dataset.lengths)
     log.say(f"this machine: {machine.about}")
-    write_text(out, _config_text(dataset, machine, model, out))
+    write_text(out, _config_text(dataset, machine, model, template, out))
     if machine.memory_bytes and dataset.model_bytes > 0.8 * machine.memory_bytes:
         log.warn(f"{model} has {human_bytes(dataset.model_bytes)} of weights: too much for this machine's memory")
     log.say(f"wrote {out}")
@@ -121,7 +122,7 @@ class _Machine:
         return line
 
 
-def _inspect(config: DataConfig, model: Path) -> _Dataset:
+def _inspect(config: DataConfig, model: Path, template: str | None) -> _Dataset:
     """Read all rows, and tokenize some."""
     from lit_lora.data import cache_folder
     from lit_lora.data.prepare import read_samples
@@ -133,7 +134,7 @@ def _inspect(config: DataConfig, model: Path) -> _Dataset:
     info: dict[str, Any] = {}
     rows, samples = _draw(read_samples(config, source.train, info))
     has_model = has_vocabulary(model)
-    lengths = _token_counts(samples, model if has_model else None)
+    lengths = _token_counts(samples, model if has_model else None, template)
     longest = max(lengths)
     sizes = [size for size in (256, 512, 1024, 2048) if size >= 1.1 * longest]  # with a margin for unseen rows
     max_seq_length = min(sizes[0] if sizes else 2048, _context(model))
@@ -207,7 +208,7 @@ def _with_mapping(config: DataConfig, file: Path) -> tuple[DataConfig, bool]:
     return config, False
 
 
-def _token_counts(samples: list[PlacedSample], model: Path | None) -> list[int]:
+def _token_counts(samples: list[PlacedSample], model: Path | None, template: str | None) -> list[int]:
     """The length of each sample in tokens: counted with the model's tokenizer, or guessed from the characters."""
     from lit_lora.data import DataConfig
     from lit_lora.data.encode import encode_samples
@@ -216,10 +217,13 @@ def _token_counts(samples: list[PlacedSample], model: Path | None) -> list[int]:
     if model is None:
         template_tokens = 30
         return [int(len(_content(sample)) / _CHARACTERS_PER_TOKEN) + template_tokens for sample in samples]
+    tokenizer = Tokenizer.load(model)
+    if template is not None:
+        tokenizer.choose_template(template)
     contents = [content for content, _ in samples]
     places = [place for _, place in samples]
     unlimited = DataConfig(path="", max_seq_length=1 << 30)
-    return [row.length for row in encode_samples(Tokenizer.load(model), contents, places, unlimited)]
+    return [row.length for row in encode_samples(tokenizer, contents, places, unlimited)]
 
 
 def _context(model: Path) -> int:
@@ -250,17 +254,20 @@ _Line = tuple[str, str, str]
 """A line of a section: key, value and comment, which may be empty."""
 
 
-def _config_text(dataset: _Dataset, machine: _Machine, model: Path, out: Path) -> str:
+def _config_text(dataset: _Dataset, machine: _Machine, model: Path, template: str | None, out: Path) -> str:
     """The YAML, with the reason for each choice in a comment."""
     config = dataset.config
     missing = "" if dataset.has_model else f"does not exist yet: {_FETCH}"
     run_name = re.sub(r"\W+", "-", Path(config.path.rpartition(":")[2]).name.partition(".")[0]).strip("-")
     out_folder = f"out/{run_name or 'finetune'}"
+    model_lines = [("path", _scalar(str(model)), missing)]
+    if template is not None:
+        model_lines.append(("chat_template", _scalar(template), ""))
     lines = [
         f"# Finetune {model.name} on {config.path}: {dataset.rows:,} rows. Written for {machine.about}.",
         f"# lit-lora finetune --config {shlex.quote(str(out))} --dry-run shows the plan; without --dry-run, it runs.",
         "recipe: lora",
-        *_section("model", [("path", _scalar(str(model)), missing)]),
+        *_section("model", model_lines),
         *_section("data", _data_lines(dataset)),
         *_section("peft", [("name", "lora", ""), ("rank", "8", "a higher rank learns more, and needs more memory")]),
         *_section("train", _train_lines(dataset, machine)),

@@ -90,6 +90,8 @@ def command(
                 log.say(f"wrote {file}")
 
     command_line = ["lit-lora", "init", str(out or path), "--model", str(model)]
+    if template is not None:
+        command_line += ["--template", template]
     if out is None:  # what --out wrote is in the messages format, and has its system messages
         if format_:
             command_line += ["--format", format_]

@@ -21,6 +21,7 @@ from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
 from lit_lora.train.schedule import ScheduleConfig
 
 __all__ = [
+    "DecoderSettings",
     "FinetuneConfig",
     "ModelSettings",
     "RECIPES",
@@ -49,6 +50,11 @@ class ModelSettings(Settings):
         "auto", description="Precision of the base weights; auto is bf16 if the hardware supports it."
     )
     device: str = Field("auto", description="Device to train on: auto, cpu, cuda, cuda:1 or mps.")
+
+
+class DecoderSettings(ModelSettings):
+    """A base model that answers in a conversation."""
+
     chat_template: str | None = Field(
         None,
         description="Chat template: a name such as chatml, or a Jinja file; if omitted, the checkpoint's own.",
@@ -106,6 +112,7 @@ class RunConfig(Settings):
 class FinetuneConfig(RunConfig):
     """The config of a run that trains a decoder to answer."""
 
+    model: DecoderSettings = Field(description="The base model.")
     data: DataConfig = Field(description="The training data.")
 
 

@@ -129,7 +129,33 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    # The library's own two give a template a class and an object whose names beginning with _ it may set.
+    environment.globals["dict"] = _dict
+    environment.globals["namespace"] = _Namespace
     return environment
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Variables that a loop of a template may set; none that begins with ``_``, as in transformers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        variables = dict(*args, **kwargs)
+        for name in variables:
+            _check_name(name)
+        super().__init__(variables)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a variable of a namespace may not be called {name!r}")
 
 
 def _tojson(

@@ -145,6 +145,15 @@ def test_a_stop_text_ends_the_answer(type_in: Terminal, base: Path) -> None:
     assert type_in("generate", base, "hello", "--stop", stop)[1] == whole[: whole.index(stop)] + "\n"
 
 
+def test_a_template_may_be_given_by_name(type_in: Terminal, base: Path) -> None:
+    code, _, err = type_in("generate", base, "hi", "--template", "zephyr")
+    assert code == 0
+    assert "zephyr replaces the template" in err
+    assert "+<|user|>" in err
+    code, _, err = type_in("generate", base, "hi", "--template", "zefyr")
+    assert (code, "did you mean 'zephyr'?" in err) == (2, True)
+
+
 def test_pain_03_another_template_needs_a_flag_and_shows_what_it_changes(type_in: Terminal, base: Path) -> None:
     Path("other.jinja").write_text(CHATML.replace("assistant", "bot"))
     plain, (code, out, err) = (

@@ -82,6 +82,15 @@ def test_the_config_is_taken_by_a_dry_run_and_says_what_was_found(run: Run, mode
     assert config.out == Path("out/rows")
 
 
+def test_another_template_is_written_into_the_config(run: Run, model: Path) -> None:
+    _write(ROWS)
+    assert run("init", "rows.jsonl", "--model", model, "--template", "alpaca")[0] == 0
+    assert _load().model.chat_template == "alpaca"
+    code, out, _ = run("finetune", "--config", "config.yaml", "--dry-run")
+    assert code == 0
+    assert "chat template\talpaca" in out
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -57,6 +57,16 @@ def test_flags_reach_the_reader(run: Run) -> None:
     assert "training: 1 rows" in out
 
 
+def test_another_template_is_shown_and_passed_on(run: Run) -> None:
+    code, out, _ = run("rows.jsonl", "--model", "model", "--template", "alpaca", "--show", "1")
+    assert code == 0
+    assert "### Response:\n⟦yes 0<|im_end|>⟧" in out
+    assert out.splitlines()[-1] == "next: lit-lora init rows.jsonl --model model --template alpaca"
+    code, _, err = run("rows.jsonl", "--model", "model", "--template", "llama-3")
+    assert code == 3
+    assert "<|eot_id|> ends an answer, which is not a token of model" in err
+
+
 def test_rows_are_written_as_plain_files(run: Run) -> None:
     code, out, _ = run("rows.jsonl", "--model", "model", "--validation", "5", "--out", "plain")
     assert code == 0

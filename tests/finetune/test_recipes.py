@@ -19,6 +19,7 @@ from lit_lora.data.batches import validation_batches
 from lit_lora.errors import InputError, UsageError
 from lit_lora.merge import find_places, merge, plan_merge
 from lit_lora.model.decoder import DecoderLayer
+from lit_lora.open.decoder import open_model
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe import RECIPES, Options, load_data, load_recipe
 from lit_lora.tokenizer import Tokenizer, encode_prompt
@@ -138,6 +139,57 @@ def test_pain_03_what_is_trained_by_the_plain_template_brings_it_along(task, rec
     expected = encode_prompt(ours, conversation)
     assert theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False) == expected
     assert encode_prompt(Tokenizer.load(result), conversation) == expected
+
+
+def test_pain_03_a_chosen_template_is_remembered_by_adapter_merge_and_generation(task, capsys):
+    config = write_config(task, model={"path": str(task / "base"), "dtype": "fp32", "chat_template": "zephyr"})
+    folder = finetuned(config)
+    assert "chat template\tzephyr" in capsys.readouterr().out
+    assert "chat_template: zephyr" in (folder / "config.yaml").read_text()
+
+    conversation = [{"role": "user", "content": "colour 3?"}]
+    text = "<|user|>\ncolour 3?<|im_end|>\n<|assistant|>\n"  # the base's EOS is <|im_end|>
+    places = find_places(folder)
+    merge(plan_merge(places), places.out, allow_lossy=True)
+    for opened in (open_model(folder, device="cpu"), open_model(places.out, device="cpu")):
+        prompt = encode_prompt(opened.tokenizer, conversation)
+        assert opened.tokenizer.decode(prompt, skip_special=False) == text
+    theirs = transformers.AutoTokenizer.from_pretrained(places.out, local_files_only=True, trust_remote_code=False)
+    assert theirs.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False) == text
+
+
+def test_a_template_for_tools_of_the_base_does_not_come_back_in_the_merged_model(task):
+    (task / "base" / "additional_chat_templates").mkdir()
+    (task / "base" / "additional_chat_templates" / "tool_use.jinja").write_text("other")
+    folder = finetuned(write_config(task, model={"path": str(task / "base"), "chat_template": "zephyr"}))
+    places = find_places(folder)
+    merge(plan_merge(places), places.out, allow_lossy=True)
+    assert not (places.out / "additional_chat_templates").exists()
+
+
+def test_a_template_that_needs_a_new_token_is_trained_with_it(task):
+    config = write_config(
+        task,
+        model={"path": str(task / "base"), "chat_template": "phi-3"},
+        peft={"trainable_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]},
+    )
+    tokenizer = Tokenizer.load(finetuned(config) / "adapter")
+    assert tokenizer.end_of_turn_id == tokenizer.token_id("<|end|>") == 386
+
+
+@pytest.mark.parametrize("name", ["phi-3", "chatlm", "nowhere.jinja"])
+def test_a_template_that_cannot_be_used_is_refused_before_the_weights_are_read(task, name):
+    (task / "base" / "model.safetensors").unlink()
+    config = write_config(task, model={"path": str(task / "base"), "chat_template": name})
+    with pytest.raises((InputError, UsageError), match=name):
+        finetuned(config)
+
+
+def test_a_base_without_a_template_gets_a_stated_one(task, capsys):
+    (task / "base" / "chat_template.jinja").unlink()
+    finetuned(write_config(task), dry_run=True)
+    expected = "chat template\tplain (the checkpoint has none; model.chat_template=NAME chooses another)"
+    assert expected in capsys.readouterr().out
 
 
 def test_plain_text_leaves_a_base_without_a_template_as_it_is(task):

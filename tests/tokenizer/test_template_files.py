@@ -96,3 +96,57 @@ def test_an_entry_that_holds_no_template_is_named(folder: Path, entry: object) -
     change_json(folder / "tokenizer_config.json", chat_template=entry)
     with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template: expected text or a list"):
         Tokenizer.load(folder)
+
+
+ODD = {
+    "a loop that skips and stops": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}<|im_end|>"
+        "{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}"
+    ),
+    "a namespace set in a loop": (
+        "{% set ns = namespace(first=true, n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+        "{{ ns.n ~ ':' ~ (m.content | trim) }}<|im_end|>{% set ns.first = false %}{% endfor %}"
+    ),
+    "a macro, a filter and a date": (
+        "{% macro turn(m) %}[{{ m.role | upper }}] {{ m.content.strip() | replace('x', 'y') }}<|im_end|>{% endmacro %}"
+        "{{ strftime_now('%Y')[:2] }}{% for m in messages %}{{ turn(m) }}{% endfor %}"
+    ),
+    "JSON with its own characters": (
+        "{% for m in messages %}{{ dict(role=m.role, text=m.content) | tojson(indent=2) }}<|im_end|>{% endfor %}"
+    ),
+    "generation tags": (
+        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD.keys())
+def test_what_real_templates_use_renders_as_in_transformers(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+    chat: list[Any] = [
+        {"role": "user", "content": "  is 'x' < \"é\" & ü?  "},
+        {"role": "assistant", "content": "yes"},
+    ]
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert Tokenizer.load(folder).template.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''|attr('__class__') }}{{ (''|attr('__class__')).x }}",
+        "{{ raise_exception.__globals__ }}{{ raise_exception.__globals__['json'] }}",
+        "{{ dict.__base__.__subclasses__() }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ namespace(__init__=1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include 'chat_template.jinja' %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+    with pytest.raises(InputError, match="the chat template rejects this conversation"):
+        Tokenizer.load(folder).template.render(QUESTION)
