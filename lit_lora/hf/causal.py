@@ -365,14 +365,15 @@ def _decoder_of(net: Any) -> nn.Module:
     from transformers import PreTrainedModel
 
     decoder: nn.Module = net.get_decoder()
-    if decoder is net:  # as Llama4ForCausalLM, whose `base_model_prefix` names no attribute
+    # Llama4ForCausalLM names no attribute in `base_model_prefix`, and ModernBERT's head is called "decoder".
+    if decoder is net or not isinstance(decoder, PreTrainedModel):
         decoder = next(child for child in net.children() if isinstance(child, PreTrainedModel))
     return decoder
 
 
 def _longest_list(decoder: nn.Module) -> str:
     """The name of the list of layers in a decoder."""
-    lists = {name: len(child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    lists = {name: len(child) for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList)}
     return max(lists, key=lambda name: lists[name])
 
 

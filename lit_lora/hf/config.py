@@ -109,12 +109,21 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[data["model_type"]]
     plain = {key: value for key, value in without_quantization(data).items() if key != "auto_map"}
-    whole = kind.from_dict(kind._decode_special_floats(plain))
+    whole = CONFIG_MAPPING[data["model_type"]].from_dict(_with_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
-    text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
+    # Of a composite model the whole decides. (Configs without the key, such as of encoders, have no head to tie.)
+    text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
     return text
+
+
+def _with_floats(data: Any) -> Any:
+    """A parsed ``config.json`` with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(data, dict):
+        if data.keys() == {"__float__"}:
+            return float(data["__float__"])
+        return {key: _with_floats(value) for key, value in data.items()}
+    return [_with_floats(value) for value in data] if isinstance(data, list) else data
 
 
 def _require_supported(data: dict[str, Any], name: str) -> None:
@@ -177,6 +186,7 @@ def _facts(text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
         return default
 
     width = number("hidden_size", "d_model", "n_embd", default=1)
+    bos = values.get("bos_token_id")
     heads = number("num_attention_heads", "n_heads", "num_heads", default=1)
     return {
         "model_type": text.model_type,
@@ -190,8 +200,8 @@ def _facts(text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
         "head_dim": 2 * max(1, number("head_dim", default=width // heads) // 2),
         "max_position_embeddings": number("max_position_embeddings", "n_positions", "max_seq_len", default=UNLIMITED),
         "tie_word_embeddings": bool(getattr(text, "tie_word_embeddings", False)),
-        "bos_token_id": text.bos_token_id if isinstance(text.bos_token_id, int) else None,
-        "eos_token_id": text.eos_token_id,
+        "bos_token_id": bos if isinstance(bos, int) else None,
+        "eos_token_id": values.get("eos_token_id"),
         "dtype": str(text.dtype or "float32").removeprefix("torch."),
         "source": source,
     }

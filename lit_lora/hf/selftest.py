@@ -8,6 +8,7 @@ fastest way with the same results is chosen; likewise with the caches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,10 @@ def choose(model: HostedLM) -> None:
     Raises:
         InputError: No way gives what the model computes for one document at a time.
     """
-    sample = _Sample.of(model)
+    try:
+        sample = _Sample.of(model)
+    except Exception as error:  # see below
+        raise _refusal(model, [f"a single document: {first_line(error)[:120]}"]) from error
     problems = []
     for way in _possible_ways(model, sample):
         try:
@@ -54,9 +58,13 @@ def choose(model: HostedLM) -> None:
         except Exception as error:  # a model that was not made for it may fail in any way
             problem = first_line(error)[:120]
         problems.append(f"{way}: {problem}")
-    raise InputError(
+    raise _refusal(model, problems)
+
+
+def _refusal(model: HostedLM, problems: list[str]) -> InputError:
+    return InputError(
         f"model_type {model.config.model_type!r} cannot be trained: {'; '.join(problems)}",
-        hint="the installed transformers computes several documents otherwise than one; another version may not",
+        hint="this is how the installed transformers computes it; another version may do",
     )
 
 
@@ -198,17 +206,20 @@ class _Calls:
     called: set[nn.Module] = field(default_factory=set)
 
     def __enter__(self) -> _Calls:
-        self._hooks = [
-            module.register_forward_hook(lambda module, *_: self.called.add(module)) for module in self.model.modules()
-        ]
+        self._hooks = [module.register_forward_hook(self._note) for module in self.model.modules()]
         return self
+
+    def _note(self, module: nn.Module, _: Any, output: Any) -> None:
+        # Routers of some mixtures of experts are linear layers by class, but return more than a product.
+        if isinstance(output, Tensor) or not isinstance(module, nn.Linear):
+            self.called.add(module)
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def passed_over(self) -> frozenset[str]:
-        """Linear layers that were not called although their parent was: it reads their weights itself."""
+        """Linear layers that were not called as such although their parent was: it reads their weights itself."""
         return frozenset(
             name
             for name, module in self.model.named_modules()

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 __all__ = ["KEYS", "NOT_BUILT", "VOCABULARY", "build", "config", "model_type", "save"]
 
@@ -51,7 +52,6 @@ _SIZES: Settings = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "window_size", "attention_window_size"), 5),
     "attention_chunk_size": 5,
     "local_attention": 10,  # both sides together
-    "is_decoder": True,
     "use_sliding_window": True,
     "max_window_layers": 2,
     **dict.fromkeys(("hidden_size_per_layer_input", "altup_dim"), 8),
@@ -196,14 +196,6 @@ _TABLE: dict[str, Settings] = {
     "mpt": {"attn_config": {"clip_qkv": 0.3}},
     "bloom#post_norm": {"apply_residual_connection_post_layernorm": True},
     "opt#post_norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
-    "rembert": {"input_embedding_size": 16, "output_embedding_size": 24},
-    "roc_bert": {
-        "pronunciation_embed_dim": 8,
-        "pronunciation_vocab_size": VOCABULARY,
-        "shape_embed_dim": 8,
-        "shape_vocab_size": VOCABULARY,
-    },
-    "xmod": {"default_language": "en_XX"},
     # Mixtures of experts
     "qwen2_moe#dense_layers": {"mlp_only_layers": [0], "norm_topk_prob": True, "use_sliding_window": False},
     "qwen3_moe#dense_layers": {"mlp_only_layers": [0], "norm_topk_prob": True, "use_sliding_window": False},
@@ -271,17 +263,27 @@ _TABLE: dict[str, Settings] = {
     "mistral3#composite": {},
 }
 
+_ENCODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+_ENCODER_DECODERS = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+    "prophetnet", "trocr", "whisper",
+)  # fmt: skip
+
 NOT_BUILT: dict[str, str] = {
+    **dict.fromkeys(_ENCODERS, "an encoder: its checkpoints were not trained to predict the next token"),
+    **dict.fromkeys(_ENCODER_DECODERS, "an encoder-decoder, of which transformers can also build the decoder alone"),
     "blt": "its patches come from an entropy model of its own",
     "cpmant": "not causal: each token of a prompt sees all others",
     "gemma3n": "its vision tower needs timm; its text model gemma3n_text is built",
     "gemma4_assistant": "drafts tokens for another model, whose states it reads",
     "gemma4_unified_assistant": "drafts tokens for another model, whose states it reads",
+    "moshi": "speaks: its text is one of two streams",
     "musicgen": "predicts audio codes, not text",
     "musicgen_melody": "predicts audio codes, not text",
-    "prophetnet": "not causal: logits differ with later tokens",
     "reformer": "hashes tokens into buckets, which differ with the length of the text",
-    "xlm": "an encoder, which transformers lists as causal",
     "xlnet": "not causal: it predicts tokens in any order",
 }
 
@@ -339,5 +341,6 @@ def build(key: str, *, dtype: torch.dtype = torch.float32, attn: str = "eager") 
 def save(key: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Write the model of ``key`` to ``folder`` as transformers saves it, and return it."""
     model = build(key, dtype=dtype)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     return model
