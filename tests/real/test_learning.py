@@ -96,7 +96,9 @@ def test_validation_loss_falls_on_real_rows_and_answers_end_by_themselves(tmp_pa
     assert ended >= 11
 
 
-def test_snips_intents_from_nothing_to_85_percent_exact_match(tmp_path, smollm2, real_data):
+@pytest.mark.parametrize("base", ["smollm2", "gemma"])
+def test_snips_intents_from_nothing_to_85_percent_exact_match(tmp_path, base, real_data, request):
+    checkpoint = request.getfixturevalue(base)
     with open(real_data / "tasks" / "snips_validation.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     questions, intents = [row["text"] for row in rows], [row["intent"] for row in rows]
@@ -108,12 +110,12 @@ def test_snips_intents_from_nothing_to_85_percent_exact_match(tmp_path, smollm2,
 
     run = finetuned(
         tmp_path,
-        smollm2,
+        checkpoint,
         real_data / "tasks" / "snips_train.jsonl.gz",
         data={"columns": {"prompt": "text", "completion": "intent"}, "validation": 60},
         train={"max_steps": 75, "batch_size": 16, "samples": 1},
     )
-    before, after = exact_match(smollm2, stride=7), exact_match(run, stride=1)
+    before, after = exact_match(checkpoint, stride=7), exact_match(run, stride=1)
     print(f"exact match on intents {before:.1%} before, {after:.1%} after")
     assert before <= 0.02
     assert after >= 0.85
