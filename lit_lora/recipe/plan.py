@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,9 @@ from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.peft import count_parameters, matched_table, with_text, with_token_ids
+from lit_lora.peft import base_tensors, count_parameters, matched_table, with_text, with_token_ids
+from lit_lora.peft.core.mixtures import find_mixtures, short_name, trained_weights
+from lit_lora.peft.core.targeted import single_outputs
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
 from lit_lora.recipe.data import RunData, lengths_of
@@ -97,8 +99,57 @@ def planned_rows(run: Run, model: nn.Module) -> list[list[str]]:
     parameters = count_parameters(model)
     return [
         ["trainable parameters", f"{parameters.trainable:,} of {parameters.total:,} ({parameters.share:.2%})"],
+        *mixture_rows(model),
         ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
     ]
+
+
+def mixture_rows(model: nn.Module) -> list[list[str]]:
+    """The plan's lines on a mixture of experts: which of its weights train, and what ``all-linear`` leaves out."""
+    mixtures = find_mixtures(model)
+    if not mixtures.experts:
+        return []
+    trained = trained_weights(model, mixtures)
+    experts = next(iter(mixtures.experts.values()))
+    states = _training_states(mixtures.experts, trained)
+    about = f"{len(experts)} per layer: {states}"
+    if not trained & mixtures.experts.keys():
+        named = dict.fromkeys(short_name(name) for name in mixtures.experts)
+        about += f"; to train them, use lora with target_parameters=[{','.join(named)}]"
+    rows = [["experts", about]]
+    if mixtures.routers:
+        rows.append(["routers", _training_states(mixtures.routers, trained)])
+    gates = sorted({name.rpartition(".")[2] for name in single_outputs(model) if _is_frozen(model, name)})
+    if gates:
+        rows.append(["frozen gates", f"{', '.join(gates)}: one output each, which all-linear leaves out"])
+    if found_config(model) is not None:
+        size = sum(weight.numel() * weight.element_size() for weight in mixtures.experts.values())
+        rows.append(
+            ["not quantized", f"the experts, {human_bytes(size)} in {str(experts.dtype).removeprefix('torch.')}"]
+        )
+    return rows
+
+
+def _is_frozen(model: nn.Module, layer: str) -> bool:
+    """Whether a layer neither trains nor is inside a module that adapts it."""
+    in_base = layer in {name.removesuffix(".weight") for name in base_tensors(model)}
+    return in_base and not any(parameter.requires_grad for parameter in model.get_submodule(layer).parameters())
+
+
+def _training_states(weights: Iterable[str], trained: Collection[str]) -> str:
+    """``experts.down_proj train in 2 of 4 layers, experts.gate_up_proj frozen``."""
+    of_kind: dict[str, list[bool]] = {}
+    for name in weights:
+        of_kind.setdefault(short_name(name), []).append(name in trained)
+    states = []
+    for kind, train in of_kind.items():
+        if all(train):
+            states.append(f"{kind} train")
+        elif any(train):
+            states.append(f"{kind} train in {sum(train)} of {len(train)} layers")
+        else:
+            states.append(f"{kind} frozen")
+    return ", ".join(states)
 
 
 def planned_steps(config: RunConfig, steps_per_epoch: int, validation_rows: int) -> list[list[str]]:

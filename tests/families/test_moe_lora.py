@@ -19,6 +19,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.core.modules import freeze, model_updates, own_modules
 from lit_lora.peft.lora.config import LoRAConfig
+from lit_lora.recipe.plan import mixture_rows
 from tests.families.tiny_configs import VOCABULARY, build
 
 # PEFT asks transformers' models for a property under its former name.
@@ -179,7 +180,7 @@ def test_nothing_changes_before_the_first_step(mixtral: nn.Module) -> None:
     method.apply(model)
     assert error(logits(model), before) < 1e-6
     assert len(own_modules(model)) == 4
-    assert method.lr_factors(model)["model.layers.0.mlp.experts.lora_B.down_proj"] == 16
+    assert method.lr_factors(model)["model.layers.0.mlp.experts.lora_B_down_proj"] == 16
     ours.remove(model)
     assert torch.equal(logits(model), before)
 
@@ -210,6 +211,57 @@ def test_settings_that_do_not_fit_are_named(mixtral: nn.Module, problem: str) ->
     settings, message = PROBLEMS[problem]
     with pytest.raises((UsageError, ValueError), match=message):
         LoRAConfig.model_validate({"target_modules": [], **settings}).apply(own_model(mixtral))
+
+
+def plan(model: nn.Module) -> dict[str, str]:
+    """The lines of the plan on the model's mixture of experts."""
+    return {item: value for item, value in mixture_rows(model)}
+
+
+def test_the_plan_says_what_of_a_mixture_trains() -> None:
+    model = build("qwen2_moe")
+    trained(model, target_parameters=[])
+    assert plan(model) == {
+        "experts": "4 per layer: experts.gate_up_proj frozen, experts.down_proj frozen; to train them, use lora with "
+        "target_parameters=[experts.gate_up_proj,experts.down_proj]",
+        "routers": "gate.weight frozen",
+        "frozen gates": "shared_expert_gate: one output each, which all-linear leaves out",
+    }
+    assert not any("shared_expert_gate" in name for name in own_modules(model))
+
+
+def test_the_plan_says_in_how_many_layers_experts_train(mixtral: nn.Module) -> None:
+    model = own_model(mixtral)
+    trained(model, target_parameters=["gate.weight", "experts.down_proj"], layers=[1, 2])
+    states = "experts.gate_up_proj frozen, experts.down_proj train in 2 of 4 layers"
+    assert plan(model) == {"experts": f"4 per layer: {states}", "routers": "gate.weight train in 2 of 4 layers"}
+    assert not plan(build("llama"))
+
+
+def test_the_table_of_what_trains_has_one_row_for_a_layers_experts(mixtral: nn.Module) -> None:
+    model = own_model(mixtral)
+    trained(model)
+    row = ours.matched_table(model)[-1]
+    assert (row.pattern, row.count) == ("model.layers.*.mlp.experts", 4)
+    assert row.shape == "gate_up_proj 4×96×32, down_proj 4×32×48, rank 4"
+    assert row.trainable == 4 * 4 * 4 * (32 + 96 + 48 + 32)  # layers, experts, rank, rows and columns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("experts", "experts.gate_up_proj, experts.down_proj"),
+        ("mlp.experts.down_proj", "experts.down_proj"),
+        ("gate", "gate.weight"),
+        ("w1", "experts.gate_up_proj, experts.down_proj"),  # the name in Mixtral's checkpoints
+    ],
+)
+def test_a_target_that_is_no_linear_layer_leads_to_target_parameters(
+    mixtral: nn.Module, pattern: str, named: str
+) -> None:
+    with pytest.raises(UsageError, match=f"'{pattern}' matches no") as caught:
+        LoRAConfig(target_modules=["q_proj", pattern]).apply(own_model(mixtral))
+    assert str(caught.value.hint).endswith(f"lora adapts them by target_parameters: [{named}]")
 
 
 def test_an_incomplete_file_is_refused(mixtral: nn.Module, tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.adapter_method import AdapterMethod
 from lit_lora.peft.core.capabilities import TrainsModulesInFull
-from lit_lora.peft.core.matching import matches, select, short_names
+from lit_lora.peft.core.matching import listed, matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
+from lit_lora.peft.core.mixtures import Mixtures, find_mixtures, short_name
 from lit_lora.peft.core.module_names import default_names, same_parts, with_names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_head
 from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["TargetedMethod", "check_rank", "layer_number", "whole_modules", "with_parameters"]
+__all__ = ["TargetedMethod", "check_rank", "layer_number", "single_outputs", "whole_modules", "with_parameters"]
 
 # Names of task heads in transformers: "all-linear" leaves them out, like the output head.
 _TASK_HEADS = {"score", "classifier", "qa_outputs"}
@@ -187,7 +188,12 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
             patterns = same_parts(default_names("query", "value"), model)
             return select(patterns, linears, key="peft.target_modules")
         head = find_head(model)
-        return [name for name in linears if name != head and name.rpartition(".")[2] not in _TASK_HEADS]
+        too_small = single_outputs(model)
+        return [
+            name
+            for name in linears
+            if name != head and name not in too_small and name.rpartition(".")[2] not in _TASK_HEADS
+        ]
 
     def _check_names(self, model: nn.Module, adaptable: Mapping[str, nn.Module]) -> None:
         """Check that every name in ``target_modules`` matches a module that can be adapted.
@@ -196,18 +202,24 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
             UsageError: With one line per name that does not; the line says if it matches modules of another kind.
         """
         problems = []
+        mixtures = find_mixtures(model)
         for pattern in self.target_modules:
             try:
                 select([pattern], adaptable, key="peft.target_modules")
             except UsageError as error:
-                problems.append(self._wrong_kind(model, pattern) or str(error))
+                problems.append(_of_mixture(mixtures, pattern) or self._wrong_kind(model, pattern) or str(error))
         if problems:
             fitting = {
                 name: module
                 for name, module in adaptable.items()
                 if any(matches(pattern, name) for pattern in self.target_modules)
             }
-            raise UsageError("\n".join([*problems, *self.misfits(fitting)]))
+            hint = None
+            if mixtures.experts:
+                meant = [name for pattern in self.target_modules for name in mixtures.matching(pattern)]
+                named = ", ".join(dict.fromkeys(short_name(name) for name in meant or mixtures.experts))
+                hint = f"experts and routers are no linear layers: lora adapts them by target_parameters: [{named}]"
+            raise UsageError("\n".join([*problems, *self.misfits(fitting)]), hint=hint)
 
     def _wrong_kind(self, model: nn.Module, pattern: str) -> str | None:
         """The message for a name that matches modules, but of a kind that this method does not adapt."""
@@ -242,6 +254,23 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
                 span = f"layers {existing[0]} to {existing[-1]}" if existing else "no numbered layer"
                 raise UsageError(f"peft.layers: layer {number} has no target; targets are in {span}")
         return [name for name, number in layer_of.items() if number is None or number in self.layers]
+
+
+def single_outputs(model: nn.Module) -> list[str]:
+    """Linear layers with one output, such as the gate of a shared expert: an update of them has rank 1 at most.
+
+    ``all-linear`` leaves them out.
+    """
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and module.out_features == 1]
+
+
+def _of_mixture(mixtures: Mixtures, pattern: str) -> str | None:
+    """The message for a name that matches only weights of a mixture of experts."""
+    names = mixtures.matching(pattern)
+    if not names:
+        return None
+    return f"peft.target_modules: {pattern!r} matches no linear layer, only {listed(names, 'weight')} of a mixture"
 
 
 def with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:

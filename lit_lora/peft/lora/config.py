@@ -168,7 +168,7 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             if isinstance(module, LoRALinear):
                 factors[f"{name}.lora_B"] = self.loraplus_lr_ratio
             elif isinstance(module, LoRAParameters):
-                factors |= {f"{name}.lora_B.{parameter}": self.loraplus_lr_ratio for parameter in module.lora_B}
+                factors |= {f"{name}.lora_B_{parameter}": self.loraplus_lr_ratio for parameter in module.sizes}
         return factors
 
     @property

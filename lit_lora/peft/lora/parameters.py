@@ -85,26 +85,24 @@ class LoRAParameters(OwnModule):
         self.base_layer: nn.Module = base_layer
         self.scalings = {name: scaling for name, (_, scaling) in settings.items()}
         self.sizes: dict[str, MatrixSize] = {}
-        # In the shapes of files, float32: (E * R, in), and (out, R * E) with the matrices' index running fastest.
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
         for name, (rank, _) in settings.items():
             weight = base_layer.get_parameter(name)
             size = matrix_size(base_layer, tuple(weight.shape))
             self.sizes[name] = size
+            # In the shapes of files, float32: (E * R, in), and (out, R * E) with the matrices' index running fastest.
             A = torch.empty(size.matrices * rank, size.inputs, dtype=torch.float32, device=weight.device)
             B = torch.zeros(size.outputs, rank * size.matrices, dtype=torch.float32, device=weight.device)
             if init == "kaiming":
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             else:
                 nn.init.normal_(A, std=1 / rank)
-            self.lora_A[name] = nn.Parameter(A, requires_grad=train_A)
-            self.lora_B[name] = nn.Parameter(B)
+            self.register_parameter(f"lora_A_{name}", nn.Parameter(A, requires_grad=train_A))
+            self.register_parameter(f"lora_B_{name}", nn.Parameter(B))
 
     @property
     def rank(self) -> str:
         """The rank, or several, for tables."""
-        ranks = {len(self.lora_A[name]) // size.matrices for name, size in self.sizes.items()}
+        ranks = {self.factors(name)[0].shape[1] for name in self.sizes}
         return " and ".join(map(str, sorted(ranks)))
 
     def __getattr__(self, name: str) -> Any:
@@ -128,8 +126,8 @@ class LoRAParameters(OwnModule):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """``A`` (E, R, in) and ``B`` (E, out, R) of a parameter, as views."""
         size = self.sizes[name]
-        A = self.lora_A[name].view(size.matrices, -1, size.inputs)
-        B = self.lora_B[name].view(size.outputs, -1, size.matrices).permute(2, 0, 1)
+        A = self.get_parameter(f"lora_A_{name}").view(size.matrices, -1, size.inputs)
+        B = self.get_parameter(f"lora_B_{name}").view(size.outputs, -1, size.matrices).permute(2, 0, 1)
         return A, B
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,8 +173,8 @@ class LoRAParameters(OwnModule):
         tensors: dict[str, Tensor] = {}
         for depth, name in enumerate(reversed(self.sizes)):
             prefix = "base_layer." * depth
-            tensors[f"{prefix}lora_A.weight"] = self.lora_A[name]
-            tensors[f"{prefix}lora_B.weight"] = self.lora_B[name]
+            tensors[f"{prefix}lora_A.weight"] = self.get_parameter(f"lora_A_{name}")
+            tensors[f"{prefix}lora_B.weight"] = self.get_parameter(f"lora_B_{name}")
         return tensors
 
     def extra_repr(self) -> str:
