@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -137,8 +138,12 @@ def family_of(file: GGUFFile) -> Family:
     for family in FAMILIES:
         if MODEL_ARCH_NAMES[family.arch] == file.architecture and family.fits(file):
             return family
-    known = ", ".join(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES}))
-    raise InputError(f"{file.path}: architecture {file.architecture!r} is not supported", hint=f"known are {known}")
+    known = sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES})
+    nearest = get_close_matches(file.architecture, known, n=3, cutoff=0.0)
+    raise InputError(
+        f"{file.path}: architecture {file.architecture!r} is not supported",
+        hint=f"the nearest of {len(known)} that are: {', '.join(nearest)}",
+    )
 
 
 def _sizes(**renamed: str) -> tuple[Setting, ...]:

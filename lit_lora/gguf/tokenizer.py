@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from lit_lora import log
 from lit_lora.errors import InputError
 from lit_lora.files import write_text
+from lit_lora.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 __all__ = ["write_tokenizer"]
 
@@ -18,42 +19,10 @@ __all__ = ["write_tokenizer"]
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 # Tokens that end a turn or a text in common chat templates; a checkpoint stops at those it has as control tokens.
-_END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "</s>")
-
-_CONTRACTIONS = r"'(?:[sdmt]|ll|ve|re)"
-_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-_QWEN2 = rf"{_ANY_CASE}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_END_TOKENS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>", "<|user|>"),
+    *("<|END_OF_TURN_TOKEN|>", "[|endofturn|]", "<|end_of_role|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
 )
-
-# tokenizer.ggml.pre -> regular expressions, each splitting the pieces that the one before it left
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),  # every digit alone; the second expression by itself would keep runs together
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "command-r": (r"\p{N}", _GPT2),
-    "codeshell": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "falcon3": (_LLAMA3,),
-    "tekken": (_TEKKEN,),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-# Those that take a word whole if the vocabulary has it, without merging, and add BOS unless the file says otherwise.
-_LLAMA3_LIKE = ("llama-bpe", "llama-v3", "llama3", "falcon3", "tekken")
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path, source: Path) -> None:
@@ -95,18 +64,21 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], source: Path) -> To
             f"{source}: names no pre-tokenizer; using the default, which may not be the model's "
             "(--tokenizer FOLDER takes the original)"
         )
-    if pre not in _SPLITS:
+    if pre not in PRE_TOKENIZERS:
         raise InputError(
             f"{source}: pre-tokenizer {pre!r} is not known, so texts would be split into wrong tokens",
             hint="give a folder that has the model's tokenizer.json with --tokenizer FOLDER",
         )
+    known = PRE_TOKENIZERS[pre]
     pairs = []
     for merge in metadata["tokenizer.ggml.merges"]:
         left, _, right = merge.partition(" ")
         pairs.append((left, right))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in _LLAMA3_LIKE))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=known.whole_words))
+    if known.composes:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in known.splits]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -146,7 +118,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
 
 def _add_bos_and_eos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], kind: str) -> None:
     """Let ``tokenizer`` add BOS and EOS around a text where the file says so, if special tokens are asked for."""
-    bos_by_default = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_LIKE
+    pre = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
+    bos_by_default = kind == "llama" or (pre is not None and pre.adds_bos)
     bos = _token(metadata, tokens, "bos") if metadata.get("tokenizer.ggml.add_bos_token", bos_by_default) else None
     eos = _token(metadata, tokens, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     byte_level = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []

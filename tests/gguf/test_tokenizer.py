@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lit_lora.errors import InputError
-from lit_lora.gguf.tokenizer import _SPLITS, write_tokenizer
+from lit_lora.gguf import write_tokenizer
+from lit_lora.gguf.pre_tokenizers import PRE_TOKENIZERS
 from tests.checkpoint.makers import tokenizer_metadata
 
 TEXT = "I'll pay 1234.50€ for it,  OK?\n\n  Ça va? 你好 عربي 😀\tEND'S "
@@ -77,6 +78,13 @@ def test_each_pre_tokenizer_cuts_by_its_own_rule(tokenizer_folder: Path, tmp_pat
         ("gpt-2", "DON'T", ["DON", "'", "T"]),
         ("tekken", "HelloWorld ABCdef", ["Hello", "World", " ABCdef"]),
         ("default", "1234", ["123", "4"]),
+        ("gpt-4o", "HelloWorld's 12345", ["Hello", "World's", " ", "123", "45"]),
+        ("deepseek-v3", "a1234你好b", ["a", "123", "4", "你好", "b"]),
+        ("deepseek-coder", "if x:\n 12", ["if", " x", ":", "\n", " ", "1", "2"]),
+        ("falcon", "a+1234`", ["a", "+", "123", "4", "`"]),
+        ("bloom", "in 1999, a.b", ["in", " 1999", ",", " a", ".", "b"]),
+        ("viking", "in 1999", ["in", " ", "1", "9", "9", "9"]),
+        ("qwen35", "हिन्दी", ["हिन्दी"]),
     ],
 )
 def test_pre_tokenizers_differ_where_their_families_do(
@@ -86,11 +94,19 @@ def test_pre_tokenizers_differ_where_their_families_do(
     assert pieces(tokenizer, text) == expected
 
 
-@pytest.mark.parametrize("pre", sorted(_SPLITS))
+@pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 def test_no_pre_tokenizer_loses_text(tokenizer_folder: Path, tmp_path: Path, pre: str) -> None:
     tokenizer = build(tokenizer_metadata(tokenizer_folder) | {"tokenizer.ggml.pre": pre}, tmp_path)
     assert "".join(pieces(tokenizer, TEXT)) == TEXT
     assert tokenizer.decode(tokenizer.encode(TEXT, add_special_tokens=False).ids) == TEXT
+
+
+def test_texts_are_composed_where_the_model_was_trained_on_that(tokenizer_folder: Path, tmp_path: Path) -> None:
+    decomposed, composed = "cafe\u0301", "caf\u00e9"
+    metadata = tokenizer_metadata(tokenizer_folder)
+    for pre, same in (("qwen2", True), ("olmo", True), ("stablelm2", False), ("gpt-2", False)):
+        tokenizer = build(metadata | {"tokenizer.ggml.pre": pre}, tmp_path)
+        assert (tokenizer.encode(decomposed).ids == tokenizer.encode(composed).ids) == same, pre
 
 
 def test_an_unknown_pre_tokenizer_is_refused_with_the_remedy(tokenizer_folder: Path, tmp_path: Path) -> None:
