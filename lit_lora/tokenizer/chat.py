@@ -89,12 +89,14 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Too
     """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=False)
     turns = [rendered.turn(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
-    ends_with_answer = messages[-1]["role"] == "assistant"
+    needs_eos = messages[-1]["role"] == "assistant" and not turns[-1].closed
+    if needs_eos and tokenizer.eos_id is None:
+        _warn_of_no_end(tokenizer.where)
     return RenderedChat(
         text=rendered.text,
         literal=rendered.literal,
         targets=[(turn.start, turn.end) for turn in turns],
-        needs_eos=ends_with_answer and not turns[-1].closed,
+        needs_eos=needs_eos,
     )
 
 
@@ -394,6 +396,14 @@ def _check(messages: Sequence[Message]) -> None:
         if not isinstance(message.get("content"), str | None):
             kind = type(message["content"]).__name__
             raise InputError(f"message {index + 1} ({message['role']}): expected content to be text, got {kind}")
+
+
+@lru_cache
+def _warn_of_no_end(where: str) -> None:
+    log.warn(
+        f"{where}: neither the chat template nor the tokenizer has a token that ends an answer, so the model will not "
+        "learn to stop (name an eos_token in tokenizer_config.json, or choose another model.chat_template)"
+    )
 
 
 @lru_cache

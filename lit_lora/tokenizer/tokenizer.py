@@ -550,12 +550,21 @@ def _declare_special(
     """
     config = files.get(_CONFIG, {})
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    hint = "the two files are of different models; take both from the model's repository"
 
     # added_tokens_decoder maps ids to tokens: in the order of the ids, each gets its own.
     decoder = config.get("added_tokens_decoder") or {}
     for token_id in sorted(decoder, key=int):
         token = decoder[token_id]
-        if not isinstance(token, dict) or token.get("content") in present:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            continue
+        if token["content"] in present:
+            known_id = backend.token_to_id(token["content"])
+            if known_id != int(token_id):
+                log.warn(
+                    f"{where}/{_CONFIG}: {token['content']!r} has the id {token_id}, but {known_id} in the vocabulary, "
+                    f"which is used: {hint}"
+                )
             continue
         flags = {key: token[key] for key in _TOKEN_FLAGS if key in token}
         added = tokenizers.AddedToken(token["content"], **flags)
@@ -568,9 +577,14 @@ def _declare_special(
             raise InputError(
                 f"{where}/{_CONFIG}: {token['content']!r} has the id {token_id}, "
                 f"but {backend.token_to_id(token['content'])} in the vocabulary",
-                hint="the two files are of different models; take both from the model's repository",
+                hint=hint,
             )
 
+    for name in ("bos_token", "eos_token"):
+        if name in named and backend.token_to_id(named[name]) is None:
+            log.warn(
+                f"{where}: {name} {named[name]!r} is not in the vocabulary; it gets an id that the model never learned"
+            )
     listed: list[str | None] = list(named.values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(key) or files.get(_SPECIAL_MAP, {}).get(key) or []

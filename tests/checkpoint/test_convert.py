@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from lit_lora.checkpoint.convert import convert, open_source, plan_conversion, q
 from lit_lora.checkpoint.tensors import INDEX, open_tensors
 from lit_lora.errors import DiskError, InputError
 from lit_lora.files import sha256_file
+from lit_lora.tokenizer import Tokenizer, encode_text
 from tests.checkpoint.makers import (
     CONFIG,
     litgpt_state,
@@ -24,6 +26,7 @@ from tests.checkpoint.makers import (
     write_litgpt,
     write_tiny_gguf,
 )
+from tests.tokenizer.sentencepiece_model import sentencepiece_model, vocabulary
 
 
 def converted(source: Path, out: Path, **options: Any) -> Path:
@@ -192,6 +195,19 @@ def test_a_missing_tokenizer_is_warned_about(
     assert "--tokenizer" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"no tokenizer\.json in it"):
         plan_conversion(open_source(folder), tokenizer=folder)
+
+
+def test_a_sentencepiece_tokenizer_alone_becomes_tokenizer_json(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = torch_folder(tmp_path / "in", tokenizer_folder)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocabulary()))
+    converted(folder, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    expected = encode_text(Tokenizer.load(folder), "hello world")
+    assert (
+        theirs("hello world")["input_ids"] == encode_text(Tokenizer.load(tmp_path / "out"), "hello world") == expected
+    )
 
 
 def test_too_little_disk_is_said_before_work_starts(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -17,7 +17,7 @@ from lit_lora.tokenizer import (
     encode_prompt,
     encode_text,
 )
-from tests.tokenizer.conftest import MakeTokenizer
+from tests.tokenizer.conftest import MakeTokenizer, change_json
 from tests.tokenizer.templates import STYLES
 
 KINDS = ["bytes", "prepend", "metaspace"]
@@ -415,3 +415,11 @@ def test_a_completion_begins_where_generation_begins(
     assert encoded.loss_mask == [False] * len(start) + [True] * (len(encoded.ids) - len(start))
     assert encoded.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(encoded.ids) == prompt + completion
+
+
+def test_a_chat_that_nothing_ends_is_warned_of(make: MakeTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    change_json(folder / "tokenizer_config.json", eos_token=None)
+    encode_chat(Tokenizer.load(folder), [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}])
+    assert "has a token that ends an answer, so the model will not learn to stop" in capsys.readouterr().err

@@ -194,3 +194,44 @@ def test_the_files_written_hold_no_template_twice(make: MakeTokenizer, tmp_path:
     Tokenizer.load(folder).save(tmp_path / "saved")
     assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (folder / "chat_template.jinja").read_text()
+
+
+def test_a_tokenizer_of_another_model_is_refused_when_it_is_read(make: MakeTokenizer) -> None:
+    folder = make()  # 384 tokens
+    for config in ({"vocab_size": 384}, {"text_config": {"vocab_size": 400}}, {"model_type": "x"}):
+        change_json(folder / "config.json", vocab_size=None, text_config=None)
+        change_json(folder / "config.json", **config)
+        Tokenizer.load(folder)
+    change_json(folder / "config.json", vocab_size=320, text_config=None)
+    with pytest.raises(InputError, match="the tokenizer has 384 tokens, the model's embedding 320") as caught:
+        Tokenizer.load(folder)
+    assert "of different models" in str(caught.value.hint)
+    change_json(folder / "config.json", vocab_size=384, eos_token_id=9999)
+    with pytest.raises(InputError, match="the model ends a text with id 9999, which is no token"):
+        Tokenizer.load(folder)
+
+
+def test_a_padding_token_may_lack_a_row_in_the_embedding_but_an_end_may_not(
+    make: MakeTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make()
+    change_json(folder / "config.json", vocab_size=384)
+    change_json(folder / "tokenizer_config.json", pad_token="[PAD]")
+    assert Tokenizer.load(folder).pad_id == 384
+    assert capsys.readouterr().err == ""
+    change_json(folder / "tokenizer_config.json", eos_token="<|end|>")
+    with pytest.raises(InputError, match=r"386 tokens, the model's embedding 384 \(<\|end\|>, \[PAD\] beyond it\)"):
+        Tokenizer.load(folder)
+    assert "eos_token '<|end|>' is not in the vocabulary" in capsys.readouterr().err
+
+
+def test_tokens_with_other_ids_than_the_vocabularys_are_named(
+    make: MakeTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make()
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"7": {"content": "<|im_end|>"}})
+    Tokenizer.load(folder)
+    assert "'<|im_end|>' has the id 7, but 2 in the vocabulary, which is used" in capsys.readouterr().err
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"32000": {"content": "<|new|>"}})
+    with pytest.raises(InputError, match=r"'<\|new\|>' has the id 32000, but 384 in the vocabulary"):
+        Tokenizer.load(folder)
