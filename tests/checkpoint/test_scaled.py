@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_lora.checkpoint import load_model, open_tensors
 from lit_lora.checkpoint.convert import convert, open_source, plan_conversion
+from lit_lora.checkpoint.load import empty_model
+from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.scaled import ScaledTensors
 from lit_lora.errors import InputError
+from lit_lora.hf import HostedConfig, build, read_config
 from lit_lora.quantize import QuantizeConfig, found_config
 from tests.checkpoint.makers import CONFIG, state_dict, write_hf_folder
+from tests.families import tiny_configs
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 # 96 rows in blocks of 64 end within a block, as rows of DeepSeek's projections do.
@@ -160,3 +166,50 @@ def test_scales_that_do_not_fit_are_one_clear_line(
     save_file(stored, folder / "model.safetensors")
     with pytest.raises(InputError, match=f"tensor {name} cannot be dequantized: {problem}"):
         load_model(folder)
+
+
+def mxfp4_experts(folder: Path) -> dict[str, Any]:
+    """A tiny gpt-oss whose experts are random 4-bit codes; its quantization settings."""
+    config = tiny_configs.config("gpt_oss")
+    config.intermediate_size = 64  # blocks have 32 values
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 128, shape, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"quant_method": "mxfp4"}
+
+
+def float8_experts(folder: Path) -> dict[str, Any]:
+    """A tiny mixture of experts in FP8, one matrix per expert in the file; its quantization settings."""
+    tiny_configs.save("qwen3_moe", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        codes, scales, _ = quantized_to_float8(tensors[name].float(), (8, 8))
+        tensors |= {name: codes, f"{name}_scale_inv": scales}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"quant_method": "fp8", "weight_block_size": [8, 8], "modules_to_not_convert": ["lm_head", "gate"]}
+
+
+@pytest.mark.parametrize("write", [mxfp4_experts, float8_experts])
+def test_a_whole_mixture_of_experts_is_dequantized_as_by_transformers(
+    tmp_path: Path, write: Callable[[Path], dict[str, Any]]
+) -> None:
+    torch.manual_seed(0)
+    settings = write(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": settings, "dtype": "bfloat16"}
+    path.write_text(json.dumps(config))
+    # In float32: in bfloat16, transformers rounds the scales before it multiplies.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, trust_remote_code=False)
+    hosted = read_config(tmp_path)
+    model = build(hosted) if isinstance(hosted, HostedConfig) else empty_model(hosted)
+    ours = StoredParameters(tmp_path, model)
+    parameters = dict(theirs.named_parameters())
+    assert set(ours.names()) >= set(parameters)
+    for name, parameter in parameters.items():
+        assert torch.equal(ours.read(name, torch.bfloat16), parameter.bfloat16()), name
