@@ -109,21 +109,12 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
+    kind = CONFIG_MAPPING[data["model_type"]]
     plain = {key: value for key, value in without_quantization(data).items() if key != "auto_map"}
-    whole = CONFIG_MAPPING[data["model_type"]].from_dict(_with_floats(plain))
+    whole = kind.from_dict(kind._decode_special_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
-    # Of a composite model the whole decides. (Configs without the key, such as of encoders, have no head to tie.)
-    text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
+    text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)  # not all have it
     return text
-
-
-def _with_floats(data: Any) -> Any:
-    """A parsed ``config.json`` with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
-    if isinstance(data, dict):
-        if data.keys() == {"__float__"}:
-            return float(data["__float__"])
-        return {key: _with_floats(value) for key, value in data.items()}
-    return [_with_floats(value) for value in data] if isinstance(data, list) else data
 
 
 def _require_supported(data: dict[str, Any], name: str) -> None:

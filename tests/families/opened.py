@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_lora import IGNORE_INDEX
-from lit_lora.checkpoint.load import load_model, stored_shapes
-from lit_lora.checkpoint.parameters import StoredParameters
+from lit_lora.checkpoint.load import load_model
 from lit_lora.data.batches import MicroBatch
-from lit_lora.hf import HostedConfig, HostedLM, build, choose, read_config
-from lit_lora.hf.causal import fill_buffers
 from lit_lora.model import CausalLM
 from tests.families import tiny_configs
 
@@ -63,22 +60,7 @@ def open_tiny(key: str, folder: Path) -> Opened:
     theirs = tiny_configs.save(key, folder)
     if key in _SDPA:
         theirs = tiny_configs.build(key, attn="sdpa")
-    config = read_config(folder)
-    if not isinstance(config, HostedConfig):
-        return Opened(load_model(folder), theirs, folder)
-    model: HostedLM = build(config)
-    fill_buffers(model, "cpu")
-    stored = StoredParameters(folder, model)
-    for name in stored_shapes(model):
-        if name not in stored.names():
-            assert config.tie_word_embeddings, name
-            continue
-        parent, _, last = name.rpartition(".")
-        module, tensor = model.get_submodule(parent), stored.read(name)
-        setattr(module, last, nn.Parameter(tensor) if last in module._parameters else tensor)
-    model.net.tie_weights()
-    choose(model)
-    return Opened(model, theirs, folder)
+    return Opened(load_model(folder), theirs, folder)
 
 
 def documents() -> list[Tensor]:
