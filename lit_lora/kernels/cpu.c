@@ -64,11 +64,15 @@ void rms_norm_backward(const bf16 *dy, const bf16 *dresidual, const bf16 *s, con
     }
 }
 
+// exp(-x), at most exp(80), as reciprocal() takes nothing near the largest float; and with it 1 / (1 + exp(-x)).
+static inline float inverse_exponential(float x) { return exponential(x < -80.0f ? 80.0f : -x); }
+static inline float sigmoid_of(float x) { return reciprocal(1.0f + inverse_exponential(x)); }
+
 void swiglu(const bf16 *gate, const bf16 *value, bf16 *y, long count) {
 #pragma omp parallel for simd schedule(static) if (count > 16384)
     for (long i = 0; i < count; i++) {
         float g = up(gate[i]);
-        y[i] = down(g * reciprocal(1.0f + exponential(-g)) * up(value[i]));
+        y[i] = down(g * sigmoid_of(g) * up(value[i]));
     }
 }
 
@@ -76,7 +80,7 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *
 #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < count; i++) {
         float d = up(dy[i]), g = up(gate[i]), v = up(value[i]);
-        float sigmoid = reciprocal(1.0f + exponential(-g));
+        float sigmoid = sigmoid_of(g);
         dgate[i] = down(d * v * sigmoid * (1.0f + g * (1.0f - sigmoid)));
         dvalue[i] = down(d * g * sigmoid);
     }
@@ -89,7 +93,7 @@ void geglu(const bf16 *gate, const bf16 *value, bf16 *y, long count) {
 #pragma omp parallel for simd schedule(static) if (count > 16384)
     for (long i = 0; i < count; i++) {
         float g = up(gate[i]);
-        y[i] = down(g * reciprocal(1.0f + exponential(-gelu_argument(g))) * up(value[i]));
+        y[i] = down(g * sigmoid_of(gelu_argument(g)) * up(value[i]));
     }
 }
 
@@ -97,9 +101,9 @@ void geglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *value, bf16 *d
 #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < count; i++) {
         float d = up(dy[i]), g = up(gate[i]), v = up(value[i]);
-        float sigmoid = reciprocal(1.0f + exponential(-gelu_argument(g)));
-        float slope = 1.5957691f + 0.21406446f * g * g;
-        dgate[i] = down(d * v * sigmoid * (1.0f + g * (1.0f - sigmoid) * slope));
+        float e = inverse_exponential(gelu_argument(g)), sigmoid = reciprocal(1.0f + e);
+        float slope = 1.5957691f + 0.21406446f * g * g, rest = e * sigmoid;  // 1 - sigmoid would lose all its digits
+        dgate[i] = down(d * v * sigmoid * (1.0f + g * rest * slope));
         dvalue[i] = down(d * g * sigmoid);
     }
 }

@@ -280,10 +280,14 @@ class ModelConfig(Settings):
 
         # A config that was made in Python.
         family = FAMILIES[self.model_type]
+        rope: dict[str, Any] = self.rope.model_dump(exclude_none=True)
+        if self.local_rope is not None:
+            rope = {_FULL: rope, _SLIDING: self.local_rope.model_dump(exclude_none=True)}
         return {
             "architectures": [family.architecture],
             **self.model_dump(exclude={"rope", "local_rope", "source", *(_OF_SOME - family.reads)}),
-            "rope_parameters": self.rope.model_dump(exclude_none=True),
+            "use_sliding_window": self.sliding_window is not None,  # without it, some families have no window
+            "rope_parameters": rope,
         }
 
 

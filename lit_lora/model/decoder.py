@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         layer, value = self.layer, self._heads(value)
         if self.block.norm_after_rope:
             query, key = (attend.rotate(layer, self._heads(projected)) for projected in (query, key))
-            layer = self._rotated
+            layer = replace(layer, rope=None)  # already rotated
         query, key = self._normed(self._query_norm, query), self._normed(self._key_norm, key)
         context = attend(layer, query, key, value)  # (T, N, H)
         out: Tensor = getattr(self, self._out)(context.flatten(-2))
@@ -93,11 +93,6 @@ class SelfAttention(nn.Module):
         over_width = self.block.query_key_norm == "width"
         normed: Tensor = getattr(self, norm)(x.flatten(1) if over_width else self._heads(x))
         return self._heads(normed)
-
-    @property
-    def _rotated(self) -> LayerAttention:
-        """How the layer attends with queries and keys that are already rotated."""
-        return replace(self.layer, rope=None)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(T, heads · H) to (T, heads, H)."""

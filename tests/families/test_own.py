@@ -21,16 +21,18 @@ from lit_lora.model import FAMILIES, CausalLM, KVCache, ModelConfig
 from tests.families import tiny_configs
 from tests.families.tiny_configs import KEYS, VOCABULARY, model_type
 
-OWN = [
-    key
-    for key in KEYS
-    if model_type(key) in FAMILIES and not ModelConfig.from_hf(tiny_configs.config(key).to_dict()).num_experts
-]
+WITH_EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe"
+OWN = [key for key in KEYS if model_type(key) in FAMILIES and model_type(key) not in WITH_EXPERTS]
+# Of a family's variants, these have something that no other key has.
+QUICK = "gemma3_text#scaled", "phi3#longrope"
 LENGTHS = [11, 40, 3]
 """Of packed documents: below and above windows of 5 and original contexts of 16."""
 
 
-@pytest.fixture(scope="module", params=OWN)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(key, marks=() if key in QUICK or "#" not in key else pytest.mark.slow) for key in OWN],
+)
 def key(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -137,12 +139,15 @@ def test_lora_has_pefts_outputs_and_gradients(ours: CausalLM, key: str, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("name", ["prompt", "prefix", "ia3"])
 @torch.no_grad()
-def test_prompts_are_multiplied_as_by_peft_and_transformers(ours: CausalLM, key: str, tmp_path: Path) -> None:
-    method = adapt(ours, {"name": "prompt", "num_virtual_tokens": 4, "init": "random"})
+def test_other_methods_give_what_they_give_in_peft(ours: CausalLM, key: str, name: str, tmp_path: Path) -> None:
+    """Prompts get the embedding's multipliers, prefixes the layers' windows, and fused projections one factor each."""
+    settings = {} if name == "ia3" else {"num_virtual_tokens": 4, "init": "random"}
+    method = adapt(ours, {"name": name, **settings})
     theirs = opened_by_peft(ours, method, key, tmp_path)
     ids = tokens(1, 9)
-    assert error(ours(ids), theirs(ids).logits[:, 4:]) < 1e-5
+    assert error(ours(ids), theirs(ids).logits[:, -9:]) < 1e-5
 
 
 def adapt(model: CausalLM, settings: dict[str, Any]) -> peft.Method:
@@ -226,3 +231,24 @@ def test_layers_that_a_config_does_not_list_are_those_of_transformers(kind: str)
     assert [ours.window_of(layer) for layer in range(30)] == [
         window if kind == "sliding_attention" else None for kind in expected
     ]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "olmo3"])
+def test_a_longer_context_is_that_of_layers_without_a_window(kind: str) -> None:
+    config = ModelConfig.from_hf(tiny_configs.config(kind).to_dict())
+    longer = config.extended(4)
+    assert longer.rope.factor == 4
+    assert longer.local_rope == config.local_rope
+    again = ModelConfig.from_hf(longer.to_hf())
+    assert (again.rope.factor, again.max_position_embeddings) == (4, 4 * config.max_position_embeddings)
+    assert (again.local_rope is None) == (config.local_rope is None)
+    assert again.local_rope is None or again.local_rope.factor is None
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3", "phi3"])
+def test_a_config_made_in_python_comes_back_from_its_file(kind: str) -> None:
+    config = ModelConfig.from_hf(tiny_configs.config(kind).to_dict())
+    local_rope = config.local_rope and config.local_rope.model_copy(update={"rope_theta": 777.0})
+    made = config.model_copy(update={"source": {}, "local_rope": local_rope})
+    again = ModelConfig.from_hf(json.loads(json.dumps(made.to_hf())))
+    assert again.model_dump() == made.model_dump()

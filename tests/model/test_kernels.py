@@ -12,7 +12,7 @@ from lit_lora import kernels
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
-from lit_lora.model.ops import add_rms_norm, linear, rotate, swiglu
+from lit_lora.model.ops import add_rms_norm, geglu, linear, rotate, swiglu
 from lit_lora.model.products import sum_of_products
 from lit_lora.train.loss import cross_entropy_backward, cross_entropy_sum
 
@@ -44,6 +44,7 @@ def test_norm_equals_pytorch(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x, delta, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[1])
     _compare(lambda x, delta, weight: add_rms_norm(x, delta, weight, 1e-5), x, delta, weight)
+    _compare(lambda x, delta, weight: add_rms_norm(x, delta, weight, 1e-5, 1.0), x, delta, weight)
     _compare(lambda x, weight: add_rms_norm(x, None, weight, 1e-5), x, weight)
 
 
@@ -51,6 +52,9 @@ def test_norm_equals_pytorch(shape: tuple[int, int]) -> None:
 def test_gate_equals_pytorch(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     _compare(lambda gate, value: (swiglu(gate, value),), 6 * torch.randn(shape), torch.randn(shape))
+    _compare(lambda gate, value: (geglu(gate, value),), 6 * torch.randn(shape), torch.randn(shape))
+    for gated in (swiglu, geglu):  # whose exponentials overflow
+        _compare(lambda gate, value, gated=gated: (gated(gate, value),), 60 * torch.randn(shape), torch.randn(shape))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (9, 3, 20), (40, 9, 64)])
@@ -134,6 +138,26 @@ def test_packed_attention_equals_pytorch(
     given = sum(lengths) - shared_prefix * (len(lengths) - 1)
     query, key, value = (torch.randn(given, heads, size) for heads in (6, groups, groups))
     _compare(lambda *tensors: (attend(LayerAttention(0, window), *tensors),), query, key, value)
+
+
+@pytest.mark.parametrize("pairs", ["halves", "neighbors"])
+@pytest.mark.parametrize(("size", "share"), [(16, 0.5), (80, 0.75), (256, 0.25), (256, 1.0)])
+def test_packed_attention_turns_a_part_of_heads(size: int, share: float, pairs: str) -> None:
+    torch.manual_seed(0)
+    data = {
+        "model_type": "glm" if pairs == "neighbors" else "llama",
+        "vocab_size": 8,
+        "hidden_size": 4 * size,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": size,
+        "partial_rotary_factor": share,
+    }
+    attend = PackedAttention(ModelConfig.from_hf(data), [40, 12], torch.device("cpu"), shared_prefix=7)
+    query, key, value = (torch.randn(45, heads, size) for heads in (4, 2, 2))
+    _compare(lambda *tensors: (attend(LayerAttention(0, scale=0.2), *tensors),), query, key, value)
 
 
 @pytest.mark.skipif(not kernels.has("packed_attention"), reason="no AVX-512 BF16")

@@ -123,7 +123,8 @@ class _PackedWithPrefix(PackedAttention):
         shared_prefix = prefix_length + tokens.layout.shared_prefix
         super().__init__(tokens.config, lengths, tokens.positions.device, shared_prefix=shared_prefix)
         self.prefix_length = prefix_length
-        if not rotated and not tokens.config.rotates_alike(lengths):
+        is_computed = not rotated or tokens.layout.shared_prefix > 0  # something that documents have in common
+        if is_computed and not tokens.config.rotates_alike(lengths):
             raise InputError(
                 f"documents of at most {tokens.config.rope_switch} tokens and longer ones cannot have the same virtual "
                 "tokens before them, as this model rotates them differently",
