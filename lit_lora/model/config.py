@@ -159,8 +159,6 @@ class ModelConfig(Settings):
         heads: Any = fields.get("num_attention_heads")
         width: Any = fields.get("hidden_size")
         fields.setdefault("num_key_value_heads", heads)
-        if "num_local_experts" in fields:  # the other name in use
-            fields.setdefault("num_experts", fields["num_local_experts"])
         if "head_dim" not in fields:
             sizes_are_valid = all(isinstance(size, int) and size > 0 for size in (heads, width))
             fields["head_dim"] = width // heads if sizes_are_valid else 2  # validation will report the wrong size
@@ -335,13 +333,20 @@ _OF_SOME = frozenset(
         "attention_out_bias",
         "attention_multiplier",
         "attn_logit_softcapping",
+        "decoder_sparse_step",
         "embedding_multiplier",
         "final_logit_softcapping",
         "layer_types",
         "logits_scaling",
+        "mlp_only_layers",
+        "moe_intermediate_size",
         "no_rope_layers",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
         "query_pre_attn_scalar",
         "residual_multiplier",
+        "shared_expert_intermediate_size",
     )
 )
 """Fields that only some families have: in the others' ``config.json`` such a key means nothing."""

@@ -20,6 +20,7 @@ from lit_lora.model.config import Activation, ModelConfig
 from lit_lora.model.ops import add_rms_norm, geglu, linear, swiglu
 
 __all__ = [
+    "GATED",
     "MLP",
     "AddRMSNorm",
     "Linear",
@@ -98,7 +99,7 @@ class MLP(nn.Module):
         super().__init__()
         names, width = config.names, config.hidden_size
         inner = inner or config.intermediate_size
-        self.gated = _GATED[config.hidden_act]
+        self.gated = GATED[config.hidden_act]
         gate_and_up = names.mlp_gate, names.mlp_in
         self._gate_and_up = Projections(self, gate_and_up, width, (inner, inner), bias=config.mlp_bias)
         self._down = add_part(self, names.mlp_out, Linear(inner, width, bias=config.mlp_bias))
@@ -116,12 +117,13 @@ def _geglu_exact(gate: Tensor, value: Tensor) -> Tensor:
     return F.gelu(gate) * value
 
 
-_GATED: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
+GATED: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": swiglu,
     "swish": swiglu,
     "gelu": _geglu_exact,
     "gelu_pytorch_tanh": geglu,
 }
+"""``activation(gate) * value`` of two tensors of one shape, by the name of the activation."""
 
 
 class Projections:

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lit_lora.model.config import ModelConfig
-from lit_lora.model.layers import MLP, Linear, add_part, recomputed
-from lit_lora.model.ops import linear, swiglu
+from lit_lora.model.layers import GATED, MLP, Linear, add_part, recomputed
+from lit_lora.model.ops import linear
 from lit_lora.model.products import sum_of_products
 
 __all__ = ["ExpertLayer", "Experts", "MixtureOfExperts", "Router", "run_experts"]
@@ -56,7 +56,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The gated MLPs of all experts of a layer: ``down(silu(gate(x)) * up(x))``.
+    """The gated MLPs of all experts of a layer: ``down(activation(gate(x)) * up(x))``.
 
     Its two parameters, under the family's names, are gate above up (E, 2F, D) and down (E, D, F).
     """
@@ -64,6 +64,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, inner = config.num_experts, config.hidden_size, config.expert_width
+        self.gated = GATED[config.hidden_act]
         self._first = _add_matrices(self, config.names.experts_in, experts, 2 * inner, width)
         self._second = _add_matrices(self, config.names.experts_out, experts, width, inner)
 
@@ -76,11 +77,10 @@ class Experts(nn.Module):
         """First and second layer, by the names of their parameters."""
         return {name: ExpertLayer(getattr(self, name)) for name in (self._first, self._second)}
 
-    @staticmethod
-    def activate(gate_and_up: Tensor) -> Tensor:
+    def activate(self, gate_and_up: Tensor) -> Tensor:
         """Map (rows, 2F) to (rows, F)."""
         gate, up = gate_and_up.chunk(2, dim=-1)
-        return swiglu(gate.contiguous(), up.contiguous())
+        return self.gated(gate.contiguous(), up.contiguous())
 
 
 class MixtureOfExperts(nn.Module):

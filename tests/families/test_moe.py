@@ -10,7 +10,15 @@ from lit_lora.model import CausalLM, KVCache, ModelConfig
 from lit_lora.model.moe import ExpertLayer, run_experts
 from tests.families.tiny_configs import VOCABULARY, build
 
-FAMILIES = ["mixtral"]
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen2_moe#dense_layers",
+    "qwen3_moe",
+    "qwen3_moe#dense_layers",
+    "granitemoe",
+    "flex_olmo",
+]
 """Keys of tiny models that the own decoder runs."""
 
 

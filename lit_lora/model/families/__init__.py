@@ -35,6 +35,9 @@ _GEMMA2_READS = frozenset(("query_pre_attn_scalar", "attn_logit_softcapping", "f
 _GLM = {"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5}
 _GLM_CONTEXT = {"attention_bias": True, "max_position_embeddings": 131072}
 
+_EXPERTS = frozenset(("num_experts", "num_experts_per_tok", "norm_topk_prob"))
+_EXPERTS_IN_SOME_LAYERS = _EXPERTS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM"),
     "ernie4_5": Family(
@@ -226,15 +229,72 @@ FAMILIES: dict[str, Family] = {
         "MistralForCausalLM",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     ),
+    "flex_olmo": Family(
+        "FlexOlmoForCausalLM",
+        defaults={"rope_theta": 500000.0, "max_position_embeddings": 4096, "num_experts": 7, "num_experts_per_tok": 5},
+        fixed={"mlp_bias": False},
+        reads=_EXPERTS,
+        complete=rules.experts,
+        names=DecoderNames(**_NORMS_OF_HEADS, **_POST_NORMS),
+        block=Block(query_key_norm="width"),
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        defaults={"attention_multiplier": 1.0, "num_experts": 8, "num_experts_per_tok": 2},
+        fixed={"norm_topk_prob": True},
+        reads=_EXPERTS | {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"},
+        complete=rules.experts,
+        names=DecoderNames(
+            mlp="block_sparse_moe",
+            router="block_sparse_moe.router",
+            experts="block_sparse_moe.experts",
+            experts_in="block_sparse_moe.experts.gate_up_proj",
+            experts_out="block_sparse_moe.experts.down_proj",
+        ),
+    ),
     "mixtral": Family(
         "MixtralForCausalLM",
         defaults={
             "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,  # always, so config.json has no such key
+            "rms_norm_eps": 1e-5,
             "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
         },
+        fixed={"attention_bias": False, "mlp_bias": False, "norm_topk_prob": True},
+        reads=_EXPERTS,
+        complete=rules.experts,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        defaults={
+            "num_key_value_heads": 16,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        fixed={"attention_out_bias": False, "mlp_bias": False},
+        reads=_EXPERTS_IN_SOME_LAYERS | {"layer_types", "shared_expert_intermediate_size"},
+        complete=rules.qwen2_moe,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        fixed={"mlp_bias": False},
+        reads=_EXPERTS_IN_SOME_LAYERS,
+        complete=rules.qwen3_moe,
+        names=DecoderNames(**_NORMS_OF_HEADS),
     ),
 }
 """Decoders, which this package implements."""

@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["every", "exaone4", "gemma", "gemma2", "gemma3", "hunyuan", "phi3", "qwen", "smollm3"]
+__all__ = [
+    "every",
+    "exaone4",
+    "experts",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "hunyuan",
+    "phi3",
+    "qwen",
+    "qwen2_moe",
+    "qwen3_moe",
+    "smollm3",
+]
 
 Fields = Mapping[str, Any]
 
@@ -27,6 +40,27 @@ def qwen(fields: Fields) -> Fields:
     first = fields.get("max_window_layers", 28)
     types = fields.get("layer_types") or [SLIDING if window and i >= first else FULL for i in _layers(fields)]
     return {"sliding_window": window, "layer_types": types}
+
+
+def experts(fields: Fields) -> Fields:
+    """Two names of the number of experts are in use."""
+    return {"num_experts": fields.get("num_local_experts", fields.get("num_experts"))}
+
+
+def qwen2_moe(fields: Fields) -> Fields:
+    """A window in every other one of the first layers; biases of queries, keys and values by a key of its own."""
+    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    last = fields.get("max_window_layers", 28)
+    listed = fields.get("layer_types")
+    types = listed or [SLIDING if window and i % 2 == 0 and i < last else FULL for i in _layers(fields)]
+    bias = fields.get("qkv_bias", True)
+    return {**experts(fields), "sliding_window": window, "layer_types": types, "attention_bias": bias}
+
+
+def qwen3_moe(fields: Fields) -> Fields:
+    """A window in all layers, if ``use_sliding_window`` says so."""
+    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    return {**experts(fields), "sliding_window": window}
 
 
 def gemma(fields: Fields) -> Fields:
