@@ -53,6 +53,17 @@ class StoredParameters:
         """The parameters that the files have, and the tensors that lie among them without being a parameter."""
         return [*self._conversion_of, *self._unexpected]
 
+    def conversion(self, name: str) -> Conversion:
+        """How a parameter is stored; of one that the files lack, how it would be beside the others."""
+        if name in self._conversion_of:
+            return self._conversion_of[name]
+        # The head of a model that was tied: where the name of another parameter has been put behind a prefix, so is
+        # its own.
+        parameter, first = next(iter(self._conversion_of.items()))
+        stored = first.stored[0]
+        prefix = stored.removesuffix(parameter) if stored.endswith(f".{parameter}") else ""
+        return Conversion((prefix + name,), (name,))
+
     def others(self) -> list[str]:
         """Stored tensors that become no parameter, such as those of a tower for images."""
         used = {name for part in self.conversions for name in part.stored}
@@ -89,8 +100,8 @@ class StoredParameters:
 
     def quantized(self, name: str) -> bool:
         """Whether a parameter can be had quantized, as it is stored."""
-        conversion = self._conversion_of[name]
-        return conversion.as_stored and self.files.quantized(conversion.stored[0])
+        conversion = self._conversion_of.get(name)
+        return conversion is not None and conversion.as_stored and self.files.quantized(conversion.stored[0])
 
     def configs(self) -> list[QuantizeConfig]:
         """Every way in which a tensor is quantized, once."""

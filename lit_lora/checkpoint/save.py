@@ -13,10 +13,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lit_lora.checkpoint.load import AnyModel, stored_shapes
+from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
 from lit_lora.checkpoint.tensors import INDEX
 from lit_lora.files import atomic_folder, disk_errors
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import ModelConfig
 from lit_lora.quantize import QuantizedLinear
 from lit_lora.tokenizer import Tokenizer, needs_conversion
 
@@ -188,13 +190,15 @@ class CheckpointWriter:
         self._file = None
 
 
-def save_model(model: CausalLM, folder: Path, *, side_files: Path, card: str) -> Path:
+def save_model(model: AnyModel, folder: Path, *, side_files: Path, card: str) -> Path:
     """Write a whole model as a Hugging Face folder, which appears complete or not at all.
 
     Args:
         model: The model; its weights keep their dtypes, and a tied head is written once.
         folder: The folder; an existing one is replaced.
-        side_files: The checkpoint that tokenizer, chat template and the like are copied from.
+        side_files: The folder that tokenizer, chat template and the like are copied from. If it holds weights, it is
+            the checkpoint that the model was loaded from: names and shapes are as there, and tensors that the model
+            does not use are copied.
         card: The text of its README.md.
 
     Returns:
@@ -203,7 +207,24 @@ def save_model(model: CausalLM, folder: Path, *, side_files: Path, card: str) ->
     Raises:
         DiskError: The disk is full or read-only; an existing folder is kept.
     """
-    return _write_folder(folder, model.named_parameters(), model.config.to_hf(), side_files, card)
+    has_weights = any(Path(side_files).glob("*.safetensors"))
+    tensors = _as_stored(model, side_files) if has_weights else model.named_parameters()
+    return _write_folder(folder, tensors, model.config.to_hf(), side_files, card)
+
+
+def _as_stored(model: AnyModel, base: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``model`` under the names and in the shapes of ``base``, and those of ``base`` that it lacks."""
+    reader = StoredParameters(base, model)
+    state = model.state_dict(keep_vars=True)
+    left = {name: state[name] for name in stored_shapes(model)}
+    for conversion in reader.conversions:
+        if all(name in left for name in conversion.parameters):  # not so for the copy of a tied head
+            parameters = {name: left.pop(name) for name in conversion.parameters}
+            yield from reader.to_files(conversion, parameters).items()
+    for name, tensor in left.items():
+        yield reader.conversion(name).stored[0], tensor
+    for name in reader.others():
+        yield name, reader.files.read_once(name)
 
 
 def save_quantized(

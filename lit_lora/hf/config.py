@@ -54,15 +54,21 @@ class HostedConfig(ModelConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """``config.json`` as read, with the fields that finetuning may change, and without quantization."""
-        changed = {"vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings}
+        """``config.json`` as read, with the fields that finetuning has changed, and without quantization."""
+        as_read = _facts(text_config(self.source), self.source)
+        changed = {
+            key: getattr(self, key)
+            for key in ("vocab_size", "tie_word_embeddings")
+            if getattr(self, key) != as_read[key]
+        }
         data = without_quantization(self.source)
-        dtype_key = "torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"
-        if isinstance(data.get("text_config"), dict):
-            text = data["text_config"]
-            data["text_config"] = text | {key: value for key, value in changed.items() if key in text}
-            return data | {dtype_key: self.dtype}
-        return data | changed | {dtype_key: self.dtype}
+        if self.dtype != as_read["dtype"]:
+            data["torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"] = self.dtype
+        if not isinstance(data.get("text_config"), dict):
+            return data | changed
+        # Of a composite, the text model's config counts for sizes, and that of the whole for the tie.
+        tie = {key: value for key, value in changed.items() if key == "tie_word_embeddings"}
+        return data | tie | {"text_config": data["text_config"] | changed}
 
 
 def read_config(folder: Path) -> ModelConfig:

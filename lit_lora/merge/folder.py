@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lit_lora import log
 from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
@@ -111,7 +112,7 @@ def merge(plan: MergePlan, out: Path, *, allow_lossy: bool = False, replace: boo
 
         # Proved on what is now in the files.
         coarsest = max((plan.target(name) for name in plan.names), key=lambda dtype: torch.finfo(dtype).eps)
-        written = BaseTensors(temporary, plan.config, exact=plan.into == "quantized")
+        written = BaseTensors(temporary, exact=plan.into == "quantized")
         proof = prove(plan, _token_ids(plan, temporary), dtype=coarsest, merged=written)
         report = MergeReport(Path(out), proofs, totals(proofs), proof, plan.untied, _onto(plan), plan.lossy)
         # The zeros between unchanged codes are float32: nothing is lost, in whatever dtype the model then computes.
@@ -133,17 +134,27 @@ def forecast(plan: MergePlan, dtype: torch.dtype) -> Forecast:
 
 
 def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
+    """Write every tensor under the name and in the shape that the base's files have it."""
+    reader = plan.base.reader
     proofs = []
+    waiting: dict[str, Tensor] = {}  # parameters that the files store together with others still to come
     with CheckpointWriter(folder) as writer:
         for name, tensor, proof in log.progress(merged_tensors(plan), total=len(plan.names), what="merging"):
+            conversion = reader.conversion(name)
             if isinstance(tensor, Quantized):
-                parts = packed_tensors(name.removesuffix(".weight"), tensor, plan.base.dtype(name))
+                parts = packed_tensors(conversion.stored[0].removesuffix(".weight"), tensor, plan.base.dtype(name))
                 for part, values in parts.items():
                     writer.add(part, values)
             else:
-                writer.add(name, tensor)
+                waiting[name] = tensor
+                if len(waiting) == len(conversion.parameters):
+                    for stored, values in reader.to_files(conversion, waiting).items():
+                        writer.add(stored, values)
+                    waiting.clear()
             if proof is not None:
                 proofs.append(proof)
+        for name in plan.copied:
+            writer.add(name, reader.files.read_once(name))
     return proofs
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_lora.checkpoint.load import decoder_linears, empty_model
-from lit_lora.checkpoint.quantized import StoredTensors, packed_bytes
+from lit_lora.checkpoint.load import decoder_linears, empty_model, open_checkpoint
+from lit_lora.checkpoint.quantized import packed_bytes
 from lit_lora.errors import InputError, UsageError
 from lit_lora.model import ModelConfig
 from lit_lora.open.folders import find_adapter, find_base
@@ -37,29 +37,25 @@ Into = Literal["dequantized", "original", "quantized"]
 
 
 class BaseTensors(Base):
-    """A checkpoint's tensors by name, mapped from its files on use; the head of a tied model is its embedding.
+    """A checkpoint's tensors by the model's names, mapped from its files on use; a tied head is the embedding.
 
     Args:
         folder: The checkpoint.
-        config: Its config, which says what embedding and head are called, and whether they are one.
         quantize: Tensors to return as they would be after quantization, and how they are quantized.
         exact: Dequantize to float32, which rounds nothing, instead of the model's dtype.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        *,
-        quantize: Mapping[str, QuantizeConfig] | None = None,
-        exact: bool = False,
+        self, folder: Path, *, quantize: Mapping[str, QuantizeConfig] | None = None, exact: bool = False
     ) -> None:
-        self.reader = StoredTensors(folder)
+        self.model, self.reader = open_checkpoint(folder)
+        """The model, without values, and its parameters in the files."""
         self.exact = exact
         self.quantize = quantize or {}
-        self.tied = config.tie_word_embeddings
-        self.embedding, self.head = f"{config.names.embedding}.weight", f"{config.names.head}.weight"
-        names = [name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")]
+        self.tied = self.model.config.tie_word_embeddings
+        self.embedding = _weight_name(self.model, self.model.get_input_embeddings())
+        self.head = _weight_name(self.model, self.model.get_output_embeddings())
+        names = [name for conversion in self.reader.conversions for name in conversion.parameters]
         self.stored = [name for name in names if not (self.tied and name == self.head)]
 
     def _stored_name(self, name: str) -> str:
@@ -127,7 +123,9 @@ class MergePlan:
     updates: dict[str, Update]
     """By tensor; those of an adapter to subtract are already taken off."""
     names: list[str]
-    """Tensors to write, in order."""
+    """Tensors to write, in order, by the model's names."""
+    copied: list[str]
+    """Tensors of the base to write as they are in its files, by their names there."""
     config: ModelConfig
     """``config.json`` of the result."""
     untied: bool
@@ -157,7 +155,8 @@ class MergePlan:
 
     def target(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is written."""
-        return self.dtype or self.base.dtype(name)
+        stored = self.base.dtype(name)
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
 
     def rows(self, name: str) -> int:
         """Rows of a tensor as it is written."""
@@ -174,7 +173,8 @@ class MergePlan:
                 total += packed_bytes(name.removesuffix(".weight"), shape, self.quantize)
             else:
                 total += self.rows(name) * math.prod(shape[1:]) * self.target(name).itemsize
-        return total
+        files = self.base.reader.files
+        return total + sum(math.prod(files.shape(name)) * files.dtype(name).itemsize for name in self.copied)
 
 
 def find_places(source: Path, *, base: Path | None = None, out: Path | None = None) -> Places:
@@ -225,10 +225,10 @@ def plan_merge(
             f"{subtract}: cannot be added and subtracted in the same merge",
             hint="--subtract takes the adapter of a task that has already been merged into --base",
         )
-    config = ModelConfig.from_folder(places.base)
-    tied = config.tie_word_embeddings
     adapter = read_adapter(places.adapter)
-    trained, base, quantization = _bases(places.base, config, adapter, into)
+    trained, base, quantization = _bases(places.base, adapter, into)
+    config = base.model.config
+    tied = config.tie_word_embeddings
     if quantization is not None:
         into = into or ("quantized" if _keeps_codes(adapter, quantization) else "dequantized")
         trained.exact = into == "quantized"
@@ -250,8 +250,28 @@ def plan_merge(
     if isinstance(adapter.config, ChangesConfig):
         config = adapter.config.configure(config)
     config = config.model_copy(update={"vocab_size": rows, "tie_word_embeddings": tied and not untied, "dtype": stored})
-    names = base.stored + ([base.head] if untied else [])
-    return MergePlan(places.base, adapter, base, updates, names, config, untied, dtype, trained, into, quantization)
+    copied = _copied(base, updates, dtype)
+    names = [name for name in base.stored if base.reader.conversion(name).stored[0] not in copied]
+    if untied:
+        names.append(base.head)
+    return MergePlan(
+        places.base, adapter, base, updates, names, copied, config, untied, dtype, trained, into, quantization
+    )
+
+
+def _copied(base: BaseTensors, updates: Updates, dtype: torch.dtype | None) -> list[str]:
+    """Stored tensors to copy: what the model does not use, and what it would only put together and take apart."""
+    copied = base.reader.others()
+    if dtype is None:
+        for conversion in base.reader.conversions:
+            if not conversion.as_stored and not any(name in updates for name in conversion.parameters):
+                copied += conversion.stored
+    return copied
+
+
+def _weight_name(model: nn.Module, module: nn.Module) -> str:
+    """The name of the weight of one of the model's modules."""
+    return next(f"{name}.weight" for name, other in model.named_modules() if other is module)
 
 
 def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
@@ -259,15 +279,13 @@ def _keeps_codes(adapter: Adapter, quantize: QuantizeConfig) -> bool:
     return isinstance(adapter.config, KeepsCodes) and adapter.config.keeps_codes(quantize)
 
 
-def _bases(
-    folder: Path, config: ModelConfig, adapter: Adapter, into: Into | None
-) -> tuple[BaseTensors, BaseTensors, QuantizeConfig | None]:
+def _bases(folder: Path, adapter: Adapter, into: Into | None) -> tuple[BaseTensors, BaseTensors, QuantizeConfig | None]:
     """The base as it was in training, the base to add the update to, and how the former was quantized.
 
     Raises:
         UsageError: ``into`` does not apply.
     """
-    stored = BaseTensors(folder, config)
+    stored = BaseTensors(folder)
     stored_quantized = next(iter(stored.reader.configs()), None)
     quantization = stored_quantized or adapter.quantize
     if quantization is None and into is not None:
@@ -280,8 +298,8 @@ def _bases(
     if quantization is None or stored_quantized is not None:
         return stored, stored, quantization
     # Training quantized a 16-bit checkpoint as it loaded it: do the same to the same layers.
-    names = [f"{name}.weight" for name in decoder_linears(empty_model(config))]
-    trained = BaseTensors(folder, config, quantize=dict.fromkeys(names, quantization))
+    names = [f"{name}.weight" for name in decoder_linears(stored.model)]
+    trained = BaseTensors(folder, quantize=dict.fromkeys(names, quantization))
     return trained, stored if into == "original" else trained, quantization
 
 

@@ -2,7 +2,7 @@
 
 Three models run the same decoder code: the base, the base with the adapter's branch beside it (``x A^T B^T``, not the
 merged matrix), and the merged files as they were written. All compute in float32, so the only difference is the
-rounding of the merged weights.
+rounding of the merged weights. No model is in memory: a large parameter is read whenever the code uses it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_lora.checkpoint.load import AnyModel, empty_model, stored_shapes
 from lit_lora.errors import NumericalError
+from lit_lora.hf import HostedLM, fill_buffers
 from lit_lora.merge.plan import MergePlan
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.model import ModelConfig
+from lit_lora.model.layers import Linear
 from lit_lora.peft.core.updates import LowRank, Updates
 
 __all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
@@ -27,6 +31,8 @@ __all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _CHUNK_VALUES = 1 << 22
 _LAST_TOKENS = 16
+# A parameter of at most this many values, such as a norm, stays in memory.
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class _Weights:
         self.tensors = tensors
         self.updates = updates
         self.rounded = rounded
+        # Layers of experts use their two stacks alternately.
+        self.whole = lru_cache(maxsize=2)(self._whole)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """(T, in) to (T, out) by the matrix of ``name``, some rows at a time."""
@@ -124,11 +132,15 @@ class _Weights:
                 part += branch.scaling * (x @ branch.right.float().T) @ branch.left[start:stop].float().T
             parts.append(part)
         out = torch.cat(parts, dim=-1)
-        return out + self.vector(f"{name}.bias") if f"{name}.bias" in self.tensors else out
+        return out + self._whole(f"{name}.bias") if f"{name}.bias" in self.tensors else out
 
-    def vector(self, name: str) -> Tensor:
-        """A bias, or the weight of a norm."""
-        return self._rows(name, 0, len(self.tensors[name]))
+    def _whole(self, name: str) -> Tensor:
+        """All values of a tensor."""
+        weight = self.tensors[name]
+        if weight.ndim == 0:
+            return weight.float()
+        update = self.updates.get(name)
+        return self._rows(name, 0, len(weight) if update is None else update.rows(len(weight)))
 
     def embed(self, name: str, ids: Tensor) -> Tensor:
         """(T,) token ids to (T, D) by the matrix of ``name``; ids beyond the vocabulary count as its last one."""
@@ -147,7 +159,7 @@ class _Weights:
 
 
 class _Streamed(nn.Module):
-    """A linear layer or an embedding that reads its weight from the files while it computes."""
+    """A linear layer or an embedding that reads its weight from the files while it computes, some rows at a time."""
 
     def __init__(self, weights: _Weights, name: str, *, embedding: bool) -> None:
         super().__init__()
@@ -156,8 +168,22 @@ class _Streamed(nn.Module):
         self.embedding = embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, in) to (T, out), or (T,) ids to (T, D)."""
-        return self.weights.embed(self.name, x) if self.embedding else self.weights.linear(self.name, x)
+        """(..., in) to (..., out), or (...,) ids to (..., D)."""
+        if self.embedding:
+            embedded = self.weights.embed(self.name, x.reshape(-1))
+            return embedded.view(*x.shape, -1)
+        return self.weights.linear(self.name, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, for models that compute with it themselves."""
+        return self.weights.whole(f"{self.name}.weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The whole bias."""
+        name = f"{self.name}.bias"
+        return self.weights.whole(name) if name in self.weights.tensors else None
 
 
 @torch.no_grad()
@@ -176,16 +202,23 @@ def prove(
         NumericalError: A block differs by more than rounding explains, and the plan is not for a lossy merge.
     """
     written = _Weights(plan.base, plan.updates, dtype) if merged is None else _Weights(merged, {})
-    base = _streaming_model(plan.config, _Weights(plan.trained, {}))
-    adapted = _streaming_model(plan.config, _Weights(plan.trained, plan.updates))
-    final = _streaming_model(plan.config, written)
+    base, adapted, final = (
+        _streaming_model(plan.config, weights)
+        for weights in (_Weights(plan.trained, {}), _Weights(plan.trained, plan.updates), written)
+    )
     proofs: dict[str, BlockProof] = {}
+    inputs: dict[str, tuple[Any, Any]] = {}
 
-    def compare(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+    def keep_inputs(name: str, args: Any, kwargs: Any) -> None:
+        """Keep what a block is called with, before it changes any of it in place."""
+        inputs[name] = _copy(args), _copy(kwargs)
+
+    def compare(name: str, output: Any) -> None:
         """Run the same block of the other two models on the inputs that ``adapted`` has."""
+        args, kwargs = inputs.pop(name)
         expected = _total(output)
-        plain = _total(base.get_submodule(name)(*inputs))
-        merged_output = _total(final.get_submodule(name)(*inputs))
+        plain = _total(base.get_submodule(name)(*_copy(args), **_copy(kwargs)))
+        merged_output = _total(final.get_submodule(name)(*args, **kwargs))
         # The adapter may add tokens, whose logits the base does not have: they count as its effect in full.
         base_size = plain.shape[-1]
         effect = torch.hypot((expected[..., :base_size] - plain).norm(), expected[..., base_size:].norm())
@@ -198,11 +231,14 @@ def prove(
             )
         proofs[name] = proof
 
-    layers, ends = list(adapted.blocks()), [plan.config.names.embedding, plan.config.names.head]
+    layers = list(adapted.blocks())
+    ends = [name.removesuffix(".weight") for name in (plan.base.embedding, plan.base.head)]
     for name in [*layers, *ends]:
-        adapted.get_submodule(name).register_forward_hook(
-            lambda _, inputs, output, name=name: compare(name, inputs, output)
+        block = adapted.get_submodule(name)
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: keep_inputs(name, args, kwargs), with_kwargs=True
         )
+        block.register_forward_hook(lambda _, args, output, name=name: compare(name, output))
     tokens = torch.tensor([list(ids)])
     adapted_logits, base_logits, merged_logits = (
         model.logits(model.hidden_states(tokens)[0, -_LAST_TOKENS:]) for model in (adapted, base, final)
@@ -214,26 +250,53 @@ def prove(
     )
 
 
-def _streaming_model(config: ModelConfig, weights: _Weights) -> CausalLM:
-    """A model that streams its matrices from the files and keeps its small vectors in memory."""
-    with torch.device("meta"):
-        model = CausalLM(config)
+def _streaming_model(config: ModelConfig, weights: _Weights) -> AnyModel:
+    """A model that reads its large parameters from the files when it uses them."""
+    model = empty_model(config.model_copy(update={"dtype": "float32"}))
+    if isinstance(model, HostedLM):
+        fill_buffers(model, "cpu")
     for name, module in list(model.named_modules()):
-        parent, _, last = name.rpartition(".")
-        if isinstance(module, nn.Linear | nn.Embedding):
+        # Other kinds of linear layers and embeddings, such as scaled ones, do more than multiply and look up.
+        if type(module) in (nn.Linear, Linear, nn.Embedding):
+            parent, _, last = name.rpartition(".")
             streamed = _Streamed(weights, name, embedding=isinstance(module, nn.Embedding))
             setattr(model.get_submodule(parent), last, streamed)
-    for name, _ in list(model.named_parameters()):
+    for name, shape in stored_shapes(model).items():
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Parameter(weights.vector(name), requires_grad=False))
+        module = model.get_submodule(parent)
+        if math.prod(shape) > _SMALL:
+            _read_on_use(module, last, name, weights)
+        elif last in module._parameters:
+            setattr(module, last, nn.Parameter(weights.whole(name), requires_grad=False))
+        else:
+            setattr(module, last, weights.whole(name))
     return model.eval()
 
 
+def _read_on_use(module: nn.Module, attribute: str, name: str, weights: _Weights) -> None:
+    """Turn a parameter of ``module`` into a property of its class that reads the tensor called ``name``, in place."""
+    shape = module.get_parameter(attribute).shape
+    # A stand-in of four bytes stays among the parameters, for code that asks them for their device.
+    module._parameters[attribute] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {attribute: property(lambda _: weights.whole(name))})
+
+
+def _copy(value: Any) -> Any:
+    """A copy of a block's arguments, of which it may change the tensors and dictionaries."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return tuple(map(_copy, value)) if type(value) is tuple else value
+
+
 def _total(output: Any) -> Tensor:
-    """A block's output, which a decoder layer returns in parts that the next one adds up."""
-    parts = output if isinstance(output, tuple) else (output,)
-    total: Tensor = sum(part for part in parts if isinstance(part, Tensor))  # type: ignore[assignment]
-    return total
+    """A block's output. Our layers return it in two parts of one shape, those of transformers may add other results."""
+    if isinstance(output, Tensor):
+        return output
+    first: Tensor = output[0]
+    return sum((part for part in output[1:] if isinstance(part, Tensor) and part.shape == first.shape), first)
 
 
 def _compare_logits(base: Tensor, adapted: Tensor, merged: Tensor) -> LogitsProof:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lit_lora.errors import InputError
 from lit_lora.merge.plan import BaseTensors, find_places, plan_merge
-from lit_lora.model import ModelConfig
 from lit_lora.open.folders import find_base
 from lit_lora.peft.core.added import AddedMethod
 from lit_lora.peft.core.base_tensors import Base
@@ -140,7 +139,7 @@ def _of_model(run: Path, tuned: Path, base: Path | None) -> Changes:
         UsageError: The base is not known.
     """
     base = base or find_base(run, hint="give it with --base FOLDER")
-    before, after = (BaseTensors(folder, ModelConfig.from_folder(folder)) for folder in (base, tuned))
+    before, after = (BaseTensors(folder) for folder in (base, tuned))
     hint = "give the base that this model was trained from with --base"
     updates: dict[str, Update] = {}
     for name in after.stored:

@@ -45,7 +45,7 @@ class TaskSwitcher:
             )
         self.model = model
         self.config = model.config
-        self.tensors = BaseTensors(base, self.config)
+        self.tensors = BaseTensors(base)
         self.updates: dict[str, Update] = {}
 
     @torch.no_grad()
