@@ -86,6 +86,7 @@ class Tokenizer:
         else:
             text = named_template(DEFAULT, starts_with_bos=self.starts_with_bos)
         self.template = ChatTemplate(text, self._named, where)
+        self._mark_special()
         self._literal: tokenizers.Tokenizer | None = None
         self.changed = False
         """Whether a model trained with it needs files of its own: tokens were added, or a template was chosen."""
@@ -141,6 +142,11 @@ class Tokenizer:
         # All of these depend on what the template writes after an answer.
         for cached in _BY_TEMPLATE:
             self.__dict__.pop(cached, None)
+        self._mark_special()
+
+    def _mark_special(self) -> None:
+        """Let the library know which tokens are special, so that a user who writes one writes text."""
+        self._backend.add_special_tokens(list(self._special))
 
     def template_for(self, tools: Sequence[Any] | None) -> ChatTemplate:
         """The template of a conversation: with tools, the checkpoint's own for tools if it has one."""

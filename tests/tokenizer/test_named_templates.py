@@ -202,6 +202,17 @@ def test_a_template_whose_end_of_turn_is_no_token_is_refused(make: MakeTokenizer
     assert encode_chat(tokenizer, CHAT[:2]).ids.count(tokenizer.token_id("<|end|>") or 0) == 2
 
 
+def test_a_user_who_writes_the_new_end_of_turn_writes_text(make: MakeTokenizer) -> None:
+    tokenizer = Tokenizer.load(make("zephyr"))
+    tokenizer.add_tokens(["<|end|>"])
+    end = tokenizer.token_id("<|end|>")
+    assert end in tokenizer.encode("</s> and <|end|>")  # so far it is a word
+    tokenizer.choose_template("phi-3")
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "</s> and <|end|>"}])
+    assert ids.count(end or 0) == 1
+    assert "and <|end|><|end|>" in tokenizer.decode(ids, skip_special=False)
+
+
 def test_a_mark_in_several_tokens_is_counted(make: MakeTokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = Tokenizer.load(make("zephyr"))
     tokenizer.add_tokens(["<|end|>"])

@@ -65,7 +65,10 @@ def test_a_template_for_tools_is_used_with_tools(folder: Path, as_files: bool) -
 
 
 def test_all_templates_are_saved_but_a_chosen_one_alone(folder: Path, tmp_path: Path) -> None:
-    entries = [{"name": word, "template": template(word)} for word in ("default", "tool_use", "rag", "../../evil")]
+    entries = [
+        {"name": word, "template": template(word)}
+        for word in ("default", "tool_use", "rag", "../../evil", "a/../../../evil")
+    ]
     change_json(folder / "tokenizer_config.json", chat_template=entries)
     tokenizer = Tokenizer.load(folder)
     saved = tmp_path / "a" / "b" / "saved"

@@ -70,6 +70,7 @@ KNOWN: list[tuple[dict[str, Any], str, list[str]]] = [
     ({}, "é", ["▁", "<0xC3>", "<0xA9>"]),
     ({}, "hello\n", ["▁hello", "\n"]),
     ({"algorithm": 1}, "hello world", ["▁hello", "▁world"]),
+    ({"algorithm": 1}, "<s>", ["▁", "<", "s", ">"]),
     ({"remove_extra_whitespaces": True}, "  hello   world ", ["▁hello", "▁world"]),
     ({"remove_extra_whitespaces": True}, "hello\n", ["▁hello", "\n"]),
     ({"add_dummy_prefix": False}, "hello world", ["h", "ello", "▁world"]),
@@ -122,6 +123,7 @@ def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
 def rank_file(count: int) -> bytes:
     words: list[bytes] = [bytes([byte]) for byte in range(256)]
     words += [b"he", b"ll", b"hell", b"hello", b" w", b"or", b" wor", b"ld", b" world", b"12", b"123"]
+    words += [b"wxyz"]  # to which no merges lead
     for number in range(count - len(words)):
         words.append(b"\xff" + number.to_bytes(3, "big") + b"\xfe")
     return b"\n".join(base64.b64encode(word) + b" %d" % rank for rank, word in enumerate(words)) + b"\n"
@@ -143,6 +145,7 @@ def test_llama_3s_ranks_open_with_its_special_tokens(tmp_path: Path) -> None:
         "123",
         "4",
     ]
+    assert [tokenizer.token(token) for token in tokenizer.encode("wxyz wxy")] == ["wxyz", "Ġw", "x", "y"]
     tokenizer.choose_template("llama-3")
     assert 128_009 in tokenizer.stop_ids
 
