@@ -27,6 +27,7 @@ from lit_lora.peft.core.updates import LowRank
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import check_base
 from lit_lora.peft.lora.file import LoRAFile
+from lit_lora.peft.lora.parameters import adaptable_parameters
 
 __all__ = ["Combined", "How", "combine"]
 
@@ -91,11 +92,21 @@ def combine(
     else:
         combined = {name: _nearest(update, rank or 1) for name, update in exact.items()}
 
-    ranks = {name.removesuffix(".weight"): update.right.shape[0] for name, update in combined.items()}
+    parameters = [name for name in adaptable_parameters(model) if name in combined]
+    modules = [name.removesuffix(".weight") for name in combined if name not in parameters]
+    ranks = {
+        name if name in parameters else name.removesuffix(".weight"): update.right.shape[-2]
+        for name, update in combined.items()
+    }
     smallest = min(ranks.values())
     largest = max(ranks.values())
     settings = LoRAFile(  # alpha is the rank: the factors have all of the scaling
-        rank=largest, alpha=largest, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks
+        rank=largest,
+        alpha=largest,
+        target_modules=modules,
+        target_parameters=parameters,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
     )
 
     freeze(model)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lit_lora import peft as ours
 from lit_lora.errors import InputError, UsageError
+from lit_lora.merge.combine import combine
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.core.modules import freeze, model_updates, own_modules
 from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.recipe.plan import mixture_rows
-from tests.families.tiny_configs import VOCABULARY, build
+from tests.families.tiny_configs import VOCABULARY, build, save
 
 # PEFT asks transformers' models for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -127,7 +128,7 @@ def test_outputs_gradients_and_files_are_pefts_on_our_decoder(
     check_against_peft(own_model(mixtral), with_peft(mixtral, parameters), tmp_path, mixtral)
 
 
-def trained(model: nn.Module, **settings: object) -> LoRAConfig:
+def trained(model: nn.Module, *, scale: float = 1.0, **settings: object) -> LoRAConfig:
     """Apply LoRA to the model, in place, with random factors as after training."""
     method = LoRAConfig.model_validate({"rank": 4, "target_parameters": EXPERTS, **settings})
     freeze(model)
@@ -137,7 +138,7 @@ def trained(model: nn.Module, **settings: object) -> LoRAConfig:
         for module in own_modules(model).values():
             for parameter in module.parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(scale * 0.1 * torch.randn(parameter.shape, generator=generator))
     return method
 
 
@@ -262,6 +263,30 @@ def test_a_target_that_is_no_linear_layer_leads_to_target_parameters(
     with pytest.raises(UsageError, match=f"'{pattern}' matches no") as caught:
         LoRAConfig(target_modules=["q_proj", pattern]).apply(own_model(mixtral))
     assert str(caught.value.hint).endswith(f"lora adapts them by target_parameters: [{named}]")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("how", "rank"), [("concatenate", None), ("linear", None), ("svd", 8)])
+def test_adapters_of_experts_are_summed(how: str, rank: int | None, tmp_path: Path) -> None:
+    base = save("mixtral", tmp_path / "base")
+    adapters = []
+    for scale in (1.0, -0.5):
+        model = own_model(base)
+        method = trained(model, target_parameters=["gate.weight", *EXPERTS], scale=scale)
+        ours.save_adapter(model, method, tmp_path / f"adapter{scale}", base=tmp_path / "base")
+        adapters.append(model_updates(model))
+
+    sources = [tmp_path / "adapter1.0", tmp_path / "adapter-0.5"]
+    combine(sources, [0.3, 2.0], tmp_path / "sum", how=how, rank=rank)
+    model = own_model(base)
+    ours.load_adapter(model, tmp_path / "sum")
+    combined = model_updates(model)
+    assert combined.keys() == adapters[0].keys()
+    if how == "linear":  # PEFT's, with cross terms
+        return
+    for name in ("model.layers.1.mlp.gate.weight", "model.layers.2.mlp.experts.down_proj"):
+        first, second = (updates[name].product(0, 4) for updates in adapters)
+        assert error(combined[name].product(0, 4), 0.3 * first + 2.0 * second) < 1e-4
 
 
 def test_an_incomplete_file_is_refused(mixtral: nn.Module, tmp_path: Path) -> None:
