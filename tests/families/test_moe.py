@@ -78,6 +78,20 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_row(pair: tuple[Cau
     assert error(torch.cat(steps, dim=1), whole) < 1e-5
 
 
+def test_recomputed_activations_give_the_same_bits(pair: tuple[CausalLM, nn.Module]) -> None:
+    ours, _ = pair
+    gradients_of = {}
+    for what in ("none", "selective", "full"):
+        ours.zero_grad()
+        ours.checkpoint_activations(what)
+        ours(tokens(1, 30), lengths=[17, 13]).logsumexp(-1).sum().backward()
+        gradients_of[what] = [parameter.grad for parameter in ours.parameters()]
+    ours.checkpoint_activations("none")
+    ours.zero_grad()
+    for what in ("selective", "full"):
+        assert all(map(torch.equal, gradients_of[what], gradients_of["none"]))
+
+
 def layer(*shape: int, low_rank: bool = False, seed: int = 0) -> ExpertLayer:
     """A random layer of experts, (E, out, in)."""
     generator = torch.Generator().manual_seed(seed)
