@@ -85,6 +85,8 @@ class GGUFFile:
             InputError: It is missing and has no default, or it is not a number above 0.
         """
         value = self._present(key, default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # one number per layer, all the same
         if not isinstance(value, int) or value < 1:
             raise self.wrong(key, "a number above 0")
         return value

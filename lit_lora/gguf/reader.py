@@ -37,9 +37,12 @@ class GGUFReader:
 
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
+        kind = self.metadata.get("general.type", "model")
+        if kind != "model":
+            raise InputError(f"{self._file.path}: holds {kind!r}, expected a whole model")
         self._family = family_of(self._file)
         self._config = self._family.config(self._file) | self._vocabulary()
-        self._require_layers()
+        self._require_counts()
         self._shapes = hf_shapes(self._config, where=self._file.path)
         self._places = self._find_places()
 
@@ -113,14 +116,19 @@ class GGUFReader:
             "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
 
-    def _require_layers(self) -> None:
-        """A damaged count of layers must not make a model of millions of them."""
+    def _require_counts(self) -> None:
+        """A damaged count of layers or experts must not make a model of millions of them."""
+        path = self._file.path
         layers = self._file.number("block_count")
         stored = {name.split(".")[1] for name in self._file.tensors if name.startswith("blk.")}
         if layers != len(stored):
-            raise InputError(
-                f"{self._file.path}: {len(stored)} layers with tensors, expected {layers}, its block_count"
-            )
+            raise InputError(f"{path}: tensors of {len(stored)} layers, but its block_count is {layers}")
+        experts = self._file.get("expert_count") or 0
+        for name, tensor in self._file.tensors.items():
+            if name.endswith("_exps.weight") and tensor.shape[0] != experts:
+                raise InputError(
+                    f"{path}: tensor {name} has {tensor.shape[0]} experts, but its expert_count is {experts}"
+                )
 
     def _find_places(self) -> dict[str, Place]:
         """Where every tensor of the model is stored; each stored one is part of some."""
@@ -174,7 +182,9 @@ def hf_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ...]]
     try:
         settings = AutoConfig.for_model(**copy.deepcopy(config))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, trust_remote_code=False
+            )
             once = {name for name, _ in model.named_parameters()}
             tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
             own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

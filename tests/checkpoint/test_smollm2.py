@@ -72,7 +72,7 @@ def test_rows_of_q_and_k_in_the_wrong_order_would_be_seen(
     reader = GGUFReader(smollm2_gguf)
     names = [name for name in reader.names() if ".layers.3." in name]
     wrong = differing(lambda name: reader.read(name, torch.float32), names, theirs)
-    assert wrong == [f"model.layers.3.self_attn.{part}_proj.weight" for part in "kq"]
+    assert wrong == [f"model.layers.3.self_attn.{part}_proj.weight" for part in "qk"]
 
 
 def gap(ours: Tensor, theirs: Tensor, model: CausalLM) -> float:

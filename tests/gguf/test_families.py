@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
@@ -15,7 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_lora.errors import InputError
 from lit_lora.gguf import GGUFReader
 from lit_lora.gguf.families import FAMILIES
+from lit_lora.gguf.ops import LATENT_KEY_VALUE
 from lit_lora.gguf.settings import values_of
+from tests.checkpoint.makers import write_gguf
 from tests.families import tiny_configs
 from tests.gguf.export import disk_state, export, family_by_type
 
@@ -165,3 +169,42 @@ def test_experts_in_mxfp4_are_dequantized(tmp_path: Path, monkeypatch: pytest.Mo
     expected = torch.from_numpy(quants.dequantize(gate, GGMLQuantizationType.MXFP4)).swapaxes(1, 2)
     assert torch.equal(reader.read(name, torch.float32)[..., ::2], expected)
     assert "MXFP4" in reader.quantizations()
+
+
+def test_the_former_form_of_latent_projections_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("deepseek_v3", monkeypatch)
+    family = family_by_type("deepseek_v3")
+    former = replace(family, rules=tuple(rule for rule in family.rules if rule.op is not LATENT_KEY_VALUE))
+    reader = GGUFReader(export(model, tmp_path / "model.gguf", family=former))
+    name = "model.layers.2.self_attn.kv_b_proj.weight"
+    assert torch.equal(reader.read(name), disk_state(model)[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(GGMLQuantizationType.F16, torch.float16), (GGMLQuantizationType.BF16, torch.bfloat16)]
+)
+@pytest.mark.parametrize("key", ["mixtral", "falcon", "gpt2"])
+def test_tensors_of_16_bits_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, kind: GGMLQuantizationType, dtype: torch.dtype
+) -> None:
+    model = build(key, monkeypatch)
+    reader = GGUFReader(export(model, tmp_path / "model.gguf", kind=kind))
+    for name, tensor in disk_state(model).items():
+        expected = tensor.to(dtype) if tensor.ndim > 1 else tensor
+        assert torch.equal(reader.read(name), expected), name
+
+
+def test_damaged_counts_are_refused_before_a_model_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = export(build("mixtral", monkeypatch), tmp_path / "model.gguf")
+    whole = path.read_bytes()
+    for key, words in (("llama.block_count", "its block_count is"), ("llama.expert_count", "its expert_count is")):
+        place = whole.index(key.encode()) + len(key) + 4  # after the type
+        path.write_bytes(whole[:place] + (1 << 30).to_bytes(4, "little") + whole[place + 4 :])
+        with pytest.raises(InputError, match=words):
+            GGUFReader(path)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "lora.gguf", {"general.type": "adapter"}, {"a.lora_a": np.ones((1, 1), np.float32)})
+    with pytest.raises(InputError, match="holds 'adapter', expected a whole model"):
+        GGUFReader(path)
