@@ -138,9 +138,23 @@ def _model_rows(model: ModelFacts) -> _Rows:
     if model.window is not None:
         yield "sliding window", f"{model.window:,} tokens"
     if model.rope:
-        yield "rope", ", ".join(f"{name} {value}" for name, value in model.rope.items())
+        yield "rope", _rope(model.rope)
     yield "embedding", f"{model.rows:,} rows; the head is {'tied to it' if model.tied else 'not tied'}"
     yield "quantization", model.quantization or "none"
+
+
+def _rope(rope: Mapping[str, object]) -> str:
+    """``default, theta 10000``; with several kinds of layers, ``KIND (default, theta 10000)`` for each."""
+    words = []
+    for key, value in sorted(rope.items(), key=lambda item: item[0] != "rope_type"):
+        name = key.removeprefix("rope_")
+        if isinstance(value, dict):
+            words.append(f"{name} ({_rope(value)})")
+        elif name == "type":
+            words.append(str(value))
+        else:
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(words)
 
 
 def _tokenizer_rows(tokenizer: TokenizerFacts) -> _Rows:

@@ -104,6 +104,7 @@ def test_the_tables_are_lines_with_tabs_in_a_pipe(capsys: Any) -> None:
     assert [line for line in lines if line.startswith("#")] == ["# model", "# Sizes", "# Modules"]
     assert "runs by\tlit-lora's decoder" in lines
     assert "bos\t<|im_start|> (1)" in lines
+    assert "rope\tdefault, theta 50000" in lines
     assert "self_attn.q_proj\t64×64\t×2\tyes\ttarget_modules" in lines
     assert "embedding\t24,576\t98.3 KB\t98.3 KB F32" in lines
 
