@@ -1,4 +1,4 @@
-"""Write the reference pages ``docs/commands.md`` and ``docs/config.md`` from the code they describe.
+"""Write the reference pages ``docs/commands.md`` and ``docs/config.md`` from code, ``docs/models.md`` from a record.
 
 python scripts/docs.py
 """
@@ -16,10 +16,11 @@ import typer.main
 from lit_lora.cli import COMMANDS, build_app, help_texts
 from lit_lora.compare import CompareConfig
 from lit_lora.files import write_text
+from lit_lora.gguf.families import FAMILIES as GGUF_FAMILIES
 from lit_lora.peft import methods
 from lit_lora.recipe import config_schema
 
-__all__ = ["commands_page", "config_page", "pages"]
+__all__ = ["commands_page", "config_page", "models_page", "pages"]
 
 _MADE = "<!-- Made by scripts/docs.py from the code: edit that, then run make docs. -->"
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -27,7 +28,8 @@ _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def pages() -> dict[Path, str]:
     """The files and their texts."""
-    return {_DOCS / "commands.md": commands_page(), _DOCS / "config.md": config_page()}
+    texts = {"commands.md": commands_page(), "config.md": config_page(), "models.md": models_page()}
+    return {_DOCS / name: text for name, text in texts.items()}
 
 
 def commands_page() -> str:
@@ -137,6 +139,38 @@ def _comparison() -> Iterator[str]:
         yield f"## A comparison, {key}"
         yield section["description"]
         yield _table(section["properties"], required=section["required"])
+
+
+def models_page() -> str:
+    """Every causal type of transformers, and what works on it, from the record."""
+    record = json.loads((_DOCS.parent / "benchmarks" / "models.json").read_text())
+    gguf = {family.model_type for family in GGUF_FAMILIES}
+    methods = record["methods"]
+    rows = []
+    for name, found in record["models"].items():
+        works = f"all but {', '.join(found['without'])}" if found["without"] else "all"
+        cells = [f"`{name}`", found["path"], found["packing"], works, "yes" if found["qlora"] else "no"]
+        rows.append(_row([*cells, "yes" if name in gguf else "no"]))
+    refused = [_row([f"`{name}`", reason]) for name, reason in record["not_opened"].items()]
+    lines = [
+        "# Models",
+        "<!-- Made by scripts/docs.py of benchmarks/models.json: python -m tests.families.record, then make docs. -->",
+        f"Every decoder in transformers {record['transformers']}, by the `model_type` in `config.json`. Each was tried "
+        "on a tiny random model. `tests/families/test_every_causal_lm.py` compares the same models with transformers: "
+        "logits of documents alone, packed, behind a shared prefix and with a cache, the gradients of LoRA, and files "
+        "bit for bit. A newer transformers may have more types. Every model is tested when it is opened, and refused "
+        "if packing or caching would change its results.",
+        "- **path**: `own` is lit-lora's decoder, the fastest; `hosted` is the model of transformers.\n"
+        "- **packing**: `own attention` computes documents in one row and a shared prefix once; `position ids` packs "
+        "as transformers does; `padded rows` is for models that carry a state from token to token.\n"
+        f"- **methods**, of those tried: {', '.join(methods)}.\n"
+        "- **QLoRA**: LoRA on quantized linear layers.\n"
+        "- **GGUF**: `lit-lora convert` reads files of this type.",
+        "\n".join(["| type | path | packing | methods | QLoRA | GGUF |", "|---|---|---|---|---|---|", *rows]),
+        "## Types that are not opened",
+        "\n".join(["| type | why |", "|---|---|", *refused]),
+    ]
+    return "\n\n".join(lines) + "\n"
 
 
 def _resolve(schema: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

@@ -192,8 +192,7 @@ def _facts(text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": number("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=4 * width),
         "num_hidden_layers": number("num_hidden_layers", "n_layers", "num_layers", default=1),
         "num_attention_heads": heads,
-        # Checked only by the numbers that the model itself hands to attention, so they need not divide each other.
-        "num_key_value_heads": heads,
+        "num_key_value_heads": number("num_key_value_heads", "num_kv_heads", default=heads),
         "head_dim": 2 * max(1, number("head_dim", default=width // heads) // 2),
         "max_position_embeddings": number("max_position_embeddings", "n_positions", "max_seq_len", default=UNLIMITED),
         "tie_word_embeddings": bool(getattr(text, "tie_word_embeddings", False)),

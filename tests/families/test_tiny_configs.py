@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.families import tiny_configs
+from tests.families.record import METHODS, RECORD
 from tests.families.tiny_configs import KEYS, NOT_BUILT, VOCABULARY
 
 
@@ -14,6 +18,15 @@ def test_each_type_of_transformers_is_built_or_has_a_reason():
     types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert types <= {tiny_configs.model_type(key) for key in KEYS} | NOT_BUILT.keys()
     assert NOT_BUILT.keys() <= types
+
+
+def test_the_record_knows_each_type_of_the_transformers_it_was_made_with():
+    record = json.loads(RECORD.read_text())
+    recorded = record["models"].keys() | record["not_opened"].keys()
+    if transformers.__version__ == record["transformers"]:
+        assert recorded == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert not record["models"].keys() & record["not_opened"].keys()
+    assert all(set(found["without"]) < set(METHODS) for found in record["models"].values())
 
 
 @pytest.mark.slow

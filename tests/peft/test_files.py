@@ -182,7 +182,6 @@ def test_nan_and_infinite_values_are_refused_with_names(folder):
         ({"use_dora": True}, "0 magnitude vectors for 4 modules, but use_dora is true"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"some_future_option": {"a": 1}}, "some_future_option"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported: .* changed base"),

@@ -124,9 +124,9 @@ class Bottleneck(AddedModule):
 class SerialAdapter(Bottleneck):
     """``h + up φ(down h)`` of its host's output ``h``."""
 
-    def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return output if self.skipped() else output + self.branch(output)
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The host's output with the adapter's: (..., D), or a tuple that begins with it."""
+        return output if self.skipped() else _added(output, self.branch(_hidden(output)))
 
 
 class ParallelAdapter(Bottleneck):
@@ -135,9 +135,20 @@ class ParallelAdapter(Bottleneck):
     child = "parallel_adapter"
     scale: float = 1.0
 
-    def after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return output if self.skipped() else output + self.scale * self.branch(args[0])
+    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The host's output with the adapter's: (..., D), or a tuple that begins with it."""
+        return output if self.skipped() else _added(output, self.scale * self.branch(args[0]))
+
+
+def _hidden(output: Any) -> Tensor:
+    """What a module computes of the tokens, without scores of experts or attention."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def _added(output: Any, change: Tensor) -> Any:
+    """An output with ``change`` added to what the module computes of the tokens."""
+    return output + change if isinstance(output, Tensor) else (output[0] + change, *output[1:])
 
 
 class BlockAdapter(Bottleneck):

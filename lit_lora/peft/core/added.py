@@ -164,7 +164,14 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def width_of(host: nn.Module) -> int:
-    """Width of a module's output, taken from the last linear layer in it, else from its last parameter."""
+    """Width of a module's output, taken from the last linear layer in it, else from its last parameter.
+
+    A mixture of experts puts out what its router takes in.
+    """
+    experts = any(parameter.ndim == 3 for child in host.children() for parameter in child.parameters(recurse=False))
+    routers = [child for child in host.children() if hasattr(child, "weight")]
+    if experts and routers:
+        return int(routers[0].weight.shape[1])  # type: ignore[union-attr]
     linears = [module for module in host.modules() if hasattr(module, "out_features")]
     if linears:
         return int(linears[-1].out_features)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from lit_lora.config import Settings
+from lit_lora.model import ModelConfig
 from lit_lora.model.families import ENCODERS, FAMILIES, DecoderNames, PartNames
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import OwnModule
@@ -37,12 +38,15 @@ def default_names(*parts: str) -> list[str]:
 
 
 def names_of(model: nn.Module) -> PartNames:
-    """The model's names for its parts, chosen by its config's ``model_type``, else by its module names.
+    """The model's names for its parts: those of its config, else chosen by ``model_type`` or by its module names.
 
     Types missing from the tables share the names of a type in them. Where no table fits, such as for a convolutional
     network, the names are Llama's.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig):
+        return config.names
+    model_type = getattr(config, "model_type", None)
     tables = {name: family.names for name, family in FAMILIES.items()} | ENCODERS
     if model_type in tables:
         return tables[model_type]

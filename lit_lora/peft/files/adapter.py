@@ -48,6 +48,7 @@ _BASE_COPY = ".base_layer.weight"
 _INERT = {"peft_type", "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform"}
 _INERT |= {"layers_pattern", "modules_to_save", "auto_mapping", "inference_mode", "revision", "task_type"}
 _INERT |= {"peft_version", "runtime_config"}
+_INERT |= {"fan_in_fan_out"}  # how the base stores its weights, as GPT-2 does; the adapter's are the same
 
 
 @dataclass(frozen=True)

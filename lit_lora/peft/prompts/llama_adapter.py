@@ -144,6 +144,12 @@ class LlamaAdapterConfig(AddedMethod):
         config: Any = model.config
         attention = names_of(model).attention
         layers = [block.get_submodule(attention) for block in blocks(model).values()]
+        if not hasattr(layers[0], "keys_and_values"):
+            raise UsageError(
+                f"peft.name: {self.model_dump()['name']} needs a decoder of lit-lora's own, and model_type "
+                f"{config.model_type!r} is one of transformers",
+                hint="use lora or prefix",
+            )
         chosen = max(len(layers) - 2, 1) if self.adapter_layers is None else self.adapter_layers
         if chosen > len(layers):
             raise UsageError(f"peft.adapter_layers: expected at most the model's {len(layers)} layers, got {chosen}")

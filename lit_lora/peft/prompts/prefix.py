@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lit_lora.errors import UsageError
 from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.peft.core.added import AddedModule, decoder_of
 from lit_lora.peft.core.modules import own_modules
@@ -105,6 +106,12 @@ class _Prefixed:
         if self.keys_values is None:
             return self.attend(layer, query, key, value)
         prefix_keys, prefix_values = self.keys_values[:, layer.index].unbind(1)
+        if not prefix_keys.shape[1:] == key.shape[1:] == value.shape[1:]:
+            raise UsageError(
+                f"peft.name: prefix needs keys and values of one size, but layer {layer.index} has keys of "
+                f"{'×'.join(map(str, key.shape[1:]))} and values of {'×'.join(map(str, value.shape[1:]))}",
+                hint="use lora or prompt",
+            )
         queries = self._after_zeros(query)
         keys = torch.cat([prefix_keys, key])
         values = torch.cat([prefix_values, value])
