@@ -126,6 +126,7 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
     model: AnyModel
     if isinstance(config, HostedConfig):
         model = build(config)
+        choose(model)
     else:
         with torch.device("meta"):
             model = CausalLM(config)

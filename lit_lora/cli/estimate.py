@@ -92,7 +92,7 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
     import torch
 
     from lit_lora.estimate import RowLengths, model_shape
-    from lit_lora.model import ModelConfig
+    from lit_lora.hf import read_config
     from lit_lora.recipe import row_lengths, setup_for
     from lit_lora.train.device import choose_device, choose_dtype
 
@@ -114,7 +114,7 @@ def _setup(config: FinetuneConfig, shape: str | None, device: str | None) -> Set
         longest = config.data.max_seq_length
         log.note(f"{error}; assuming rows of data.max_seq_length={longest} tokens, all of them targets")
         rows = RowLengths.alike(config.train.batch_size, longest)
-    model = ModelConfig.from_folder(config.model.path) if shape is None else model_shape(shape)
+    model = read_config(config.model.path) if shape is None else model_shape(shape)
     return setup_for(config, shape=model, rows=rows, dtype=dtype, device=place)
 
 

@@ -20,8 +20,8 @@ from lit_lora.errors import InputError
 from lit_lora.files import human_bytes, write_text
 
 if TYPE_CHECKING:
+    from lit_lora.checkpoint.load import AnyModel
     from lit_lora.evaluate import Scores
-    from lit_lora.model import CausalLM
     from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["command"]
@@ -140,7 +140,7 @@ def _score(model: Path, rows: int) -> _Score:
     return _score_opened(opened.model, opened.tokenizer, rows)
 
 
-def _score_opened(model: CausalLM, tokenizer: Tokenizer, rows: int) -> _Score:
+def _score_opened(model: AnyModel, tokenizer: Tokenizer, rows: int) -> _Score:
     from lit_lora.data import DataConfig, prepare
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate

@@ -10,7 +10,7 @@ from lit_lora.compare.settings import CompareConfig, Variant
 from lit_lora.data import cache_folder, prepare
 from lit_lora.errors import UsageError
 from lit_lora.estimate import estimate
-from lit_lora.model import ModelConfig
+from lit_lora.hf import read_config
 from lit_lora.recipe import lengths_of, load_tokenizer, setup_for
 from lit_lora.train.device import choose_device, choose_dtype
 
@@ -76,7 +76,7 @@ def _seconds(variant: Variant, seed: int) -> float:
     lengths = lengths_of(prepared.train, config.peft)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
-    shape = ModelConfig.from_folder(config.model.path)
+    shape = read_config(config.model.path)
     step = estimate(setup_for(config, shape=shape, rows=lengths, dtype=dtype, device=device)).seconds_per_step or 0.0
 
     batch_size = min(config.train.batch_size, len(lengths))

@@ -10,12 +10,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from lit_lora.checkpoint.load import decoder_linears, empty_model
+from lit_lora.checkpoint.load import AnyModel, decoder_linears, empty_model
 from lit_lora.data import Rows
 from lit_lora.data.batches import Batches
 from lit_lora.estimate.rehearsal import MicroBatchShape, Peak, rehearse
 from lit_lora.estimate.setup import RowLengths, Setup
-from lit_lora.model import CausalLM
 from lit_lora.peft import freeze
 from lit_lora.peft.core.capabilities import ChoosesTypes, calibration_rows
 from lit_lora.peft.core.passes import Pass, mean_squares
@@ -99,7 +98,7 @@ class Estimate:
         return max(self.memory.total, self.calibration_bytes)
 
 
-def outline(setup: Setup) -> CausalLM:
+def outline(setup: Setup) -> AnyModel:
     """The model of a setup as its recipe makes it, on the meta device."""
     shape = setup.shape.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
     quantize: QuantizeConfig | Quantizer | None = setup.quantize
@@ -120,7 +119,7 @@ def estimate(setup: Setup, model: nn.Module | None = None) -> Estimate:
         model: Its model from :func:`on_paper`; made by :func:`outline` when omitted.
     """
     model = outline(setup) if model is None else model
-    assert isinstance(model, CausalLM)
+    assert isinstance(model, AnyModel)
     model.train()
     parameters = set(model.parameters())
     masters = list(MasterWeights(model).masters.values())

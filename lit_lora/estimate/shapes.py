@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_lora.config import did_you_mean
 from lit_lora.errors import UsageError
+from lit_lora.hf import read_config
 from lit_lora.model import ModelConfig
 
 __all__ = ["SHAPES", "model_shape"]
@@ -48,7 +49,7 @@ def model_shape(name: str) -> ModelConfig:
     folder = Path(name)
     folder = folder.parent if folder.name == "config.json" else folder
     if (folder / "config.json").is_file():
-        return ModelConfig.from_folder(folder)
+        return read_config(folder)
     raise UsageError(
         f"--shape {name}: neither a folder with config.json nor a known shape{did_you_mean(name, SHAPES)}, "
         f"expected a folder or one of {', '.join(SHAPES)}"

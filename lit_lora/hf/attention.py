@@ -12,14 +12,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_lora.model.attention.attend import Attend, LayerAttention
+from lit_lora.model.ops import attention
 
-__all__ = ["ATTENTION", "attending", "current", "register"]
+__all__ = ["ATTENTION", "ON_PAPER", "attending", "current", "register_attention"]
 
 ATTENTION = "lit_lora"
 """The name of our attention function in transformers."""
+
+ON_PAPER = "lit_lora_on_paper"
+"""The name under which transformers builds masks without values, for models that cannot do without a mask."""
 
 _ATTEND: ContextVar[Attend | None] = ContextVar("_ATTEND", default=None)
 
@@ -39,11 +44,19 @@ def current() -> Attend | None:
     return _ATTEND.get()
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make our attention function known to transformers; doing it again changes nothing."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
+    AttentionMaskInterface.register(ON_PAPER, _mask_on_paper)
     AttentionInterface.register(ATTENTION, _attention)
+
+
+def _mask_on_paper(
+    batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype = torch.float32, **_: Any
+) -> Tensor:
+    """A mask (B, 1, T, S) on the meta device."""
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype, device="meta")
 
 
 def _attention(
@@ -60,6 +73,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Queries (1, N, T, H), keys (1, K, T, H) and values (1, K, T, H'), rotated by the model, -> (1, T, N, H')."""
     attend = _ATTEND.get()
+    if attend is None and query.is_meta:  # rows of documents without values
+        return attention(query, key, value, causal=True).transpose(1, 2), None
     if attend is None or attention_mask is not None or others.get("position_bias") is not None:
         raise NotImplementedError("the model calls attention in a way that is not packed")
     layer = LayerAttention(

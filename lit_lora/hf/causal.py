@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import UsageError
-from lit_lora.hf.attention import ATTENTION, attending, current, register
+from lit_lora.hf.attention import ATTENTION, ON_PAPER, attending, current, register_attention
 from lit_lora.hf.cache import Native, RowCache
 from lit_lora.hf.config import HostedConfig, text_config
+from lit_lora.hf.experts import EXPERTS, register_experts
 from lit_lora.hf.rows import PaddedRows, PositionIds, Rows, Way
-from lit_lora.model import KVCache
+from lit_lora.model import KVCache, ModelConfig
 from lit_lora.model.attention.attend import Attend
 from lit_lora.model.attention.cached import CachedAttention
 from lit_lora.model.attention.packed import PackedAttention
@@ -44,7 +45,11 @@ class HostedLM(nn.Module):
 
     def __init__(self, config: HostedConfig, net: Any) -> None:
         super().__init__()
-        self.config = config
+        register_attention()
+        register_experts()
+        if net._can_set_experts_implementation():
+            net.set_experts_implementation(EXPERTS)
+        self.config: ModelConfig = config
         self.transposed = _linear_for_conv1d(net)
         """Names of the layers whose weight the checkpoint has as (in, out), the transpose of what the model holds."""
         self.net: Any
@@ -52,6 +57,7 @@ class HostedLM(nn.Module):
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[shared] = getattr(net, shared)
 
+        self._native_attention = net.config._attn_implementation
         decoder = _decoder_of(net)
         self._decoder_name = next(name for name, module in net.named_modules() if module is decoder)
         self._list_name = _longest_list(decoder)
@@ -197,13 +203,15 @@ class HostedLM(nn.Module):
     def attend_by(self, way: Way) -> None:
         """Compute packed documents in this way from now on, in place."""
         self.way = way
-        decoder = self.get_decoder()
-        if way == "own attention":
-            self.net.set_attn_implementation(ATTENTION)
-            decoder.prefix_length = 0  # type: ignore[assignment]  # it accepts a prefix before every document
+        decoder, net = self.get_decoder(), self.net
+        if net._can_set_attn_implementation():
+            native = "sdpa" if net._supports_sdpa else "eager"
+            net.set_attn_implementation(ATTENTION if way == "own attention" else native)
         else:
-            self.net.set_attn_implementation("sdpa" if self.net._supports_sdpa else "eager")
-            decoder.__dict__.pop("prefix_length", None)
+            net.config._attn_implementation_internal = self._native_attention
+        decoder.__dict__.pop("prefix_length", None)
+        if way == "own attention":
+            decoder.prefix_length = 0  # type: ignore[assignment]  # it accepts a prefix before every document
 
 
 class _Computed:
@@ -261,13 +269,24 @@ def _forward(decoder: nn.Module, embedded: Tensor, rows: Attend | Rows) -> Tenso
     return hidden
 
 
-def _run(decoder: nn.Module, embedded: Tensor, ids: Tensor, **arguments: Any) -> Any:
+def _run(decoder: Any, embedded: Tensor, ids: Tensor, **arguments: Any) -> Any:
     """Transformers' own forward pass of a decoder for (B, T, D) and (B, T); what it does not take is left out."""
     names = _parameters(type(decoder))
     if "per_layer_inputs" in names and getattr(decoder, "hidden_size_per_layer_input", 0):
         arguments["per_layer_inputs"] = _per_layer_inputs(decoder, embedded, ids)
+    if embedded.is_meta:
+        arguments |= _without_values(decoder, embedded)
     accepted = {name: value for name, value in arguments.items() if name in names}
     return type(decoder).forward(decoder, inputs_embeds=embedded, **accepted)
+
+
+def _without_values(decoder: Any, embedded: Tensor) -> dict[str, Tensor]:
+    """Arguments with which transformers looks at no values when it builds masks: the meta device has none."""
+    if decoder._can_set_attn_implementation():
+        decoder.config._attn_implementation_internal = ATTENTION  # it builds no masks for this name
+        return {}
+    decoder.config._attn_implementation_internal = ON_PAPER
+    return {"attention_mask": torch.ones(embedded.shape[:2], dtype=torch.int64, device="meta")}
 
 
 def _per_layer_inputs(decoder: Any, embedded: Tensor, ids: Tensor) -> Tensor:
@@ -317,15 +336,12 @@ def build(config: HostedConfig, *, dtype: torch.dtype | None = None) -> HostedLM
     from transformers import AutoModelForCausalLM
     from transformers.initialization import meta_device_safe_creation_ops
 
-    register()
     text = text_config(config.source)
     text.vocab_size, text.tie_word_embeddings = config.vocab_size, config.tie_word_embeddings
     with torch.device("meta"), meta_device_safe_creation_ops():
         net = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             text, dtype=dtype or getattr(torch, config.dtype), trust_remote_code=False
         )
-    if net._can_set_experts_implementation():  # all experts in one product, which the meta device can compute, too
-        net.set_experts_implementation("grouped_mm")
     return HostedLM(config, net)
 
 
@@ -353,7 +369,7 @@ def _linear_for_conv1d(net: nn.Module) -> frozenset[str]:
     for name, conv in layers.items():
         inputs, outputs = conv.weight.shape
         linear = nn.Linear(inputs, outputs, device="meta")
-        linear.weight = nn.Parameter(conv.weight.detach().T, requires_grad=conv.weight.requires_grad)
+        linear.weight = nn.Parameter(conv.weight.detach().T.contiguous(), requires_grad=conv.weight.requires_grad)
         linear.bias = conv.bias
         parent, _, last = name.rpartition(".")
         setattr(net.get_submodule(parent), last, linear)

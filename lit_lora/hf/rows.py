@@ -53,7 +53,9 @@ class PositionIds:
         """See :class:`Rows`."""
         spread, ids = self.layout.spread(embedded), self.layout.spread(input_ids)
         positions = to_device(self.layout.positions(), embedded.device)
-        output = run(spread[None], ids[None], position_ids=positions[None], use_cache=False)
+        # transformers compares positions to build its mask. The meta device has no values, but the same shapes without.
+        more = {} if embedded.is_meta else {"position_ids": positions[None]}
+        output = run(spread[None], ids[None], use_cache=False, **more)
         return self.layout.gather(output.last_hidden_state[0])
 
 
@@ -68,7 +70,9 @@ class PaddedRows:
         lengths = self.layout.lengths
         spread, ids = (self._padded(self.layout.spread(x)) for x in (embedded, input_ids))
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        more: dict[str, Any] = {} if bool(real.all()) else {"attention_mask": to_device(real.long(), embedded.device)}
+        more: dict[str, Any] = {}
+        if not embedded.is_meta and not bool(real.all()):
+            more["attention_mask"] = to_device(real.long(), embedded.device)
         hidden = run(spread, ids, use_cache=False, **more).last_hidden_state
         rows = [row[:length] for row, length in zip(hidden, lengths, strict=True)]
         return self.layout.gather(torch.cat(rows))

@@ -19,7 +19,7 @@ from lit_lora.hf.rows import Way
 from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
 
-__all__ = ["choose"]
+__all__ = ["Sample", "choose", "problem_with"]
 
 _LENGTHS = [6, 4, 7]
 _SHARED_PREFIX = 2
@@ -38,26 +38,32 @@ _CACHINGS: dict[Way, list[Caching]] = {
 def choose(model: HostedLM) -> None:
     """Choose, in place, how ``model`` computes packed documents and what it caches, by trying it on a few tokens.
 
-    On the meta device there are no values to compare, and the model's structure alone decides.
+    On the meta device there are no values to compare: the model's structure decides, and nothing is refused, since
+    some code of models needs values.
 
     Raises:
         InputError: No way gives what the model computes for one document at a time.
     """
+    on_paper = next(model.parameters()).is_meta
     try:
-        sample = _Sample.of(model)
+        sample = Sample.of(model)
     except Exception as error:  # see below
+        if on_paper:
+            return
         raise _refusal(model, [f"a single document: {first_line(error)[:120]}"]) from error
     problems = []
     for way in _possible_ways(model, sample):
         try:
             model.attend_by(way)
-            problem = _leak(model, sample)
+            problem = problem_with(model, sample)
             if problem is None:
                 model.caching = _caching(model, sample)
                 return
         except Exception as error:  # a model that was not made for it may fail in any way
             problem = first_line(error)[:120]
         problems.append(f"{way}: {problem}")
+    if on_paper:
+        return
     raise _refusal(model, problems)
 
 
@@ -69,7 +75,7 @@ def _refusal(model: HostedLM, problems: list[str]) -> InputError:
 
 
 @dataclass
-class _Sample:
+class Sample:
     """Documents that begin alike, and what the model computes for each alone."""
 
     documents: list[Tensor]
@@ -77,7 +83,7 @@ class _Sample:
     """(T, D) each."""
 
     @staticmethod
-    def of(model: HostedLM) -> _Sample:
+    def of(model: HostedLM) -> Sample:
         """Random tokens; notes in ``model`` the layers that it does not call."""
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
@@ -90,7 +96,7 @@ class _Sample:
         with _Calls(model) as calls:
             alone = [model.hidden_states(document[None])[0] for document in documents]
         model.not_wrappable = calls.passed_over()
-        return _Sample(documents, alone)
+        return Sample(documents, alone)
 
     def row(self) -> Tensor:
         """(T,) the documents packed, with the tokens that all begin with once."""
@@ -101,10 +107,10 @@ class _Sample:
         return torch.cat([self.alone[0], *(hidden[_SHARED_PREFIX:] for hidden in self.alone[1:])])
 
 
-def _possible_ways(model: HostedLM, sample: _Sample) -> list[Way]:
+def _possible_ways(model: HostedLM, sample: Sample) -> list[Way]:
     """The ways that the model's structure allows, the fastest first."""
     if not model.net._can_set_attn_implementation():  # it attends, but not by a function that can be chosen
-        return ["position ids", "padded rows"]
+        return ["padded rows"] if sample.row().is_meta else ["position ids", "padded rows"]
     watch = _Watch(PackedAttention(model.config, _LENGTHS, sample.row().device, shared_prefix=_SHARED_PREFIX))
     try:
         model.attend_by("own attention")
@@ -116,7 +122,7 @@ def _possible_ways(model: HostedLM, sample: _Sample) -> list[Way]:
     return ["padded rows"]  # layers of another kind carry a state from token to token
 
 
-def _leak(model: HostedLM, sample: _Sample) -> str | None:
+def problem_with(model: HostedLM, sample: Sample) -> str | None:
     """What is wrong with documents packed into one row, if anything."""
     row = sample.row()
     packed = model.hidden_states(row[None], lengths=_LENGTHS, shared_prefix=_SHARED_PREFIX)[0]
@@ -135,13 +141,15 @@ def _leak(model: HostedLM, sample: _Sample) -> str | None:
     return None
 
 
-def _caching(model: HostedLM, sample: _Sample) -> Caching:
+def _caching(model: HostedLM, sample: Sample) -> Caching:
     """The best caching with which the last document, read in pieces, comes out as it does alone.
 
     Raises:
         ValueError: None does.
     """
     document, expected = sample.documents[-1], sample.alone[-1]
+    if expected.is_meta:
+        return _CACHINGS[model.way][0]
     rows = torch.stack([torch.cat([document[:1], document]), torch.cat([document, document[:1]])])
     padding = torch.tensor([1, 0], device=rows.device)
     for caching in _CACHINGS[model.way]:

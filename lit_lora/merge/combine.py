@@ -16,9 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_lora.checkpoint.load import empty_model, load_model
+from lit_lora.checkpoint.load import AnyModel, empty_model, load_model
 from lit_lora.errors import InputError, UsageError
-from lit_lora.model import CausalLM
 from lit_lora.open.folders import find_adapter, find_base
 from lit_lora.peft import base_tensors, freeze, save_adapter
 from lit_lora.peft.core.added import AddedMethod
@@ -139,7 +138,7 @@ def _read_adapters(sources: Sequence[Path]) -> list[Adapter]:
 
 
 def _terms(
-    model: CausalLM, adapters: Sequence[Adapter], weights: Sequence[float]
+    model: AnyModel, adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> dict[str, list[tuple[float, LowRank]]]:
     """The weight and the update of each adapter, by tensor.
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_lora.checkpoint.load import empty_model
+from lit_lora.checkpoint.load import AnyModel, empty_model
 from lit_lora.errors import UsageError
 from lit_lora.merge.plan import BaseTensors
-from lit_lora.model import CausalLM
 from lit_lora.peft.core.modules import own_modules
 from lit_lora.peft.core.updates import Update
 from lit_lora.peft.files.adapter import read_adapter
@@ -34,7 +33,7 @@ class TaskSwitcher:
         UsageError: The model has an adapter beside its weights.
     """
 
-    def __init__(self, model: CausalLM, base: Path) -> None:
+    def __init__(self, model: AnyModel, base: Path) -> None:
         if own_modules(model):
             raise UsageError(f"{base}: the model has an adapter beside its weights", hint="load it without an adapter")
         quantization = found_config(model)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lit_lora.checkpoint.load import load_model
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.checkpoint.load import AnyModel, load_model
+from lit_lora.hf import HostedLM, read_config
 from lit_lora.open.folders import find_folders, held_base
 from lit_lora.peft import load_adapter
 from lit_lora.peft.adapters import bottleneck
@@ -24,7 +24,7 @@ __all__ = ["OpenedModel", "open_model"]
 class OpenedModel:
     """A model that is ready to use."""
 
-    model: CausalLM
+    model: AnyModel
     """The base model, with the adapter in it if there is one."""
     tokenizer: Tokenizer
     """The adapter's, if it has added tokens; otherwise the base's."""
@@ -76,6 +76,8 @@ def open_model(
             bottleneck.drop_layers(decoder, drop_layers)
             layers = "layer" if drop_layers == 1 else f"{drop_layers} layers"
             about.append(f"without adapters in the first {layers}")
+    if isinstance(decoder, HostedLM):
+        about.append(decoder.description)
     stored_as = found_config(decoder)
     if stored_as is not None:
         about.append(str(stored_as))
@@ -99,7 +101,7 @@ def _load_tokenizer(base: Path, adapter: Path | None) -> Tokenizer:
 def _fastest_dtype(base: Path, device: torch.device) -> torch.dtype:
     """The dtype that the device computes fastest, unless it would round off the update of a merged model."""
     fastest = choose_dtype("auto", device)
-    config = ModelConfig.from_folder(base)
+    config = read_config(base)
     if not config.keeps_dtype:
         return fastest
     stored: torch.dtype = getattr(torch, config.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_lora.config import read_yaml
 from lit_lora.errors import InputError, UsageError
-from lit_lora.model import ModelConfig
+from lit_lora.hf import read_config
 from lit_lora.model.quantization import PACKED, quantization_method
 from lit_lora.peft import quantization_of, read_adapter
 from lit_lora.quantize import QuantizeConfig
@@ -114,7 +114,7 @@ def held_base(base: Path, adapter: Path) -> QuantizeConfig | None:
     Raises:
         InputError: A folder is broken.
     """
-    stays_quantized = quantization_method(ModelConfig.from_folder(base).source) in PACKED
+    stays_quantized = quantization_method(read_config(base).source) in PACKED
     return None if stays_quantized else quantization_of(adapter)
 
 

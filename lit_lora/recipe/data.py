@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lit_lora import log
+from lit_lora.checkpoint.load import AnyModel
 from lit_lora.data import Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.rows import Row, Rows
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
-from lit_lora.model import CausalLM
 from lit_lora.peft import Method, with_token_ids
 from lit_lora.peft.core.capabilities import GroupsTokens
 from lit_lora.recipe.config import FinetuneConfig
@@ -111,7 +111,7 @@ def lengths_of(rows: Rows, method: Method) -> RowLengths:
     return RowLengths(rows.token_counts, rows.target_counts, shared_prefix)
 
 
-def answer_samples(model: CausalLM, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
+def answer_samples(model: AnyModel, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:
     """A function of the step that answers the sample rows and prints each answer beside the expected one.
 
     It draws no random numbers and leaves the model as it was, so samples do not change how a run trains.

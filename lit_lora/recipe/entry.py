@@ -12,7 +12,7 @@ from lit_lora.config import load_config
 from lit_lora.errors import LitLoraError, OutOfMemoryError, disk_error
 from lit_lora.estimate import estimate
 from lit_lora.estimate.advice import advise
-from lit_lora.model import ModelConfig
+from lit_lora.hf import read_config
 from lit_lora.recipe.config import FinetuneConfig, RunConfig
 from lit_lora.recipe.data import row_lengths
 from lit_lora.recipe.plan import in_words, setup_for
@@ -36,7 +36,7 @@ def execute(recipe: Callable[[Any, Options], Path], config: RunConfig, options: 
         device = choose_device(config.model.device)
         setup = setup_for(
             config,
-            shape=ModelConfig.from_folder(config.model.path),
+            shape=read_config(config.model.path),
             rows=row_lengths(config),
             dtype=choose_dtype(config.model.dtype, device),
             device=device,

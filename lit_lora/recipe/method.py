@@ -10,9 +10,9 @@ from functools import partial
 from itertools import count
 
 from lit_lora import IGNORE_INDEX, log
+from lit_lora.checkpoint.load import AnyModel
 from lit_lora.data.batches import Batches, MicroBatch
 from lit_lora.errors import UsageError
-from lit_lora.model import CausalLM
 from lit_lora.peft import Method, count_parameters
 from lit_lora.peft.core.capabilities import FinalizesAfterTraining, InitializesFromData
 from lit_lora.peft.core.passes import Pass
@@ -25,7 +25,7 @@ from lit_lora.train.validation import validation_loss
 __all__ = ["apply_method", "finalize", "passes"]
 
 
-def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Method:
+def apply_method(run: Run, method: Method, model: AnyModel, data: RunData) -> Method:
     """Change ``model`` in place into one that trains by ``method``.
 
     A dry run does not initialize from data: its modules have the right shapes and other values.
@@ -57,13 +57,13 @@ def apply_method(run: Run, method: Method, model: CausalLM, data: RunData) -> Me
     return method
 
 
-def _init_from_data(method: InitializesFromData, model: CausalLM, data: RunData) -> Method:
+def _init_from_data(method: InitializesFromData, model: AnyModel, data: RunData) -> Method:
     batches = list(first_batches(data.batches, method.rows_for_init))
     progress = log.progress(passes(model, batches), total=len(batches), what="initializing", unit="batch")
     return method.init_from_data(model, progress)
 
 
-def finalize(method: Method, model: CausalLM, data: RunData) -> Method:
+def finalize(method: Method, model: AnyModel, data: RunData) -> Method:
     """Choose, in place, what training has left open, by the validation loss; see :class:`FinalizesAfterTraining`.
 
     Returns:
@@ -99,11 +99,11 @@ def first_batches(batches: Batches, rows: int) -> Iterator[MicroBatch]:
             yield batch
 
 
-def passes(model: CausalLM, batches: Iterable[MicroBatch]) -> Iterator[Pass]:
+def passes(model: AnyModel, batches: Iterable[MicroBatch]) -> Iterator[Pass]:
     """The micro-batches in a form for methods, which know neither data nor loss."""
     for batch in batches:
         yield Pass(batch.labels[0] != IGNORE_INDEX, partial(_run, model, batch))
 
 
-def _run(model: CausalLM, batch: MicroBatch) -> None:
+def _run(model: AnyModel, batch: MicroBatch) -> None:
     backward(model, batch, 1.0)

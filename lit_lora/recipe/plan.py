@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from lit_lora import log
+from lit_lora.checkpoint.load import AnyModel
 from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_paper
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.hf import HostedLM
+from lit_lora.model import ModelConfig
 from lit_lora.peft import base_tensors, count_parameters, matched_table, with_text, with_token_ids
 from lit_lora.peft.core.mixtures import find_mixtures, short_name, trained_weights
 from lit_lora.peft.core.targeted import single_outputs
@@ -41,7 +43,7 @@ _GPU_TOKENS = 8192
 """Tokens per micro-batch that keep a large GPU busy (``benchmarks/gpu_lora_202611.md``)."""
 
 
-def show_plan(run: Run, model: CausalLM, data: RunData) -> None:
+def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
     """Print what will train, on which rows, and what the run needs, with warnings about doubtful settings.
 
     Raises:
@@ -64,6 +66,7 @@ def show_plan(run: Run, model: CausalLM, data: RunData) -> None:
     tokens, targets = int(rows.token_counts.sum()), int(rows.target_counts.sum())
     table = [
         *planned_rows(run, model),
+        *_hosted_row(model),
         *_base_row(model),
         *([["chat template", data.template]] if data.template else []),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
@@ -186,7 +189,12 @@ def _planned_time(seconds_per_step: float | None, steps: int) -> str:
     return f"{duration(seconds_per_step * steps)} ({step_duration(seconds_per_step)} per step), without validation"
 
 
-def _base_row(model: CausalLM) -> list[list[str]]:
+def _hosted_row(model: AnyModel) -> list[list[str]]:
+    """The plan's line on a model of transformers: how it was found to be computed."""
+    return [["computed by", model.description]] if isinstance(model, HostedLM) else []
+
+
+def _base_row(model: AnyModel) -> list[list[str]]:
     """The plan's line on a quantized base."""
     quantize = found_config(model)
     if quantize is None:
@@ -264,7 +272,7 @@ def warn_of(config: RunConfig, steps: int, *, validated: bool) -> None:
         log.warn("train.patience has no effect without validation rows")
 
 
-def _warn_of_length(model: CausalLM, data: RunData) -> None:
+def _warn_of_length(model: AnyModel, data: RunData) -> None:
     """Warn if rows are longer than the model's context."""
     longest, context = int(data.prepared.train.token_counts.max()), model.context
     if longest > context:

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from lit_lora import log
-from lit_lora.checkpoint.load import decoder_linears, empty_model, load_model
+from lit_lora.checkpoint.load import AnyModel, decoder_linears, empty_model, load_model
 from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.save import save_quantized
 from lit_lora.data.batches import collate
 from lit_lora.files import require_free_space
-from lit_lora.model import CausalLM, ModelConfig
+from lit_lora.hf import read_config
 from lit_lora.peft import Method, base_tensors, freeze, model_card
 from lit_lora.peft.core.capabilities import ChoosesCodes, Decomposer, NeedsQuantizedBase, calibration_rows
 from lit_lora.peft.core.passes import mean_squares
@@ -41,7 +41,7 @@ def for_quantized_base(method: Method, quantize: QuantizeConfig) -> Method:
     return method.for_quantized_base(quantize) if isinstance(method, NeedsQuantizedBase) else method
 
 
-def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData) -> tuple[CausalLM, Method]:
+def load_base(run: Run, quantize: QuantizeConfig, method: Method, data: RunData) -> tuple[AnyModel, Method]:
     """The quantized base with the method applied to it. A resumed run loads the base that it saved.
 
     Args:
@@ -77,9 +77,9 @@ def _has_saved_base(run: Run) -> bool:
     return run.options.resume and (run.folder / _BASE / "config.json").is_file()
 
 
-def _skeleton(run: Run) -> CausalLM:
+def _skeleton(run: Run) -> AnyModel:
     """The base without values."""
-    return empty_model(ModelConfig.from_folder(run.config.model.path))
+    return empty_model(read_config(run.config.model.path))
 
 
 def _weight_reader(run: Run) -> Callable[[str], Tensor]:
@@ -105,7 +105,7 @@ def _error_weights(run: Run, data: RunData, rows: int) -> dict[str, Weights] | N
     return {layer: Weights.of_squares(of_rows, of_columns) for layer, (of_rows, of_columns) in squares.items()}
 
 
-def keep_base(run: Run, method: Method, model: CausalLM) -> Path:
+def keep_base(run: Run, method: Method, model: AnyModel) -> Path:
     """The folder of the adapter's base. If the method chose the codes, that is ``base/``, which is written if missing.
 
     Raises:
