@@ -91,7 +91,7 @@ def fused_by_group(heads: str, groups: Callable[[Config], int]) -> TensorOp:
         (tensor,) = tensors
         count = groups(config)
         head_size = tensor.shape[0] // (config[heads] + 2 * count)
-        parts = tensor.split([config[heads] * head_size, count * head_size, count * head_size])
+        parts = torch.split(tensor, [config[heads] * head_size, count * head_size, count * head_size])
         by_group = [part.reshape(count, -1, *tensor.shape[1:]) for part in parts]
         return torch.cat(by_group, dim=1).reshape(tensor.shape)
 
@@ -105,7 +105,7 @@ def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
 
 def _latent_to_gguf(tensor: Tensor, config: Config) -> list[Tensor]:
     by_head = tensor.reshape(config["num_attention_heads"], -1, tensor.shape[-1])
-    key, value = by_head.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+    key, value = torch.split(by_head, [config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
     return [key.transpose(1, 2), value]
 
 

@@ -169,9 +169,9 @@ def width_of(host: nn.Module) -> int:
     A mixture of experts puts out what its router takes in.
     """
     experts = any(parameter.ndim == 3 for child in host.children() for parameter in child.parameters(recurse=False))
-    routers = [child for child in host.children() if hasattr(child, "weight")]
+    routers = [child.weight for child in host.children() if isinstance(getattr(child, "weight", None), Tensor)]
     if experts and routers:
-        return int(routers[0].weight.shape[1])  # type: ignore[union-attr]
+        return int(routers[0].shape[1])
     linears = [module for module in host.modules() if hasattr(module, "out_features")]
     if linears:
         return int(linears[-1].out_features)  # type: ignore[arg-type]
