@@ -168,8 +168,9 @@ def width_of(host: nn.Module) -> int:
 
     A mixture of experts puts out what its router takes in.
     """
-    experts = any(parameter.ndim == 3 for child in host.children() for parameter in child.parameters(recurse=False))
-    routers = [child.weight for child in host.children() if isinstance(getattr(child, "weight", None), Tensor)]
+    own = [dict(child.named_parameters(recurse=False)) for child in host.children()]
+    experts = any(parameter.ndim == 3 for parameters in own for parameter in parameters.values())
+    routers = [parameters["weight"] for parameters in own if "weight" in parameters]
     if experts and routers:
         return int(routers[0].shape[1])
     linears = [module for module in host.modules() if hasattr(module, "out_features")]
