@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_lora.errors import UsageError
+from lit_lora.model import ModelConfig
 from lit_lora.peft.core.added import AddedModule, blocks, width_of
 from lit_lora.peft.core.matching import matches, select
 from lit_lora.peft.core.module_names import default_names, with_names_of
@@ -230,6 +231,7 @@ class BottleneckConfig(WithModulesToSave):
     def _join(self, model: nn.Module, hosts: list[str], kind: type[Bottleneck]) -> None:
         """Put an adapter of a kind into each host, except in dropped layers, in place."""
         names = list(blocks(model))
+        config: Any = getattr(model, "config", None)
         first = self._first_layer(len(names))
         drop = Drop(len(names)) if self.drop_layers == "random" else None
         for host in hosts:
@@ -237,7 +239,10 @@ class BottleneckConfig(WithModulesToSave):
             if layer < first:
                 continue
             module = model.get_submodule(host)
-            adapter = kind(width_of(module), self.bottleneck, self.activation, self.init_std, zero=self.init_zero)
+            # A block puts out the residual stream, whatever the width of the last linear layer in it.
+            of_block = host in names and isinstance(config, ModelConfig)
+            width = config.hidden_size if of_block else width_of(module)
+            adapter = kind(width, self.bottleneck, self.activation, self.init_std, zero=self.init_zero)
             adapter.layer = layer
             adapter.drop = drop
             adapter.draws = host == hosts[0]

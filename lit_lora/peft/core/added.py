@@ -168,11 +168,10 @@ def width_of(host: nn.Module) -> int:
 
     A mixture of experts puts out what its router takes in.
     """
-    own = [dict(child.named_parameters(recurse=False)) for child in host.children()]
-    experts = any(parameter.ndim == 3 for parameters in own for parameter in parameters.values())
-    routers = [parameters["weight"] for parameters in own if "weight" in parameters]
-    if experts and routers:
-        return int(routers[0].shape[1])
+    weights = [parameter for child in host.children() for parameter in child.parameters(recurse=False)]
+    routers = [weight for weight in weights if weight.ndim == 2]
+    if routers and any(weight.ndim == 3 for weight in weights):
+        return routers[0].shape[1]
     linears = [module for module in host.modules() if hasattr(module, "out_features")]
     if linears:
         return int(linears[-1].out_features)  # type: ignore[arg-type]
