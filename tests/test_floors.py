@@ -327,6 +327,7 @@ def test_a_recipe_reads_top_to_bottom_without_loops() -> None:
 # Files that hold names of a model's parts beside the families' tables, and why.
 NAMED_BY_OTHERS = {
     "lit_lora/checkpoint/litgpt.py": "LitGPT calls its head as a Llama does",
+    "lit_lora/hf/experts.py": "all experts of transformers have one set of names",
     "lit_lora/gguf/families.py": "tensors of all families that transformers has, ours or not",
 }
 

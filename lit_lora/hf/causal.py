@@ -271,13 +271,14 @@ def _forward(decoder: nn.Module, embedded: Tensor, rows: Attend | Rows) -> Tenso
 
 def _run(decoder: Any, embedded: Tensor, ids: Tensor, **arguments: Any) -> Any:
     """Transformers' own forward pass of a decoder for (B, T, D) and (B, T); what it does not take is left out."""
-    names = _parameters(type(decoder))
-    if "per_layer_inputs" in names and getattr(decoder, "hidden_size_per_layer_input", 0):
+    kind: Any = type(decoder)
+    names = _parameters(kind)
+    if "per_layer_inputs" in names and getattr(decoder, "hidden_size_per_layer_input", False):
         arguments["per_layer_inputs"] = _per_layer_inputs(decoder, embedded, ids)
     if embedded.is_meta:
         arguments |= _without_values(decoder, embedded)
     accepted = {name: value for name, value in arguments.items() if name in names}
-    return type(decoder).forward(decoder, inputs_embeds=embedded, **accepted)
+    return kind.forward(decoder, inputs_embeds=embedded, **accepted)
 
 
 def _without_values(decoder: Any, embedded: Tensor) -> dict[str, Tensor]:
@@ -388,9 +389,12 @@ def _decoder_of(net: Any) -> nn.Module:
 
 
 def _longest_list(decoder: nn.Module) -> str:
-    """The name of the list of layers in a decoder."""
-    lists = {name: len(child) for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList)}
-    return max(lists, key=lambda name: lists[name])
+    """The name of the list of layers in a decoder; lists within layers, such as of experts, do not count."""
+    sizes = {name: len(child) for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList)}
+    inside = tuple(f"{name}." for name in sizes)
+    outermost = {name: size for name, size in sizes.items() if not name.startswith(inside)}
+    name: str = max(outermost, key=outermost.__getitem__)
+    return name
 
 
 def _device(model: nn.Module) -> torch.device:
