@@ -20,7 +20,7 @@ __all__ = ["find_conversions"]
 
 # Buffers that old versions stored and that are computed today, beside those that a model lists itself: rotation
 # frequencies, position ids, causal masks.
-_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.(attention\.)?(masked_)?bias$")
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(attention\.)?(masked_)?bias$")
 
 
 def find_conversions(

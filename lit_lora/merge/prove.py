@@ -202,23 +202,30 @@ def prove(
         NumericalError: A block differs by more than rounding explains, and the plan is not for a lossy merge.
     """
     written = _Weights(plan.base, plan.updates, dtype) if merged is None else _Weights(merged, {})
-    base, adapted, final = (
-        _streaming_model(plan.config, weights)
-        for weights in (_Weights(plan.trained, {}), _Weights(plan.trained, plan.updates), written)
-    )
+    all_weights = [_Weights(plan.trained, {}), _Weights(plan.trained, plan.updates), written]
+    base, adapted, final = (_streaming_model(plan.config, weights) for weights in all_weights)
     proofs: dict[str, BlockProof] = {}
     inputs: dict[str, tuple[Any, Any]] = {}
 
+    def forget() -> None:
+        """Drop the tensors that one model has read before another reads as many."""
+        for weights in all_weights:
+            weights.whole.cache_clear()
+
     def keep_inputs(name: str, args: Any, kwargs: Any) -> None:
         """Keep what a block is called with, before it changes any of it in place."""
+        forget()
         inputs[name] = _copy(args), _copy(kwargs)
 
     def compare(name: str, output: Any) -> None:
         """Run the same block of the other two models on the inputs that ``adapted`` has."""
         args, kwargs = inputs.pop(name)
         expected = _total(output)
-        plain = _total(base.get_submodule(name)(*_copy(args), **_copy(kwargs)))
-        merged_output = _total(final.get_submodule(name)(*args, **kwargs))
+        outputs = []
+        for model in (base, final):
+            forget()
+            outputs.append(_total(model.get_submodule(name)(*_copy(args), **_copy(kwargs))))
+        plain, merged_output = outputs
         # The adapter may add tokens, whose logits the base does not have: they count as its effect in full.
         base_size = plain.shape[-1]
         effect = torch.hypot((expected[..., :base_size] - plain).norm(), expected[..., base_size:].norm())

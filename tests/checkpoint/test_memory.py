@@ -30,7 +30,7 @@ BIG: dict[str, Any] = CONFIG | {
 }
 LARGEST_BYTES = BIG["vocab_size"] * BIG["hidden_size"] * 2
 
-# Runs one conversion and prints the peak of the memory that is the process's own (mapped files are not), over that
+# Runs one command and prints the peak of the memory that is the process's own (mapped files are not), over that
 # of a bare import of torch.
 PROBE = """
 import sys, threading, time
@@ -52,7 +52,7 @@ thread = threading.Thread(target=sample)
 thread.start()
 try:
     from lit_lora.cli import main
-    main(["convert", *sys.argv[1:]])
+    main(sys.argv[1:])
 finally:
     done = True
     thread.join()
@@ -70,15 +70,23 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def convert_and_measure(source: Path, out: Path, *options: str) -> int:
+    peak = run_and_measure("convert", source, out, *options)
+    assert written_bytes(out) > 4e9, "too small to show anything"
+    return peak
+
+
+def written_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def run_and_measure(command: str, source: Path, out: Path, *options: str) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(source), "--out", str(out), *options],
+        [sys.executable, "-c", PROBE, command, str(source), "--out", str(out), *options],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    assert written > 4e9, "too small to show anything"
     return int(done.stdout.split("PEAK")[1])
 
 

@@ -19,6 +19,8 @@ from lit_lora import peft
 from lit_lora.checkpoint.load import load_model
 from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.save import save_model
+from lit_lora.checkpoint.tensors import TensorReader
+from lit_lora.errors import InputError
 from lit_lora.merge import find_places, plan_merge
 from lit_lora.peft import load_adapter
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear
@@ -229,3 +231,54 @@ def text_part(key: str, base: Path, net: PreTrainedModel) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(text_model(base).config, attn_implementation="eager")
     model.load_state_dict(expected_state(net, model), strict=False)
     return model.eval()
+
+
+@pytest.mark.parametrize("key", ["gpt2", "qwen3_moe"])
+def test_tasks_are_switched_on_a_hosted_model_without_drift(key: str, saved, tmp_path: Path) -> None:
+    base, _ = saved(key)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merge(base, adapter, tmp_path / "merged")
+    model = load_model(base)
+    switcher = merging.TaskSwitcher(model, base)
+    switcher.switch(adapter)
+    assert_equal(ours(model), theirs(reopened(key, tmp_path / "merged")))
+    switcher.switch(None)
+    assert torch.equal(ours(model), ours(load_model(base)))
+
+
+def test_an_adapter_over_a_quantized_hosted_base_merges_into_what_was_trained(saved, tmp_path: Path) -> None:
+    base, _ = saved("falcon")
+    quantize = QuantizeConfig(name="int8")
+    model, config = load_model(base, quantize=quantize), lora(target_modules="all-linear", rank=2)
+    adapted(model, config)
+    shake(model, 0.1)
+    adapter = peft.save_adapter(model, config, tmp_path / "adapter", base=base)
+    report = merge(base, adapter, tmp_path / "merged")
+    assert "dequantized" in report.onto
+    assert_equal(theirs(reopened("falcon", tmp_path / "merged")), ours(model))
+
+
+@pytest.mark.parametrize("key", ["gpt2", "qwen3_moe", "gemma3#composite"])
+@pytest.mark.parametrize("problem", ["missing", "shape", "extra"])
+def test_a_wrong_tensor_is_one_line_before_weights_are_read(key, problem, saved, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(saved(key)[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(
+        name
+        for name in tensors
+        if ".2." in name and name.endswith("mlp.c_proj.weight" if key == "gpt2" else "o_proj.weight")
+    )
+    if problem == "missing":
+        del tensors[name]
+    elif problem == "shape":
+        tensors[name] = torch.zeros(3, 5)
+    else:
+        tensors[name.replace(".2.", ".7.")] = torch.zeros(3, 5)
+    save_file(tensors, folder / "model.safetensors")
+    monkeypatch.setattr(TensorReader, "read", None)
+    monkeypatch.setattr(TensorReader, "read_once", None)
+    with pytest.raises(InputError, match=r"tensors? ") as error:
+        load_model(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
