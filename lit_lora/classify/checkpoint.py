@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lit_lora.data.labeled import Tokens
 from lit_lora.data.padded import Layout
 from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import read_json
+from lit_lora.hf import quiet
 from lit_lora.model.families import FAMILIES
 
 __all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
@@ -82,7 +82,7 @@ class Pretrained:
             max_tokens: Where to cut a row, from the longer text of a pair; never when omitted.
         """
         cut = {"truncation": "longest_first", "max_length": max_tokens} if max_tokens else {"truncation": False}
-        with _quiet():
+        with quiet():
             encoded = self.tokenizer(
                 list(texts),
                 None if pairs is None else list(pairs),
@@ -141,7 +141,7 @@ def read_pretrained(folder: Path) -> Pretrained:
     config = _read_config(folder)
     transformers = _transformers()
     try:
-        with _quiet():
+        with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, config=config, local_files_only=True, trust_remote_code=False
             )
@@ -176,7 +176,7 @@ def load_with_head(
     """
     config = type(shape.config).from_dict({**shape.config.to_dict(), **task.config})
     try:
-        with _quiet():
+        with quiet():
             model, loading_info = _class(config).from_pretrained(
                 shape.folder,
                 config=config,
@@ -264,7 +264,7 @@ def _read_config(folder: Path) -> Any:
             raise _needs_code(f"{folder}: model_type {kind!r}")
         raise InputError(f"{folder}: model_type {kind!r} is not known to transformers {transformers.__version__}")
     try:
-        with _quiet():
+        with quiet():
             config = transformers.CONFIG_MAPPING[kind].from_dict(_without_code(data), name_or_path=str(folder))
     except Exception as error:  # every model type has checks of its own, which raise almost anything
         raise InputError(f"{folder / 'config.json'}: cannot be read: {first_line(error)[:160]}") from error
@@ -306,19 +306,3 @@ def _transformers() -> Any:
     import transformers.models.auto.modeling_auto  # noqa: PLC0415
 
     return transformers
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's messages and progress bars; lit-lora reports what matters itself."""
-    logging = _transformers().utils.logging
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

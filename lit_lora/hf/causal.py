@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lit_lora.hf.attention import ATTENTION, ON_PAPER, attending, current, regis
 from lit_lora.hf.cache import Native, RowCache
 from lit_lora.hf.config import HostedConfig, text_config
 from lit_lora.hf.experts import EXPERTS, register_experts
+from lit_lora.hf.quiet import quiet
 from lit_lora.hf.rows import PaddedRows, PositionIds, Rows, Way
 from lit_lora.model import KVCache, ModelConfig
 from lit_lora.model.attention.attend import Attend
@@ -275,19 +276,27 @@ def _run(decoder: Any, embedded: Tensor, ids: Tensor, **arguments: Any) -> Any:
     names = _parameters(kind)
     if "per_layer_inputs" in names and getattr(decoder, "hidden_size_per_layer_input", False):
         arguments["per_layer_inputs"] = _per_layer_inputs(decoder, embedded, ids)
-    if embedded.is_meta:
-        arguments |= _without_values(decoder, embedded)
-    accepted = {name: value for name, value in arguments.items() if name in names}
-    return kind.forward(decoder, inputs_embeds=embedded, **accepted)
+    with _without_values(decoder, embedded) if embedded.is_meta else nullcontext({}) as more:
+        accepted = {name: value for name, value in (arguments | more).items() if name in names}
+        return kind.forward(decoder, inputs_embeds=embedded, **accepted)
 
 
-def _without_values(decoder: Any, embedded: Tensor) -> dict[str, Tensor]:
-    """Arguments with which transformers looks at no values when it builds masks: the meta device has none."""
-    if decoder._can_set_attn_implementation():
-        decoder.config._attn_implementation_internal = ATTENTION  # it builds no masks for this name
-        return {}
-    decoder.config._attn_implementation_internal = ON_PAPER
-    return {"attention_mask": torch.ones(embedded.shape[:2], dtype=torch.int64, device="meta")}
+@contextmanager
+def _without_values(decoder: Any, embedded: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Arguments with which transformers, inside the block, looks at no values when it builds masks.
+
+    The meta device has none. Afterwards masks are built as before, as values may be put into a model tried on it.
+    """
+    before = decoder.config._attn_implementation_internal
+    try:
+        if decoder._can_set_attn_implementation():
+            decoder.config._attn_implementation_internal = ATTENTION  # it builds no masks for this name
+            yield {}
+        else:
+            decoder.config._attn_implementation_internal = ON_PAPER
+            yield {"attention_mask": torch.ones(embedded.shape[:2], dtype=torch.int64, device="meta")}
+    finally:
+        decoder.config._attn_implementation_internal = before
 
 
 def _per_layer_inputs(decoder: Any, embedded: Tensor, ids: Tensor) -> Tensor:
@@ -339,7 +348,7 @@ def build(config: HostedConfig, *, dtype: torch.dtype | None = None) -> HostedLM
 
     text = text_config(config.source)
     text.vocab_size, text.tie_word_embeddings = config.vocab_size, config.tie_word_embeddings
-    with torch.device("meta"), meta_device_safe_creation_ops():
+    with quiet(), torch.device("meta"), meta_device_safe_creation_ops():
         net = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             text, dtype=dtype or getattr(torch, config.dtype), trust_remote_code=False
         )

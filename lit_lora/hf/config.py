@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_lora.config import did_you_mean, validate
 from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import read_json
+from lit_lora.hf.quiet import quiet
 from lit_lora.model import FAMILIES, ModelConfig
 from lit_lora.model.config import Rope
 from lit_lora.model.families import HOSTED, LLAMA_LIKE, DecoderNames
@@ -117,7 +118,8 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
 
     kind = CONFIG_MAPPING[data["model_type"]]
     plain = {key: value for key, value in without_quantization(data).items() if key != "auto_map"}
-    whole = kind.from_dict(kind._decode_special_floats(plain))
+    with quiet():
+        whole = kind.from_dict(kind._decode_special_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
     text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)  # not all have it
     return text

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import InputError, first_line
 from lit_lora.hf.causal import Caching, HostedLM
+from lit_lora.hf.quiet import quiet
 from lit_lora.hf.rows import Way
 from lit_lora.model.attention.attend import LayerAttention
 from lit_lora.model.attention.packed import PackedAttention
@@ -35,6 +36,7 @@ _CACHINGS: dict[Way, list[Caching]] = {
 
 
 @torch.no_grad()
+@quiet()
 def choose(model: HostedLM) -> None:
     """Choose, in place, how ``model`` computes packed documents and what it caches, by trying it on a few tokens.
 

@@ -30,7 +30,7 @@ from tests.peft.tiny import adapted, lora, shake
 
 TEXT = [
     "gpt2", "gpt_neox", "falcon", "mpt", "bloom", "opt", "phi", "mixtral", "qwen3_moe", "granitemoe", "deepseek_v3",
-    "gpt_oss", "falcon_h1", "mamba", "qwen3_5",
+    "gpt_oss", "falcon_h1", "mamba", "qwen3_5", "falcon#alibi",
 ]  # fmt: skip
 FEED_FORWARD = ["mlp.c_proj", "dense_4h_to_h"]
 COMPOSITE = ["gemma3#composite", "gemma4#composite", "qwen3_5#composite", "mistral3#composite"]
