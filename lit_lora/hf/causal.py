@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, Literal
@@ -58,7 +58,6 @@ class HostedLM(nn.Module):
         for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[shared] = getattr(net, shared)
 
-        self._native_attention = net.config._attn_implementation
         decoder = _decoder_of(net)
         self._decoder_name = next(name for name, module in net.named_modules() if module is decoder)
         self._list_name = _longest_list(decoder)
@@ -135,7 +134,7 @@ class HostedLM(nn.Module):
                     f"model_type {self.config.model_type!r}",
                     hint="use train.activation_checkpointing: full",
                 )
-            chosen.forward = partial(_forward_checkpointed, chosen)
+            chosen.forward = partial(_forward_checkpointed, self.get_decoder(), chosen)
 
     def new_cache(self, batch_size: int, max_length: int, *, padding: Tensor | None = None) -> KVCache | RowCache:
         """An empty cache; see :class:`lit_lora.model.LanguageModel`."""
@@ -165,7 +164,7 @@ class HostedLM(nn.Module):
             rows = attend
         elif cache is None:
             lengths = list(lengths) if lengths is not None else [tokens] * batch_size
-            rows = self._packed(lengths, shared_prefix, batch_size * tokens)
+            rows = self._packed(lengths, shared_prefix, batch_size * tokens, input_ids.device)
         elif isinstance(cache, RowCache):
             rows = cache
         else:
@@ -178,12 +177,12 @@ class HostedLM(nn.Module):
             cache.advance(tokens)
         return hidden.view(batch_size, tokens, -1)
 
-    def _packed(self, lengths: list[int], shared_prefix: int, tokens: int) -> Attend | Rows:
+    def _packed(self, lengths: list[int], shared_prefix: int, tokens: int, device: torch.device) -> Attend | Rows:
         packed_length = sum(lengths) - shared_prefix * (len(lengths) - 1)
         if packed_length != tokens or min(lengths) < shared_prefix:
             raise ValueError(f"lengths sum to {packed_length}, the row has {tokens} tokens")
         if self.way == "own attention":
-            return PackedAttention(self.config, lengths, _device(self), shared_prefix=shared_prefix)
+            return PackedAttention(self.config, lengths, device, shared_prefix=shared_prefix)
         return (PositionIds if self.way == "position ids" else PaddedRows)(lengths, shared_prefix)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -204,12 +203,7 @@ class HostedLM(nn.Module):
     def attend_by(self, way: Way) -> None:
         """Compute packed documents in this way from now on, in place."""
         self.way = way
-        decoder, net = self.get_decoder(), self.net
-        if net._can_set_attn_implementation():
-            native = "sdpa" if net._supports_sdpa else "eager"
-            net.set_attn_implementation(ATTENTION if way == "own attention" else native)
-        else:
-            net.config._attn_implementation_internal = self._native_attention
+        decoder = self.get_decoder()
         decoder.__dict__.pop("prefix_length", None)
         if way == "own attention":
             decoder.prefix_length = 0  # type: ignore[assignment]  # it accepts a prefix before every document
@@ -276,27 +270,37 @@ def _run(decoder: Any, embedded: Tensor, ids: Tensor, **arguments: Any) -> Any:
     names = _parameters(kind)
     if "per_layer_inputs" in names and getattr(decoder, "hidden_size_per_layer_input", False):
         arguments["per_layer_inputs"] = _per_layer_inputs(decoder, embedded, ids)
-    with _without_values(decoder, embedded) if embedded.is_meta else nullcontext({}) as more:
-        accepted = {name: value for name, value in (arguments | more).items() if name in names}
+    implementation = _implementation(decoder, embedded)
+    if implementation == ON_PAPER:
+        arguments["attention_mask"] = torch.ones(embedded.shape[:2], dtype=torch.int64, device="meta")
+    accepted = {name: value for name, value in arguments.items() if name in names}
+    with _attention_by(decoder, implementation):
         return kind.forward(decoder, inputs_embeds=embedded, **accepted)
 
 
-@contextmanager
-def _without_values(decoder: Any, embedded: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Arguments with which transformers, inside the block, looks at no values when it builds masks.
+def _implementation(decoder: Any, embedded: Tensor) -> str:
+    """The name of the attention function for a pass: ours, or the model's own outside the passes that are ours.
 
-    The meta device has none. Afterwards masks are built as before, as values may be put into a model tried on it.
+    When it builds masks, transformers looks at values, which the meta device does not have. For our names it does not.
     """
-    before = decoder.config._attn_implementation_internal
+    if current() is not None:
+        return ATTENTION
+    if embedded.is_meta:
+        return ATTENTION if decoder._can_set_attn_implementation() else ON_PAPER
+    native: str = decoder.config._attn_implementation
+    return native
+
+
+@contextmanager
+def _attention_by(decoder: Any, implementation: str) -> Iterator[None]:
+    """Inside the block, the layers attend by the function of this name."""
+    config = decoder.config
+    before = config._attn_implementation
+    config._attn_implementation_internal = implementation
     try:
-        if decoder._can_set_attn_implementation():
-            decoder.config._attn_implementation_internal = ATTENTION  # it builds no masks for this name
-            yield {}
-        else:
-            decoder.config._attn_implementation_internal = ON_PAPER
-            yield {"attention_mask": torch.ones(embedded.shape[:2], dtype=torch.int64, device="meta")}
+        yield
     finally:
-        decoder.config._attn_implementation_internal = before
+        config._attn_implementation_internal = before
 
 
 def _per_layer_inputs(decoder: Any, embedded: Tensor, ids: Tensor) -> Tensor:
@@ -322,12 +326,15 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def _forward_checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward_checkpointed(decoder: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a layer or an MLP, computed again in the backward pass."""
-    attend = current()
+    attend, implementation = current(), decoder.config._attn_implementation
 
     def run(*args: Any) -> Any:
-        with attending(attend):  # the backward pass runs after the pass, on a GPU in another thread
+        with (
+            attending(attend),
+            _attention_by(decoder, implementation),
+        ):  # the backward pass runs after the pass, on a GPU in another thread
             return type(module).forward(module, *args, **kwargs)
 
     return checkpointed(run, *args)
