@@ -91,16 +91,16 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> tuple[Any
         config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     model = empty_model(config)
     stored = StoredParameters(folder, model)
-    if isinstance(model, HostedLM) and config.tie_word_embeddings and _has_own_head(model, stored):
+    if config.tie_word_embeddings and _has_own_head(model, stored):
         model = empty_model(config.model_copy(update={"tie_word_embeddings": False}))
         stored = StoredParameters(folder, model)
     return model, stored
 
 
-def _has_own_head(model: HostedLM, stored: StoredParameters) -> bool:
+def _has_own_head(model: AnyModel, stored: StoredParameters) -> bool:
     """Whether the files of a model that is tied by its config hold a head that is not the embedding.
 
-    Some composite models do not say that they are not tied; transformers decides as here.
+    Some models, mostly composite ones, do not say that they are not tied; transformers decides as here.
     """
     (tied,) = (
         names

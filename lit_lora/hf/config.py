@@ -1,6 +1,7 @@
 """The config of any decoder: our own by its family, or one of transformers' by the facts that its config class knows.
 
-transformers takes a second to import, so it is imported only for a type that our decoder does not implement.
+The family that counts is that of the text model, which may be a part of a composite checkpoint. transformers takes a
+second to import, so it is imported only for a composite, and for a type that our decoder does not implement.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import read_json
 from lit_lora.hf.quiet import quiet
 from lit_lora.model import FAMILIES, ModelConfig
-from lit_lora.model.config import Rope
+from lit_lora.model.config import Rope, text_part, with_fields, with_text_part
 from lit_lora.model.families import HOSTED, LLAMA_LIKE, DecoderNames
 from lit_lora.model.quantization import require_readable, without_quantization
 
@@ -56,27 +57,26 @@ class HostedConfig(ModelConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as read, with the fields that finetuning has changed, and without quantization."""
-        as_read = _facts(text_config(self.source), self.source)
-        changed = {
-            key: getattr(self, key)
-            for key in ("vocab_size", "tie_word_embeddings")
-            if getattr(self, key) != as_read[key]
-        }
-        data = without_quantization(self.source)
-        if self.dtype != as_read["dtype"]:
-            data["torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"] = self.dtype
-        if not isinstance(data.get("text_config"), dict):
-            return data | changed
-        # Of a composite, the text model's config counts for sizes, and that of the whole for the tie.
-        tie = {key: value for key, value in changed.items() if key == "tie_word_embeddings"}
-        return data | tie | {"text_config": data["text_config"] | changed}
+        return _with_changes(self)
+
+
+class CompositeConfig(ModelConfig):
+    """Sizes and options of our own decoder, where it is the text model of a composite checkpoint.
+
+    ``source`` is ``config.json`` as read, of all parts.
+    """
+
+    def to_hf(self) -> dict[str, Any]:
+        """``config.json`` as read, with the fields that finetuning has changed, and without quantization."""
+        return _with_changes(self)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Read ``config.json`` of a checkpoint of any decoder.
 
     Returns:
-        A :class:`HostedConfig` for a type that our decoder does not implement.
+        A :class:`HostedConfig` for a type that our decoder does not implement, a :class:`CompositeConfig` for a
+        composite whose text model it does.
 
     Raises:
         InputError: It is missing or not JSON, no model can be built from it, or that would run code of the checkpoint.
@@ -102,6 +102,10 @@ def config_from_hf(data: dict[str, Any], *, name: str = "config.json") -> ModelC
         text = text_config(data)
     except Exception as error:  # a config class validates as it likes
         raise InputError(f"{name}: transformers cannot read it as {model_type!r}: {first_line(error)[:200]}") from error
+    if text.model_type in FAMILIES and text_part(data) is not data:
+        # As transformers' class has it, because files of composites leave out what is the default.
+        own = CompositeConfig.from_hf(text.to_dict(), name=f"{name}: text_config")
+        return own.model_copy(update={"source": data})
     _require_decoder(text, str(model_type), name)
     try:
         return validate(_facts(text, data), HostedConfig, name=name)
@@ -122,6 +126,7 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
         whole = kind.from_dict(kind._decode_special_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
     text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)  # not all have it
+    text.dtype = text.dtype or whole.dtype
     return text
 
 
@@ -203,3 +208,23 @@ def _facts(text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(text.dtype or "float32").removeprefix("torch."),
         "source": source,
     }
+
+
+def _with_changes(config: ModelConfig) -> dict[str, Any]:
+    """``config.source`` with the fields that finetuning has changed, and without quantization."""
+    data = without_quantization(config.source)
+    as_read = _facts(text_config(config.source), config.source)
+    changed = {
+        key: getattr(config, key)
+        for key in ("vocab_size", "tie_word_embeddings", "dtype")
+        if getattr(config, key) != as_read[key]
+    }
+    text = text_part(data)
+    if text is data:
+        return with_fields(data, changed)
+    # Of a composite, the text model's part counts for sizes, and that of the whole for the tie and the dtype, which
+    # programs that open the text model alone read from its part.
+    of_whole = {key: value for key, value in changed.items() if key != "vocab_size"}
+    if not {"dtype", "torch_dtype"} & text.keys():
+        changed.pop("dtype", None)
+    return with_text_part(with_fields(data, of_whole), with_fields(text, changed))

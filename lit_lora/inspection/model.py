@@ -21,6 +21,7 @@ from lit_lora.hf.config import UNLIMITED
 from lit_lora.inspection.parts import parts, targets
 from lit_lora.inspection.report import Inspection, ModelFacts
 from lit_lora.model import ModelConfig
+from lit_lora.model.config import text_part
 from lit_lora.model.quantization import quantization_method
 
 __all__ = ["inspect_encoder", "inspect_model"]
@@ -94,7 +95,7 @@ def inspect_encoder(report: Inspection, folder: Path, headers: Mapping[str, Head
 
 def _facts(config: ModelConfig) -> ModelFacts:
     source = config.source
-    text = source["text_config"] if isinstance(source.get("text_config"), dict) else source
+    text = text_part(source)
     hosted = isinstance(config, HostedConfig)
     layer_types = Counter(map(str, text.get("layer_types") or []))
     unlimited = hosted and config.max_position_embeddings == UNLIMITED
@@ -139,6 +140,6 @@ def _check_head(report: Inspection, config: ModelConfig, tensors: Tensors) -> No
     first, second = (tensors.read(name)[:_COMPARED_ROWS] for name in (head, embedding))
     if not torch.equal(first, second):
         report.warn(
-            "config.json ties the head to the embedding, but the stored head differs and is ignored",
-            hint="lit-lora convert keeps both, untied",
+            "config.json ties the head to the embedding, but the stored head differs: it is used, untied",
+            hint='set "tie_word_embeddings": false in config.json, which some programs go by',
         )

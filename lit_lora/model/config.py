@@ -16,7 +16,16 @@ from lit_lora.files import read_json
 from lit_lora.model.families import FAMILIES, Block, DecoderNames
 from lit_lora.model.quantization import require_readable, without_quantization
 
-__all__ = ["DTYPES", "KEEP_DTYPE", "Activation", "ModelConfig", "Rope"]
+__all__ = [
+    "DTYPES",
+    "KEEP_DTYPE",
+    "Activation",
+    "ModelConfig",
+    "Rope",
+    "text_part",
+    "with_fields",
+    "with_text_part",
+]
 
 Activation = Literal["silu", "swish", "gelu", "gelu_pytorch_tanh"]
 """Of the MLP's gate, by transformers' names. ``swish`` is another name of ``silu``."""
@@ -189,14 +198,16 @@ class ModelConfig(Settings):
             original = self.rope.original_max_position_embeddings or self.max_position_embeddings
             changed["original_max_position_embeddings"] = original
 
-        source = dict(self.source)
+        source = self.source
         if source:
-            key = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
-            ropes = source.get(key) or {}
+            text = dict(text_part(source))
+            key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+            ropes = text.get(key) or {}
             rope_source = {**ropes.get(_FULL, ropes), **changed}
             rope_source.pop("type", None)  # the former name of rope_type
-            source["max_position_embeddings"] = context
-            source[key] = {**ropes, _FULL: rope_source} if _FULL in ropes else rope_source
+            text["max_position_embeddings"] = context
+            text[key] = {**ropes, _FULL: rope_source} if _FULL in ropes else rope_source
+            source = with_text_part(source, text)
         rope = self.rope.model_copy(update=changed)
         return self.model_copy(update={"rope": rope, "max_position_embeddings": context, "source": source})
 
@@ -267,14 +278,9 @@ class ModelConfig(Settings):
 
     def to_hf(self) -> dict[str, Any]:
         """``config.json`` as read, with the fields that finetuning may change, and without quantization."""
-        dtype_key = "torch_dtype" if "torch_dtype" in self.source and "dtype" not in self.source else "dtype"
-        changed = {
-            "vocab_size": self.vocab_size,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            dtype_key: self.dtype,
-        }
         if self.source:
-            return without_quantization(self.source) | changed
+            changed = {key: getattr(self, key) for key in ("vocab_size", "tie_word_embeddings", "dtype")}
+            return with_fields(without_quantization(self.source), changed)
 
         # A config that was made in Python.
         family = FAMILIES[self.model_type]
@@ -287,6 +293,25 @@ class ModelConfig(Settings):
             "use_sliding_window": self.sliding_window is not None,  # without it, some families have no window
             "rope_parameters": rope,
         }
+
+
+def text_part(data: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the text model: of a composite checkpoint a part, else ``data`` itself."""
+    part = data.get("text_config")
+    return part if isinstance(part, dict) else data
+
+
+def with_text_part(data: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a ``config.json`` with another :func:`text_part`."""
+    return text if text_part(data) is data else {**data, "text_config": text}
+
+
+def with_fields(data: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a ``config.json``, or of a part of it, with these fields; ``dtype`` under the name that it has."""
+    named = dict(fields)
+    if "dtype" in named and "torch_dtype" in data and "dtype" not in data:  # written by transformers 4
+        named["torch_dtype"] = named.pop("dtype")
+    return {**data, **named}
 
 
 def _require_supported(data: dict[str, Any], name: str) -> None:

@@ -22,6 +22,7 @@ from lit_lora.checkpoint.save import save_model
 from lit_lora.checkpoint.tensors import TensorReader
 from lit_lora.errors import InputError
 from lit_lora.merge import find_places, plan_merge
+from lit_lora.model import CausalLM
 from lit_lora.peft import load_adapter
 from lit_lora.quantize import QuantizeConfig, QuantizedLinear
 from tests.checkpoint.test_parameters import NEW, OLD, expected_state, rename, text_model
@@ -32,8 +33,10 @@ TEXT = [
     "gpt2", "gpt_neox", "falcon", "mpt", "bloom", "opt", "phi", "mixtral", "qwen3_moe", "granitemoe", "deepseek_v3",
     "gpt_oss", "falcon_h1", "mamba", "qwen3_5", "falcon#alibi",
 ]  # fmt: skip
+OWN = ["mixtral", "qwen3_moe", "granitemoe"]
 FEED_FORWARD = ["mlp.c_proj", "dense_4h_to_h"]
-COMPOSITE = ["gemma3#composite", "gemma4#composite", "qwen3_5#composite", "mistral3#composite"]
+OWN_COMPOSITE = ["gemma3#composite", "mistral3#composite", "mistral3#ministral3#composite"]
+COMPOSITE = [*OWN_COMPOSITE, "gemma4#composite", "qwen3_5#composite"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,7 @@ def test_a_loaded_model_computes_what_transformers_does(key: str, saved) -> None
     model = load_model(folder)
     left_empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert left_empty == []
+    assert isinstance(model, CausalLM) == (key in [*OWN, *OWN_COMPOSITE])
     assert_equal(ours(model), theirs(net))
 
 

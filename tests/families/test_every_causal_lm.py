@@ -23,7 +23,7 @@ from tests.families.tiny_configs import KEYS
 DEFAULT = {
     "llama#llama3", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3#longrope", "olmo2", "smollm3", "granite",
     "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "falcon", "mpt", "gpt_oss", "deepseek_v3", "qwen3_5_text", "mamba",
-    "gemma4#composite",
+    "gemma4#composite", "mistral3#ministral3#composite",
 }  # fmt: skip
 
 REFUSED = {

@@ -261,6 +261,9 @@ _TABLE: dict[str, Settings] = {
     "gemma4#composite": {"text_config": _GEMMA4_TEXT},
     "qwen3_5#composite": {},
     "mistral3#composite": {},
+    "mistral3#ministral3#composite": {
+        "text_config": {"model_type": "ministral3", "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.5}}
+    },
 }
 
 _ENCODERS = (
@@ -312,7 +315,10 @@ def _settings(kind: type[PretrainedConfig], more: Settings) -> dict[str, Any]:
             part = getattr(defaults, name)
             if part is None:
                 continue
-            settings[name] = {**_settings(type(part), more.get(name, {})), "model_type": part.model_type}
+            more_of_part = {"model_type": part.model_type, **more.get(name, {})}
+            is_other = more_of_part["model_type"] != part.model_type  # some composites take several text models
+            kind_of_part = CONFIG_MAPPING[more_of_part["model_type"]] if is_other else type(part)
+            settings[name] = _settings(kind_of_part, more_of_part)
     return settings | {name: value for name, value in more.items() if name not in kind.sub_configs}
 
 
