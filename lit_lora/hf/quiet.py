@@ -15,7 +15,7 @@ def quiet() -> Iterator[None]:
 
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
