@@ -161,8 +161,8 @@ def models_page() -> str:
         "bit for bit. A newer transformers may have more types. Every model is tested when it is opened, and refused "
         "if packing or caching would change its results.",
         "- **path**: `own` is lit-lora's decoder, the fastest; `hosted` is the model of transformers. "
-        "Of a checkpoint of text and images or sound, such as `mistral3` or `llava`, the text model is finetuned, on the "
-        "path of the `model_type` in its `text_config`.\n"
+        "Of a checkpoint of text and images or sound, such as `mistral3` or `llava`, the text model is finetuned, on "
+        "the path of the `model_type` in its `text_config`.\n"
         "- **packing**: `own attention` computes documents in one row and a shared prefix once; `position ids` packs "
         "as transformers does; `padded rows` is for models that carry a state from token to token.\n"
         f"- **methods**, of those tried: {', '.join(methods)}.\n"

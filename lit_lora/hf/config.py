@@ -123,11 +123,20 @@ def text_config(data: dict[str, Any]) -> PretrainedConfig:
     kind = CONFIG_MAPPING[data["model_type"]]
     plain = {key: value for key, value in without_quantization(data).items() if key != "auto_map"}
     with quiet():
-        whole = kind.from_dict(kind._decode_special_floats(plain))
+        whole = kind.from_dict(_with_floats(plain))
     text: PretrainedConfig = whole.get_text_config(decoder=True)
     text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)  # not all have it
     text.dtype = text.dtype or whole.dtype
     return text
+
+
+def _with_floats(data: Any) -> Any:
+    """A parsed ``config.json`` with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(data, dict):
+        if data.keys() == {"__float__"}:
+            return float(data["__float__"])
+        return {key: _with_floats(value) for key, value in data.items()}
+    return [_with_floats(value) for value in data] if isinstance(data, list) else data
 
 
 def _require_supported(data: dict[str, Any], name: str) -> None:
