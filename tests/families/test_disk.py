@@ -47,7 +47,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     def save(key: str) -> tuple[Path, PreTrainedModel]:
         if key not in written:
             folder = tmp_path_factory.mktemp(key.replace("#", "_"))
-            written[key] = folder, tiny_configs.save(key, folder)
+            model = tiny_configs.save(key, folder)
+            if key == "falcon#alibi":  # the eager attention adds the bias twice, to scores and to the mask
+                model.config._attn_implementation = "sdpa"
+            written[key] = folder, model
         return written[key]
 
     return save
