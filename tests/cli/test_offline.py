@@ -28,6 +28,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.c
 
 PATH = [
     "configs",
+    "inspect base",
     "init rows.jsonl --model base",
     "estimate --config config.yaml",
     "prepare rows.jsonl --model base --validation 4 --show 1",

@@ -21,7 +21,7 @@ from lit_lora.model import FAMILIES, CausalLM, KVCache, ModelConfig
 from tests.families import tiny_configs
 from tests.families.tiny_configs import KEYS, VOCABULARY, model_type
 
-WITH_EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe"
+WITH_EXPERTS = "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "flex_olmo"
 OWN = [key for key in KEYS if model_type(key) in FAMILIES and model_type(key) not in WITH_EXPERTS]
 # Of a family's variants, these have something that no other key has.
 QUICK = "gemma3_text#scaled", "phi3#longrope"
