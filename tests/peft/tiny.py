@@ -86,7 +86,8 @@ def rows(model: CausalLM, count: int = 4, seed: int = 7, length: int = 12) -> It
         learned[-1] = False
 
         def run(ids: Tensor = ids, learned: Tensor = learned) -> None:
-            loss = F.cross_entropy(model(ids)[0][learned], ids[0].roll(-1)[learned], reduction="sum")
+            logits = model.logits(model.hidden_states(ids))[0]
+            loss = F.cross_entropy(logits[learned], ids[0].roll(-1)[learned], reduction="sum")
             if loss.requires_grad:
                 loss.backward()
 

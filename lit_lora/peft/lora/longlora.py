@@ -216,7 +216,7 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
         Raises:
             UsageError: The model is not one of lit-lora's decoders, or its positions are already scaled.
         """
-        if not hasattr(config, "extended"):
+        if not getattr(config, "ropes", None):  # transformers' decoders rotate queries and keys themselves
             raise UsageError(
                 "peft.name: longlora needs one of lit-lora's own decoders, whose positions it interpolates"
             )
