@@ -1,12 +1,18 @@
-"""The config of a composite checkpoint whose text model runs on our own decoder."""
+"""Composite checkpoints: the config where the text model runs on our own decoder, and adapters of the whole."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3Config
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, Gemma3Config
 
+from lit_lora import peft
+from lit_lora.checkpoint.load import load_model
 from lit_lora.errors import InputError
 from lit_lora.hf import HostedConfig, config_from_hf
 from lit_lora.hf.config import CompositeConfig
@@ -96,3 +102,25 @@ def test_what_our_decoder_cannot_compute_is_refused_with_the_part_that_says_so()
     data = GEMMA_3_4B | {"text_config": GEMMA_3_4B["text_config"] | {"use_bidirectional_attention": True}}
     with pytest.raises(InputError, match=r"^config.json: text_config: use_bidirectional_attention"):
         config_from_hf(data)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Model has `tie_word")
+@pytest.mark.parametrize("key", ["gemma3#composite", "qwen3_5#composite"])
+def test_an_adapter_that_peft_trained_on_the_whole_opens_on_the_text_model(key: str, tmp_path: Path) -> None:
+    tiny_configs.save(key, tmp_path / "base")
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32, trust_remote_code=False)
+    adapted = get_peft_model(whole, LoraConfig(r=2, target_modules=r".*language_model.*\.(down_proj|up_proj)")).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    ids = torch.randint(3, tiny_configs.VOCABULARY, (1, 9))
+    with torch.no_grad():
+        base = model.logits(model.hidden_states(ids))
+        peft.load_adapter(model, tmp_path / "adapter")
+        ours, expected = model.logits(model.hidden_states(ids)), adapted(input_ids=ids).logits
+    assert torch.dist(base, expected) > 1e-2
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

@@ -195,7 +195,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     folder = Path(folder)
     raw = _read_config(folder)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in _read_tensors(folder).items()}
+    tensors = {_text_name(name.removeprefix(_PREFIX)): tensor for name, tensor in _read_tensors(folder).items()}
     not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise InputError(f"{folder / WEIGHTS}: {listed(not_finite)} with NaN or infinite values")
@@ -284,6 +284,15 @@ def _settings(
     if method.as_written and isinstance(saved, dict):
         return validate(saved, method, name=EXTRAS)
     return method.from_peft(raw, tensors)
+
+
+def _text_name(name: str) -> str:
+    """What a module of the text model is called in the text model alone, as lit-lora has it.
+
+    PEFT on a composite model writes ``model.language_model.layers`` or, with transformers 4,
+    ``language_model.model.layers``.
+    """
+    return ".".join(part for part in name.split(".") if part != "language_model")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
