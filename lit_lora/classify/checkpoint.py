@@ -16,8 +16,7 @@ from lit_lora.data.labeled import Tokens
 from lit_lora.data.padded import Layout
 from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import read_json
-from lit_lora.hf import quiet
-from lit_lora.model.families import FAMILIES
+from lit_lora.hf import is_decoder, quiet
 
 __all__ = ["Pretrained", "head_of", "is_encoder", "load_with_head", "read_pretrained"]
 
@@ -253,11 +252,6 @@ def _read_config(folder: Path) -> Any:
     if "model_type" not in data:
         raise InputError(f"{folder / 'config.json'}: names no model_type")
     kind = str(data["model_type"])
-    if kind in FAMILIES:
-        raise InputError(
-            f"{folder}: a decoder ({kind}), but recipe classify is for encoders and encoder-decoders",
-            hint="with recipe lora a decoder learns the label as its answer: columns: {prompt: …, completion: label}",
-        )
     transformers = _transformers()
     if kind not in transformers.CONFIG_MAPPING:
         if "auto_map" in data:
@@ -268,6 +262,11 @@ def _read_config(folder: Path) -> Any:
             config = transformers.CONFIG_MAPPING[kind].from_dict(_without_code(data), name_or_path=str(folder))
     except Exception as error:  # every model type has checks of its own, which raise almost anything
         raise InputError(f"{folder / 'config.json'}: cannot be read: {first_line(error)[:160]}") from error
+    if is_decoder(config):
+        raise InputError(
+            f"{folder}: a decoder ({kind}), but recipe classify is for encoders and encoder-decoders",
+            hint="with recipe lora a decoder learns the label as its answer: columns: {prompt: …, completion: label}",
+        )
     if _class(config) is None:
         raise InputError(
             f"{folder}: transformers has no classification head for model_type {kind!r}, and it is not an "

@@ -6,8 +6,18 @@ trust: :func:`lit_lora.hf.selftest.choose` compares with the model itself when i
 """
 
 from lit_lora.hf.causal import HostedLM, build, fill_buffers
-from lit_lora.hf.config import HostedConfig, config_from_hf, read_config
+from lit_lora.hf.config import HostedConfig, config_from_hf, is_decoder, read_config
 from lit_lora.hf.quiet import quiet
 from lit_lora.hf.selftest import choose
 
-__all__ = ["HostedConfig", "HostedLM", "build", "choose", "config_from_hf", "fill_buffers", "quiet", "read_config"]
+__all__ = [
+    "HostedConfig",
+    "HostedLM",
+    "build",
+    "choose",
+    "config_from_hf",
+    "fill_buffers",
+    "is_decoder",
+    "quiet",
+    "read_config",
+]

@@ -21,7 +21,7 @@ from lit_lora.model.quantization import require_readable, without_quantization
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["UNLIMITED", "HostedConfig", "config_from_hf", "read_config", "text_config"]
+__all__ = ["UNLIMITED", "HostedConfig", "config_from_hf", "is_decoder", "read_config", "text_config"]
 
 UNLIMITED = 1 << 20
 """The context of a model that names no limit, such as a recurrent one."""
@@ -139,6 +139,19 @@ def _with_floats(data: Any) -> Any:
     return [_with_floats(value) for value in data] if isinstance(data, list) else data
 
 
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Whether models of a config predict the next token, and have no encoder."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    # transformers can also build encoders with a causal mask, which their checkpoints were not trained with.
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.is_encoder_decoder
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return causal and (not masked or bool(getattr(config, "is_decoder", False)))
+
+
 def _require_supported(data: dict[str, Any], name: str) -> None:
     """Refuse types that transformers does not have, and those that only code of the checkpoint implements.
 
@@ -171,14 +184,7 @@ def _require_decoder(text: PretrainedConfig, model_type: str, name: str) -> None
     Raises:
         InputError: With what to do instead.
     """
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    # transformers can also build encoders with a causal mask, which their checkpoints were not trained with.
-    masked = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or text.is_encoder_decoder
-    if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (masked and not getattr(text, "is_decoder", False)):
+    if not is_decoder(text):
         raise InputError(
             f"{name}: model_type {model_type!r} is not a decoder, which predicts the next token",
             hint="encoders and encoder-decoders, such as BERT, RoBERTa and T5, are for recipe: classify",

@@ -254,6 +254,7 @@ BAD = {
         "trains only its own modules, but classifier must",
     ),
     "a decoder": (["model.path={}/decoder"], 3, "a decoder (llama), but recipe classify is for encoders"),
+    "a hosted decoder": (["model.path={}/gpt2"], 3, "a decoder (gpt2), but recipe classify is for encoders"),
     "no head": (["model.path={}/vision"], 3, "has no classification head for model_type 'vit'"),
     "unknown model": (["model.path={}/odd"], 3, "model_type 'odd' is not known to transformers"),
     "nothing": (["model.path={}/nothing"], 3, "no such folder, expected a checkpoint folder"),
@@ -267,6 +268,8 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(call, tmp_path, case
     config = task(tmp_path, "bert", peft={"name": "lora"})
     (tmp_path / "other.jsonl").write_text('{"sentence": "fine", "label": 7}\n')
     make_base(tmp_path / "decoder")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     for name, settings in {"odd": {"model_type": "odd"}, "vision": {"model_type": "vit"}}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
