@@ -16,7 +16,7 @@ from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.quantized import StoredTensors
 from lit_lora.checkpoint.tensors import Tensors, check_tensors
 from lit_lora.classify import read_pretrained
-from lit_lora.hf import HostedConfig, build, config_from_hf
+from lit_lora.hf import HostedConfig, config_from_hf
 from lit_lora.hf.config import UNLIMITED
 from lit_lora.inspection.parts import parts, targets
 from lit_lora.inspection.report import Inspection, ModelFacts
@@ -47,7 +47,7 @@ def inspect_model(
     with report.noting_errors():
         config = config_from_hf(data, name=name)
         report.model = _facts(config)
-        model = build(config) if isinstance(config, HostedConfig) else empty_model(config)
+        model = empty_model(config)
         report.targets = targets(model)
         report.parts = parts(model, {}, {})  # until the stored tensors have turned out to be the model's
         if tensors is None:

@@ -64,10 +64,12 @@ def targets(model: nn.Module) -> list[Target]:
     lora = methods()["lora"]()
     assert isinstance(lora, TargetedMethod)
     all_linear = set(lora.targets(model))
+    not_wrappable: frozenset[str] = getattr(model, "not_wrappable", frozenset())
     names_by_row: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if name and lora.adaptable(module) and weight is not None:
+        in_groups = getattr(module, "groups", 1) > 1  # a convolution that no method adapts
+        if name and name not in not_wrappable and lora.adaptable(module) and weight is not None and not in_groups:
             names_by_row.setdefault((_in_layer(name), tuple(weight.shape)), []).append(name)
     rows = [
         Target(name, shape, len(names), not all_linear.isdisjoint(names), "target_modules")
@@ -114,7 +116,7 @@ def _in_layer(name: str) -> str:
     """A module's name within its layer, with further numbers replaced by ``*``; outside of layers, its full name."""
     match = _NUMBER.search(name)
     inner = name[match.end() + 1 :] if match else name
-    return _NUMBER.sub("*", inner)
+    return _NUMBER.sub("*", inner or name)  # a numbered module is no layer where it is the end of a name
 
 
 def _module(name: str) -> str:

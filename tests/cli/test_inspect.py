@@ -90,9 +90,13 @@ def test_a_checkpoint_is_described_by_its_files(capsys: Any) -> None:
     assert len([target for target in targets.values() if target[2]]) == 7
 
 
-def test_every_name_that_is_listed_can_be_trained(capsys: Any) -> None:
-    names = [target["name"] for target in inspected("model", capsys)["targets"]]
-    model = load_model(Path("model"))
+@pytest.mark.parametrize("key", ["llama", "mamba", "gemma3n_text"])
+def test_every_name_that_is_listed_can_be_trained(key: str, capsys: Any) -> None:
+    tiny_configs.save(key, Path("other"))
+    tiny_tokenizer(Path("other"))
+    targets = inspected("other", capsys)["targets"]
+    names = [target["name"] for target in targets if target["setting"] == "target_modules"]
+    model = load_model(Path("other"))
     lora = methods()["lora"].model_validate({"target_modules": names, "rank": 2})
     freeze(model)
     lora.apply(model)
