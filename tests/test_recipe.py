@@ -162,7 +162,7 @@ def test_samples_of_a_conversation_stop_at_its_first_answer(task):
         (["data.validation=null", "train.patience=3"], "train.patience has no effect without validation rows"),
         (
             ["data.path=long.jsonl"],
-            "the longest row has 255 tokens, more than the model's context of 128; data.max_seq_length=128",
+            "the longest row has 335 tokens, more than the model's context of 128; data.max_seq_length=128",
         ),
     ],
 )

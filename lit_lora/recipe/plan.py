@@ -10,14 +10,16 @@ from torch import nn
 
 from lit_lora import log
 from lit_lora.checkpoint.load import AnyModel
+from lit_lora.errors import UsageError
 from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_paper
 from lit_lora.estimate.advice import Advice, advise
 from lit_lora.files import human_bytes, require_free_space
 from lit_lora.hf import HostedLM
 from lit_lora.model import ModelConfig
 from lit_lora.peft import base_tensors, count_parameters, matched_table, with_text, with_token_ids
+from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.mixtures import find_mixtures, short_name, trained_weights
-from lit_lora.peft.core.targeted import single_outputs
+from lit_lora.peft.core.targeted import layer_number
 from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
 from lit_lora.recipe.data import RunData, lengths_of
@@ -48,7 +50,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
 
     Raises:
         DiskError: The disk has too little space for the run.
-        UsageError: ``train.best_metric`` is not measured.
+        UsageError: ``train.best_metric`` is not measured, or rows are too long for the model.
     """
     config, rows = run.config, data.prepared.train
     check_best_metric(config.train, NextToken())
@@ -59,7 +61,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
 
     show_what_trains(model)
     warn_of(config, steps, validated=bool(data.validation))
-    _warn_of_length(model, data)
+    _check_length(model, data)
     _warn_of_memory(setup, estimated)
     note_larger_micro_batches(setup)
 
@@ -70,7 +72,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
         *_base_row(model),
         *([["chat template", data.template]] if data.template else []),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
-        *_prefix_row(data.batches.shared_prefix),
+        *_prefix_row(data.batches.shared_prefix, model),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
         ["estimated memory", human_bytes(estimated.peak_bytes)],
         ["estimated time", _planned_time(estimated.seconds_per_step, steps)],
@@ -103,8 +105,30 @@ def planned_rows(run: Run, model: nn.Module) -> list[list[str]]:
     return [
         ["trainable parameters", f"{parameters.trainable:,} of {parameters.total:,} ({parameters.share:.2%})"],
         *mixture_rows(model),
+        *left_out_rows(model, run.config.peft),
         ["device and precision", f"{run.device}, {str(run.dtype).removeprefix('torch.')}"],
     ]
+
+
+def left_out_rows(model: nn.Module, method: object) -> list[list[str]]:
+    """The plan's line on the linear layers that ``all-linear`` leaves out of every block by itself."""
+    if getattr(method, "target_modules", None) != "all-linear":
+        return []
+    excluded: list[str] = getattr(method, "exclude_modules", [])
+    not_wrappable: Collection[str] = getattr(model, "not_wrappable", ())
+    in_base = set(base_tensors(model))
+    reasons: dict[str, str] = {}
+    adapted = set()
+    for name, module in model.named_modules():
+        if layer_number(name) is None or not isinstance(module, nn.Linear):
+            continue
+        is_frozen = f"{name}.weight" in in_base and not module.weight.requires_grad
+        if not is_frozen:  # it trains, or it is the base layer of a module that does
+            adapted.add(name.removesuffix(".base_layer").rpartition(".")[2])
+        elif not any(matches(pattern, name) for pattern in excluded):
+            reasons[name.rpartition(".")[2]] = "read by the model itself" if name in not_wrappable else "too narrow"
+    left_out = [f"{kind} ({reason})" for kind, reason in reasons.items() if kind not in adapted]
+    return [["left out by all-linear", ", ".join(left_out)]] if left_out else []
 
 
 def mixture_rows(model: nn.Module) -> list[list[str]]:
@@ -122,21 +146,12 @@ def mixture_rows(model: nn.Module) -> list[list[str]]:
     rows = [["experts", about]]
     if mixtures.routers:
         rows.append(["routers", _training_states(mixtures.routers, trained)])
-    gates = sorted({name.rpartition(".")[2] for name in single_outputs(model) if _is_frozen(model, name)})
-    if gates:
-        rows.append(["frozen gates", f"{', '.join(gates)}: one output each, which all-linear leaves out"])
     if found_config(model) is not None:
         size = sum(weight.numel() * weight.element_size() for weight in mixtures.experts.values())
         rows.append(
             ["not quantized", f"the experts, {human_bytes(size)} in {str(experts.dtype).removeprefix('torch.')}"]
         )
     return rows
-
-
-def _is_frozen(model: nn.Module, layer: str) -> bool:
-    """Whether a layer neither trains nor is inside a module that adapts it."""
-    in_base = layer in {name.removesuffix(".weight") for name in base_tensors(model)}
-    return in_base and not any(parameter.requires_grad for parameter in model.get_submodule(layer).parameters())
 
 
 def _training_states(weights: Iterable[str], trained: Collection[str]) -> str:
@@ -175,11 +190,13 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _prefix_row(shared_prefix: int) -> list[list[str]]:
+def _prefix_row(shared_prefix: int, model: AnyModel) -> list[list[str]]:
     """The plan's line on the tokens that all rows begin with, if there are any."""
     if not shared_prefix:
         return []
-    return [["shared prefix", f"{_counted(shared_prefix, 'token')}, computed once per micro-batch"]]
+    is_shared = not isinstance(model, HostedLM) or model.way == "own attention"
+    computed = "once per micro-batch" if is_shared else "anew in every row"
+    return [["shared prefix", f"{_counted(shared_prefix, 'token')}, computed {computed}"]]
 
 
 def _planned_time(seconds_per_step: float | None, steps: int) -> str:
@@ -272,14 +289,22 @@ def warn_of(config: RunConfig, steps: int, *, validated: bool) -> None:
         log.warn("train.patience has no effect without validation rows")
 
 
-def _warn_of_length(model: AnyModel, data: RunData) -> None:
-    """Warn if rows are longer than the model's context."""
-    longest, context = int(data.prepared.train.token_counts.max()), model.context
-    if longest > context:
-        log.warn(
-            f"the longest row has {longest:,} tokens, more than the model's context of {context:,}; "
-            f"data.max_seq_length={context} limits it"
-        )
+def _check_length(model: AnyModel, data: RunData) -> None:
+    """Warn if rows are longer than the model's context, or refuse them where it has no positions for them.
+
+    Raises:
+        UsageError: transformers computes the model, of which many look positions up in a table of that length.
+    """
+    parts = [data.prepared.train, data.prepared.validation]
+    longest = max(int(rows.token_counts.max()) for rows in parts if rows)
+    context = model.context
+    if longest <= context:
+        return
+    problem = f"the longest row has {longest:,} tokens, more than the model's context of {context:,}"
+    remedy = f"data.max_seq_length={context} limits it"
+    if isinstance(model, HostedLM):
+        raise UsageError(problem, hint=remedy)
+    log.warn(f"{problem}; {remedy}")
 
 
 def duration(seconds: float) -> str:

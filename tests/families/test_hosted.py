@@ -32,6 +32,7 @@ from lit_lora.peft.lora.config import LoRAConfig
 from lit_lora.peft.prompts.prefix import PrefixConfig
 from lit_lora.peft.prompts.prompt import PromptConfig
 from lit_lora.peft.selective.ia3 import IA3Config
+from lit_lora.recipe.plan import left_out_rows
 from lit_lora.train.loss import backward
 from tests.families import tiny_configs
 from tests.tiny import tiny_tokenizer
@@ -269,7 +270,7 @@ def test_methods_that_put_tokens_before_documents_are_refused_where_attention_is
         with pytest.raises(UsageError, match="virtual tokens"):
             backward(model, batch(documents()), 1.0)
     else:
-        with pytest.raises(UsageError, match="attention accepts a prefix"):
+        with pytest.raises(UsageError, match="puts tokens before every document"):
             PromptConfig(num_virtual_tokens=2).apply(model)
 
 
@@ -315,6 +316,36 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_not_wrapped() -> None:
         LoRAConfig(rank=1, target_modules=["dt_proj"]).apply(model)
     LoRAConfig(rank=1).apply(model)
     assert not [name for name in own_modules(model) if name.endswith("dt_proj")]
+
+
+GEMMA3N_GATES = ["correction_coefs", "prediction_coefs", "modality_router"]
+
+
+@pytest.mark.parametrize(
+    ("key", "rank", "left_out"),
+    [
+        ("mamba", 1, "dt_proj (read by the model itself)"),
+        ("qwen3_5_text", 8, "in_proj_b (too narrow), in_proj_a (too narrow)"),
+        (
+            "gemma3n_text",
+            8,
+            "correction_coefs (too narrow), prediction_coefs (too narrow), modality_router (too narrow)",
+        ),
+    ],
+)
+def test_all_linear_leaves_out_what_is_too_narrow_for_the_rank_and_the_plan_says_so(key, rank, left_out) -> None:
+    model = host(key)
+    freeze(model)
+    method = LoRAConfig(rank=rank)
+    method.apply(model)
+    assert left_out_rows(model, method) == [["left out by all-linear", left_out]]
+
+
+def test_a_rank_too_large_for_a_projection_is_refused_still() -> None:
+    model = host("qwen3_5_text")
+    freeze(model)
+    with pytest.raises(UsageError, match=r"peft.rank: 17 is too large for .*k_proj \(16×32\), expected at most 16"):
+        LoRAConfig(rank=17).apply(model)
 
 
 def test_the_test_of_opening_sees_what_leaks() -> None:
@@ -385,3 +416,23 @@ def test_a_run_on_gpt2_learns_and_chats(tmp_path: Path, capsys: pytest.CaptureFi
     assert "own attention" in opened.description
     session = ChatSession(opened.model, opened.tokenizer, Sampling(temperature=0, max_new_tokens=8))
     assert "".join(session.ask("hello")) == "there"
+
+
+def test_rows_longer_than_the_positions_are_refused_before_training(tmp_path, capsys) -> None:
+    base = tmp_path / "base"
+    tiny_configs.save("gpt2", base)
+    tiny_tokenizer(base)
+    rows = [{"prompt": "?", "completion": "a" * 200}, {"prompt": "?", "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "recipe": "lora",
+        "model": {"path": str(base), "dtype": "fp32", "device": "cpu"},
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "out": str(tmp_path / "run"),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as exit_:
+        main(["finetune", "--config", str(tmp_path / "config.yaml"), "--dry-run"])
+    assert exit_.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "more than the model's context of 128 hint: data.max_seq_length=128 limits it" in printed

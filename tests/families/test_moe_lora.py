@@ -20,7 +20,7 @@ from lit_lora.merge.combine import combine
 from lit_lora.model import CausalLM, ModelConfig
 from lit_lora.peft.core.modules import freeze, model_updates, own_modules
 from lit_lora.peft.lora.config import LoRAConfig
-from lit_lora.recipe.plan import mixture_rows
+from lit_lora.recipe.plan import left_out_rows, mixture_rows
 from tests.families.tiny_configs import VOCABULARY, build, save
 
 # PEFT asks transformers' models for a property under its former name.
@@ -226,8 +226,9 @@ def test_the_plan_says_what_of_a_mixture_trains() -> None:
         "experts": "4 per layer: experts.gate_up_proj frozen, experts.down_proj frozen; to train them, use lora with "
         "target_parameters=[experts.gate_up_proj,experts.down_proj]",
         "routers": "gate.weight frozen",
-        "frozen gates": "shared_expert_gate: one output each, which all-linear leaves out",
     }
+    left_out = "shared_expert_gate (too narrow)"
+    assert left_out_rows(model, LoRAConfig()) == [["left out by all-linear", left_out]]
     assert not any("shared_expert_gate" in name for name in own_modules(model))
 
 

@@ -321,7 +321,7 @@ def test_settings_that_do_not_fit_the_model_are_told_in_one_line(name, settings,
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "p-tuning", "llama-adapter"])
 def test_what_needs_our_attention_refuses_other_models(name):
-    with pytest.raises(UsageError, match="needs one of lit-lora's own decoders"):
+    with pytest.raises(UsageError, match="puts tokens before every document"):
         method(name).apply(nn.Sequential(nn.Linear(2, 2)))
 
 

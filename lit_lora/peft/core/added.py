@@ -158,7 +158,10 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     """
     decoder = model.get_decoder() if isinstance(model, LanguageModel) else None
     if decoder is None or not hasattr(decoder, "prefix_length"):
-        raise UsageError("peft: this method needs one of lit-lora's own decoders, whose attention accepts a prefix")
+        raise UsageError(
+            "peft: this method puts tokens before every document, which the attention of this model does not accept",
+            hint="lora, ia3 and bottleneck adapters work on every decoder",
+        )
     names = {module: name for name, module in model.named_modules()}
     return names[decoder], decoder
 

@@ -18,7 +18,7 @@ from lit_lora.model.families import ENCODERS, FAMILIES, DecoderNames, PartNames
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import OwnModule
 
-__all__ = ["default_names", "names_of", "same_parts", "with_names_of"]
+__all__ = ["default_names", "is_known_part", "names_of", "same_parts", "with_names_of"]
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -56,6 +56,13 @@ def names_of(model: nn.Module) -> PartNames:
         if _matches_any(table.query, modules) and _matches_any(table.mlp_out, modules):
             return table
     return _LLAMA
+
+
+def is_known_part(name: str, model: nn.Module) -> bool:
+    """Whether a module is one of the parts that the tables name, such as a projection of attention or MLP."""
+    names = names_of(model)
+    parts = (getattr(names, field.name) for field in fields(names))
+    return any(isinstance(part, str) and matches(part, name) for part in parts)
 
 
 def with_names_of(settings: AnySettings, model: nn.Module) -> AnySettings:

@@ -17,12 +17,12 @@ from lit_lora.peft.core.capabilities import TrainsModulesInFull
 from lit_lora.peft.core.matching import listed, matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.mixtures import Mixtures, find_mixtures, short_name
-from lit_lora.peft.core.module_names import default_names, same_parts, with_names_of
+from lit_lora.peft.core.module_names import default_names, is_known_part, same_parts, with_names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_head
 from lit_lora.quantize import QuantizedLinear
 
-__all__ = ["TargetedMethod", "check_rank", "layer_number", "single_outputs", "whole_modules", "with_parameters"]
+__all__ = ["TargetedMethod", "check_rank", "layer_number", "whole_modules", "with_parameters"]
 
 # Names of task heads in transformers: "all-linear" leaves them out, like the output head.
 _TASK_HEADS = {"score", "classifier", "qa_outputs"}
@@ -45,8 +45,9 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
 
     target_modules: Literal["all-linear", "q,v"] | list[str] = Field(
         "all-linear",
-        description="Modules to adapt: all-linear (every linear layer except the output head), q,v (the LoRA paper's "
-        "choice), or a list of names such as q_proj, mlp.up_proj or model.layers.*.v_proj.",
+        description="Modules to adapt: all-linear (every linear layer except the output head and gates narrower than "
+        "the rank), q,v (the LoRA paper's choice), or a list of names such as q_proj, mlp.up_proj or "
+        "model.layers.*.v_proj.",
     )
     exclude_modules: list[str] = Field([], description="Modules to leave out of target_modules, by name.")
     layers: list[int] | None = Field(None, description="Layers to adapt, counted from 0; all if omitted.")
@@ -188,12 +189,25 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
             patterns = same_parts(default_names("query", "value"), model)
             return select(patterns, linears, key="peft.target_modules")
         head = find_head(model)
-        too_small = single_outputs(model)
-        return [
-            name
-            for name in linears
-            if name != head and name not in too_small and name.rpartition(".")[2] not in _TASK_HEADS
-        ]
+        linears = [name for name in linears if name != head and name.rpartition(".")[2] not in _TASK_HEADS]
+        # If even the projections are narrower than the rank, it is the rank that is wrong, which `wrapped` says.
+        return [name for name in linears if not self._is_narrow_gate(name, model)] or linears
+
+    def rank_of(self, name: str) -> int:
+        """The rank that the update of a layer is to have, which has at least as many inputs and outputs."""
+        return 1
+
+    def _is_narrow_gate(self, name: str, model: nn.Module) -> bool:
+        """Whether a layer has one output, or is too narrow for the rank and none of the usual projections.
+
+        Such are gates of recurrent layers, one output per head, and the coefficients of Gemma 3n's streams.
+        """
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if layer.out_features == 1:
+            return True
+        too_narrow = min(layer.out_features, layer.in_features) < self.rank_of(name)
+        return too_narrow and not is_known_part(name, model)
 
     def _check_names(self, model: nn.Module, adaptable: Mapping[str, nn.Module]) -> None:
         """Check that every name in ``target_modules`` matches a module that can be adapted.
@@ -254,15 +268,6 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
                 span = f"layers {existing[0]} to {existing[-1]}" if existing else "no numbered layer"
                 raise UsageError(f"peft.layers: layer {number} has no target; targets are in {span}")
         return [name for name, number in layer_of.items() if number is None or number in self.layers]
-
-
-def single_outputs(model: nn.Module) -> list[str]:
-    """Linear layers with one output, such as the gate of a shared expert: an update of them has rank 1 at most.
-
-    ``all-linear`` leaves them out.
-    """
-    modules = model.named_modules()
-    return [name for name, module in modules if isinstance(module, nn.Linear) and module.out_features == 1]
 
 
 def _of_mixture(mixtures: Mixtures, pattern: str) -> str | None:

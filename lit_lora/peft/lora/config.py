@@ -275,6 +275,11 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
             raise UsageError(f"peft.target_parameters: no parameter in layers {self.layers}")
         return chosen
 
+    def rank_of(self, name: str) -> int:
+        """The rank of a layer's update: the first in ``rank_pattern`` that matches, or else ``rank``."""
+        rank = _first_match(self.rank_pattern, name)
+        return self.rank if rank is None else rank
+
     def ranks_and_alphas(self, targets: list[str]) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each target.
 
@@ -302,9 +307,8 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
     def misfits(self, targets: Mapping[str, nn.Linear | nn.Embedding | Conv]) -> list[str]:
         """The message for the first rank that is too large, if any is."""
         for name, base in targets.items():
-            rank = _first_match(self.rank_pattern, name)
             try:
-                check_rank(self.rank if rank is None else rank, name, _shape(base))
+                check_rank(self.rank_of(name), name, _shape(base))
             except UsageError as error:
                 return [str(error)]
         return []

@@ -283,6 +283,10 @@ class GLoRAConfig(TargetedMethod, Forms, FinalizesAfterTraining):
                 return forms
         return Forms(A=self.A, B=self.B, C=self.C, D=self.D, E=self.E)
 
+    def rank_of(self, name: str) -> int:
+        """The rank of every update."""
+        return self.rank
+
     def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
         """The wrappers of the targets; one all of whose terms are absent is not wrapped.
 

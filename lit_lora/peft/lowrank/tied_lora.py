@@ -104,6 +104,10 @@ class TiedLoRAConfig(TargetedMethod):
         """The method, its rank and what it trains."""
         return f"Tied-LoRA, rank {self.rank}, trains {', '.join(self.train)}"
 
+    def rank_of(self, name: str) -> int:
+        """The rank of every update."""
+        return self.rank
+
     def wrapped(self, targets: Mapping[str, nn.Linear]) -> dict[str, OwnModule]:
         """The wrappers of the targets; those with the same name, apart from numbers, and shape share their factors.
 
