@@ -12,8 +12,9 @@ from lit_lora.checkpoint.parameters import StoredParameters
 from lit_lora.checkpoint.tensors import check_tensors
 from lit_lora.errors import UsageError
 from lit_lora.hf import HostedConfig, HostedLM, build, choose, fill_buffers, read_config
+from lit_lora.hf.experts import expert_stacks
 from lit_lora.model import CausalLM, ModelConfig
-from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, Quantizer
+from lit_lora.quantize import QuantizeConfig, Quantized, QuantizedLinear, QuantizedStack, Quantizer, quantize_stack
 from lit_lora.quantize import quantize as quantize_matrix
 
 __all__ = ["AnyModel", "decoder_linears", "empty_model", "load_model", "open_checkpoint", "stored_shapes"]
@@ -33,14 +34,15 @@ def load_model(
 
     On the CPU, tensors that are stored in ``dtype`` stay pages of the mapped file until something writes to them, so
     loading takes no memory of its own; other tensors are copied one at a time. With ``quantize`` every linear layer of
-    the decoder is quantized as soon as it is read, so the whole model is never in memory in 16 bits. Layers that are
-    stored quantized stay so.
+    the decoder, and the experts of every mixture, are quantized as soon as they are read, so the whole model is never
+    in memory in 16 bits. Layers that are stored quantized stay so, and experts beside them are as stored.
 
     Args:
         folder: A Hugging Face folder.
         dtype: Dtype of all weights; as stored when omitted.
         device: Device of the weights.
-        quantize: How to quantize the linear layers of the decoder, or a function that does; as stored when omitted.
+        quantize: How to quantize linear layers and experts, or a function that quantizes the linear layers; as stored
+            when omitted.
 
     Raises:
         InputError: Files are missing or broken, or the tensors are not those that ``config.json`` describes.
@@ -50,6 +52,7 @@ def load_model(
     model, stored = open_checkpoint(folder, dtype)
     _check_quantization(folder, stored.configs(), quantize)
     to_quantize = set(decoder_linears(model)) if quantize is not None else set()
+    stacks = expert_stacks(model) if isinstance(quantize, QuantizeConfig) and not stored.configs() else []
     expected = stored_shapes(model)
     check_tensors(folder, stored, expected, head=model.config.names.head)
     if isinstance(model, HostedLM):
@@ -64,6 +67,10 @@ def load_model(
             tensor = stored.read_once(name).to(device)
             assert quantize is not None
             _put_quantized(model, parent, _quantized(parent, tensor, quantize), dtype or tensor.dtype)
+        elif name in stacks:
+            assert isinstance(quantize, QuantizeConfig)
+            tensor = stored.read_once(name).to(device)
+            _put_stack(model, name, tensor, quantize, dtype or tensor.dtype)
         elif name in names:
             parameter = nn.Parameter(stored.read(name, _dtype(model, name, dtype)).to(device))
             for place in names[name]:
@@ -118,7 +125,7 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
 
     Args:
         config: Its sizes; with ``quantize``, ``config.dtype`` is the dtype of its parameters.
-        quantize: How to quantize the linear layers of the decoder, or a function that does.
+        quantize: How to quantize linear layers and experts, or a function that quantizes the linear layers.
 
     Raises:
         UsageError: The block size does not divide the row length of a layer.
@@ -135,6 +142,10 @@ def empty_model(config: ModelConfig, quantize: QuantizeConfig | Quantizer | None
         for name in decoder_linears(model):
             linear = model.get_parameter(f"{name}.weight")
             _put_quantized(model, name, _quantized(name, linear, quantize), linear.dtype)
+    if isinstance(quantize, QuantizeConfig):
+        for name in expert_stacks(model):
+            stack = model.get_parameter(name)
+            _put_stack(model, name, stack, quantize, stack.dtype)
     return model
 
 
@@ -189,6 +200,14 @@ def _put_quantized(model: nn.Module, name: str, weight: Quantized, dtype: torch.
     bias = model.get_submodule(name).bias
     layer = QuantizedLinear(weight, bias if isinstance(bias, torch.Tensor) else None, dtype)
     setattr(model.get_submodule(parent), last, layer)
+
+
+def _put_stack(model: nn.Module, name: str, weight: Tensor, config: QuantizeConfig, dtype: torch.dtype) -> None:
+    """Replace the parameter called ``name`` with the quantized ``weight``."""
+    parent, _, last = name.rpartition(".")
+    module = model.get_submodule(parent)
+    delattr(module, last)
+    setattr(module, last, QuantizedStack(quantize_stack(weight, config, name=name), len(weight), dtype))
 
 
 def _check_quantization(folder: Path, stored: list[QuantizeConfig], wanted: QuantizeConfig | Quantizer | None) -> None:

@@ -19,7 +19,7 @@ from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
 from lit_lora.checkpoint.tensors import INDEX
 from lit_lora.files import atomic_folder, disk_errors
 from lit_lora.model import ModelConfig
-from lit_lora.quantize import QuantizedLinear
+from lit_lora.quantize import QuantizedLinear, QuantizedStack
 from lit_lora.tokenizer import Tokenizer, needs_conversion
 
 __all__ = ["CheckpointWriter", "copy_side_files", "save_model", "save_quantized"]
@@ -229,7 +229,7 @@ def _as_stored(model: AnyModel, base: Path) -> Iterator[tuple[str, Tensor]]:
 
 def save_quantized(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor | QuantizedLinear]],
+    tensors: Iterable[tuple[str, Tensor | QuantizedLinear | QuantizedStack]],
     folder: Path,
     *,
     side_files: Path,
@@ -239,7 +239,8 @@ def save_quantized(
 
     Args:
         config: The model's config.
-        tensors: Every tensor by name, with the layer itself instead of a quantized weight; a tied head is skipped.
+        tensors: Every tensor by name, with the layer itself instead of a quantized weight; a tied head is skipped, and
+            experts are dequantized.
         folder: The folder; an existing one is replaced.
         side_files: The checkpoint that tokenizer, chat template and the like are copied from.
         card: The text of its README.md.
@@ -262,7 +263,7 @@ def save_quantized(
             if isinstance(part, QuantizedLinear):
                 yield from packed_tensors(name.removesuffix(".weight"), part.quantized, part.dtype).items()
             else:
-                yield name, part
+                yield name, part if isinstance(part, Tensor) else part.dequantize()
 
     return _write_folder(folder, stored(), config_json, side_files, card)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_lora.checkpoint.load import decoder_linears, empty_model, open_checkpoint
 from lit_lora.checkpoint.quantized import packed_bytes
 from lit_lora.errors import InputError, UsageError
+from lit_lora.hf.experts import expert_stacks
 from lit_lora.model import ModelConfig
 from lit_lora.open.folders import find_adapter, find_base
 from lit_lora.peft.core.base_tensors import Base
@@ -21,7 +22,7 @@ from lit_lora.peft.core.capabilities import ChangesConfig, KeepsCodes
 from lit_lora.peft.core.updates import LowRank, Update, Updates
 from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.load import check_base
-from lit_lora.quantize import QuantizeConfig, Quantized, quantize
+from lit_lora.quantize import QuantizeConfig, Quantized, quantize, quantize_stack
 
 __all__ = [
     "BaseTensors",
@@ -65,14 +66,16 @@ class BaseTensors(Base):
         if name not in self:
             raise KeyError(name)
         if self.quantized(name):
-            return self.packed(name).dequantize(torch.float32 if self.exact else self.dtype(name))
+            matrix = self.packed(name).dequantize(torch.float32 if self.exact else self.dtype(name))
+            return matrix.view(self.shape(name))
         return self.reader.read(self._stored_name(name))
 
     def packed(self, name: str) -> Quantized:
-        """The codes of a tensor that is quantized, stored so or made now."""
+        """The codes of a tensor that is quantized, stored so or made now; a stack's are those of one matrix."""
         if self.reader.quantized(name):
             return self.reader.packed(name)
-        return quantize(self.reader.read(name), self.quantize[name], name=name)
+        weight = self.reader.read(name)
+        return (quantize if weight.dim() == 2 else quantize_stack)(weight, self.quantize[name], name=name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored or (self.tied and name == self.head)
@@ -150,8 +153,8 @@ class MergePlan:
         return self.quantize is not None and _keeps_codes(self.adapter, self.quantize)
 
     def packs(self, name: str) -> bool:
-        """Whether a tensor is quantized again."""
-        return self.into == "quantized" and self.base.quantized(name)
+        """Whether a tensor is quantized again. Experts are dequantized: a folder with codes holds them in full."""
+        return self.into == "quantized" and self.base.quantized(name) and len(self.base.shape(name)) == 2
 
     def target(self, name: str) -> torch.dtype:
         """Dtype in which a tensor is written."""
@@ -264,7 +267,8 @@ def _copied(base: BaseTensors, updates: Updates, dtype: torch.dtype | None) -> l
     copied = base.reader.others()
     if dtype is None:
         for conversion in base.reader.conversions:
-            if not conversion.as_stored and not any(name in updates for name in conversion.parameters):
+            changed = any(name in updates or base.quantized(name) for name in conversion.parameters)
+            if not conversion.as_stored and not changed:
                 copied += conversion.stored
     return copied
 
@@ -298,7 +302,7 @@ def _bases(folder: Path, adapter: Adapter, into: Into | None) -> tuple[BaseTenso
     if quantization is None or stored_quantized is not None:
         return stored, stored, quantization
     # Training quantized a 16-bit checkpoint as it loaded it: do the same to the same layers.
-    names = [f"{name}.weight" for name in decoder_linears(stored.model)]
+    names = [*(f"{name}.weight" for name in decoder_linears(stored.model)), *expert_stacks(stored.model)]
     trained = BaseTensors(folder, quantize=dict.fromkeys(names, quantization))
     return trained, stored if into == "original" else trained, quantization
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from lit_lora.model.layers import GATED, MLP, Linear, add_part, recomputed
 from lit_lora.model.ops import linear
 from lit_lora.model.products import sum_of_products
 
-__all__ = ["ExpertLayer", "Experts", "MixtureOfExperts", "Router", "run_experts"]
+__all__ = ["ExpertLayer", "Experts", "MixtureOfExperts", "Router", "Stack", "run_experts"]
 
 
 class Router(nn.Module):
@@ -118,11 +118,39 @@ def _add_matrices(parent: nn.Module, name: str, *shape: int) -> str:
     return last
 
 
+class Stack(Protocol):
+    """A frozen stack whose matrices are made one by one on use, such as by dequantizing them."""
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """Number of matrices."""
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """One matrix, a new tensor."""
+
+
+class _Turned:
+    """A stack as (E, in, out), whatever way its matrices lie."""
+
+    def __init__(self, stack: Stack, transposed: bool) -> None:
+        self._stack, self._transposed = stack, transposed
+        experts, rows, columns = stack.shape
+        self.shape = (experts, rows, columns) if transposed else (experts, columns, rows)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert: int) -> Tensor:
+        matrix = self._stack[expert]
+        return matrix if self._transposed else matrix.T
+
+
 @dataclass(frozen=True)
 class ExpertLayer:
     """One linear layer of every expert, with a low-rank update or without: ``y = W x + b + s B A x``."""
 
-    weight: Tensor
+    weight: Tensor | Stack
     """(E, out, in), or (E, in, out) if ``transposed``."""
     bias: Tensor | None = None
     """(E, out)."""
@@ -136,9 +164,13 @@ class ExpertLayer:
 
     def __call__(self, rows: Tensor, groups: _Groups) -> Tensor:
         """Map the rows of all experts, sorted by expert, (rows, in) to (rows, out)."""
-        matrix = self.weight if self.transposed else self.weight.mT  # (E, in, out)
-        if groups.fused(rows, matrix, self.A):
-            return self._fused(rows, matrix, groups)
+        matrix: Tensor | _Turned  # (E, in, out)
+        if isinstance(self.weight, Tensor):
+            matrix = self.weight if self.transposed else self.weight.mT
+            if groups.fused(rows, matrix, self.A):
+                return self._fused(rows, matrix, groups)
+        else:
+            matrix = _Turned(self.weight, self.transposed)
         out: Tensor = _Products.apply(  # type: ignore[no-untyped-call]
             rows, matrix, self.bias, self.A, self.B, self.scaling, groups.sizes()
         )
@@ -259,13 +291,14 @@ class _Products(torch.autograd.Function):
     """``y = x W + b + s x A^T B^T`` of consecutive groups of rows, each with its own matrices.
 
     A frozen ``W`` needs no ``x`` for the backward pass, and gets no gradient. ``A`` and ``B`` get theirs in float32.
+    Matrices of a :class:`Stack` are made in the forward pass and again in the backward pass, one at a time.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        matrix: Tensor,
+        matrix: Tensor | _Turned,
         bias: Tensor | None,
         A: Tensor | None,
         B: Tensor | None,
@@ -275,7 +308,9 @@ class _Products(torch.autograd.Function):
         _, needs_matrix, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         low_A = None if A is None else A.to(x.dtype).contiguous()
         low_B = None if B is None else B.to(x.dtype).contiguous()
-        ctx.save_for_backward(x if needs_matrix or needs_A or needs_B else None, matrix, low_A, low_B)
+        weight = matrix if isinstance(matrix, Tensor) else None
+        ctx.save_for_backward(x if needs_matrix or needs_A or needs_B else None, weight, low_A, low_B)
+        ctx.stack = None if isinstance(matrix, Tensor) else matrix
         ctx.scaling, ctx.sizes = scaling, sizes
 
         out = x.new_empty(len(x), matrix.shape[2])
@@ -295,7 +330,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, matrix, A, B = ctx.saved_tensors
+        x, weight, A, B = ctx.saved_tensors
+        matrix = weight if ctx.stack is None else ctx.stack
         needs_x, needs_matrix, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         experts = len(matrix)

@@ -20,7 +20,7 @@ _UNNESTED = ("int4", "int2", "int8")
 
 
 class QuantizeConfig(Settings):
-    """Quantize the decoder's linear layers to a few bits per weight; embedding, norms and head stay as they are."""
+    """Quantize the decoder's linear layers and experts to a few bits per weight; all else stays as it is."""
 
     name: QuantizeName = Field(
         "nf4",

@@ -57,6 +57,10 @@ class Quantized(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
 
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Some rows as a matrix of its own, whose codes are views of these. No block may span two rows."""
+
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,): (out,) in the dtype of ``x``."""
         return torch.mv(self.dequantize(x.dtype), x)
@@ -157,13 +161,24 @@ class Blocks(Quantized):
                 )
         return result
 
-    def scales(self) -> Tensor:
-        """The absmax of each block, (blocks,) float32."""
+    def scales(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The absmax of each block from ``start`` to before ``stop``, (blocks,) float32."""
+        absmax = self.absmax[start:stop]
         if self.nested_absmax is None or self.offset is None:
-            return self.absmax
-        values = dynamic(self.absmax.device)[self.absmax.int()]
-        nested = self.nested_absmax.repeat_interleave(NESTED)[: values.numel()]  # the last 256 may be fewer
-        return values * nested + self.offset
+            return absmax
+        values = dynamic(absmax.device)[absmax.int()]
+        first = start // NESTED
+        nested = self.nested_absmax[first : -(-(start + len(absmax)) // NESTED)].repeat_interleave(NESTED)
+        # The first and the last 256 blocks may be in it in part.
+        return values * nested[start - first * NESTED :][: len(absmax)] + self.offset
+
+    def rows(self, start: int, stop: int) -> Blocks:
+        """Some rows as a matrix of its own, whose codes are views of these. No block may span two rows."""
+        columns, block, bits = self.shape[1], self.config.block_size, self.config.code_bits
+        codes = self.codes[start * columns * bits // 8 : stop * columns * bits // 8]
+        scales = self.scales(start * columns // block, stop * columns // block)
+        config = self.config.model_copy(update={"double_quant": False})
+        return Blocks(config, (stop - start, columns), codes, scales)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in), a new tensor: computed in float32 and rounded once."""
@@ -279,6 +294,10 @@ class Int8(Quantized):
             out[rows] = self.codes[rows].float() * (self.absmax[rows, None] * (1 / 127))
         return out
 
+    def rows(self, start: int, stop: int) -> Int8:
+        """Some rows as a matrix of its own, whose codes are views of these."""
+        return Int8(self.config, (stop - start, self.shape[1]), self.codes[start:stop], self.absmax[start:stop])
+
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,): (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""
         if not (self._on_fused_cpu() and kernels.usable(x, kernel="matrix_vector_8bit")):
@@ -377,6 +396,11 @@ class Groups(Quantized):
             groups = code_table.unpack(self.codes[rows].reshape(-1)).view(-1, self.scale.shape[1], block)
             out[rows] = groups.mul_(self.scale[rows, :, None].float()).add_(self.zero[rows, :, None]).flatten(1)
         return out
+
+    def rows(self, start: int, stop: int) -> Groups:
+        """Some rows as a matrix of its own, whose codes are views of these."""
+        tensors = (tensor[start:stop] for tensor in (self.codes, self.scale, self.zero))
+        return Groups(self.config, (stop - start, self.shape[1]), *tensors)
 
     def matrix_vector(self, x: Tensor) -> Tensor:
         """The matrix times ``x`` (in,): (out,) in the dtype of ``x``; in bfloat16 straight from the codes."""

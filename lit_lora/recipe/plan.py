@@ -20,7 +20,7 @@ from lit_lora.peft import base_tensors, count_parameters, matched_table, with_te
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.mixtures import find_mixtures, short_name, trained_weights
 from lit_lora.peft.core.targeted import layer_number
-from lit_lora.quantize import Quantized, count_quantized, found_config, stored_bytes
+from lit_lora.quantize import Quantized, QuantizedStack, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
 from lit_lora.recipe.data import RunData, lengths_of
 from lit_lora.recipe.run import Run
@@ -146,11 +146,10 @@ def mixture_rows(model: nn.Module) -> list[list[str]]:
     rows = [["experts", about]]
     if mixtures.routers:
         rows.append(["routers", _training_states(mixtures.routers, trained)])
-    if found_config(model) is not None:
-        size = sum(weight.numel() * weight.element_size() for weight in mixtures.experts.values())
-        rows.append(
-            ["not quantized", f"the experts, {human_bytes(size)} in {str(experts.dtype).removeprefix('torch.')}"]
-        )
+    in_full = [weight for weight in mixtures.experts.values() if not isinstance(weight, QuantizedStack)]
+    if in_full and found_config(model) is not None:
+        size = human_bytes(sum(weight.nbytes for weight in in_full))
+        rows.append(["not quantized", f"the experts, {size} in {str(experts.dtype).removeprefix('torch.')}"])
     return rows
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from lit_lora.peft.core.modules import OwnModule
-from lit_lora.quantize import QuantizedLinear
+from lit_lora.quantize import QuantizedLinear, QuantizedStack
 
 __all__ = ["Base", "BaseTensors", "base_tensors"]
 
@@ -43,7 +43,7 @@ class BaseTensors(Base):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._stored[name]
-        return stored.dequantize() if isinstance(stored, QuantizedLinear) else stored
+        return stored if isinstance(stored, Tensor) else stored.dequantize()
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -54,8 +54,8 @@ class BaseTensors(Base):
     def __len__(self) -> int:
         return len(self._stored)
 
-    def stored(self) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-        """Each name with its tensor as the model stores it; for a quantized weight, its layer instead."""
+    def stored(self) -> Iterator[tuple[str, Tensor | QuantizedLinear | QuantizedStack]]:
+        """Each name with its tensor as the model stores it; for a quantized weight, its module instead."""
         yield from self._stored.items()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class BaseTensors(Base):
 
     def quantized(self, name: str) -> bool:
         """Whether a tensor is stored quantized."""
-        return isinstance(self._stored[name], QuantizedLinear)
+        return not isinstance(self._stored[name], Tensor)
 
 
 def base_tensors(model: nn.Module) -> BaseTensors:
@@ -75,12 +75,14 @@ def base_tensors(model: nn.Module) -> BaseTensors:
     return BaseTensors(model)
 
 
-def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor | QuantizedLinear | QuantizedStack]]:
     # A method's module has no name of its own in the base: what it wraps takes its place, or nothing does.
     if isinstance(module, OwnModule):
         if module.wraps:
             yield from _base_tensors(module.base_layer, prefix)
         return
+    if isinstance(module, QuantizedStack):
+        yield prefix.removesuffix("."), module
     if isinstance(module, QuantizedLinear):
         yield f"{prefix}weight", module
     for name, parameter in module.named_parameters(recurse=False):

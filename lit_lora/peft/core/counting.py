@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lit_lora.peft.core.modules import OwnModule
-from lit_lora.quantize import QuantizedLinear, count_quantized
+from lit_lora.quantize import QuantizedLinear, QuantizedStack, count_quantized
 
 __all__ = ["MatchedRow", "ParameterCount", "count_parameters", "matched_table"]
 
@@ -82,7 +82,7 @@ def _shape(module: nn.Module) -> str:
     elif isinstance(weight := getattr(base, "weight", None), Tensor):
         shape = _times(weight)
     elif isinstance(module, OwnModule):  # of a module with several parameters
-        shape = ", ".join(f"{name} {_times(base.get_parameter(name))}" for name in module.updates())
+        shape = ", ".join(f"{name} {_times(getattr(base, name))}" for name in module.updates())
     else:
         shape = ""
 
@@ -90,5 +90,6 @@ def _shape(module: nn.Module) -> str:
     return shape if rank is None else f"{shape}, rank {rank}"
 
 
-def _times(tensor: Tensor) -> str:
-    return "×".join(str(size) for size in tensor.shape)
+def _times(weight: Tensor | QuantizedStack) -> str:
+    shape = "×".join(str(size) for size in weight.shape)
+    return shape if isinstance(weight, Tensor) else f"{shape} {weight.quantized.config}"

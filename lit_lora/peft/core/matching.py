@@ -10,7 +10,7 @@ from torch import nn
 from lit_lora.config import did_you_mean
 from lit_lora.errors import UsageError
 from lit_lora.peft.core.modules import own_modules
-from lit_lora.quantize import QuantizedLinear
+from lit_lora.quantize import QuantizedLinear, quantized_stacks
 
 __all__ = ["listed", "matches", "select", "short_names"]
 
@@ -76,7 +76,8 @@ def _last_part(name: str) -> str:
 
 def _has_weights(module: nn.Module) -> bool:
     """Whether a module has weights itself, not only in its children."""
-    return isinstance(module, QuantizedLinear) or any(True for _ in module.parameters(recurse=False))
+    is_quantized = isinstance(module, QuantizedLinear) or bool(quantized_stacks(module))
+    return is_quantized or any(True for _ in module.parameters(recurse=False))
 
 
 def _no_match(pattern: str, names: Sequence[str], key: str, what: str) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.modules import OwnModule, model_updates, own_modules
+from lit_lora.quantize import QuantizedStack, quantized_stacks
 
 __all__ = ["Mixtures", "find_mixtures", "short_name", "trained_weights"]
 
@@ -20,7 +21,7 @@ _BASE = ".base_layer"
 class Mixtures:
     """The weights of a model's experts and routers, by their names without an adapter."""
 
-    experts: dict[str, nn.Parameter]
+    experts: dict[str, nn.Parameter | QuantizedStack]
     """Stacks of matrices, one matrix per expert."""
     routers: dict[str, nn.Parameter]
     """Weights with one row per expert."""
@@ -41,11 +42,11 @@ def find_mixtures(model: nn.Module) -> Mixtures:
 
     Experts are a module with stacks of matrices, and their router is a module beside it with a row per expert.
     """
-    experts: dict[str, nn.Parameter] = {}
+    experts: dict[str, nn.Parameter | QuantizedStack] = {}
     routers: dict[str, nn.Parameter] = {}
     modules = dict(_base_modules(model))
     for name, module in modules.items():
-        stacks = {f"{name}.{key}": parameter for key, parameter in _stacks(module).items()}
+        stacks = {f"{name}.{key}": stack for key, stack in _stacks(module).items()}
         if not stacks:
             continue
         experts |= stacks
@@ -64,15 +65,17 @@ def trained_weights(model: nn.Module, mixtures: Mixtures) -> set[str]:
     """The names of the experts' and routers' weights that train, by an update or themselves."""
     weights = mixtures.experts | mixtures.routers
     updated = model_updates(model)
-    return {name for name, parameter in weights.items() if name in updated or parameter.requires_grad}
+    trained = {name for name, weight in weights.items() if isinstance(weight, nn.Parameter) and weight.requires_grad}
+    return trained | (weights.keys() & updated.keys())
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters that are stacks of matrices."""
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter | QuantizedStack]:
+    """A module's parameters that are stacks of matrices, quantized or not."""
     if isinstance(module, _CONVOLUTIONS):
         return {}
-    parameters = module.named_parameters(recurse=False)
-    return {name: parameter for name, parameter in parameters if parameter.dim() == 3 and min(parameter.shape) > 1}
+    weights: dict[str, nn.Parameter | QuantizedStack] = dict(module.named_parameters(recurse=False))
+    weights.update(quantized_stacks(module))
+    return {name: weight for name, weight in weights.items() if len(weight.shape) == 3 and min(weight.shape) > 1}
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ from lit_lora.peft.core.mixtures import Mixtures, find_mixtures, short_name
 from lit_lora.peft.core.module_names import default_names, is_known_part, same_parts, with_names_of
 from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_head
-from lit_lora.quantize import QuantizedLinear
+from lit_lora.quantize import QuantizedLinear, QuantizedStack
 
 __all__ = ["TargetedMethod", "check_rank", "layer_number", "whole_modules", "with_parameters"]
 
@@ -291,7 +291,7 @@ def with_parameters(model: nn.Module, patterns: list[str]) -> list[str]:
     for name, module in modules.items():
         if not f"{name}.".startswith(inside):
             continue
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | QuantizedStack):
             raise UsageError(
                 f"peft.modules_to_save: {name} is quantized ({module.quantized.config}), its codes cannot train; "
                 "expected modules in full precision, such as lm_head or a norm"

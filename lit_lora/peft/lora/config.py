@@ -443,7 +443,9 @@ class LoRAConfig(TargetedMethod, TakesTokens, InitializesFromData, ScalesLearnin
         Raises:
             UsageError: It is too large.
         """
-        size = matrix_size(model.get_submodule(name.rpartition(".")[0]), tuple(model.get_parameter(name).shape))
+        module_name, _, parameter = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        size = matrix_size(module, tuple(getattr(module, parameter).shape))
         check_rank(rank, name, (size.outputs, size.inputs))
 
     def _train_biases(self, model: nn.Module) -> None:

@@ -222,7 +222,7 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
             )
         if self.factor == 1:
             return config
-        extended: AnyConfig = config.extended(self.factor, self.rope_type)
+        extended: AnyConfig = config.extended(self.factor, self.rope_type)  # type: ignore[attr-defined]  # it has ropes
         return extended
 
     def apply(self, model: nn.Module) -> None:

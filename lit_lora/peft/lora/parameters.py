@@ -11,17 +11,19 @@ another copy of it and for its gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_lora.model.moe import ExpertLayer, Experts, run_experts
+from lit_lora.hf.experts import expert_layers
+from lit_lora.model.moe import ExpertLayer, run_experts
 from lit_lora.peft.core.modules import OwnModule, own_modules
 from lit_lora.peft.core.updates import LowRank, Update
 from lit_lora.peft.lora.linear import Init
+from lit_lora.quantize import QuantizedStack, quantized_stacks
 
 __all__ = ["LoRAParameters", "MatrixSize", "adaptable_parameters", "matrix_size"]
 
@@ -50,7 +52,10 @@ def matrix_size(module: nn.Module, shape: tuple[int, ...]) -> MatrixSize:
 
 
 def adaptable_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of two or three dimensions outside of linear layers, embeddings and convolutions."""
+    """Names of the parameters of two or three dimensions outside of linear layers, embeddings and convolutions.
+
+    Quantized stacks of experts are among them.
+    """
     others = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     own = own_modules(model)
     inside = tuple(f"{name}." for name in own)
@@ -58,8 +63,8 @@ def adaptable_parameters(model: nn.Module) -> list[str]:
         f"{name}.{parameter_name}"
         for name, module in model.named_modules()
         if name and name not in own and not name.startswith(inside) and not isinstance(module, others)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() in (2, 3)
+        for parameter_name, weight in [*module.named_parameters(recurse=False), *quantized_stacks(module).items()]
+        if len(weight.shape) in (2, 3)
     ]
 
 
@@ -86,7 +91,7 @@ class LoRAParameters(OwnModule):
         self.scalings = {name: scaling for name, (_, scaling) in settings.items()}
         self.sizes: dict[str, MatrixSize] = {}
         for name, (rank, _) in settings.items():
-            weight = base_layer.get_parameter(name)
+            weight: Tensor | QuantizedStack = getattr(base_layer, name)
             size = matrix_size(base_layer, tuple(weight.shape))
             self.sizes[name] = size
             # In the shapes of files, float32: (E * R, in), and (out, R * E) with the matrices' index running fastest.
@@ -132,7 +137,7 @@ class LoRAParameters(OwnModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer computes with updated parameters."""
-        experts = None if kwargs else _experts_of(self.base_layer)
+        experts = None if kwargs else expert_layers(self.base_layer)
         if experts is not None and len(args) == 3 and args[0].dim() == 2:
             first, second = (self._updated(name, layer) for name, layer in experts.layers.items())
             return run_experts(*args, first, second, experts.activate)
@@ -148,7 +153,8 @@ class LoRAParameters(OwnModule):
 
     def _sum(self, name: str) -> Tensor:
         """A parameter with its update, in its shape and dtype."""
-        weight = self.base_layer.get_parameter(name)
+        stored: Tensor | QuantizedStack = getattr(self.base_layer, name)
+        weight = stored if isinstance(stored, Tensor) else stored.dequantize()
         left, right = self._product(name)
         update = (left.to(weight.dtype) @ right.to(weight.dtype)).view_as(weight)
         return weight + self.scalings[name] * update
@@ -163,7 +169,7 @@ class LoRAParameters(OwnModule):
         updates: dict[str, Update] = {}
         for name in self.sizes:
             left, right = (factor.detach() for factor in self._product(name))
-            if self.base_layer.get_parameter(name).dim() == 2:
+            if len(getattr(self.base_layer, name).shape) == 2:
                 left, right = left[0], right[0]
             updates[name] = LowRank(left, right, self.scalings[name])
         return updates
@@ -180,30 +186,3 @@ class LoRAParameters(OwnModule):
     def extra_repr(self) -> str:
         """Names, shapes and scalings."""
         return ", ".join(f"{name}: rank={self.rank}, scaling={self.scalings[name]:g}" for name in self.sizes)
-
-
-class _ExpertsOf(NamedTuple):
-    layers: dict[str, ExpertLayer]
-    """First and second layer, by the names of their weights."""
-    activate: Callable[[Tensor], Tensor]
-
-
-def _experts_of(module: nn.Module) -> _ExpertsOf | None:
-    """What experts compute, if they are of a kind that :func:`run_experts` can compute."""
-    if isinstance(module, Experts):
-        return _ExpertsOf(module.layers(), module.activate)
-
-    # transformers' experts interface, transformers/integrations/moe.py, gives a module these attributes.
-    stacks = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
-    if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm or len(stacks) != 2:
-        return None
-    layers = {
-        name: ExpertLayer(
-            module.get_parameter(name),
-            module.get_parameter(f"{name}_bias") if module.has_bias else None,
-            bool(module.is_transposed),
-        )
-        for name in stacks
-    }
-    activate: Any = module._apply_gate if module.has_gate else module.act_fn
-    return _ExpertsOf(layers, activate)
