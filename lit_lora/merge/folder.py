@@ -160,16 +160,19 @@ def _write_tensors(plan: MergePlan, folder: Path) -> list[TensorProof]:
 
 def _onto(plan: MergePlan) -> str:
     """What the update was added to, in words; empty if the base is not quantized."""
+    in_full = any(plan.base.quantized(name) and not plan.packs(name) for name in plan.names)
+    experts = "; experts are dequantized" if plan.into == "quantized" and in_full else ""
     if plan.into == "quantized" and plan.keeps_codes:
         return (
             f"merged into the zeros of {plan.quantize}: the codes stay, and the model computes what was trained "
-            "(up to the rounding of weight + update in 16 bits)"
+            f"(up to the rounding of weight + update in 16 bits){experts}"
         )
     return {
         None: "",
         "dequantized": f"merged into the dequantized base ({plan.quantize}): the model computes what was trained",
         "original": f"merged into the original base: training was over {plan.quantize}, so the results differ",
-        "quantized": f"merged and quantized again to {plan.quantize}: its codes cannot hold all of a small update",
+        "quantized": f"merged and quantized again to {plan.quantize}: its codes cannot hold all of a small update"
+        f"{experts}",
     }[plan.into]
 
 

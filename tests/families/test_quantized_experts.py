@@ -185,7 +185,7 @@ def run(*arguments: object) -> int:
     ],
 )
 def test_merging_adds_to_the_experts_that_were_trained_over(
-    key: str, with_experts: bool, saved, tmp_path: Path
+    key: str, with_experts: bool, saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = saved(key)
     model = load_model(base, quantize=NF4)
@@ -207,6 +207,7 @@ def test_merging_adds_to_the_experts_that_were_trained_over(
     assert error(logits(load_model(tmp_path / "original")), logits(original)) < 1e-4
 
     assert run("merge", tmp_path / "adapter", "--into", "quantized", "--out", tmp_path / "quantized") == 0
+    assert "a small update; experts are dequantized" in capsys.readouterr().out
     merged = load_model(tmp_path / "quantized")
     assert not stacks(merged)
     assert not stacks(load_model(tmp_path / "quantized", quantize=NF4))  # beside stored codes, experts are as stored
