@@ -104,6 +104,14 @@ def test_pain_10_loading_reports_what_was_applied_and_changes_the_output(folder)
     assert report.norm == pytest.approx(exact.sqrt().item(), rel=1e-5)
 
 
+def test_one_tensor_is_reported_in_the_singular(tmp_path):
+    config = peft.methods()["prefix"].model_validate({"name": "prefix"})
+    model = adapted(make_model(), config)
+    shake(model)
+    peft.save_adapter(model, config, tmp_path / "adapter", base="b")
+    assert ": 1 tensor applied, " in str(peft.load_adapter(make_model(), tmp_path / "adapter"))
+
+
 def test_pain_10_without_a_fingerprint_the_report_names_the_base_that_was_trained_on(folder):
     (folder / "lit_lora.json").unlink()  # as PEFT writes it
     edit_config(folder, base_model_name_or_path="some/model")

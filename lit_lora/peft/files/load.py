@@ -40,7 +40,8 @@ class AppliedAdapter:
             checked = f"base checked by shapes only, it was trained on {self.adapter.base}"
         else:
             checked = "base checked by shapes only"
-        return f"{self.adapter.folder}: {self.adapter.tensors} tensors applied, update norm {self.norm:.4g}, {checked}"
+        applied = "1 tensor" if self.adapter.tensors == 1 else f"{self.adapter.tensors} tensors"
+        return f"{self.adapter.folder}: {applied} applied, update norm {self.norm:.4g}, {checked}"
 
 
 def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> AppliedAdapter:
