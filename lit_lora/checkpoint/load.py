@@ -66,7 +66,9 @@ def load_model(
         elif last == "weight" and parent in to_quantize:
             tensor = stored.read_once(name).to(device)
             assert quantize is not None
-            _put_quantized(model, parent, _quantized(parent, tensor, quantize), dtype or tensor.dtype)
+            weight = _quantized(parent, tensor, quantize)
+            for place in names[name]:  # several, where blocks share their weights
+                _put_quantized(model, place.rpartition(".")[0], weight, dtype or tensor.dtype)
         elif name in stacks:
             assert isinstance(quantize, QuantizeConfig)
             tensor = stored.read_once(name).to(device)

@@ -36,6 +36,8 @@ HOSTED = (*OWN_ATTENTION, *PADDED)
 FAMILIES = (*OWN, *HOSTED)
 VOCABULARY = tiny_configs.VOCABULARY
 
+# Where an activation has a kink, rounding may change a gradient.
+SMOOTH = {"name": "parallel", "bottleneck": 4, "activation": "gelu"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4},
     "lora q,v": {"name": "lora", "rank": 4, "target_modules": "q,v"},
@@ -54,12 +56,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"name": "ia3"},
     "bitfit": {"name": "bitfit"},
     "houlsby": {"name": "houlsby", "bottleneck": 4, "init_zero": True},
-    "parallel": {"name": "parallel", "bottleneck": 4},
+    "parallel": SMOOTH,
     "lin": {"name": "lin", "bottleneck": 4, "init_zero": True},
     "prefix": {"name": "prefix", "num_virtual_tokens": 3, "init_text": [4, 8, 15]},
     "prompt": {"name": "prompt", "num_virtual_tokens": 3, "init": "random"},
     "llama-adapter": {"name": "llama-adapter", "adapter_len": 3, "adapter_layers": 2},
-    "composed": {"name": "composed", "methods": [{"name": "lora", "rank": 2}, {"name": "parallel", "bottleneck": 4}]},
+    "composed": {"name": "composed", "methods": [{"name": "lora", "rank": 2}, SMOOTH]},
     "full": {"name": "full"},
 }
 WITHOUT_BIAS = ("llama", "qwen3", "gemma3_text", "phi3", "olmo2", "qwen3_moe", "mpt", "qwen3_5_text")
@@ -74,7 +76,8 @@ REFUSED = {
 }
 ON_CODES = ("lora", "dora", "vera", "ia3", "houlsby", "lin")
 AT_ONCE = {"prefix", "prompt"}  # tokens before every document have their effect at once
-NEAR = {"pissa", "lora tokens"}  # start at a product that is taken off again, or add columns to one
+# start at a product that is taken off again, add columns to one, or compute experts in another order
+NEAR = {"pissa", "lora tokens", "lora experts"}
 PARTLY_FROZEN = {"pissa", "vera"}
 FEW = {"ia3", "bitfit", "vera", "prefix", "prompt", "llama-adapter"}  # train few numbers
 # By default, what depends on the names of parts is tried on every family, and GPT-2 has most of the contract: it is

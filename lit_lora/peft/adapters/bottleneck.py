@@ -111,11 +111,30 @@ class Bottleneck(AddedModule):
         return self.layer < self.drop.first
 
     def branch(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """(..., D) to (..., D).
+
+        Raises:
+            UsageError: Its host has another width.
+        """
+        self.check_width(x)
         dtype = x.dtype
         activation = _ACTIVATIONS[self.activation]
         hidden = activation(F.linear(x, self.down.to(dtype), self.down_bias.to(dtype)))
         return F.linear(hidden, self.up.to(dtype), self.up_bias.to(dtype))
+
+    def check_width(self, x: Tensor) -> None:
+        """Check that ``x`` is as wide as the adapter, which is made before anything is computed.
+
+        Raises:
+            UsageError: It is not, as in models whose layers pass on several residual streams.
+        """
+        width = self.down.shape[1]
+        if x.shape[-1] != width:
+            raise UsageError(
+                f"peft.name: adapters {width} wide do not fit this model, which has {x.shape[-1]} values "
+                "per token where one stands",
+                hint="use lora, or name other modules in peft.target_modules",
+            )
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -149,7 +168,9 @@ def _hidden(output: Any) -> Tensor:
 
 def _added(output: Any, change: Tensor) -> Any:
     """An output with ``change`` added to what the module computes of the tokens."""
-    return output + change if isinstance(output, Tensor) else (output[0] + change, *output[1:])
+    hidden = _hidden(output)
+    hidden = hidden + change.reshape(hidden.shape)  # some mixtures of experts put out the tokens of all rows in one
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 class BlockAdapter(Bottleneck):
@@ -168,14 +189,17 @@ class BlockAdapter(Bottleneck):
             return output + self.branch(self._normed(output))
 
         stream, *rest = output
-        if rest and isinstance(rest[0], Tensor) and rest[0].shape == stream.shape:
+        second = rest[0] if rest else None
+        # GLM's sparse attention passes on the indices of tokens, which may have the same shape.
+        if isinstance(second, Tensor) and second.shape == stream.shape and second.is_floating_point():
             # A block of lit-lora's decoder returns the residual stream and its own output, which the next block adds.
             # The adapter reads their sum, and its output takes the place of the block's.
-            stream = stream + rest[0]
+            stream = stream + second
             return (stream, self.branch(self._normed(stream)), *rest[1:])
         return (stream + self.branch(self._normed(stream)), *rest)
 
     def _normed(self, x: Tensor) -> Tensor:
+        self.check_width(x)
         return F.layer_norm(x.float(), x.shape[-1:], self.norm, self.norm_bias).to(x.dtype)
 
 
@@ -232,6 +256,7 @@ class BottleneckConfig(WithModulesToSave):
         """Put an adapter of a kind into each host, except in dropped layers, in place."""
         names = list(blocks(model))
         config: Any = getattr(model, "config", None)
+        residual = [] if not isinstance(config, ModelConfig) else [config.names.attention, config.names.mlp]
         first = self._first_layer(len(names))
         drop = Drop(len(names)) if self.drop_layers == "random" else None
         for host in hosts:
@@ -239,9 +264,9 @@ class BottleneckConfig(WithModulesToSave):
             if layer < first:
                 continue
             module = model.get_submodule(host)
-            # A block puts out the residual stream, whatever the width of the last linear layer in it.
-            of_block = host in names and isinstance(config, ModelConfig)
-            width = config.hidden_size if of_block else width_of(module)
+            # What is added to the residual stream has its width, whatever that of the last linear layer within.
+            adds = isinstance(config, ModelConfig) and (host in names or any(matches(part, host) for part in residual))
+            width = config.hidden_size if adds else width_of(module)
             adapter = kind(width, self.bottleneck, self.activation, self.init_std, zero=self.init_zero)
             adapter.layer = layer
             adapter.drop = drop

@@ -44,8 +44,13 @@ class AddedModule(OwnModule):
         """Become a child of ``host``, in place.
 
         Raises:
-            UsageError: It already has a child of this name.
+            UsageError: It already has a child of this name, or calls all of its children one after the other.
         """
+        if isinstance(host, nn.Sequential):
+            raise UsageError(
+                "peft.target_modules: a sequence of layers cannot hold an adapter, as it would call it as one of them",
+                hint="name its last layer instead",
+            )
         if hasattr(host, self.child):
             raise UsageError(f"peft: the model already has a module named {self.child}", hint="load the base again")
         parameter = next(host.parameters(), None)

@@ -46,6 +46,17 @@ class TrainedCopy(OwnModule):
         values = {name: value.to(base[name].dtype) for name, value in self.trained.items()}
         return functional_call(self.base_layer, values, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """A parameter of the base layer with its trained values: some models read one instead of calling the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            parts = self.__dict__.get("_modules", {})
+            if "trained" not in parts or name not in parts["base_layer"]._parameters:
+                raise
+        value = parts["base_layer"]._parameters[name]
+        return parts["trained"][name].to(value.dtype) if name in parts["trained"] else value
+
     def grow(self, rows: int) -> None:
         """Enlarge the weight to ``rows`` rows, such as for an embedding with more tokens than the base has.
 

@@ -216,13 +216,14 @@ class LongLoRAConfig(LoRAConfig, ChangesConfig, GroupsTokens):
         Raises:
             UsageError: The model is not one of lit-lora's decoders, or its positions are already scaled.
         """
-        if not getattr(config, "ropes", None):  # transformers' decoders rotate queries and keys themselves
+        # transformers' decoders rotate queries and keys themselves
+        if not hasattr(config, "extended") or not getattr(config, "ropes", None):
             raise UsageError(
                 "peft.name: longlora needs one of lit-lora's own decoders, whose positions it interpolates"
             )
         if self.factor == 1:
             return config
-        extended: AnyConfig = config.extended(self.factor, self.rope_type)  # type: ignore[attr-defined]  # it has ropes
+        extended: AnyConfig = config.extended(self.factor, self.rope_type)
         return extended
 
     def apply(self, model: nn.Module) -> None:

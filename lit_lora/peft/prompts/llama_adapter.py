@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError, UsageError
+from lit_lora.model import CausalLM
 from lit_lora.model.attention.attend import Attend, LayerAttention
 from lit_lora.model.ops import attention
 from lit_lora.peft.adapters.bottleneck import norms
@@ -142,14 +143,14 @@ class LlamaAdapterConfig(AddedMethod):
         """
         decoder_of(model)  # only lit-lora's decoders pass attention to their layers, which the prompts act on
         config: Any = model.config
-        attention = names_of(model).attention
-        layers = [block.get_submodule(attention) for block in blocks(model).values()]
-        if not hasattr(layers[0], "keys_and_values"):
+        if not isinstance(model, CausalLM):
             raise UsageError(
                 f"peft.name: {self.model_dump()['name']} needs a decoder of lit-lora's own, and model_type "
                 f"{config.model_type!r} is one of transformers",
                 hint="use lora or prefix",
             )
+        attention = names_of(model).attention
+        layers = [block.get_submodule(attention) for block in blocks(model).values()]
         chosen = max(len(layers) - 2, 1) if self.adapter_layers is None else self.adapter_layers
         if chosen > len(layers):
             raise UsageError(f"peft.adapter_layers: expected at most the model's {len(layers)} layers, got {chosen}")
