@@ -8,7 +8,7 @@ names without a ``>`` between them do not know each other. ``tests/test_floors.p
     4  finetune                                          the recipes, where model, method, data and loop meet
     3  inspection > classify compare > recipe evaluate merge > open estimate   shared by recipes and commands
     2  checkpoint  peft  data  train  generate           five neighbors that do not know each other
-    1  wheel > hf > model  gguf  tokenizer  hub  plots  quantize > kernels   the parts they are made of
+    1  wheel > hf  gguf > model  tokenizer  hub  plots  quantize > kernels   the parts they are made of
     0  config  files > log  errors                       no torch
 """
 

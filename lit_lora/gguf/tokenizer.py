@@ -12,6 +12,7 @@ from lit_lora import log
 from lit_lora.errors import InputError
 from lit_lora.files import write_text
 from lit_lora.gguf.pre_tokenizers import PRE_TOKENIZERS
+from lit_lora.tokenizer.assembly import begin_and_end, ranked_merges
 
 __all__ = ["write_tokenizer"]
 
@@ -92,17 +93,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]
     scores = metadata.get("tokenizer.ggml.scores") or [-float(index) for index in range(len(tokens))]
     unknown = next((tokens[index] for index, type_ in enumerate(types) if type_ == _UNKNOWN), None)
 
-    # SentencePiece stores no merges. Every way to cut a piece into two others is one, the best score first.
-    ranked_merges = []
-    for index, piece in enumerate(tokens):
-        if types[index] != _NORMAL:
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                ranked_merges.append((-scores[index], vocabulary[left], vocabulary[right], left, right))
-    pairs = [(left, right) for *_, left, right in sorted(ranked_merges)]
-
+    priorities = {token: -scores[index] for index, token in enumerate(tokens) if types[index] == _NORMAL}
+    pairs = ranked_merges(priorities, vocabulary)  # as SentencePiece itself, the file stores no merges
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -122,21 +114,12 @@ def _add_bos_and_eos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: lis
     bos_by_default = kind == "llama" or (pre is not None and pre.adds_bos)
     bos = _token(metadata, tokens, "bos") if metadata.get("tokenizer.ggml.add_bos_token", bos_by_default) else None
     eos = _token(metadata, tokens, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    byte_level = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
-    if bos is None and eos is None:
-        if byte_level:
-            tokenizer.post_processor = byte_level[0]
-        return
-
-    # $A and $B are the texts of a pair; `:1` marks every token of the second one.
-    first = [part for part in (bos, "$A", eos) if part]
-    second = [f"{part}:1" for part in (bos, "$B", eos) if part]
-    template = processors.TemplateProcessing(
-        single=" ".join(first),
-        pair=" ".join([*first, *second]),
-        special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys([bos, eos]) if token],
-    )
-    tokenizer.post_processor = processors.Sequence([*byte_level, template])
+    steps = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
+    around = begin_and_end(bos, eos, {token: tokens.index(token) for token in (bos, eos) if token})
+    if around is not None:
+        tokenizer.post_processor = processors.Sequence([*steps, around])
+    elif steps:
+        tokenizer.post_processor = steps[0]
 
 
 def _token(metadata: dict[str, Any], tokens: list[str], role: str) -> str | None:

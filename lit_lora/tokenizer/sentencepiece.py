@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-__all__ = ["BLANK", "Piece", "PieceType", "SentencePieceModel", "bpe_merges", "parse", "tokenizer_of"]
+from lit_lora.tokenizer.assembly import begin_and_end, ranked_merges
+
+__all__ = ["BLANK", "Piece", "PieceType", "SentencePieceModel", "parse", "tokenizer_of"]
 
 BLANK = "▁"
 """What SentencePiece writes for a space."""
@@ -168,22 +170,6 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
     raise ValueError("not a SentencePiece model")
 
 
-def bpe_merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """Pairs to join, the best score first.
-
-    SentencePiece stores no merges: of all neighbors, it joins those whose joined piece has the best score. So every way
-    to cut a piece into two others is a merge.
-    """
-    ids = {piece.text: index for index, piece in enumerate(pieces) if piece.type == PieceType.NORMAL}
-    ranked = []
-    for text in ids:
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in ids and right in ids:
-                ranked.append((-pieces[ids[text]].score, ids[left], ids[right], left, right))
-    return [(left, right) for *_, left, right in sorted(ranked)]
-
-
 def tokenizer_of(model: SentencePieceModel, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that gives SentencePiece's ids.
 
@@ -224,9 +210,10 @@ def tokenizer_of(model: SentencePieceModel, config: Mapping[str, Any]) -> Tokeni
 
 def _bpe(model: SentencePieceModel) -> models.BPE:
     vocabulary = {piece.text: index for index, piece in enumerate(model.pieces)}
+    normal = {text: index for text, index in vocabulary.items() if model.pieces[index].type == PieceType.NORMAL}
     return models.BPE(
         vocab=vocabulary,
-        merges=bpe_merges(model.pieces),
+        merges=ranked_merges({text: -model.pieces[index].score for text, index in normal.items()}, normal),
         unk_token=model.pieces[model.unk_id].text,
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
@@ -264,14 +251,4 @@ def _post_processor(model: SentencePieceModel, config: Mapping[str, Any]) -> Any
     named = model.named_tokens()
     bos = named.get("bos_token") if config.get("add_bos_token", True) else None
     eos = named.get("eos_token") if config.get("add_eos_token", False) else None
-    if bos is None and eos is None:
-        return None
-    # $A and $B are the texts of a pair; `:1` marks every token of the second one.
-    first = [part for part in (bos, "$A", eos) if part]
-    second = [f"{part}:1" for part in (bos, "$B", eos) if part]
-    ids = {piece.text: index for index, piece in enumerate(model.pieces)}
-    return processors.TemplateProcessing(
-        single=" ".join(first),
-        pair=" ".join([*first, *second]),
-        special_tokens=[(token, ids[token]) for token in dict.fromkeys([bos, eos]) if token],
-    )
+    return begin_and_end(bos, eos, {piece.text: index for index, piece in enumerate(model.pieces)})

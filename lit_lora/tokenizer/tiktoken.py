@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from lit_lora.tokenizer.assembly import begin_and_end, ranked_merges
 
 __all__ = ["RankedVocabulary", "is_ranks", "parse_ranks", "parse_tekken", "tokenizer_of"]
 
@@ -121,8 +123,9 @@ def tokenizer_of(vocabulary: RankedVocabulary, config: Mapping[str, Any]) -> Tok
     words = {bytes_: "".join(letters[byte] for byte in bytes_) for bytes_ in vocabulary.ranks}
     ids = {words[bytes_]: rank + vocabulary.offset for bytes_, rank in vocabulary.ranks.items()}
     ids |= vocabulary.special
+    merges = [(words[left], words[right]) for left, right in ranked_merges(vocabulary.ranks, vocabulary.ranks)]
     # A word of the vocabulary is taken whole, as tiktoken does, even where no merges lead to it.
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(vocabulary.ranks, words), ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated"),
@@ -131,28 +134,11 @@ def tokenizer_of(vocabulary: RankedVocabulary, config: Mapping[str, Any]) -> Tok
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in vocabulary.special])
-    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
-    bos = vocabulary.named.get("bos_token")
-    if bos is not None and config.get("add_bos_token", True):
-        pair = f"{bos} $A {bos}:1 $B:1"
-        steps.append(
-            processors.TemplateProcessing(
-                single=f"{bos} $A", pair=pair, special_tokens=[(bos, vocabulary.special[bos])]
-            )
-        )
+    bos = vocabulary.named.get("bos_token") if config.get("add_bos_token", True) else None
+    begin = begin_and_end(bos, None, vocabulary.special)
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=False), *([begin] if begin else [])]
     tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
-
-
-def _merges(ranks: Mapping[bytes, int], words: Mapping[bytes, str]) -> Sequence[tuple[str, str]]:
-    """Pairs to join, the lowest rank of the result first: every way to cut a word into two others is one."""
-    ranked = []
-    for whole, rank in ranks.items():
-        for cut in range(1, len(whole)):
-            left, right = whole[:cut], whole[cut:]
-            if left in ranks and right in ranks:
-                ranked.append((rank, ranks[left], ranks[right], words[left], words[right]))
-    return [(left, right) for *_, left, right in sorted(ranked)]
 
 
 def _letters() -> dict[int, str]:
