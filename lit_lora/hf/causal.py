@@ -331,10 +331,8 @@ def _forward_checkpointed(decoder: Any, module: nn.Module, *args: Any, **kwargs:
     attend, implementation = current(), decoder.config._attn_implementation
 
     def run(*args: Any) -> Any:
-        with (
-            attending(attend),
-            _attention_by(decoder, implementation),
-        ):  # the backward pass runs after the pass, on a GPU in another thread
+        # Again in the backward pass, which runs after the forward pass and, on a GPU, in another thread.
+        with attending(attend), _attention_by(decoder, implementation):
             return type(module).forward(module, *args, **kwargs)
 
     return checkpointed(run, *args)

@@ -22,7 +22,7 @@ from lit_lora.hf import HostedLM, fill_buffers
 from lit_lora.merge.plan import MergePlan
 from lit_lora.model import ModelConfig
 from lit_lora.model.layers import Linear
-from lit_lora.peft.core.updates import LowRank, Updates
+from lit_lora.peft.core.updates import LowRank, Update, Updates
 
 __all__ = ["BlockProof", "LogitsProof", "Proof", "prove"]
 
@@ -126,7 +126,7 @@ class _Weights:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             if branch is None:
-                part = x @ self._rows(f"{name}.weight", start, stop).T
+                part = x @ self._rows(weight, update, start, stop).T
             else:
                 part = x @ weight[start:stop].float().T
                 part += branch.scaling * (x @ branch.right.float().T) @ branch.left[start:stop].float().T
@@ -140,20 +140,20 @@ class _Weights:
         if weight.ndim == 0:
             return weight.float()
         update = self.updates.get(name)
-        return self._rows(name, 0, len(weight) if update is None else update.rows(len(weight)))
+        return self._rows(weight, update, 0, len(weight) if update is None else update.rows(len(weight)))
 
     def embed(self, name: str, ids: Tensor) -> Tensor:
         """(T,) token ids to (T, D) by the matrix of ``name``; ids beyond the vocabulary count as its last one."""
-        weight = f"{name}.weight"
-        rows = len(self.tensors[weight])
-        update = self.updates.get(weight)
-        last = (rows if update is None else update.rows(rows)) - 1
-        return torch.cat([self._rows(weight, token, token + 1) for token in ids.clamp(max=last).tolist()])
+        weight = self.tensors[f"{name}.weight"]
+        update = self.updates.get(f"{name}.weight")
+        last = (len(weight) if update is None else update.rows(len(weight))) - 1
+        return torch.cat([self._rows(weight, update, token, token + 1) for token in ids.clamp(max=last).tolist()])
 
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows with the update merged in, float32, and rounded in between if asked for."""
-        weight = self.tensors[name]
-        update = self.updates.get(name)
+    def _rows(self, weight: Tensor, update: Update | None, start: int, stop: int) -> Tensor:
+        """Rows with the update merged in, float32, and rounded in between if asked for.
+
+        The caller looks ``weight`` up once: a tensor of a base that is quantized on reading is quantized each time.
+        """
         rows = weight[start:stop].float() if update is None else update.apply(weight, start, stop)
         return rows if self.rounded is None else rows.to(self.rounded).float()
 

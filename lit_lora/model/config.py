@@ -97,18 +97,18 @@ class ModelConfig(Settings):
     attention_out_bias: bool | None = Field(None, description="Whether o has one; as q, k and v if null.")
     mlp_bias: bool = Field(False, description="Whether the gate, up and down projections have a bias.")
     query_pre_attn_scalar: float | None = Field(None, gt=0, description="Scores are divided by the root of this.")
-    attention_multiplier: float | None = Field(None, description="Factor of scores, in the place of a root.")
+    attention_multiplier: float | None = Field(None, description="Factor of scores, instead of a root.")
     attn_logit_softcapping: float | None = Field(None, gt=0, description="Bound of scores, approached by tanh.")
     final_logit_softcapping: float | None = Field(None, gt=0, description="Bound of logits, approached by tanh.")
     embedding_multiplier: float = Field(1.0, description="Factor of the decoder's input.")
     residual_multiplier: float = Field(1.0, description="Factor of what layers add to the residual stream.")
     logits_scaling: float = Field(1.0, gt=0, description="Divisor of logits.")
-    num_experts: int = Field(0, ge=0, description="Experts E in the place of an MLP; 0 for plain MLPs.")
+    num_experts: int = Field(0, ge=0, description="Experts E instead of an MLP; 0 for plain MLPs.")
     num_experts_per_tok: int = Field(1, gt=0, description="Experts that compute each token.")
     moe_intermediate_size: int | None = Field(None, gt=0, description="An expert's width; intermediate_size if null.")
     norm_topk_prob: bool = Field(False, description="Whether the weights of a token's experts sum up to 1.")
     shared_expert_intermediate_size: int = Field(0, ge=0, description="Width of the expert of all tokens; 0 for none.")
-    decoder_sparse_step: int = Field(1, gt=0, description="Every how many layers one has experts.")
+    decoder_sparse_step: int = Field(1, gt=0, description="Interval of layers with experts; 1 for all.")
     mlp_only_layers: list[int] = Field([], description="Layers without experts, counted from 0.")
     bos_token_id: int | None = Field(None, description="Beginning of sequence.")
     eos_token_id: int | list[int] | None = Field(None, description="End of sequence, at which generation stops.")
@@ -257,7 +257,7 @@ class ModelConfig(Settings):
         return self.moe_intermediate_size or self.intermediate_size
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 0, has experts in the place of its MLP."""
+        """Whether the layer of this number, counted from 0, has experts instead of an MLP."""
         in_step = (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and in_step and layer not in self.mlp_only_layers
 

@@ -122,7 +122,8 @@ def left_out_rows(model: nn.Module, method: object) -> list[list[str]]:
     for name, module in model.named_modules():
         if layer_number(name) is None or not isinstance(module, nn.Linear):
             continue
-        is_frozen = f"{name}.weight" in in_base and not module.weight.requires_grad
+        weight = module._parameters.get("weight")  # a quantized layer would dequantize its `weight`
+        is_frozen = f"{name}.weight" in in_base and not (weight is not None and weight.requires_grad)
         if not is_frozen:  # it trains, or it is the base layer of a module that does
             adapted.add(name.removesuffix(".base_layer").rpartition(".")[2])
         elif not any(matches(pattern, name) for pattern in excluded):

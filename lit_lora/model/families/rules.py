@@ -34,9 +34,14 @@ def every(step: int, fields: Fields) -> Fields:
     return {"layer_types": listed or [FULL if (i + 1) % step == 0 else SLIDING for i in _layers(fields)]}
 
 
+def _window(fields: Fields) -> Any:
+    """The window, in families where a key of its own switches it on."""
+    return fields.get("sliding_window") if fields.get("use_sliding_window") else None
+
+
 def qwen(fields: Fields) -> Fields:
     """A window only if ``use_sliding_window`` says so, in layers from ``max_window_layers`` on."""
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    window = _window(fields)
     first = fields.get("max_window_layers", 28)
     types = fields.get("layer_types") or [SLIDING if window and i >= first else FULL for i in _layers(fields)]
     return {"sliding_window": window, "layer_types": types}
@@ -49,7 +54,7 @@ def experts(fields: Fields) -> Fields:
 
 def qwen2_moe(fields: Fields) -> Fields:
     """A window in every other one of the first layers; biases of queries, keys and values by a key of its own."""
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    window = _window(fields)
     last = fields.get("max_window_layers", 28)
     listed = fields.get("layer_types")
     types = listed or [SLIDING if window and i % 2 == 0 and i < last else FULL for i in _layers(fields)]
@@ -59,7 +64,7 @@ def qwen2_moe(fields: Fields) -> Fields:
 
 def qwen3_moe(fields: Fields) -> Fields:
     """A window in all layers, if ``use_sliding_window`` says so."""
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    window = _window(fields)
     return {**experts(fields), "sliding_window": window}
 
 
@@ -103,7 +108,7 @@ def smollm3(fields: Fields) -> Fields:
     """Every fourth layer, or those listed, has no rotation, and is the one that may have a window."""
     step = fields.get("no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers") or [int((i + 1) % step != 0) for i in _layers(fields)]
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    window = _window(fields)
     types = fields.get("layer_types") or [FULL if turned or not window else SLIDING for turned in rotated]
     return {"no_rope_layers": rotated, "sliding_window": window, "layer_types": types}
 
