@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from lit_lora.checkpoint.headers import Header
 from lit_lora.checkpoint.load import empty_model, stored_shapes
@@ -67,6 +66,8 @@ def inspect_encoder(report: Inspection, folder: Path, headers: Mapping[str, Head
     Raises:
         InputError: transformers cannot read its config or tokenizer.
     """
+    import transformers  # noqa: PLC0415 - takes seconds, and decoders of our own do not need it
+
     pretrained = read_pretrained(folder)
     config = pretrained.config
     with torch.device("meta"):

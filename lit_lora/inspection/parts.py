@@ -11,6 +11,7 @@ from torch import nn
 from lit_lora.checkpoint.headers import Header
 from lit_lora.inspection.report import Part, Target
 from lit_lora.peft import methods
+from lit_lora.peft.core.modules import not_wrappable
 from lit_lora.peft.core.targeted import TargetedMethod
 from lit_lora.peft.lora.parameters import adaptable_parameters
 
@@ -64,12 +65,12 @@ def targets(model: nn.Module) -> list[Target]:
     lora = methods()["lora"]()
     assert isinstance(lora, TargetedMethod)
     all_linear = set(lora.targets(model))
-    not_wrappable: frozenset[str] = getattr(model, "not_wrappable", frozenset())
+    passed_over = not_wrappable(model)
     names_by_row: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         in_groups = getattr(module, "groups", 1) > 1  # a convolution that no method adapts
-        if name and name not in not_wrappable and lora.adaptable(module) and weight is not None and not in_groups:
+        if name and name not in passed_over and lora.adaptable(module) and weight is not None and not in_groups:
             names_by_row.setdefault((_in_layer(name), tuple(weight.shape)), []).append(name)
     rows = [
         Target(name, shape, len(names), not all_linear.isdisjoint(names), "target_modules")

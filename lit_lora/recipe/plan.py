@@ -19,6 +19,7 @@ from lit_lora.model import ModelConfig
 from lit_lora.peft import base_tensors, count_parameters, matched_table, with_text, with_token_ids
 from lit_lora.peft.core.matching import matches
 from lit_lora.peft.core.mixtures import find_mixtures, short_name, trained_weights
+from lit_lora.peft.core.modules import not_wrappable
 from lit_lora.peft.core.targeted import layer_number
 from lit_lora.quantize import Quantized, QuantizedStack, count_quantized, found_config, stored_bytes
 from lit_lora.recipe.config import RunConfig
@@ -115,7 +116,7 @@ def left_out_rows(model: nn.Module, method: object) -> list[list[str]]:
     if getattr(method, "target_modules", None) != "all-linear":
         return []
     excluded: list[str] = getattr(method, "exclude_modules", [])
-    not_wrappable: Collection[str] = getattr(model, "not_wrappable", ())
+    passed_over = not_wrappable(model)
     in_base = set(base_tensors(model))
     reasons: dict[str, str] = {}
     adapted = set()
@@ -127,7 +128,7 @@ def left_out_rows(model: nn.Module, method: object) -> list[list[str]]:
         if not is_frozen:  # it trains, or it is the base layer of a module that does
             adapted.add(name.removesuffix(".base_layer").rpartition(".")[2])
         elif not any(matches(pattern, name) for pattern in excluded):
-            reasons[name.rpartition(".")[2]] = "read by the model itself" if name in not_wrappable else "too narrow"
+            reasons[name.rpartition(".")[2]] = "read by the model itself" if name in passed_over else "too narrow"
     left_out = [f"{kind} ({reason})" for kind, reason in reasons.items() if kind not in adapted]
     return [["left out by all-linear", ", ".join(left_out)]] if left_out else []
 

@@ -44,6 +44,8 @@ def find_mixtures(model: nn.Module) -> Mixtures:
     """
     experts: dict[str, nn.Parameter | QuantizedStack] = {}
     routers: dict[str, nn.Parameter] = {}
+    if not any(_stacks(module) for module in model.modules()):  # most models; names take long in a large one
+        return Mixtures(experts, routers)
     modules = dict(_base_modules(model))
     for name, module in modules.items():
         stacks = {f"{name}.{key}": stack for key, stack in _stacks(module).items()}

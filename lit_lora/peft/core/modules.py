@@ -16,6 +16,7 @@ __all__ = [
     "embed_scale",
     "freeze",
     "model_updates",
+    "not_wrappable",
     "own_modules",
     "remove",
     "replace_module",
@@ -83,6 +84,15 @@ def embed_scale(embedding: nn.Module) -> Tensor | float:
         embedding = embedding.base_layer
     scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
     return scale
+
+
+def not_wrappable(model: nn.Module) -> frozenset[str]:
+    """Names of the linear layers that a method leaves alone; see :class:`lit_lora.model.LanguageModel`.
+
+    None in an encoder, which does not say.
+    """
+    names: frozenset[str] = getattr(model, "not_wrappable", frozenset())
+    return names
 
 
 def own_modules(model: nn.Module) -> dict[str, OwnModule]:

@@ -18,7 +18,7 @@ from lit_lora.peft.core.matching import listed, matches, select, short_names
 from lit_lora.peft.core.method import Kind, Method
 from lit_lora.peft.core.mixtures import Mixtures, find_mixtures, short_name
 from lit_lora.peft.core.module_names import default_names, is_known_part, same_parts, with_names_of
-from lit_lora.peft.core.modules import OwnModule, own_modules, replace_module
+from lit_lora.peft.core.modules import OwnModule, not_wrappable, own_modules, replace_module
 from lit_lora.peft.core.modules_to_save import TrainedCopy, find_head
 from lit_lora.quantize import QuantizedLinear, QuantizedStack
 
@@ -148,7 +148,7 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
         method = with_names_of(self, model)
         if copies is None:
             copies = with_parameters(model, method.modules_to_save)
-        passed_over: frozenset[str] = getattr(model, "not_wrappable", frozenset())
+        passed_over = not_wrappable(model)
         adaptable = {
             name: module
             for name, module in model.named_modules()
@@ -240,7 +240,7 @@ class TargetedMethod(AdapterMethod, TrainsModulesInFull):
         for name, module in model.named_modules():
             is_leaf = not any(True for _ in module.children())
             if name and is_leaf and matches(pattern, name):
-                if name in getattr(model, "not_wrappable", frozenset()):
+                if name in not_wrappable(model):
                     return (
                         f"peft.target_modules: {pattern!r} cannot be adapted: the model reads the weight of {name} "
                         "itself, so that a module in its place would have no effect"
