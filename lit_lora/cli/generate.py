@@ -120,12 +120,14 @@ def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
     Raises:
         InputError: The file cannot be read or has no prompts, or a row has none.
     """
+    from lit_lora.data.findings import Findings
     from lit_lora.data.read import read_rows
 
     if not file.is_file():
         raise InputError(f"{file}: {'is a folder, expected a file' if file.is_dir() else 'no such file'}")
+    findings = Findings()
     rows: list[Row] = []
-    for number, row in read_rows(file):
+    for number, row in read_rows(file, findings):
         if set(row) == {"text"} and column == "prompt":  # a text file: each line is a prompt
             for line_number, line in enumerate(row["text"].split("\n"), number):
                 if line.strip():
@@ -133,6 +135,7 @@ def _rows(file: Path, column: str, system: str | None, raw: bool) -> list[Row]:
         else:
             place = f"{file}:{number}"
             rows.append((place, row, _messages(row, column, system, raw, place)))
+    findings.check()
     if not rows:
         raise InputError(f"{file}: no prompts in it")
     return rows

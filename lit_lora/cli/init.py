@@ -9,7 +9,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -125,29 +125,30 @@ class _Machine:
 def _inspect(config: DataConfig, model: Path, template: str | None) -> _Dataset:
     """Read all rows, and tokenize some."""
     from lit_lora.data import cache_folder
+    from lit_lora.data.findings import Findings
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
     from lit_lora.tokenizer import has_vocabulary
 
     source = locate(config.path, cache_folder())
     config, guessed = _with_mapping(config, source.train[0])
-    info: dict[str, Any] = {}
-    rows, samples = _draw(read_samples(config, source.train, info))
+    findings = Findings()
+    rows, samples = _draw(read_samples(config, source.train, findings))
     has_model = has_vocabulary(model)
     lengths = _token_counts(samples, model if has_model else None, template)
     longest = max(lengths)
     sizes = [size for size in (256, 512, 1024, 2048) if size >= 1.1 * longest]  # with a margin for unseen rows
     max_seq_length = min(sizes[0] if sizes else 2048, _context(model))
-    if info["format"] == "text":
+    if set(findings.formats) == {"text"}:
         pieces = sum(math.ceil(length / max_seq_length) for length in lengths)
         rows = round(rows * pieces / len(lengths))
     too_long = sum(length > max_seq_length for length in lengths)
     return _Dataset(
         config=config,
         rows=rows,
-        format=info["format"],
+        format=findings.main_format,
         guessed=guessed,
-        unused=info["unused"],
+        unused=list(findings.unused_columns),
         longest=longest,
         too_long=round(1000 * too_long / len(lengths)),
         max_seq_length=max_seq_length,
@@ -192,14 +193,15 @@ def _with_mapping(config: DataConfig, file: Path) -> tuple[DataConfig, bool]:
     Raises:
         InputError: The row fits no format, and no mapping can be guessed.
     """
-    from lit_lora.data.columns import choose_format, guess_columns
+    from lit_lora.data.columns import choose_layout, guess_columns
+    from lit_lora.data.findings import Findings
     from lit_lora.data.read import read_rows
 
-    line, row = next(read_rows(file), (0, None))
+    _, row = next(read_rows(file, Findings()), (0, None))
     if row is None:
         return config, False
     try:
-        choose_format(config, row, f"{file}:{line}")
+        choose_layout(config, row)
     except InputError:
         columns = guess_columns(config, row)
         if columns is None or config.columns:
@@ -212,6 +214,7 @@ def _token_counts(samples: list[PlacedSample], model: Path | None, template: str
     """The length of each sample in tokens: counted with the model's tokenizer, or guessed from the characters."""
     from lit_lora.data import DataConfig
     from lit_lora.data.encode import encode_samples
+    from lit_lora.data.findings import Findings
     from lit_lora.tokenizer import Tokenizer
 
     if model is None:
@@ -223,7 +226,7 @@ def _token_counts(samples: list[PlacedSample], model: Path | None, template: str
     contents = [content for content, _ in samples]
     places = [place for _, place in samples]
     unlimited = DataConfig(path="", max_seq_length=1 << 30)
-    return [row.length for row in encode_samples(tokenizer, contents, places, unlimited)]
+    return [row.length for row in encode_samples(tokenizer, contents, places, unlimited, Findings())]
 
 
 def _context(model: Path) -> int:

@@ -142,6 +142,7 @@ def _score(model: Path, rows: int) -> _Score:
 
 def _score_opened(model: AnyModel, tokenizer: Tokenizer, rows: int) -> _Score:
     from lit_lora.data import DataConfig, prepare
+    from lit_lora.data.findings import Findings
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
     from lit_lora.evaluate import evaluate_generation, evaluate_loss
@@ -149,7 +150,7 @@ def _score_opened(model: AnyModel, tokenizer: Tokenizer, rows: int) -> _Score:
 
     config = DataConfig(path=_HELD_OUT, limit=rows)
     held_out = prepare(config, tokenizer, cache=cache_folder(), seed=0)
-    samples = [sample for sample, _ in read_samples(config, locate(_HELD_OUT, cache_folder()).train)][:rows]
+    samples = [sample for sample, _ in read_samples(config, locate(_HELD_OUT, cache_folder()).train, Findings())][:rows]
     conversations = [sample for sample in samples if not isinstance(sample, str)]
     return _Score(evaluate_loss(model, held_out.train).loss, evaluate_generation(model, tokenizer, conversations))
 
@@ -176,6 +177,7 @@ def _show(before: _Score, after: _Score) -> None:
 def _answer(model: Path) -> None:
     """Print the merged model's answer to a new question, under the system message of the rows."""
     from lit_lora.data import DataConfig
+    from lit_lora.data.findings import Findings
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
     from lit_lora.files import cache_folder
@@ -184,7 +186,7 @@ def _answer(model: Path) -> None:
     from lit_lora.tokenizer import encode_prompt
 
     opened = open_model(model)
-    first, _ = next(read_samples(DataConfig(path=_HELD_OUT), locate(_HELD_OUT, cache_folder()).train))
+    first, _ = next(read_samples(DataConfig(path=_HELD_OUT), locate(_HELD_OUT, cache_folder()).train, Findings()))
     assert not isinstance(first, str)
     messages = [message for message in first.messages if message["role"] == "system"]
     prompt = encode_prompt(opened.tokenizer, [*messages, {"role": "user", "content": _QUESTION}])

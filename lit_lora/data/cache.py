@@ -19,16 +19,18 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from lit_lora import log
+from lit_lora.data.findings import Findings
 from lit_lora.data.rows import EncodedRow, TokenTable, record_batch
 from lit_lora.errors import InputError
 from lit_lora.files import disk_errors, read_json, sha256_file, write_text
 
 __all__ = ["CODE_VERSION", "cache_key", "cached_table"]
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Increased whenever the same file and settings give different tokens, or the layout of the cache changes."""
 
 _SAMPLES_PER_FILE = 16_384
+_FINDINGS = b"findings"  # key in a file's schema
 
 T = TypeVar("T")
 
@@ -43,17 +45,17 @@ def cache_key(files: Sequence[Path], settings: dict[str, Any]) -> str:
 def cached_table(
     folder: Path,
     samples: Callable[[], Iterator[T]],
-    encode: Callable[[Sequence[T]], Iterable[EncodedRow]],
-    info: dict[str, Any],
+    encode: Callable[[Sequence[T], Findings], Iterable[EncodedRow]],
+    findings: Findings,
 ) -> tuple[TokenTable, bool]:
     """The table in ``folder``, tokenized first if the entry is incomplete; and whether it came from the cache.
 
     Args:
         folder: The cache entry. A damaged one is rebuilt.
         samples: Returns an iterator over the samples; called only if the entry is incomplete.
-        encode: Turns samples into rows.
-        info: What to store in ``complete.json``. ``samples`` may fill it while it is read; on a cache hit it is
-            filled from the file.
+        encode: Turns samples into rows, and collects what it notices.
+        findings: What ``samples`` notices while it is read. What ``encode`` notices is added; on a cache hit, all is
+            added from the entry.
 
     Raises:
         DiskError: The disk is full or read-only; complete files stay.
@@ -61,22 +63,28 @@ def cached_table(
     marker = folder / "complete.json"
     if marker.is_file():
         try:
-            info.update(read_json(marker))
-            return _open(folder, info["files"]), True
+            entry = read_json(marker)
+            table = _open(folder, entry["files"])
+            findings.add(entry["findings"])
+            return table, True
         except (InputError, pa.ArrowException, OSError, ValueError, KeyError):
             log.warn(f"{folder}: the cache entry is damaged; rebuilding it")
             shutil.rmtree(folder)
 
-    info["files"] = _write_files(folder, samples(), encode)
-    write_text(marker, json.dumps(info))
-    return _open(folder, info["files"]), False
+    files = _write_files(folder, samples(), encode)
+    for number in range(files):
+        findings.add(_encode_findings(folder / _name(number)))
+    write_text(marker, json.dumps({"files": files, "findings": findings.as_dict()}))
+    return _open(folder, files), False
 
 
 def _open(folder: Path, file_count: int) -> TokenTable:
     return TokenTable.open(folder / _name(number) for number in range(file_count))
 
 
-def _write_files(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T]], Iterable[EncodedRow]]) -> int:
+def _write_files(
+    folder: Path, samples: Iterator[T], encode: Callable[[Sequence[T], Findings], Iterable[EncodedRow]]
+) -> int:
     """Tokenize all samples into files and return how many files there are; existing ones are not written again."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +94,20 @@ def _write_files(folder: Path, samples: Iterator[T], encode: Callable[[Sequence[
         file = folder / _name(count)
         count += 1
         if not file.is_file():  # a killed run may have written it
-            batch = record_batch(list(encode(chunk)))
+            findings = Findings()
+            batch = record_batch(list(encode(chunk, findings)))
+            # Kept in the file itself, so that a run that continues after a kill counts what the killed one noticed.
+            batch = batch.replace_schema_metadata({_FINDINGS: json.dumps(findings.as_dict())})
             with disk_errors(folder):
                 _write_file(file, batch)
     return count
+
+
+def _encode_findings(file: Path) -> dict[str, Any]:
+    """What was noticed while the rows of a file were encoded."""
+    with pa.memory_map(str(file)) as source:
+        findings: dict[str, Any] = json.loads(pa.ipc.open_file(source).schema.metadata[_FINDINGS])
+    return findings
 
 
 def _write_file(file: Path, batch: pa.RecordBatch) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from lit_lora.config import did_you_mean
 from lit_lora.data.config import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.sample import Conversation, Format, Sample, as_text
 from lit_lora.errors import InputError, UsageError
 
-__all__ = ["RowReader", "cell", "choose_format", "columns_in", "columns_read", "guess_columns", "replace_values"]
+__all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "guess_columns", "replace_values"]
 
 _PLACEHOLDER = re.compile(r"\{([^{}\"':,\n]+)\}")
 """A column name in a template: ``{name}``. Braces around anything else, such as JSON, are plain text."""
@@ -52,42 +53,78 @@ _GUESSES = {
 _METADATA = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
 
 
-@dataclass(frozen=True)
 class RowReader:
-    """Reads the rows of one dataset, in the format chosen from its first row."""
+    """Reads the rows of one dataset, which may be of different formats: each row is read by its own columns.
+
+    Args:
+        config: Names the format and the mapping, or leaves them to be detected.
+        findings: Collects the rows that cannot be read, and what else is noticed.
+    """
+
+    def __init__(self, config: DataConfig, findings: Findings) -> None:
+        self._config = config
+        self._findings = findings
+        self._layouts: dict[tuple[Any, ...], _Layout] = {}
+        """The layout by the names and types of a row's columns."""
+
+    def sample(self, row: Mapping[str, Any], where: str) -> Sample | None:
+        """The row as a conversation or a text; ``None`` if it is bad.
+
+        Args:
+            row: The file's columns.
+            where: ``file:line``.
+
+        Raises:
+            UsageError: The mapping names a column that no format has.
+        """
+        findings = self._findings
+
+        def notice(message: str) -> None:
+            findings.warn(message, where)
+
+        try:
+            layout = self._layout(row)
+            values = layout.format_row(replace_values(row, self._config.values, "values"))
+            sample = layout.format.read(values, notice)
+        except InputError as error:
+            findings.bad_row(where, str(error), error.hint)
+            return None
+        except (ValueError, KeyError) as error:
+            findings.bad_row(where, str(error.args[0]) if error.args else str(error))
+            return None
+
+        findings.formats[layout.name] = findings.formats.get(layout.name, 0) + 1
+        for column in layout.unused:
+            findings.unused_columns[column] = findings.unused_columns.get(column, 0) + 1
+        system = self._config.system
+        if not system or not isinstance(sample, Conversation) or sample.messages[0]["role"] == "system":
+            return sample
+        return replace(
+            sample,
+            messages=[{"role": "system", "content": system}, *sample.messages],
+            context_only=frozenset(index + 1 for index in sample.context_only),
+        )
+
+    def _layout(self, row: Mapping[str, Any]) -> _Layout:
+        key = tuple((name, type(value)) for name, value in row.items())
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = choose_layout(self._config, row)
+        return layout
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The format of rows with the same columns, and which column is which."""
 
     name: str
     format: Format
     columns: Mapping[str, str]
     """The format's column -> the file's column, or a template with the file's columns in braces."""
-    values: Mapping[str, Mapping[str, str]]
-    """The file's column -> its values -> the words that replace them."""
-    system: str | None
-    """System message for conversations without one."""
     unused: tuple[str, ...]
-    """Columns of the first row that the format does not read."""
+    """The file's columns that are not read."""
 
-    def sample(self, row: Mapping[str, Any], where: str) -> Sample:
-        """The row as a conversation or a text.
-
-        Args:
-            row: The file's columns.
-            where: ``file:line`` for the error.
-
-        Raises:
-            InputError: A column is missing, or its value has the wrong type.
-        """
-        try:
-            sample = self.format.read(self._format_row(replace_values(row, self.values, "values")))
-        except (ValueError, KeyError) as error:
-            message = str(error.args[0]) if error.args else str(error)
-            raise InputError(f"{where}: {message}") from error
-
-        if not self.system or not isinstance(sample, Conversation) or sample.messages[0]["role"] == "system":
-            return sample
-        return replace(sample, messages=[{"role": "system", "content": self.system}, *sample.messages])
-
-    def _format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row under the format's column names."""
         renamed = {column: cell(row, source) for column, source in self.columns.items()}
         for column in self.format.optional:
@@ -96,22 +133,21 @@ class RowReader:
         return renamed
 
 
-def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> RowReader:
-    """The reader for a dataset whose first row is ``row``.
+def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
+    """The format and the columns of rows such as ``row``.
 
     Args:
         config: Names the format and the mapping, or leaves them to be detected.
-        row: The first row; its columns decide.
-        where: ``file:line`` of the row, for the error.
+        row: Its columns decide, and the types of their values.
 
     Raises:
         UsageError: The mapping names a column that no format has.
         InputError: The row fits no format, or lacks a column that the mapping names.
     """
-    _check_mapping(config, row, where)
+    _check_mapping(config, row)
     if config.format == "auto" and not config.columns and {"chosen", "rejected"} <= row.keys():
         raise InputError(
-            f"{where}: preference rows (chosen, rejected), expected one answer per row",
+            "preference rows (chosen, rejected), expected one answer per row",
             hint="to train on the chosen answers, map them: columns: {prompt: YOUR_COLUMN, completion: chosen}",
         )
     names = list(FORMATS) if config.format == "auto" else [config.format]
@@ -123,11 +159,11 @@ def choose_format(config: DataConfig, row: Mapping[str, Any], where: str) -> Row
         if config.format == "auto" and not _plausible(format_, columns, config, row):
             continue
         unused = row.keys() - columns_read(columns) - set(format_.optional)
-        return RowReader(name, format_, columns, config.values, config.system, tuple(sorted(unused)))
-    raise _no_format(config, row, where)
+        return _Layout(name, format_, columns, tuple(sorted(unused)))
+    raise _no_format(config, row)
 
 
-def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> None:
+def _check_mapping(config: DataConfig, row: Mapping[str, Any]) -> None:
     """Check ``columns`` and ``values`` of the config against the formats and the row.
 
     Raises:
@@ -148,12 +184,12 @@ def _check_mapping(config: DataConfig, row: Mapping[str, Any], where: str) -> No
         for name in columns_in(source):
             if name not in row:
                 raise InputError(
-                    f"{where}: no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
+                    f"no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
                     hint=f"--columns {column}=YOUR_COLUMN, or columns: {{{column}: YOUR_COLUMN}} in the config",
                 )
     for column in config.values:
         if column not in row:
-            raise InputError(f"{where}: no column {column!r} for values{did_you_mean(column, row)}")
+            raise InputError(f"no column {column!r} for values{did_you_mean(column, row)}")
 
 
 def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str] | None:
@@ -220,20 +256,20 @@ def _guess(config: DataConfig, row: Mapping[str, Any], name: str) -> dict[str, s
     return mapping
 
 
-def _no_format(config: DataConfig, row: Mapping[str, Any], where: str) -> InputError:
+def _no_format(config: DataConfig, row: Mapping[str, Any]) -> InputError:
     """The error for a row that fits no format, with the mapping to write."""
     name = _nearest(row) if config.format == "auto" else config.format
     format_ = load_format(name)
     if format_.nested and (column := format_.required[0]) in row:
         value = json.dumps(row[column], ensure_ascii=False, default=str)[:60]
-        return InputError(f"{where}: {column}: expected a list of {{role, content}}, got {value}")
+        return InputError(f"{column}: expected a list of {{role, content}}, got {value}")
 
     columns = ", ".join(row) or "none"
     needed = ", ".join(format_.required)
     if config.format == "auto":
-        message = f"{where}: the columns ({columns}) fit no format; the nearest, {name}, needs {needed}"
+        message = f"the columns ({columns}) fit no format; the nearest, {name}, needs {needed}"
     else:
-        message = f"{where}: the columns ({columns}) do not fit format {name}, which needs {needed}"
+        message = f"the columns ({columns}) do not fit format {name}, which needs {needed}"
 
     mapping = {column: source or "YOUR_COLUMN" for column, source in _guess(config, row, name).items()}
     in_config = ", ".join(f"{column}: {source}" for column, source in mapping.items())

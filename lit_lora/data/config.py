@@ -38,6 +38,9 @@ class RowsConfig(Settings):
     limit: int | None = Field(
         None, ge=1, description="Number of rows to read from the start of the training files; all if omitted."
     )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="What to do with rows that cannot be read: stop and name them all, or leave them out."
+    )
 
     @field_validator("validation", mode="before")
     @classmethod

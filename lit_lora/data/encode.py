@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lit_lora.data.config import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.rows import EncodedRow, Status
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
@@ -22,14 +23,17 @@ Place = tuple[str, int]
 
 
 def encode_samples(
-    tokenizer: Tokenizer, samples: Sequence[Sample], places: Sequence[Place], config: DataConfig
+    tokenizer: Tokenizer, samples: Sequence[Sample], places: Sequence[Place], config: DataConfig, findings: Findings
 ) -> Iterator[EncodedRow]:
     """Encode samples as ``config`` says: a conversation gives one row, a plain text as many as its length needs.
+
+    What is noticed in them, such as tools that the template does not write, is counted in ``findings``.
 
     Raises:
         InputError: The chat template refuses a conversation, or a row is too long and ``too_long`` is ``error``.
     """
     learn_all = config.learn == "all"
+    writes_tools = "tools" in tokenizer.template_for([{}]).text
     for start in range(0, len(samples), _CHUNK):
         end = start + _CHUNK
         chunk = list(zip(samples[start:end], places[start:end], strict=True))
@@ -37,6 +41,8 @@ def encode_samples(
         # Conversations are encoded together; below, each takes its own result from the iterator.
         chats = []
         for sample, place in chunk:
+            if isinstance(sample, Conversation) and sample.tools and not writes_tools:
+                findings.warn("with tools, for which the model's chat template has no place", f"{place[0]}:{place[1]}")
             if isinstance(sample, Conversation) and (sample.has_answer or learn_all):
                 chats.append(_render(tokenizer, sample, place))
         encoded_chats = iter(encode_rendered(tokenizer, chats))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_lora.data.config import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.prepare import Prepared, read_samples
 from lit_lora.data.rows import Rows
 from lit_lora.data.sample import Conversation, Sample
@@ -42,7 +43,7 @@ def _write(path: Path, config: DataConfig, files: Sequence[Path], rows: Rows) ->
     # Rows hold tokens only, so the files are read again for the text.
     sources = {rows.table.source(int(index)) for index in rows.index}
     with path.open("w", encoding="utf-8") as out:
-        for sample, (file, line) in read_samples(config, files):
+        for sample, (file, line) in read_samples(config, files, Findings(config.bad_rows)):
             if f"{file}:{line}" in sources:
                 out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lit_lora.config import did_you_mean
 from lit_lora.data.columns import cell, columns_in, columns_read, replace_values
 from lit_lora.data.config import LabeledConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.data.rows import Integers
 from lit_lora.data.sample import as_text
@@ -63,13 +64,16 @@ def read_examples(
     columns: dict[str, str] | None = None
     mapping = ""
     examples: list[Example] = []
-    for place, row in _rows_with_place(files):
+    findings = Findings(config.bad_rows)
+    for place, row in _rows_with_place(files, findings):
         if len(examples) == limit:
             break
         if columns is None:
             columns = _choose(config, row, place, labeled=labeled)
             mapping = _describe(columns, row)
         examples.append(_example(config, columns, row, place))
+    findings.check()
+    findings.log_warnings()
     if not examples:
         raise InputError(f"{', '.join(map(str, files))}: no rows in it", hint="expected one row per line or a list")
     return examples, mapping
@@ -83,10 +87,10 @@ def _describe(columns: Mapping[str, str], row: Mapping[str, Any]) -> str:
     return f"{mapping}; not used: {', '.join(unused)}" if unused else mapping
 
 
-def _rows_with_place(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_with_place(files: Sequence[Path], findings: Findings) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with their ``file:line``."""
     for file in files:
-        for line, row in read_rows(file):
+        for line, row in read_rows(file, findings):
             yield f"{file}:{line}", row
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lit_lora import log
 from lit_lora.data.cache import cache_key, cached_table
-from lit_lora.data.columns import RowReader, choose_format
+from lit_lora.data.columns import RowReader
 from lit_lora.data.config import DataConfig
 from lit_lora.data.encode import Place, encode_samples
+from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.data.report import FileReport, Report, report_files, report_share
 from lit_lora.data.rows import EncodedRow, Integers, Rows, TokenTable
@@ -99,31 +98,28 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
     return Prepared(rows, validation, report, source.train, validation_files)
 
 
-def read_samples(
-    config: DataConfig, files: Sequence[Path], info: dict[str, Any] | None = None
-) -> Iterator[PlacedSample]:
+def read_samples(config: DataConfig, files: Sequence[Path], findings: Findings) -> Iterator[PlacedSample]:
     """The samples of some files with their file and line, read lazily.
 
     Args:
-        config: Names the format and the mapping, or leaves them to be detected from the first row.
+        config: Names the format and the mapping, or leaves them to be detected from each row.
         files: Data files.
-        info: Filled from the first row: the format's name, the unused columns, and whether the rows have tools.
+        findings: Collects what is noticed in the rows. After a bad row, no sample is yielded any more unless bad
+            rows are skipped, but reading goes on, to name all of them.
 
     Raises:
-        InputError: A file or row cannot be read, or there is no row.
+        InputError: A file cannot be read, a row is bad, or there is no row.
     """
-    reader: RowReader | None = None
+    reader = RowReader(config, findings)
+    count = 0
     for file in files:
-        for line, row in read_rows(file):
-            where = f"{file}:{line}"
-            if reader is None:
-                reader = choose_format(config, row, where)
-                if info is not None:
-                    info["format"] = reader.name
-                    info["unused"] = list(reader.unused)
-                    info["tools"] = reader.format.nested and "tools" in row
-            yield reader.sample(row, where), (file.name, line)
-    if reader is None:
+        for line, row in read_rows(file, findings):
+            count += 1
+            sample = reader.sample(row, f"{file}:{line}")
+            if sample is not None and not findings.failed:
+                yield sample, (file.name, line)
+    findings.check()
+    if count == 0:
         raise InputError(f"{', '.join(map(str, files))}: no rows in it", hint="expected one row per line or a list")
 
 
@@ -133,24 +129,24 @@ def _load(
     """The rows of some files, tokenized or from the cache, and the report on them."""
     # Everything that decides which tokens come out: a setting that is missing here would give stale rows.
     settings = config.model_dump(
-        include={"format", "columns", "values", "system", "max_seq_length", "too_long", "learn"}
+        include={"format", "columns", "values", "system", "max_seq_length", "too_long", "learn", "bad_rows"}
     )
     settings |= {"limit": limit, "tokenizer": tokenizer.fingerprint}
     folder = cache / "rows" / cache_key(files, settings)
-    info: dict[str, Any] = {}
+    findings = Findings(config.bad_rows)
 
     def samples() -> Iterator[PlacedSample]:
-        all_samples = log.progress(read_samples(config, files, info), what="tokenizing", unit=" rows")
+        all_samples = log.progress(read_samples(config, files, findings), what="tokenizing", unit=" rows")
         return islice(all_samples, limit)
 
-    table, from_cache = cached_table(folder, samples, partial(_encode, tokenizer, config), info)
-    if info["tools"] and "tools" not in tokenizer.template_for([{}]).text:
-        log.warn("the rows have tools, but the model's chat template has no place for them; they are ignored")
-    return table, report_files(", ".join(map(str, files)), table, info, from_cache=from_cache)
+    def encode(samples: Sequence[PlacedSample], findings: Findings) -> Iterator[EncodedRow]:
+        yield from encode_samples(
+            tokenizer, [sample for sample, _ in samples], [place for _, place in samples], config, findings
+        )
 
-
-def _encode(tokenizer: Tokenizer, config: DataConfig, samples: Sequence[PlacedSample]) -> Iterator[EncodedRow]:
-    return encode_samples(tokenizer, [sample for sample, _ in samples], [place for _, place in samples], config)
+    table, from_cache = cached_table(folder, samples, encode, findings)
+    findings.log_warnings()
+    return table, report_files(", ".join(map(str, files)), table, findings, from_cache=from_cache)
 
 
 def _require_rows(table: TokenTable, report: FileReport, config: DataConfig) -> Rows:

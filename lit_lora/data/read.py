@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lit_lora import log
 from lit_lora.config import did_you_mean
-from lit_lora.data.report import name_rows
+from lit_lora.data.findings import Findings, name_rows
 from lit_lora.errors import InputError
 
 __all__ = ["READERS", "NumberedRow", "is_data_file", "read_rows"]
@@ -31,11 +31,15 @@ NumberedRow: TypeAlias = tuple[int, dict[str, Any]]
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def read_rows(path: Path) -> Iterator[NumberedRow]:
+def read_rows(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     """The rows of one file with their line or row numbers, lazily.
 
+    Args:
+        path: The file.
+        findings: Rows that cannot be read are added to its bad rows; reading goes on with the next.
+
     Raises:
-        InputError: The file is missing, damaged or of an unknown kind, or a row cannot be read.
+        InputError: The file is missing, damaged or of an unknown kind.
     """
     kind = _kind(path)
     if kind not in READERS:
@@ -44,7 +48,7 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
             hint=f"known: {', '.join(READERS)}, each also with .gz",
         )
     try:
-        yield from READERS[kind](path)
+        yield from READERS[kind](path, findings)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason})", hint="save it as UTF-8") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -129,7 +133,7 @@ class _Decoder:
             log.warn(f"{name_rows(self._places)}: repeated key ({keys}); the last value is used")
 
 
-def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
+def _read_jsonl(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     decoder = _Decoder()
     try:
         for number, line in _lines(path):
@@ -148,7 +152,7 @@ def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
         decoder.warn()
 
 
-def _read_json(path: Path) -> Iterator[NumberedRow]:
+def _read_json(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     """A list of objects, an object that contains one such list, or JSON Lines named ``.json``."""
     text = _text(path)
     decoder = _Decoder()
@@ -156,7 +160,7 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
         data = decoder.decode(text)
     except (ValueError, RecursionError) as error:
         if _looks_like_jsonl(text):
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(path, findings)
             return
         line = getattr(error, "lineno", 1)
         raise InputError(f"{path}:{line}: not valid JSON: {_json_problem(error, text)}") from error
@@ -204,7 +208,7 @@ def _object_ids(value: Any) -> Iterator[int]:
             yield from _object_ids(part)
 
 
-def _read_csv(path: Path) -> Iterator[NumberedRow]:
+def _read_csv(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     csv.field_size_limit(1 << 30)  # the default of 128 KiB is less than a long document
     text = _text(path)
     header = text.lstrip().partition("\n")[0]
@@ -242,7 +246,7 @@ def _require_distinct(columns: list[str], where: str) -> None:
         raise InputError(f"{where}: the header names {', '.join(sorted(repeated))!r} more than once")
 
 
-def _read_parquet(path: Path) -> Iterator[NumberedRow]:
+def _read_parquet(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     number = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
@@ -251,7 +255,7 @@ def _read_parquet(path: Path) -> Iterator[NumberedRow]:
                 yield number, row
 
 
-def _read_text(path: Path) -> Iterator[NumberedRow]:
+def _read_text(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     """A text file is one document."""
     yield 1, {"text": _text(path).replace("\r\n", "\n")}
 
@@ -270,7 +274,7 @@ def _json_problem(error: Exception, text: str) -> str:
     return f"{problem}; the line looks truncated" if truncated else problem
 
 
-READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
+READERS: dict[str, Callable[[Path, Findings], Iterator[NumberedRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from lit_lora import log
+from lit_lora.data.findings import Findings, name_rows
 from lit_lora.data.rows import Row, Rows, Status, TokenTable
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["FileReport", "Report", "Share", "name_rows", "report_files", "report_share", "show_rows"]
+__all__ = ["FileReport", "Report", "Share", "report_files", "report_share", "show_rows"]
 
 _BAR_WIDTH = 40
-_SHOWN_ROWS = 8
 _SMALLEST_EDGE = 32
 
 
@@ -29,7 +29,11 @@ class FileReport:
     name: str
     """The files' paths, in one line."""
     format: str
-    unused_columns: list[str]
+    """The format of the rows; those of several, the most frequent first."""
+    unused_columns: dict[str, int]
+    """Columns that nothing reads, and how many rows have each."""
+    notes: list[str]
+    """What else was noticed, a line per finding."""
     rows: int
     """Number of rows read; for plain text, the number of pieces."""
     truncated: list[str]
@@ -88,8 +92,8 @@ class Report:
         return [*lines, "", *_histogram(self.train.lengths)]
 
 
-def report_files(name: str, table: TokenTable, info: dict[str, Any], *, from_cache: bool) -> FileReport:
-    """The report on one table; ``info`` holds the format and the unused columns."""
+def report_files(name: str, table: TokenTable, findings: Findings, *, from_cache: bool) -> FileReport:
+    """The report on one table, and on what was noticed in its rows."""
 
     def sources(status: Status) -> list[str]:
         return [table.source(int(i)) for i in np.flatnonzero(table.status == status)]
@@ -97,8 +101,9 @@ def report_files(name: str, table: TokenTable, info: dict[str, Any], *, from_cac
     hashes = table.kept().hashes
     return FileReport(
         name=name,
-        format=info["format"],
-        unused_columns=info["unused"],
+        format=", ".join(sorted(findings.formats, key=lambda name: -findings.formats[name])),
+        unused_columns=findings.unused_columns,
+        notes=[str(finding) for finding in findings.of_level("note")],
         rows=len(table),
         truncated=sources(Status.TRUNCATED),
         too_long=sources(Status.TOO_LONG),
@@ -159,21 +164,12 @@ def _file_lines(file: FileReport) -> list[str]:
     if file.duplicates:
         lines.append(f"  {file.duplicates:,} identical to an earlier row")
     if file.unused_columns:
-        lines.append(f"  columns not used: {', '.join(file.unused_columns)}")
+        names = []
+        for name, row_count in file.unused_columns.items():
+            names.append(name if row_count >= file.rows else f"{name} ({row_count:,} rows)")
+        lines.append(f"  columns not used: {', '.join(names)}")
+    lines += [f"  {note}" for note in file.notes]
     return lines
-
-
-def name_rows(rows: Sequence[str]) -> str:
-    """The ``file:line`` of rows in short, each file named once: ``a.jsonl:3, 8, 9 and 4 more``."""
-    lines_by_file: dict[str, list[str]] = {}
-    for row in rows[:_SHOWN_ROWS]:
-        file, _, line = row.rpartition(":")
-        lines_by_file.setdefault(file, []).append(line)
-
-    shown = ", ".join(f"{file}:{', '.join(lines)}" for file, lines in lines_by_file.items())
-    if len(rows) > _SHOWN_ROWS:
-        shown += f" and {len(rows) - _SHOWN_ROWS:,} more"
-    return shown
 
 
 def _share_line(name: str, share: Share) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from lit_lora.data.findings import Notice
 from lit_lora.tokenizer import Message
 
 __all__ = ["Conversation", "Format", "Sample", "as_text", "exchange"]
@@ -19,6 +20,8 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    context_only: frozenset[int] = frozenset()
+    """Indices of assistant messages that the user does not want learned."""
 
     @property
     def has_answer(self) -> bool:
@@ -38,12 +41,13 @@ Sample: TypeAlias = Conversation | str
 class Format:
     """A dataset format: its columns, and how a row becomes a sample.
 
-    ``read`` takes a row under the format's own column names and raises ``ValueError`` for a value of the wrong type;
-    the caller adds file and line to the message.
+    ``read`` takes a row under the format's own column names, and a function that counts a warning about it, such as
+    ``has an empty answer, which is not learned``. It raises ``ValueError`` for a value of the wrong type; the caller
+    adds file and line to the message.
     """
 
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Sample]
+    read: Callable[[Mapping[str, Any], Notice], Sample]
     optional: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> other names under which it is recognized, the likeliest first."""

@@ -7,12 +7,13 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lit_lora.config import did_you_mean
 from lit_lora.data import Rows
+from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.data.sample import Conversation, as_text
 from lit_lora.errors import InputError, UsageError
@@ -129,7 +130,11 @@ def has_options(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
 
 
 def read_option_rows(
-    files: Sequence[Path], columns: Mapping[str, str] | None = None, *, limit: int | None = None
+    files: Sequence[Path],
+    columns: Mapping[str, str] | None = None,
+    *,
+    limit: int | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
 ) -> list[OptionRow]:
     """Read multiple-choice rows: ``prompt``, ``options`` and ``answer`` (index, letter, or the option itself).
 
@@ -138,6 +143,7 @@ def read_option_rows(
         columns: Our column -> the file's. For the prompt also a text with columns in braces, for the options also
             several columns joined by commas. Common names are recognized without a mapping.
         limit: Maximum number of rows, counted from the first.
+        bad_rows: Whether rows that cannot be read are an error, or left out with a warning.
 
     Raises:
         UsageError: The mapping has an unknown key.
@@ -150,12 +156,18 @@ def read_option_rows(
                 f"columns: {name!r} is not a column of multiple choice{did_you_mean(name, _ALIASES)}",
                 hint=f"expected {', '.join(_ALIASES)}",
             )
+    findings = Findings(bad_rows)
     rows: list[OptionRow] = []
     for file in files:
-        for line, row in read_rows(file):
+        for line, row in read_rows(file, findings):
             if limit is not None and len(rows) == limit:
-                return rows
-            rows.append(_read_row(row, columns, f"{file}:{line}"))
+                break
+            try:
+                rows.append(_read_row(row, columns, f"{file}:{line}"))
+            except InputError as error:
+                findings.bad_row(f"{file}:{line}", str(error), error.hint)
+    findings.check()
+    findings.log_warnings()
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lit_lora import log
 from lit_lora.config import read_yaml, validate
 from lit_lora.data import DataConfig, cache_folder
+from lit_lora.data.findings import Findings
 from lit_lora.data.prepare import read_samples
 from lit_lora.data.read import read_rows
 from lit_lora.data.source import locate
@@ -71,18 +72,22 @@ def read_dataset(config: DataConfig, tasks: Sequence[str] = (), limit: int | Non
     """
     source = locate(config.path, cache_folder())
     files = list(source.validation or source.train)
-    _, first_row = next(chain.from_iterable(map(read_rows, files)), (0, None))
+    findings = Findings(config.bad_rows)
+    _, first_row = next(chain.from_iterable(read_rows(file, findings) for file in files), (0, None))
+    findings.check()
     if first_row is None:
         raise InputError(f"{config.path}: no rows in it", hint="expected one row per line or a list")
     if list(tasks) == ["options"] or (not tasks and config.format == "auto" and has_options(first_row, config.columns)):
-        return Dataset(options=read_option_rows(files, config.columns, limit=limit))
+        return Dataset(options=read_option_rows(files, config.columns, limit=limit, bad_rows=config.bad_rows))
 
     dataset = Dataset()
-    for sample, _ in islice(read_samples(config, files), limit):
+    findings = Findings(config.bad_rows)
+    for sample, _ in islice(read_samples(config, files, findings), limit):
         if isinstance(sample, str):
             dataset.texts.append(sample)
         else:
             dataset.conversations.append(sample)
+    findings.log_warnings()
     return dataset
 
 

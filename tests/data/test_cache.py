@@ -13,6 +13,7 @@ import pytest
 import lit_lora.data.cache
 from lit_lora.data import DataConfig, Rows, prepare
 from lit_lora.data.cache import cached_table
+from lit_lora.data.findings import Findings
 from lit_lora.data.rows import EncodedRow, Status
 from lit_lora.errors import DiskError
 from lit_lora.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def test_pain_31_content_tokenizer_template_and_code_version_are_in_the_key(
     assert not run(path).report.files[0].from_cache
 
 
-def _encode(samples: Sequence[int]) -> list[EncodedRow]:
+def _encode(samples: Sequence[int], findings: Findings) -> list[EncodedRow]:
     return [EncodedRow([n, n + 1], [True, True], Status.KEPT, 2, "f", n) for n in samples]
 
 
@@ -95,21 +96,21 @@ def test_pain_30_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, monke
     monkeypatch.setattr(lit_lora.data.cache, "_SAMPLES_PER_FILE", 10)
     encoded: list[int] = []
 
-    def encode(samples: Sequence[int]) -> list[EncodedRow]:
+    def encode(samples: Sequence[int], findings: Findings) -> list[EncodedRow]:
         if samples[0] == 20 and len(encoded) == 20:
             raise KeyboardInterrupt
         encoded.extend(samples)
-        return _encode(samples)
+        return _encode(samples, findings)
 
     with pytest.raises(KeyboardInterrupt):
-        cached_table(tmp_path / "entry", lambda: iter(range(35)), encode, {})
+        cached_table(tmp_path / "entry", lambda: iter(range(35)), encode, Findings())
     assert not list((tmp_path / "entry").glob("*.tmp"))
     encoded.append(-1)
-    table, hit = cached_table(tmp_path / "entry", lambda: iter(range(35)), encode, {})
+    table, hit = cached_table(tmp_path / "entry", lambda: iter(range(35)), encode, Findings())
     assert not hit
     assert encoded == [*range(20), -1, *range(20, 35)]
     assert [table.row(n).input_ids.tolist() for n in range(35)] == [[n, n + 1] for n in range(35)]
-    assert cached_table(tmp_path / "entry", lambda: iter(()), encode, {})[1]
+    assert cached_table(tmp_path / "entry", lambda: iter(()), encode, Findings())[1]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "bad_json"])
@@ -139,7 +140,7 @@ def test_a_cache_that_cannot_be_written_is_a_disk_error(write_rows: WriteRows, t
 
 def test_rows_of_many_files_are_read_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_lora.data.cache, "_SAMPLES_PER_FILE", 3)
-    table, _ = cached_table(tmp_path / "entry", lambda: iter(range(11)), _encode, {})
+    table, _ = cached_table(tmp_path / "entry", lambda: iter(range(11)), _encode, Findings())
     rows = table.kept().subset(np.array([10, 0, 3, 2]))
     assert [row.input_ids.tolist() for row in rows] == [[10, 11], [0, 1], [3, 4], [2, 3]]
     assert [row.source for row in rows] == ["f:10", "f:0", "f:3", "f:2"]
@@ -148,4 +149,5 @@ def test_rows_of_many_files_are_read_in_their_place(tmp_path: Path, monkeypatch:
 def test_complete_json_is_readable(run: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     run(write_rows([{**question(1), "id": 7}]))
     (done,) = (tmp_path / "cache").rglob("complete.json")
-    assert json.loads(done.read_text()) == {"format": "prompt_completion", "unused": ["id"], "tools": False, "files": 1}
+    findings = {"formats": {"prompt_completion": 1}, "unused_columns": {"id": 1}, "findings": []}
+    assert json.loads(done.read_text()) == {"files": 1, "findings": findings}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lit_lora.data.config import DataConfig
 from lit_lora.data.encode import encode_samples
+from lit_lora.data.findings import Findings
 from lit_lora.data.rows import EncodedRow, Status
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
@@ -29,7 +30,7 @@ CHAT = Conversation(
 
 def _encode(tokenizer: Tokenizer, sample: Sample, **settings: Any) -> list[EncodedRow]:
     config = DataConfig(path="x", **settings)
-    return list(encode_samples(tokenizer, [sample], [("rows.jsonl", 5)], config))
+    return list(encode_samples(tokenizer, [sample], [("rows.jsonl", 5)], config, Findings()))
 
 
 def _learned(tokenizer: Tokenizer, row: EncodedRow) -> list[str]:
@@ -68,11 +69,11 @@ def test_many_samples_at_once_are_encoded_as_one_by_one(tokenizer: Tokenizer) ->
         CHAT,
     ] * 300
     places = [("rows.jsonl", number) for number in range(len(samples))]
-    together = list(encode_samples(tokenizer, samples, places, DataConfig(path="x")))
+    together = list(encode_samples(tokenizer, samples, places, DataConfig(path="x"), Findings()))
     alone = [
         row
         for sample, place in zip(samples[:5], places[:5], strict=True)
-        for row in encode_samples(tokenizer, [sample], [place], DataConfig(path="x"))
+        for row in encode_samples(tokenizer, [sample], [place], DataConfig(path="x"), Findings())
     ]
     assert [row.line for row in together] == list(range(len(samples)))
     assert together[:5] == alone

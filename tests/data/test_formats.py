@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lit_lora.data.columns import choose_format
+from lit_lora.data.columns import RowReader
 from lit_lora.data.config import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError, UsageError
@@ -21,8 +22,11 @@ CHAT = [
 
 
 def _sample(row: dict[str, Any], **settings: Any) -> tuple[str, Sample]:
-    reader = choose_format(DataConfig(path="rows.jsonl", **settings), row, "rows.jsonl:1")
-    return reader.name, reader.sample(row, "rows.jsonl:1")
+    findings = Findings()
+    sample = RowReader(DataConfig(path="rows.jsonl", **settings), findings).sample(row, "rows.jsonl:1")
+    findings.check()
+    assert sample is not None
+    return findings.main_format, sample
 
 
 def _turns(sample: Sample) -> list[tuple[str, str | None]]:
@@ -203,9 +207,12 @@ def test_a_mapping_for_an_unknown_format_column_is_a_usage_error() -> None:
 
 
 def test_a_later_row_without_a_column_is_named() -> None:
-    reader = choose_format(DataConfig(path="r"), {"prompt": "a", "completion": "b"}, "r:1")
-    with pytest.raises(InputError, match=r"r:7: no column 'completion', found: prompt"):
-        reader.sample({"prompt": "a"}, "r:7")
+    findings = Findings()
+    reader = RowReader(DataConfig(path="r", format="prompt_completion"), findings)
+    assert reader.sample({"prompt": "a", "completion": "b"}, "r:1") is not None
+    assert reader.sample({"prompt": "a"}, "r:7") is None
+    with pytest.raises(InputError, match=r"r:7: the columns \(prompt\) do not fit format prompt_completion"):
+        findings.check()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.errors import InputError
 
@@ -18,7 +19,7 @@ ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ü 😀", "completion": 
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_rows(path)]
+    return [row for _, row in read_rows(path, Findings())]
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> str:
@@ -80,8 +81,8 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 def test_numbers_are_lines_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     (tmp_path / "rows.csv").write_text('a,b\n"x\ny",2\n\n3,4\n')
-    assert [number for number, _ in read_rows(tmp_path / "rows.jsonl")] == [1, 3]
-    assert [number for number, _ in read_rows(tmp_path / "rows.csv")] == [2, 5]
+    assert [number for number, _ in read_rows(tmp_path / "rows.jsonl", Findings())] == [1, 3]
+    assert [number for number, _ in read_rows(tmp_path / "rows.csv", Findings())] == [2, 5]
 
 
 def test_unicode_line_separators_inside_a_value_end_no_row(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_key_that_stands_twice_is_counted_and_named(
     warned = capsys.readouterr().err
     assert warned.count("warning") == 1
     assert ":2, 3, 4, 5, 6, 7, 8, 9 and 12 more: repeated key" in warned
-    rows = read_rows(path)
+    rows = read_rows(path, Findings())
     assert [next(rows)[0], next(rows)[0]] == [1, 2]
     rows.close()
     assert f"{path}:2: repeated key" in capsys.readouterr().err  # of what was read

@@ -10,6 +10,7 @@ import pytest
 
 from lit_lora.config import load_config
 from lit_lora.data import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS
 from lit_lora.data.prepare import read_samples
 from lit_lora.data.sample import Conversation
@@ -44,7 +45,7 @@ def test_an_example_of_a_data_section_reads_the_rows_above_it(
     Path("rows.jsonl").write_text("\n".join(rows))
     Path("data.yaml").write_text(text)
     config = load_config("data.yaml", DataConfig)
-    sample, _ = next(read_samples(config, [Path("rows.jsonl")]))
+    sample, _ = next(read_samples(config, [Path("rows.jsonl")], Findings()))
     assert isinstance(sample, Conversation)
     assert sample.messages[-1]["content"] == "positive"
     assert run(**{key: value for key, value in config.model_dump().items() if value is not None}).train

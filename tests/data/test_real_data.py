@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lit_lora.data import DataConfig, prepare
+from lit_lora.data.findings import Findings
 from lit_lora.data.prepare import read_samples
 from lit_lora.data.sample import Conversation
 from lit_lora.tokenizer import Tokenizer
@@ -48,17 +49,17 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
 def test_a_public_dataset_is_read(
     real_data: Path, name: str, count: int, format_: str, settings: dict[str, Any]
 ) -> None:
-    info: dict[str, Any] = {}
+    findings = Findings()
     config = DataConfig(path=name, **settings)
-    samples = [sample for sample, _ in read_samples(config, [real_data / name], info)]
-    assert (len(samples), info["format"]) == (count, format_)
+    samples = [sample for sample, _ in read_samples(config, [real_data / name], findings)]
+    assert (len(samples), findings.main_format) == (count, format_)
     chats = [sample for sample in samples if isinstance(sample, Conversation)]
     assert format_ == "text" or sum(chat.has_answer for chat in chats) > 0.3 * count
 
 
 def test_sentiment_rows_read_as_a_question_with_a_word_for_an_answer(real_data: Path) -> None:
     config = DataConfig(path="x", **SENTIMENT)
-    sample, place = next(read_samples(config, [real_data / "evals/sst2_validation.jsonl"]))
+    sample, place = next(read_samples(config, [real_data / "evals/sst2_validation.jsonl"], Findings()))
     assert isinstance(sample, Conversation)
     assert place == ("sst2_validation.jsonl", 1)
     assert [message["content"] for message in sample.messages] == [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_lora.data import DataConfig
+from lit_lora.data.findings import Findings
 from lit_lora.data.prepare import read_samples
 from lit_lora.data.source import locate
 from lit_lora.evaluate import evaluate_generation, evaluate_options
@@ -42,7 +43,7 @@ def test_multiple_choice_is_answered_about_as_well_as_published(
 
 def test_the_base_model_cannot_write_tickets(smollm2: OpenedModel, tmp_path: Path) -> None:
     config = DataConfig(path="tickets_heldout", limit=20)
-    samples = [sample for sample, _ in read_samples(config, locate(config.path, tmp_path).train)][:20]
+    samples = [sample for sample, _ in read_samples(config, locate(config.path, tmp_path).train, Findings())][:20]
     conversations = [sample for sample in samples if not isinstance(sample, str)]
     scores = evaluate_generation(smollm2.model, smollm2.tokenizer, conversations)
     assert scores.exact_match.value <= 0.05

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lit_lora.data.findings import Notice
 from lit_lora.data.sample import Format, Sample, as_text, exchange
 
 __all__ = ["ALPACA"]
 
 
-def _read(row: Mapping[str, Any]) -> Sample:
+def _read(row: Mapping[str, Any], notice: Notice) -> Sample:
     instruction = as_text(row["instruction"])
     extra = as_text(row.get("input"))
     prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction

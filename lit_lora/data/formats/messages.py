@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lit_lora.config import did_you_mean
+from lit_lora.data.findings import Notice
 from lit_lora.data.sample import Conversation, Format, Sample, as_text
 from lit_lora.tokenizer import Message
 
@@ -32,7 +33,7 @@ _ROLES = {
 _EXTRA_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
-def _read(row: Mapping[str, Any], column: str) -> Sample:
+def _read(row: Mapping[str, Any], notice: Notice, column: str) -> Sample:
     items = _list(row[column], column, "messages")
     if not items:
         raise ValueError(f"{column}: expected at least one message, got none")

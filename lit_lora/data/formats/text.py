@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lit_lora.data.findings import Notice
 from lit_lora.data.sample import Format, Sample, as_text
 
 __all__ = ["TEXT"]
 
 
-def _read(row: Mapping[str, Any]) -> Sample:
+def _read(row: Mapping[str, Any], notice: Notice) -> Sample:
     return as_text(row["text"])
 
 
