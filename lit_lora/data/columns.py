@@ -12,7 +12,9 @@ from lit_lora.config import did_you_mean
 from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
-from lit_lora.data.sample import Conversation, Format, Sample, as_text
+from lit_lora.data.formats.turns import UnknownRole
+from lit_lora.data.refused import check_preference, check_wanted, check_without_media
+from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
 from lit_lora.errors import InputError, UsageError
 
 __all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "guess_columns", "replace_values"]
@@ -84,10 +86,18 @@ class RowReader:
 
         try:
             layout = self._layout(row)
+            if not self._config.columns:  # a mapping is the user's own choice
+                check_without_media(row)
+            check_wanted(row, columns_read(layout.columns))
+            context = RowContext(notice, layout.columns, self._config.roles)
             values = layout.format_row(replace_values(row, self._config.values, "values"))
-            sample = layout.format.read(values, notice)
+            sample = layout.format.read(values, context)
         except InputError as error:
             findings.bad_row(where, str(error), error.hint)
+            return None
+        except UnknownRole as error:
+            role = json.dumps(error.name, ensure_ascii=False)
+            findings.bad_row(where, str(error), f"say what it is: columns: {{roles: {{{role}: assistant}}}}")
             return None
         except (ValueError, KeyError) as error:
             findings.bad_row(where, str(error.args[0]) if error.args else str(error))
@@ -97,7 +107,9 @@ class RowReader:
         for column in layout.unused:
             findings.unused_columns[column] = findings.unused_columns.get(column, 0) + 1
         system = self._config.system
-        if not system or not isinstance(sample, Conversation) or sample.messages[0]["role"] == "system":
+        if not system or not isinstance(sample, Conversation) or not sample.messages:
+            return sample
+        if sample.messages[0]["role"] == "system":
             return sample
         return replace(
             sample,
@@ -126,11 +138,7 @@ class _Layout:
 
     def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row under the format's column names."""
-        renamed = {column: cell(row, source) for column, source in self.columns.items()}
-        for column in self.format.optional:
-            if column in row and column not in renamed:
-                renamed[column] = row[column]
-        return renamed
+        return {column: cell(row, source) for column, source in self.columns.items()}
 
 
 def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
@@ -145,11 +153,8 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
         InputError: The row fits no format, or lacks a column that the mapping names.
     """
     _check_mapping(config, row)
-    if config.format == "auto" and not config.columns and {"chosen", "rejected"} <= row.keys():
-        raise InputError(
-            "preference rows (chosen, rejected), expected one answer per row",
-            hint="to train on the chosen answers, map them: columns: {prompt: YOUR_COLUMN, completion: chosen}",
-        )
+    if config.format == "auto" and not config.columns:
+        check_preference(row)
     names = list(FORMATS) if config.format == "auto" else [config.format]
     for name in names:
         format_ = load_format(name)
@@ -158,7 +163,7 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
             continue
         if config.format == "auto" and not _plausible(format_, columns, config, row):
             continue
-        unused = row.keys() - columns_read(columns) - set(format_.optional)
+        unused = row.keys() - columns_read(columns)
         return _Layout(name, format_, columns, tuple(sorted(unused)))
     raise _no_format(config, row)
 
@@ -197,11 +202,12 @@ def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]
     if mapping.keys() - {*format_.required, *format_.optional}:
         return None
     columns = dict(mapping)
-    for column in format_.required:
+    for column in (*format_.required, *format_.optional):
         source = columns.get(column) or _first_in(row, _names(format_, column))
-        if source is None:
+        if source is not None:
+            columns[column] = source
+        elif column in format_.required:
             return None
-        columns[column] = source
     return columns
 
 
@@ -211,8 +217,13 @@ def _names(format_: Format, column: str) -> tuple[str, ...]:
 
 
 def _first_in(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """The first of the names that is a column of the row."""
-    return next((name for name in names if name in row), None)
+    """The column of the row with the first of the names that it has, however it is capitalized and spaced."""
+    columns = {_folded(column): column for column in reversed(list(row))}
+    return next((columns[_folded(name)] for name in names if _folded(name) in columns), None)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]", "", str(name)).lower()
 
 
 def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, row: Mapping[str, Any]) -> bool:

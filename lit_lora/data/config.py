@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.data.formats import FORMATS
+from lit_lora.data.formats.turns import ROLES
 
 __all__ = ["DataConfig", "LabeledConfig", "RowsConfig"]
 
@@ -62,6 +63,11 @@ class DataConfig(RowsConfig):
         description="Format of the rows; auto detects it from the columns of the first row.",
         json_schema_extra={"enum": ["auto", *FORMATS]},
     )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="Map from your names of roles to user, assistant, system or tool: "
+        "{customer: user, agent: assistant}; also as columns: {roles: …}.",
+    )
     system: str | None = Field(
         None, description="System message for conversations that have none; plain text gets none."
     )
@@ -79,6 +85,23 @@ class DataConfig(RowsConfig):
     deduplicate: bool = Field(
         False, description="Keep only the first of identical rows. Duplicates are reported either way."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roles_may_stand_among_the_columns(cls, values: Any) -> Any:
+        columns = values.get("columns") if isinstance(values, dict) else None
+        if not isinstance(columns, dict) or not isinstance(columns.get("roles"), dict):
+            return values
+        others = {name: source for name, source in columns.items() if name != "roles"}
+        return {**values, "columns": others, "roles": {**columns["roles"], **values.get("roles", {})}}
+
+    @field_validator("roles")
+    @classmethod
+    def _roles_are_known(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, role in value.items():
+            if role.lower() not in ROLES:
+                raise ValueError(f"{name}: unknown role {role!r}{did_you_mean(role, ROLES)}, known: {', '.join(ROLES)}")
+        return value
 
     @field_validator("format")
     @classmethod

@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypeAlias
 
 from lit_lora.data.findings import Notice
 from lit_lora.tokenizer import Message
 
-__all__ = ["Conversation", "Format", "Sample", "as_text", "exchange"]
+__all__ = ["Conversation", "Format", "RowContext", "Sample", "as_json_value", "as_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,11 @@ class Conversation:
 
     @property
     def has_answer(self) -> bool:
-        """Whether any assistant message has text or calls a function."""
+        """Whether there is an assistant message to learn that has text or calls a function."""
         return any(
             (message.get("content") or "").strip() or message.get("tool_calls")
-            for message in self.messages
-            if message["role"] == "assistant"
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index not in self.context_only
         )
 
 
@@ -38,16 +39,27 @@ Sample: TypeAlias = Conversation | str
 
 
 @dataclass(frozen=True)
+class RowContext:
+    """What a format needs to know beside the values of a row."""
+
+    notice: Notice
+    """Counts a warning about the row, such as ``with an empty answer, which is not learned``."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The format's column -> what the file calls it."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """The file's own names of roles -> roles that are known."""
+
+
+@dataclass(frozen=True)
 class Format:
     """A dataset format: its columns, and how a row becomes a sample.
 
-    ``read`` takes a row under the format's own column names, and a function that counts a warning about it, such as
-    ``has an empty answer, which is not learned``. It raises ``ValueError`` for a value of the wrong type; the caller
-    adds file and line to the message.
+    ``read`` takes a row under the format's own column names. It raises ``ValueError`` for a value of the wrong type;
+    the caller adds file and line to the message.
     """
 
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], Notice], Sample]
+    read: Callable[[Mapping[str, Any], RowContext], Sample]
     optional: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Column -> other names under which it is recognized, the likeliest first."""
@@ -56,16 +68,17 @@ class Format:
 
 
 def as_text(value: Any) -> str:
-    """A cell as text: null is empty; a list, an object or a number is written as JSON.
+    """A cell as text, as a person would write it: null is empty, a list or an object is JSON.
 
-    NaN, which tables use for a missing value, is empty too.
+    NaN, which tables use for a missing value, is empty too. A float32 has its own digits, a decimal all of its places.
 
     Raises:
-        ValueError: The text contains half of a surrogate pair, which no tokenizer accepts.
+        ValueError: The text contains half of a surrogate pair, which no tokenizer accepts, or bytes are not UTF-8.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    value = as_json_value(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -73,12 +86,23 @@ def as_text(value: Any) -> str:
     return text
 
 
-def exchange(row: Mapping[str, Any], prompt: str, answer: str) -> Conversation:
-    """A prompt and its answer, after the row's ``system`` message if it has one."""
-    system = as_text(row.get("system"))
-    messages: list[Message] = []
-    if system:
-        messages.append({"role": "system", "content": system})
-    messages.append({"role": "user", "content": prompt})
-    messages.append({"role": "assistant", "content": answer})
-    return Conversation(messages)
+def as_json_value(value: Any) -> Any:
+    """A value with every part of it that JSON has no form for as text, as a person would write it.
+
+    Raises:
+        ValueError: Bytes are not UTF-8 text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_json_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json_value(part) for part in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("bytes that are not UTF-8 text, expected text") from None
+    if isinstance(value, datetime):
+        return value.isoformat(sep=" ").removesuffix(" 00:00:00")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)  # dates, times, decimals, durations, UUIDs

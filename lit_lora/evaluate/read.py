@@ -55,7 +55,9 @@ def rows_config(run_data: Mapping[str, Any], data: str | None, settings: Mapping
     if path is None:
         raise UsageError("no rows to evaluate on", hint="give held-out rows: --data heldout.jsonl")
     if not settings:
-        settings = {key: run_data[key] for key in ("format", "columns", "values", "system") if run_data.get(key)}
+        settings = {
+            key: run_data[key] for key in ("format", "columns", "roles", "values", "system") if run_data.get(key)
+        }
     return validate({**settings, "path": path}, DataConfig, name="evaluate")
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_lora.data.findings import Notice
-from lit_lora.data.sample import Format, Sample, as_text, exchange
+from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["ALPACA"]
 
 
-def _read(row: Mapping[str, Any], notice: Notice) -> Sample:
-    instruction = as_text(row["instruction"])
-    extra = as_text(row.get("input"))
-    prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return exchange(row, prompt, as_text(row["output"]))
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
+    return exchange(row, "instruction", "output", context, input_="input")
 
 
 # "text", the rendered prompt that Alpaca's file on the Hub repeats in each row, is not read.
 ALPACA = Format(
     required=("instruction", "output"),
-    optional=("input", "system", "text"),
-    aliases={"output": ("response", "answer", "completion")},
+    optional=("input", "system", "history", "text"),
+    aliases={"output": ("response", "answer", "completion"), "system": ("system_prompt",)},
     read=_read,
 )

@@ -1,98 +1,183 @@
-"""Conversations: OpenAI's ``messages`` (role, content) and ShareGPT's ``conversations`` (from, value)."""
+"""Conversations: OpenAI's ``messages`` (role, content), ShareGPT's ``conversations`` (from, value) and their kin."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import ast
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lit_lora.config import did_you_mean
-from lit_lora.data.findings import Notice
-from lit_lora.data.sample import Conversation, Format, Sample, as_text
-from lit_lora.tokenizer import Message
+from lit_lora.data.formats.turns import Turn, parse_json, read_turn, shown, tool_list
+from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
 
-__all__ = ["MESSAGES", "SHAREGPT"]
+__all__ = ["MESSAGES", "SHAREGPT", "conversation", "is_message_list", "read_history", "read_turns"]
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-# Fields that are passed to the chat template as they are.
-_EXTRA_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+# The keys of a question and its answer where a list has one object per exchange.
+_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("query", "response"),
+    ("prompt", "response"),
+)
+
+_DIALOG_TURN = re.compile(r"\n\n(Human|Assistant):")
+"""What begins a turn where a conversation is written as one text, as in HH-RLHF."""
 
 
-def _read(row: Mapping[str, Any], notice: Notice, column: str) -> Sample:
-    items = _list(row[column], column, "messages")
-    if not items:
-        raise ValueError(f"{column}: expected at least one message, got none")
-    messages = [_message(item, f"{column}[{index}]") for index, item in enumerate(items)]
+def _read(row: Mapping[str, Any], context: RowContext, column: str) -> Sample:
+    turns = read_turns(row[column], context.columns.get(column, column), context)
+    return conversation(row, turns, context)
+
+
+def conversation(row: Mapping[str, Any], turns: Sequence[Turn], context: RowContext) -> Conversation:
+    """The turns as a conversation, after the row's ``system`` message if it has one and with its ``tools``.
+
+    An empty answer stays in its place, but is not learned.
+    """
     system = as_text(row.get("system"))
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    tools = row.get("tools")
-    return Conversation(messages, _list(tools, "tools", "function schemas") if tools else None)
+    turns = list(turns)
+    if system and not (turns and turns[0].message["role"] == "system"):
+        turns.insert(0, Turn({"role": "system", "content": system}, learned=False))
+
+    context_only = set()
+    is_last_answer = True
+    for index, turn in reversed(list(enumerate(turns))):
+        if turn.message["role"] != "assistant":
+            continue
+        is_empty = not (turn.message.get("content") or "").strip() and not turn.message.get("tool_calls")
+        if is_empty and turn.learned and not is_last_answer:
+            context.notice("with an empty answer within a conversation, which is not learned")
+        if is_empty or not turn.learned:
+            context_only.add(index)
+        is_last_answer = False
+    tools = tool_list(row.get("tools"), "tools", "function schemas")
+    return Conversation([turn.message for turn in turns], tools or None, frozenset(context_only))
 
 
-def _list(value: Any, column: str, of: str) -> list[Any]:
-    """A list, or one written as JSON text, as a cell of a CSV file has it."""
+def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
+    """The messages in a cell.
+
+    Args:
+        value: A list of messages, of exchanges (``input`` and ``output`` in one object) or of alternating texts; or
+            such a list as JSON or Python text, as a cell of a CSV file has it.
+        column: What the user calls the cell.
+        context: Of the row.
+
+    Raises:
+        ValueError: It is something else, or a message cannot be read.
+    """
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise ValueError(f"{column}: expected a list of {of}, got text that is not JSON") from None
+        value = _parse_list(value, column)
+    if isinstance(value, Mapping):  # a single message
+        value = [value]
     if not isinstance(value, list):
-        raise ValueError(f"{column}: expected a list of {of}, got {json.dumps(value, default=str)[:60]}")
-    return value
+        raise ValueError(f"{column}: expected a list of messages, got {shown(value)}")
+    if value and all(isinstance(item, str) for item in value):
+        parsed = [parse_json(item) for item in value]
+        if not all(isinstance(item, Mapping) for item in parsed):
+            return _alternating(value, column)
+        value = parsed
+
+    turns: list[Turn] = []
+    for index, item in enumerate(value):
+        where = f"{column}[{index}]"
+        pair = _pair(item)
+        if pair is None:
+            turns.append(read_turn(item, where, context.notice, context.roles))
+        else:
+            turns += _exchange(item, pair, context)
+    return turns
 
 
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping) or not ({"role", "from"} & item.keys()):
-        shown = json.dumps(item, default=str)[:60]
-        raise ValueError(f"{where}: expected an object with role and content (or from and value), got {shown}")
-    name = str(item.get("role") or item.get("from"))
-    role = _ROLES.get(name.lower())
-    if role is None:
-        raise ValueError(f"{where}: unknown role {name!r}{did_you_mean(name, _ROLES)}, known: {', '.join(_ROLES)}")
-    content = item.get("content", item.get("value"))
-    message: dict[str, Any] = {"role": role, "content": _content(content, where)}
-    for field in _EXTRA_FIELDS:
-        if item.get(field):
-            message[field] = item[field]
-    return message  # type: ignore[return-value]
+def is_message_list(value: Any) -> bool:
+    """Whether a cell holds messages, and not a list of other things."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, Mapping) and ({"role", "from"} & item.keys() or _pair(item)) for item in value)
 
 
-def _content(content: Any, where: str) -> str:
-    """The text of a message, which OpenAI also writes as a list of parts: ``[{"type": "text", "text": "Hi"}]``."""
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) and "type" in part for part in content):
-        return as_text(content)
-    other_types = {part["type"] for part in content} - {"text"}
-    if other_types:
-        raise ValueError(f"{where}: content of type {', '.join(sorted(other_types))} is not supported, only text")
-    return "".join(as_text(part.get("text")) for part in content)
+def read_history(value: Any, context: RowContext) -> list[Turn]:
+    """Earlier turns: ``[["question", "answer"], …]``, objects with both, or messages; null is none.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if value is None or value in ("", []):
+        return []
+    if isinstance(value, str):
+        value = _parse_list(value, "history")
+    if not isinstance(value, list):
+        raise ValueError(f"history: expected a list of [question, answer], got {shown(value)}")
+    if not all(isinstance(item, list) for item in value):
+        return read_turns(value, "history", context)
+    turns: list[Turn] = []
+    for item in value:
+        if len(item) != 2:
+            raise ValueError(f"history: expected [question, answer], got {shown(item)}")
+        turns += _alternating(item, "history")
+    return turns
+
+
+def _pair(item: Any) -> tuple[str, str] | None:
+    """The keys of question and answer of an object that holds a whole exchange."""
+    if not isinstance(item, Mapping) or {"role", "from"} & item.keys():
+        return None
+    return next((pair for pair in _PAIRS if set(pair) <= item.keys()), None)
+
+
+def _exchange(item: Mapping[str, Any], pair: tuple[str, str], context: RowContext) -> list[Turn]:
+    question, answer = pair
+    for key in item.keys() - {question, answer, "system"}:
+        context.notice(f"with a key of a message that is not used, {key!r}")
+    turns = _alternating([as_text(item[question]), as_text(item[answer])], question)
+    system = as_text(item.get("system"))
+    if system:
+        turns.insert(0, Turn({"role": "system", "content": system}, learned=False))
+    return turns
+
+
+def _alternating(texts: Sequence[str], column: str) -> list[Turn]:
+    """Texts as turns of user and assistant."""
+    if len(texts) % 2:
+        raise ValueError(f"{column}: {len(texts)} texts without roles, expected questions and answers in turn")
+    turns = []
+    for index, text in enumerate(texts):
+        if index % 2:
+            turns.append(Turn({"role": "assistant", "content": as_text(text)}, learned=True))
+        else:
+            turns.append(Turn({"role": "user", "content": as_text(text)}, learned=False))
+    return turns
+
+
+def _parse_list(text: str, column: str) -> Any:
+    """A list written as JSON, as Python writes one, or as a dialog of Human and Assistant."""
+    parsed = parse_json(text)
+    if not isinstance(parsed, str):
+        return parsed
+    dialog = _DIALOG_TURN.split(f"\n\n{text.strip()}")
+    if len(dialog) > 1 and not dialog[0].strip():
+        return [
+            {"role": role, "content": words.strip()} for role, words in zip(dialog[1::2], dialog[2::2], strict=True)
+        ]
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"{column}: expected a list of messages, got text: {shown(text)}") from None
 
 
 MESSAGES = Format(
     required=("messages",),
     optional=("system", "tools"),
-    aliases={"messages": ("conversation",)},
+    aliases={"messages": ("conversation", "contents", "dialog", "dialogue", "chat"), "tools": ("functions",)},
     nested=True,
     read=partial(_read, column="messages"),
 )
 SHAREGPT = Format(
     required=("conversations",),
     optional=("system", "tools"),
+    aliases={"tools": ("functions",)},
     nested=True,
     read=partial(_read, column="conversations"),
 )

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_lora.data.findings import Notice
-from lit_lora.data.sample import Format, Sample, as_text, exchange
+from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["PROMPT_COMPLETION"]
 
 
-def _read(row: Mapping[str, Any], notice: Notice) -> Sample:
-    return exchange(row, as_text(row["prompt"]), as_text(row["completion"]))
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
+    return exchange(row, "prompt", "completion", context, input_="context")
 
 
 PROMPT_COMPLETION = Format(
     required=("prompt", "completion"),
-    optional=("system",),
-    aliases={"prompt": ("question", "query", "input"), "completion": ("answer", "response", "output")},
+    optional=("context", "system", "history", "tools"),
+    aliases={
+        "prompt": ("question", "query", "input"),
+        "completion": ("answer", "response", "output"),
+        "context": ("schema", "passage", "background"),
+        "system": ("system_prompt",),
+    },
     read=_read,
 )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_lora.data.findings import Notice
-from lit_lora.data.sample import Format, Sample, as_text
+from lit_lora.data.sample import Format, RowContext, Sample, as_text
 
 __all__ = ["TEXT"]
 
 
-def _read(row: Mapping[str, Any], notice: Notice) -> Sample:
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
     return as_text(row["text"])
 
 

@@ -1,0 +1,241 @@
+"""One message of a conversation, as the tools of the field write it: its role, its text, whether it is learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_lora.config import did_you_mean
+from lit_lora.data.findings import Notice
+from lit_lora.data.sample import as_text
+from lit_lora.tokenizer import Message
+
+__all__ = ["ROLES", "Turn", "UnknownRole", "parse_json", "read_turn", "shown", "tool_list"]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+"""Name in a file, in lower case -> role of the chat template."""
+
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value", "parts", "text")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_LEARN_KEYS = ("weight", "train", "loss", "loss_weight", "loss_scale", "train_on_turn", "trainable", "training")
+# Passed to the chat template as they are.
+_TEMPLATE_KEYS = ("name", "tool_call_id")
+# Describe a message without being part of it.
+_METADATA = {"id", "message_id", "index", "turn", "timestamp", "created_at", "date", "time", "lang", "language"}
+_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_LEARN_KEYS, *_TEMPLATE_KEYS, *_METADATA} | {
+    "tool_calls",
+    "function_call",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message, and whether its text may be learned."""
+
+    message: Message
+    learned: bool
+
+
+def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | None = None) -> Turn:
+    """A message of any known shape.
+
+    Args:
+        item: What the file has.
+        where: Where in the row it is, such as ``messages[0]``.
+        notice: Counts a warning about the row.
+        roles: The user's own names of roles -> roles that are known.
+
+    Raises:
+        ValueError: It has no role or no content, or one that cannot be read.
+    """
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where}: expected an object with role and content, got {shown(item)}")
+    # What is null is absent: tables write every column in every row.
+    item = {key: value for key, value in item.items() if value is not None}
+    role = _role(item, where, roles or {})
+    message: dict[str, Any] = {"role": role}
+
+    calls = _calls(item, where)
+    message["content"] = _text_of(item, where, optional=bool(calls))
+    if calls:
+        message["tool_calls"] = calls
+    for key in _TEMPLATE_KEYS:
+        if item.get(key):
+            message[key] = as_text(item[key])
+    reasoning = _first(item, _REASONING_KEYS)
+    if reasoning is not None and item[reasoning]:
+        message["reasoning_content"] = as_text(item[reasoning])
+
+    for key in item.keys() - _KNOWN:
+        notice(f"with a key of a message that is not used, {key!r}")
+    learned = _is_learned(item, where)
+    if learned is None:
+        learned = role == "assistant"
+    elif learned and role != "assistant":
+        notice(f"with a message of role {role} to be learned, but only answers of the assistant are learned")
+    return Turn(message, learned and role == "assistant")  # type: ignore[arg-type]
+
+
+def _role(item: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
+    key = _first(item, _ROLE_KEYS)
+    if key is None:
+        keys = ", ".join(item) or "nothing"
+        raise ValueError(f"{where}: no role, found: {keys}; expected role and content, or from and value")
+    name = str(item[key]).strip()
+    mapped = roles.get(name, name)
+    role = ROLES.get(mapped.lower())
+    if role is None:
+        raise UnknownRole(
+            f"{where}: unknown role {name!r}{did_you_mean(name.lower(), ROLES)}, known: {', '.join(ROLES)}", name
+        )
+    return role
+
+
+class UnknownRole(ValueError):
+    """A message's role that nothing knows; ``name`` is the role."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+def _text_of(item: Mapping[str, Any], where: str, *, optional: bool) -> str:
+    """The text of a message; empty if it may be missing, as beside a call."""
+    keys = [key for key in _CONTENT_KEYS if key in item]
+    if not keys:
+        if optional:
+            return ""
+        others = [key for key in item if key not in _ROLE_KEYS]
+        meant = did_you_mean(others[0], ("content", "value")) if others else ""
+        raise ValueError(f"{where}: no content, found: {', '.join(others) or 'null'}{meant}")
+    texts = {_content(item[key], where) for key in keys}
+    if len(texts) > 1:
+        raise ValueError(f"{where}: {' and '.join(keys)} say different things")
+    return texts.pop()
+
+
+def _content(content: Any, where: str) -> str:
+    """A text, which may be written as a list of parts: ``[{"type": "text", "text": "Hi"}]``.
+
+    Raises:
+        ValueError: It is of another shape, or has parts that are no text.
+    """
+    if isinstance(content, str | int | float) and not isinstance(content, bool):
+        return as_text(content)
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: expected content to be text, got {shown(content)}")
+    return "".join(_part(part, where) for part in content)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind is not None and kind not in _TEXT_PARTS:
+        raise ValueError(f"{where}: content of type {kind}, expected only text: lit-lora finetunes text models")
+    for key in ("text", "value", "content"):
+        if isinstance(part, Mapping) and isinstance(part.get(key), str):
+            return as_text(part[key])
+    raise ValueError(f"{where}: expected content to be text or a list of texts, got {shown(part)}")
+
+
+def _is_learned(item: Mapping[str, Any], where: str) -> bool | None:
+    """What the message itself says of whether it is learned; ``None`` if nothing.
+
+    Raises:
+        ValueError: It is to be learned by a weight between, or two keys say different things.
+    """
+    said: dict[bool, str] = {}
+    for key in _LEARN_KEYS:
+        if key not in item:
+            continue
+        value = item[key]
+        if isinstance(value, str):
+            value = {"true": 1, "false": 0, "yes": 1, "no": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}.get(
+                value.lower(), value
+            )
+        if value not in (0, 1):
+            raise ValueError(f"{where}: {key} is {shown(value)}, expected 0 (not learned) or 1 (learned)")
+        said[bool(value)] = key
+    if len(said) > 1:
+        raise ValueError(f"{where}: {said[True]} and {said[False]} say different things")
+    return next(iter(said), None)
+
+
+def _calls(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The functions that the message calls, in OpenAI's form or its former one, ``function_call``."""
+    calls = tool_list(item.get("tool_calls"), f"{where}: tool_calls", "calls")
+    former = parse_json(item["function_call"]) if item.get("function_call") else None
+    if isinstance(former, Mapping):
+        calls.append({"type": "function", "function": dict(former)})
+    elif former is not None:
+        raise ValueError(f"{where}: function_call: expected an object with name and arguments, got {shown(former)}")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: tool_calls: expected a function with a name, got {shown(call)}")
+    return calls
+
+
+def tool_list(value: Any, where: str, of: str) -> list[dict[str, Any]]:
+    """A list of objects, which may be written as JSON text; null and empty text are none.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, str):
+        value = parse_json(value) if value.strip() else None
+    if value is None:
+        return []
+    if isinstance(value, Mapping):
+        value = [value]
+    items = [parse_json(item) for item in value] if isinstance(value, list) else None
+    if items is None or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"{where}: expected a list of {of}, got {shown(value)}")
+    return [dict(item) for item in items]
+
+
+def parse_json(value: Any) -> Any:
+    """What JSON text stands for; anything else, and text that is no JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if key in item), None)

@@ -1,0 +1,174 @@
+"""Conversations as people write them: every key is used, learned or reported; nothing unmeant is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lit_lora.data import DataConfig
+from lit_lora.data.columns import RowReader
+from lit_lora.data.findings import Findings
+from lit_lora.data.sample import Conversation
+from lit_lora.errors import InputError
+
+HI = {"role": "user", "content": "Hi"}
+HELLO = {"role": "assistant", "content": "Hello"}
+CALL = {"type": "function", "function": {"name": "play", "arguments": "{}"}}
+
+
+def _read(row: dict[str, Any], findings: Findings | None = None, **settings: Any) -> list[str]:
+    """The turns of a row, ``role: text`` with a star where the text is learned."""
+    findings = findings or Findings()
+    sample = RowReader(DataConfig(path="x", **settings), findings).sample(row, "x:1")
+    findings.check()
+    assert isinstance(sample, Conversation)
+    turns = []
+    for index, message in enumerate(sample.messages):
+        star = "*" if message["role"] == "assistant" and index not in sample.context_only else ""
+        turns.append(f"{message['role']}{star}: {message.get('content')}")
+    return turns
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_weight", "train_on_turn", "trainable"])
+@pytest.mark.parametrize("no", [0, 0.0, False, "false", "0"])
+def test_an_answer_that_is_marked_is_not_learned(key: str, no: Any) -> None:
+    row = {"messages": [HI, {**HELLO, key: no}, HI, {**HELLO, key: 1}]}
+    assert _read(row) == ["user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "user", "contents": "x"}, r"messages\[0\]: no content, found: contents \(did you mean 'content'\?\)"),
+        ({"role": "user", "content": None}, r"messages\[0\]: no content, found: null"),
+        ({"content": "x"}, r"messages\[0\]: no role, found: content"),
+        ({"role": "user", "content": {"a": "b"}}, "expected content to be text or a list of texts"),
+        ({"role": "user", "content": [{"type": "image", "url": "u"}]}, "content of type image, expected only text"),
+        ({"role": "user", "content": "a", "value": "b"}, "content and value say different things"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "weight is 0.5, expected 0 .not learned. or 1"),
+        ({"role": "assistant", "content": "a", "weight": 0, "train": True}, "train and weight say different things"),
+        ({"role": "assistant", "content": None, "tool_calls": 5}, "tool_calls: expected a list of calls, got 5"),
+        ({"role": "assistant", "tool_calls": [{"name": 3}]}, "expected a function with a name"),
+        ({"role": "Käufer", "content": "a"}, "unknown role 'Käufer'"),
+    ],
+)
+def test_a_message_that_cannot_be_read_says_what_was_found(message: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        _read({"messages": [message, HELLO]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, HELLO]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]}, HELLO]},
+        {"messages": [{"role": "Human", "content": ["H", "i"]}, {"role": "AI", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": "Hi", "tool_calls": None, "name": None}, HELLO]},
+        {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]},
+        {"conversation": [{"input": "Hi", "output": "Hello"}]},
+        {"conversation": [{"human": "Hi", "assistant": "Hello"}]},
+        {"conversations": ["Hi", "Hello"]},
+        {"conversations": '[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]'},
+        {"conversations": "[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello', 'x': None}]"},
+        {"messages": ['{"role": "user", "content": "Hi"}', '{"role": "assistant", "content": "Hello"}']},
+        {"prompt": [HI], "completion": [HELLO]},
+        {"prompt": "Hi", "completion": [HELLO]},
+        {"prompt": [HI], "completion": "Hello"},
+    ],
+)
+def test_every_known_shape_is_the_same_conversation(row: dict[str, Any]) -> None:
+    assert _read(row) == ["user: Hi", "assistant*: Hello"]
+
+
+def test_answers_within_a_prompt_are_given_not_learned() -> None:
+    row = {"prompt": [HI, HELLO, HI], "completion": [HELLO]}
+    assert _read(row) == ["user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
+
+
+@pytest.mark.parametrize(
+    "history", [[["Where?", "Right."]], [{"query": "Where?", "response": "Right."}], '[["Where?", "Right."]]']
+)
+@pytest.mark.parametrize("keys", [("query", "response"), ("instruction", "output")])
+def test_history_is_earlier_turns(history: Any, keys: tuple[str, str]) -> None:
+    row = {keys[0]: "And then?", keys[1]: "Left.", "history": history, "system": "S"}
+    expected = ["system: S", "user: Where?", "assistant*: Right.", "user: And then?", "assistant*: Left."]
+    assert _read(row) == expected
+    assert _read({**row, "history": []}) == ["system: S", "user: And then?", "assistant*: Left."]
+
+
+def test_an_empty_answer_is_context_and_counted() -> None:
+    findings = Findings()
+    row = {"messages": [HI, {"role": "assistant", "content": " "}, HI, HELLO]}
+    assert _read(row, findings) == ["user: Hi", "assistant:  ", "user: Hi", "assistant*: Hello"]
+    assert [str(each) for each in findings.of_level("warning")] == [
+        "1 row with an empty answer within a conversation, which is not learned: x:1"
+    ]
+
+
+def test_unknown_keys_are_counted_and_metadata_is_not() -> None:
+    findings = Findings()
+    _read({"messages": [{**HI, "id": 3, "emotion": "joy"}, HELLO]}, findings)
+    assert [each.message for each in findings.of_level("warning")] == [
+        "with a key of a message that is not used, 'emotion'"
+    ]
+
+
+def test_roles_of_ones_own_are_mapped() -> None:
+    row = {"messages": [{"role": "customer", "content": "Hi"}, {"role": "agent", "content": "Hello"}]}
+    with pytest.raises(InputError) as caught:
+        _read(row)
+    assert 'columns: {roles: {"customer": assistant}}' in str(caught.value.hint)
+    assert _read(row, columns={"roles": {"customer": "user", "agent": "assistant"}}) == [
+        "user: Hi",
+        "assistant*: Hello",
+    ]
+
+
+@pytest.mark.parametrize("tools", ["null", "[]", "", None, [], '[{"name": "play"}]'])
+@pytest.mark.parametrize("calls", [[CALL], '[{"name": "play", "arguments": {}}]'])
+def test_tools_and_calls_may_be_written_as_json(tools: Any, calls: Any) -> None:
+    row = {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": tools}
+    findings = Findings()
+    sample = RowReader(DataConfig(path="x"), findings).sample(row, "x:1")
+    findings.check()
+    assert isinstance(sample, Conversation)
+    assert sample.messages[1]["tool_calls"][0].keys() & {"name", "function"}
+    assert (sample.tools or []) == ([{"name": "play"}] if tools and "play" in tools else [])
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": [HI], "chosen": [HELLO], "rejected": [HELLO]}, "{prompt: prompt, completion: chosen}"),
+        ({"chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "{messages: chosen}"),
+        ({"conversations": [HI], "chosen": HELLO, "rejected": HELLO}, "{prompt: conversations, completion: chosen}"),
+        ({"question": "Hi", "response_j": "Hello", "response_k": "x"}, "{prompt: question, completion: response_j}"),
+        ({"x": "Hi", "chosen": "Hello"}, "{prompt: x, completion: chosen}"),
+        ({"prompt": "Hi", "preferred": "Hello", "other": "x"}, "{prompt: prompt, completion: preferred}"),
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+            "{messages: chosen}",
+        ),
+    ],
+)
+def test_preferences_are_refused_with_a_mapping_that_works(row: dict[str, Any], hint: str) -> None:
+    with pytest.raises(InputError, match="preference rows") as caught:
+        _read(row)
+    assert str(caught.value.hint).split(";")[0].endswith(f"columns: {hint}")
+    columns = dict(pair.split(": ") for pair in hint.strip("{}").split(", "))
+    assert _read(row, columns=columns) == ["user: Hi", "assistant*: Hello"]
+
+
+@pytest.mark.parametrize("row", [{"messages": [HI, HELLO]}, {"prompt": "Hi", "completion": "Hello"}])
+def test_an_unwanted_answer_is_refused(row: dict[str, Any]) -> None:
+    assert _read({**row, "label": True}) == ["user: Hi", "assistant*: Hello"]
+    with pytest.raises(InputError, match="label: false marks an answer that is not wanted"):
+        _read({**row, "label": False})
+
+
+def test_pictures_are_refused_where_a_row_has_some() -> None:
+    row = {"messages": [HI, HELLO], "images": []}
+    assert _read(row) == ["user: Hi", "assistant*: Hello"]
+    with pytest.raises(InputError, match="a row with images"):
+        _read({**row, "images": ["a.png"]})
