@@ -18,7 +18,7 @@ from lit_lora.classify.task import Task
 from lit_lora.data.config import LabeledConfig
 from lit_lora.data.labeled import Example, LabeledRow, LabeledRows, Labels, find_labels, read_examples
 from lit_lora.data.padded import LabeledBatch, PaddedBatches, by_length, padded_tokens
-from lit_lora.data.prepare import split_places
+from lit_lora.data.prepare import draw_places, split_places
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
@@ -71,6 +71,13 @@ class LabeledData:
     batches: PaddedBatches
     validation: list[LabeledBatch]
     file: str
+    held_out_rows: int
+    """Number of all validation rows, of which ``held_out`` has those that are measured."""
+
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """Equal for equal validation rows; ``None`` without such rows."""
+        return self.held_out.fingerprint if self.held_out is not None else None
 
     @property
     def about(self) -> str:
@@ -105,6 +112,9 @@ def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
         if files:
             validation, _ = read_examples(files, section)
 
+    held_out_rows = len(validation)
+    if config.train.eval_rows is not None:
+        validation = [validation[place] for place in draw_places(held_out_rows, config.train.eval_rows, config.seed)]
     train = encode_rows(examples, shape, task, section)
     held_out = encode_rows(validation, shape, task, section) if validation else None
     shared = len(held_out.texts & train.texts) if held_out else 0
@@ -128,6 +138,7 @@ def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
         # Without a backward pass, batches may be larger.
         validation=by_length(held_out, shape.layout, 2 * config.train.micro_batch_tokens) if held_out else [],
         file=source.train[0].name,
+        held_out_rows=held_out_rows,
     )
 
 
@@ -310,7 +321,7 @@ def plan_labeled(run: Run, model: nn.Module, data: LabeledData) -> None:
         ["task", str(data.task)],
         ["training rows", f"{len(data.train):,}: {int(counts.sum()):,} tokens, longest row {int(counts.max()):,}"],
         ["padding", f"{padding:.1%} of computed tokens, {len(micro_batches) / steps:.3g} micro-batches per step"],
-        *planned_steps(config, data.batches.steps_per_epoch, len(data.held_out or ())),
+        *planned_steps(config, data.batches.steps_per_epoch, len(data.held_out or ()), data.held_out_rows),
         ["best weights by", config.train.best_metric],
         ["estimated disk space", human_bytes(disk)],
         ["run folder", str(run.folder)],

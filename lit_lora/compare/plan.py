@@ -80,9 +80,10 @@ def _seconds(variant: Variant, seed: int) -> float:
     step = estimate(setup_for(config, shape=shape, rows=lengths, dtype=dtype, device=device)).seconds_per_step or 0.0
 
     batch_size = min(config.train.batch_size, len(lengths))
-    steps = config.train.total_steps(-(-len(lengths) // batch_size))
+    steps_per_epoch = -(-len(lengths) // batch_size)
+    steps = config.train.total_steps(steps_per_epoch)
     validation_tokens = prepared.validation.token_counts.sum() if prepared.validation is not None else 0
-    validations = 1 + steps / config.train.eval_interval(steps)
+    validations = 1 + steps / config.train.eval_interval(steps, steps_per_epoch)
     # A validation in units of a training step, of which the forward pass is about a third.
     validation = float(validation_tokens) / (float(lengths.token_counts.mean()) * batch_size) / 3
     return _START_SECONDS + step * (steps + validations * validation)

@@ -23,7 +23,7 @@ from lit_lora.data.source import locate
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["PlacedSample", "Prepared", "prepare", "read_samples", "split_places"]
+__all__ = ["PlacedSample", "Prepared", "draw_places", "prepare", "read_samples", "split_places"]
 
 PlacedSample = tuple[Sample, Place]
 
@@ -192,6 +192,12 @@ def split_places(count: int, validation: float, seed: int) -> tuple[Integers, In
         )
     if held_out == 0:
         log.warn(f"validation: {validation} of {count:,} rows rounds to 0, so there is no validation set")
+    chosen = draw_places(count, held_out, seed)
+    return np.setdiff1d(np.arange(count), chosen), chosen
+
+
+def draw_places(count: int, most: int, seed: int) -> Integers:
+    """Positions of at most ``most`` of ``count`` rows, drawn with ``seed``, in file order."""
     # The second number keeps this order apart from those of the epochs, which are drawn from (seed, epoch).
     order = np.random.Generator(np.random.PCG64([seed, 0x5B117])).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return np.sort(order[:most])

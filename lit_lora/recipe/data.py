@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lit_lora import log
 from lit_lora.checkpoint.load import AnyModel
 from lit_lora.data import Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
+from lit_lora.data.prepare import draw_places
 from lit_lora.data.rows import Row, Rows
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
@@ -47,6 +48,12 @@ class RunData:
     """What chat template the rows are written by, in words; ``None`` for plain text."""
 
     @property
+    def validation_fingerprint(self) -> str | None:
+        """Equal for equal validation rows; ``None`` without such rows."""
+        rows = self.prepared.validation
+        return rows.fingerprint if rows is not None else None
+
+    @property
     def about(self) -> str:
         """One line on the rows, for a model card."""
         return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
@@ -74,10 +81,13 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
         seed=config.seed,
         shared_prefix=lengths_of(prepared.train, config.peft).shared_prefix,
     )
-    rows = prepared.validation
-    if rows is None:
+    if prepared.validation is None:
         return RunData(batches, [], prepared, [], template)
 
+    rows = prepared.validation
+    if config.train.eval_rows is not None:
+        rows = rows.subset(draw_places(len(rows), config.train.eval_rows, config.seed))
+        prepared = replace(prepared, validation=rows)
     validation = list(validation_batches(rows, config.train.micro_batch_tokens))
     samples = [_sample(rows[number]) for number in range(min(config.train.samples, len(rows)))]
     return RunData(batches, validation, prepared, samples, template)

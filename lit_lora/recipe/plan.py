@@ -67,6 +67,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
     note_larger_micro_batches(setup)
 
     tokens, targets = int(rows.token_counts.sum()), int(rows.target_counts.sum())
+    held_out = data.prepared.report.validation.rows if data.prepared.report.validation else 0
     table = [
         *planned_rows(run, model),
         *_hosted_row(model),
@@ -74,7 +75,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
         *([["chat template", data.template]] if data.template else []),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
         *_prefix_row(data.batches.shared_prefix, model),
-        *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ())),
+        *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ()), held_out),
         ["estimated memory", human_bytes(estimated.peak_bytes)],
         ["estimated time", _planned_time(estimated.seconds_per_step, steps)],
         ["estimated disk space", human_bytes(estimated.disk_bytes)],
@@ -171,16 +172,26 @@ def _training_states(weights: Iterable[str], trained: Collection[str]) -> str:
     return ", ".join(states)
 
 
-def planned_steps(config: RunConfig, steps_per_epoch: int, validation_rows: int) -> list[list[str]]:
-    """The plan's lines on validation, steps and learning rate."""
+def planned_steps(config: RunConfig, steps_per_epoch: int, validation_rows: int, held_out: int) -> list[list[str]]:
+    """The plan's lines on validation, steps and learning rate.
+
+    Args:
+        config: The config.
+        steps_per_epoch: Steps that visit each row once.
+        validation_rows: Rows that a validation measures.
+        held_out: All validation rows.
+    """
     steps = config.train.total_steps(steps_per_epoch)
-    interval = config.train.eval_interval(steps)
+    interval = config.train.eval_interval(steps, steps_per_epoch)
     every = "every step" if interval == 1 else f"every {interval} steps"
     epochs = steps / steps_per_epoch
     passes = f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"
     warmup = config.schedule.warmup_steps(steps)
+    validation = f"{validation_rows:,}, {every}" if validation_rows else "none"
+    if validation_rows < held_out:
+        validation = f"{validation_rows:,} of {held_out:,}, {every}"
     return [
-        ["validation rows", f"{validation_rows:,}, {every}" if validation_rows else "none"],
+        ["validation rows", validation],
         ["steps", f"{steps:,} of {_counted(config.train.batch_size, 'row')} each, {passes}"],
         ["learning rate", f"{config.optimizer.lr:g}, {config.schedule.name}, {_counted(warmup, 'warm-up step')}"],
     ]

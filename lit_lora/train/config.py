@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lit_lora.config import Settings, did_you_mean
 from lit_lora.train.objectives import metric_names
@@ -32,6 +32,22 @@ MetricName = Annotated[
 """``loss``, or a metric of an objective of the table."""
 
 
+def _steps_or_epoch(value: object) -> object:
+    """The value, if it is an interval; a union of types alone would report one problem per type.
+
+    Raises:
+        ValueError: It is none.
+    """
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if is_steps or value == "epoch" or value is None:
+        return value
+    raise ValueError(f"expected a number of steps, or epoch, got {value!r}")
+
+
+Interval = Annotated[Annotated[int, Field(gt=0)] | Literal["epoch"] | None, BeforeValidator(_steps_or_epoch)]
+"""Optimizer steps, or the end of every epoch."""
+
+
 class TrainConfig(Settings):
     """Length, micro-batches, validation and checkpoints of a run."""
 
@@ -51,9 +67,16 @@ class TrainConfig(Settings):
         description="Recompute activations in the backward pass: none, selective (MLPs) or full (whole layers). Less "
         "memory, slower, identical results.",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Clip the gradient norm to this value.")
-    eval_every: int | None = Field(None, gt=0, description="Steps between validations; a tenth of the run if omitted.")
-    save_every: int | None = Field(None, gt=0, description="Steps between checkpoints; eval_every if omitted.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Clip the gradient norm to this value; null for no clipping."
+    )
+    eval_every: Interval = Field(
+        None, description="Steps between validations, or epoch; a tenth of the run if omitted."
+    )
+    eval_rows: int | None = Field(
+        None, gt=0, description="Number of validation rows to measure, drawn with the seed; all if omitted."
+    )
+    save_every: Interval = Field(None, description="Steps between checkpoints, or epoch; eval_every if omitted.")
     keep_last: int = Field(1, gt=0, description="Number of newest checkpoints to keep, beside the best.")
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without improvement.")
     best_metric: MetricName = Field(
@@ -75,6 +98,14 @@ class TrainConfig(Settings):
             return self.max_steps
         return max(1, math.ceil((self.epochs or 1) * steps_per_epoch))
 
-    def eval_interval(self, total_steps: int) -> int:
+    def eval_interval(self, total_steps: int, steps_per_epoch: int) -> int:
         """Steps between validations."""
+        if self.eval_every == "epoch":
+            return steps_per_epoch
         return self.eval_every or max(1, math.ceil(total_steps / 10))
+
+    def save_interval(self, total_steps: int, steps_per_epoch: int) -> int:
+        """Steps between checkpoints."""
+        if self.save_every == "epoch":
+            return steps_per_epoch
+        return self.save_every or self.eval_interval(total_steps, steps_per_epoch)

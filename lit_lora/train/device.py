@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -136,11 +136,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def report_lack_of_memory(setting: str) -> Iterator[None]:
+def report_lack_of_memory(setting: str, kept: Callable[[], str]) -> Iterator[None]:
     """Say plainly when memory runs out inside the block.
 
     Args:
         setting: The setting to lower, and its value.
+        kept: Returns, in words, which checkpoint there is.
 
     Raises:
         OutOfMemoryError: An allocation failed, of the GPU's memory or of the machine's.
@@ -150,5 +151,5 @@ def report_lack_of_memory(setting: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             hint = f"{setting}: lower it; or use shorter rows (data.max_seq_length), or model.dtype bf16"
-            raise OutOfMemoryError("out of memory; the last checkpoint is kept", hint=hint) from error
+            raise OutOfMemoryError(f"out of memory; {kept()}", hint=hint) from error
         raise

@@ -13,6 +13,7 @@ from lit_lora import log
 from lit_lora.errors import Interrupted, UsageError
 from lit_lora.train.device import peak_memory_bytes, report_lack_of_memory, reuse_memory
 from lit_lora.train.objectives.base import Objective
+from lit_lora.train.progress import ProgressLines
 from lit_lora.train.run import TrainingData, TrainingRun
 from lit_lora.train.run_log import RunLog, plot_losses, read_metrics
 from lit_lora.train.signals import stop_signals
@@ -93,7 +94,7 @@ def fit(
     model.train()
     try:
         setting = f"train.micro_batch_tokens is {run.train.micro_batch_tokens}"
-        with stop_signals() as stop, report_lack_of_memory(setting):
+        with stop_signals() as stop, report_lack_of_memory(setting, trainer.store.kept):
             _steps(trainer, run_log, sample, stop)
     finally:
         model.eval()
@@ -133,14 +134,16 @@ def _steps(trainer: Trainer, run_log: RunLog, sample: Callable[[int], None], sto
         NumericalError: A loss or gradient is not finite.
         Interrupted: A signal came; a checkpoint was saved.
     """
-    eval_interval = trainer.config.eval_interval(trainer.total)
-    save_interval = trainer.config.save_every or eval_interval
+    eval_interval = trainer.config.eval_interval(trainer.total, trainer.steps_per_epoch)
+    save_interval = trainer.config.save_interval(trainer.total, trainer.steps_per_epoch)
     if trainer.validation and trainer.progress.step == 0:
         trainer.validate(run_log)
         sample(0)
     with log.progress(total=trainer.total, what="training", unit="step", initial=trainer.progress.step) as bar:
+        lines = ProgressLines(trainer.total, trainer.progress.step)
         while not trainer.finished:
-            bar.set_postfix_str(trainer.train_step(run_log), refresh=False)
+            outcome = trainer.train_step(run_log)
+            bar.set_postfix_str(outcome, refresh=False)
             bar.update()
 
             step = trainer.progress.step
@@ -148,6 +151,8 @@ def _steps(trainer: Trainer, run_log: RunLog, sample: Callable[[int], None], sto
             validated = bool(trainer.validation) and (last or step % eval_interval == 0)
             if validated:
                 trainer.validate(run_log)
+            if bar.disable:
+                lines.after(step, outcome, already_reported=validated)
             # After validation, which decides whether this step is the best; a stop asks for a checkpoint too.
             if last or stop or step % save_interval == 0 or trainer.progress.best_step == step:
                 trainer.save()

@@ -40,3 +40,7 @@ class TrainingData(Protocol):
     @property
     def validation(self) -> Sequence[Batch]:
         """Micro-batches of the validation rows; empty without such rows."""
+
+    @property
+    def validation_fingerprint(self) -> str | None:
+        """Equal for equal validation rows in the same order; ``None`` without such rows."""

@@ -78,6 +78,11 @@ class CheckpointStore:
         names = [path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
+    def kept(self) -> str:
+        """Which checkpoint there is to go on from, in words."""
+        steps = self.steps()
+        return f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+
     def load(
         self, step: int, master_weights: MasterWeights, optimizer: torch.optim.Optimizer | None = None
     ) -> dict[str, Any]:

@@ -72,12 +72,14 @@ class Trainer:
         self.master_weights = MasterWeights(model)
         self.optimizer = build_optimizer(run.optimizer, self.master_weights, lr_factors)
         self.store = CheckpointStore(run.folder / "checkpoints", run.train.keep_last)
-        self.total = run.train.total_steps(data.batches.steps_per_epoch)
+        self.steps_per_epoch = data.batches.steps_per_epoch
+        self.total = run.train.total_steps(self.steps_per_epoch)
         self.device = next(model.parameters()).device
         self.half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
         self.progress = _Progress(loss_scale=_FIRST_LOSS_SCALE if self.half else 1.0)
         self.loss = math.nan
         self.fingerprint = data.batches.rows.fingerprint
+        self.validation_fingerprint = data.validation_fingerprint
 
     @property
     def out_of_patience(self) -> bool:
@@ -101,6 +103,13 @@ class Trainer:
                 f"{self.run.folder}: the training rows are not those that the run started with: the data or its "
                 "tokenizer has changed",
                 hint="restore the data, or start a new run in another folder",
+            )
+        # Older checkpoints do not say what they were measured on.
+        if state.get("validation_rows", self.validation_fingerprint) != self.validation_fingerprint:
+            raise InputError(
+                f"{self.run.folder}: the validation rows are not those that the run started with, so its best step "
+                "cannot be compared with those to come",
+                hint="restore the validation rows, or start a new run in another folder",
             )
         if "best_figures" in state:  # what metrics were called in older checkpoints
             state["best_metrics"] = state.pop("best_figures")
@@ -130,13 +139,13 @@ class Trainer:
         # Reading a number waits for the GPU, so nothing is read before all of its work is queued.
         losses = [float(loss) for loss in sums]
         norm = float(scaled_norm) / self.progress.loss_scale
+        self.loss = sum(losses) / max(targets, 1)
         problem = self._update(micro_batches, losses, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
 
         tokens = sum(sum(batch.lengths) for batch in micro_batches)
         speed = tokens / (time.perf_counter() - started)
-        self.loss = sum(losses) / max(targets, 1)
         values = {"loss": self.loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "targets": targets}
         run_log.record(step + 1, **values, tokens_per_second=speed)
         if problem is not None:
@@ -177,7 +186,9 @@ class Trainer:
 
     def _clip(self, norm: float) -> None:
         """Divide the gradients by the loss scale and clip them, in place; ``norm`` is theirs without the scale."""
-        factor = min(1.0, self.config.max_grad_norm / (norm + 1e-6)) / self.progress.loss_scale
+        factor = 1.0 / self.progress.loss_scale
+        if self.config.max_grad_norm is not None:
+            factor *= min(1.0, self.config.max_grad_norm / (norm + 1e-6))
         gradients = self._gradients()
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
@@ -200,7 +211,7 @@ class Trainer:
         raise NumericalError(
             problem,
             hint=f"{self.progress.bad_steps} consecutive steps were skipped; inspect their rows, lower optimizer.lr, "
-            "or use model.dtype bf16 or fp32; the last checkpoint is kept",
+            f"or use model.dtype bf16 or fp32; {self.store.kept()}",
         )
 
     def _not_finite(self, micro_batches: Sequence[Batch], losses: Sequence[float], norm: float) -> str:
@@ -216,7 +227,7 @@ class Trainer:
         bad = [batch for batch, loss in with_loss if not math.isfinite(loss)] or micro_batches
         sources = [self.batches.rows[row].source for batch in bad for row in batch.rows]
         return (
-            f"step {self.progress.step + 1}: loss {sum(losses)} and gradient norm {norm} are not finite{where}; "
+            f"step {self.progress.step + 1}: loss {self.loss:.4f} and gradient norm {norm:.4g} are not finite{where}; "
             f"the step's rows: {_some(sources)}"
         )
 
@@ -231,9 +242,12 @@ class Trainer:
         run_log.record(progress.step, **{f"validation_{name}": value for name, value in metrics.items()})
         loss = metrics["loss"]
         if not math.isfinite(loss):
+            remedy = "use model.dtype bf16 or fp32"
+            if progress.step > 0:
+                remedy = f"lower optimizer.lr, or {remedy}"
             raise NumericalError(
                 f"step {progress.step}: the validation loss {loss} is not finite",
-                hint="lower optimizer.lr, or use model.dtype bf16 or fp32; the last checkpoint is kept",
+                hint=f"{remedy}; {self.store.kept()}",
             )
         shown = ", ".join(f"validation {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         if progress.step == 0:
@@ -256,7 +270,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
-        state = {**self.progress.to_json(), "rows": self.fingerprint}
+        state = {
+            **self.progress.to_json(),
+            "rows": self.fingerprint,
+            "validation_rows": self.validation_fingerprint,
+        }
         self.store.save(self.progress.step, self.master_weights, self.optimizer, state)
 
 

@@ -71,6 +71,7 @@ class OrderedData:
 
     batches: OrderedBatches
     validation: tuple[MicroBatch, ...] = ()
+    validation_fingerprint: None = None
 
 
 def kept_rows(rows: list[Row]) -> Rows:

@@ -547,7 +547,7 @@ def test_a_failed_allocation_is_one_line_with_the_settings_that_need_less(call, 
     monkeypatch.setattr(objective.NextToken, "backward", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
     code, _, err = call()
     assert code != 0
-    assert "out of memory; the last checkpoint is kept" in err
+    assert "out of memory; there is no checkpoint yet" in err
     assert "needs" in err
     assert "by lit-lora estimate" in err
     assert "Traceback" not in err

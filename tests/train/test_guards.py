@@ -53,7 +53,7 @@ def test_pain_12_the_third_step_in_a_row_that_is_not_finite_stops_the_run(tmp_pa
     with pytest.raises(NumericalError) as caught:
         train(model, tmp_path, batches=batches, max_steps=10, save_every=2)
     assert caught.value.exit_code == 5
-    assert "the last checkpoint is kept" in caught.value.hint
+    assert "the checkpoint of step 6 is kept" in caught.value.hint
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: skipped ")]
     messages = [*(line.removeprefix("warning: skipped ") for line in lines), str(caught.value)]
     assert len(messages) == 3
@@ -92,8 +92,21 @@ def test_pain_12_a_step_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_p
 
 def test_pain_12_a_run_too_short_for_three_such_steps_stops_as_well(tmp_path):
     model = adapted(shaken=True)
-    with pytest.raises(NumericalError, match="step 1: loss nan"):
+    with pytest.raises(NumericalError, match="step 1: loss nan") as caught:
         train(model, tmp_path, batches=poisoned(model, math.nan, step=0), max_steps=1)
+    assert caught.value.hint
+    assert "there is no checkpoint yet" in caught.value.hint
+
+
+def test_a_loss_beside_a_gradient_that_is_not_finite_is_the_mean_that_other_lines_have(tmp_path):
+    model = adapted(shaken=True)
+    parameter = dict(model.named_parameters())["model.layers.1.mlp.up_proj.lora_B"]
+    parameter.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NumericalError) as caught:
+        train(model, tmp_path, max_steps=1)
+    loss = losses(tmp_path)[0]
+    assert str(caught.value).startswith(f"step 1: loss {loss:.4f} and gradient norm nan are not finite")
+    assert loss < 10
 
 
 def test_pain_12_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(tmp_path):

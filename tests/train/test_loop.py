@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from lit_lora.data.batches import Batches, validation_batches
 from lit_lora.errors import UsageError
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.objectives.next_token import NextToken
+from lit_lora.train.progress import ProgressLines
 from lit_lora.train.validation import validation_loss
 from tests.train.tiny_run import (
     adapted,
@@ -227,11 +229,72 @@ def test_length_is_given_in_epochs_or_steps():
     assert TrainConfig(epochs=0.25).total_steps(10) == 3
     assert TrainConfig(epochs=0.001).total_steps(10) == 1
     assert TrainConfig(max_steps=7).total_steps(10) == 7
-    assert TrainConfig().eval_interval(100) == 10
-    assert TrainConfig(eval_every=3).eval_interval(100) == 3
-    assert TrainConfig().eval_interval(3) == 1
+    assert TrainConfig().eval_interval(100, 25) == 10
+    assert TrainConfig(eval_every=3).eval_interval(100, 25) == 3
+    assert TrainConfig().eval_interval(3, 3) == 1
     with pytest.raises(ValueError, match="not both"):
         TrainConfig(epochs=1, max_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluated", "saved"),
+    [
+        ({}, 10, 10),
+        ({"eval_every": "epoch"}, 25, 25),
+        ({"save_every": "epoch"}, 10, 25),
+        ({"eval_every": "epoch", "save_every": 7}, 25, 7),
+    ],
+)
+def test_intervals_are_given_in_steps_or_epochs(settings, evaluated, saved):
+    config = TrainConfig(**settings)
+    assert config.eval_interval(100, 25) == evaluated
+    assert config.save_interval(100, 25) == saved
+
+
+@pytest.mark.parametrize("value", ["epochs", 0, 1.5, True, "5 epochs"])
+def test_another_interval_is_one_problem(value):
+    with pytest.raises(ValueError, match=r"1 validation error(.|\n)*expected a number of steps, or epoch, got"):
+        TrainConfig(eval_every=value)
+
+
+def test_every_epoch_ends_with_a_validation_and_a_checkpoint(tmp_path):
+    settings = {"epochs": 3, "batch_size": 4, "eval_every": "epoch", "save_every": "epoch", "keep_last": 9}
+    train(adapted(), tmp_path, rows=make_rows(10), validation=make_rows(3, seed=5), **settings)
+    assert [record["step"] for record in metrics(tmp_path) if "validation_loss" in record] == [0, 3, 6, 9]
+    assert checkpoints(tmp_path) == [3, 6, 9]
+
+
+def test_gradients_are_not_clipped_without_a_norm_to_clip_to(tmp_path):
+    sgd = {"optimizer": {"name": "sgd", "lr": 1e-3}, "schedule": {"name": "constant", "warmup": 0}, "max_steps": 3}
+    for name, norm in [("none", None), ("huge", 1e9), ("tiny", 1e-6)]:
+        train(adapted(shaken=True), tmp_path / name, max_grad_norm=norm, **sgd)
+    assert same(stored(tmp_path / "none", 3), stored(tmp_path / "huge", 3))
+    assert not same(stored(tmp_path / "none", 3), stored(tmp_path / "tiny", 3))
+
+
+def test_a_run_in_a_log_file_prints_twenty_lines(tmp_path, capsys):
+    train(adapted(), tmp_path, rows=make_rows(4), max_steps=60)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == list(range(3, 61, 3))
+    for line, loss in zip(lines, losses(tmp_path)[2::3], strict=True):
+        assert re.fullmatch(rf"step \d+ of 60: loss {loss:.3f}, \d+ tok/s, \d\d:\d\d left", line)
+
+
+def test_a_long_step_is_followed_by_a_line_when_a_minute_has_passed(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("lit_lora.train.progress.time.monotonic", lambda: clock[0])
+    lines = ProgressLines(1000, first_step=0)
+    for step in range(1, 13):
+        clock[0] += 10
+        lines.after(step, "loss 1.000", already_reported=step == 2)
+    # The validation of step 2 printed a line, so the next one is due a minute later.
+    assert capsys.readouterr().err.splitlines() == ["step 9 of 1000: loss 1.000, 2:45:10 left"]
+
+
+def test_a_run_on_a_terminal_has_a_bar_instead_of_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train(adapted(), tmp_path, rows=make_rows(4), max_steps=10)
+    assert "step 5 of 10" not in capsys.readouterr().err
 
 
 def test_figures_of_a_run_are_those_of_its_steps(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -146,6 +147,24 @@ def test_pain_25_changed_rows_are_not_resumed(tmp_path):
     train(adapted(), tmp_path, rows=make_rows(8), max_steps=2)
     with pytest.raises(InputError, match="rows are not those"):
         train(adapted(), tmp_path, rows=make_rows(8, seed=1), resume=True, max_steps=4)
+
+
+def test_changed_validation_rows_are_not_resumed(tmp_path):
+    first = make_rows(4, seed=9)
+    train(adapted(), tmp_path, validation=first, max_steps=2)
+    for other in (make_rows(4, seed=8), first.subset(np.array([1, 0, 2, 3])), None):
+        with pytest.raises(InputError, match="the validation rows are not those that the run started with"):
+            train(adapted(), tmp_path, validation=other, resume=True, max_steps=4)
+    train(adapted(), tmp_path, validation=first, resume=True, max_steps=4)
+
+
+def test_a_checkpoint_that_does_not_name_its_validation_rows_is_resumed(tmp_path):
+    train(adapted(), tmp_path, validation=make_rows(4, seed=9), max_steps=2)
+    path = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(path.read_text())
+    del state["validation_rows"]
+    path.write_text(json.dumps(state))
+    assert train(adapted(), tmp_path, validation=make_rows(4, seed=9), resume=True, max_steps=4).steps == 4
 
 
 def test_another_model_or_method_is_not_resumed(tmp_path):

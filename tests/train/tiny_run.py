@@ -91,6 +91,7 @@ class TinyData:
 
     batches: Batches
     validation: Sequence[MicroBatch]
+    validation_fingerprint: str | None
 
 
 def train(
@@ -123,7 +124,7 @@ def train(
         resume,
     )
     held_out = list(validation_batches(validation, config.micro_batch_tokens)) if validation else []
-    data = TinyData(portions, held_out)
+    data = TinyData(portions, held_out, validation.fingerprint if validation else None)
     return fit(run, model, data, objective or NextToken(), lr_factors=lr_factors, sample=sample)
 
 
