@@ -9,7 +9,7 @@ names without a ``>`` between them do not know each other. ``tests/test_floors.p
     3  inspection > classify compare > recipe evaluate merge > open estimate   shared by recipes and commands
     2  checkpoint  peft  data  train  generate           five neighbors that do not know each other
     1  wheel > hf  gguf > model  tokenizer  hub  plots  quantize > kernels   the parts they are made of
-    0  config  files > log  errors                       no torch
+    0  config  files > log  errors  aliases              no torch
 """
 
 from __future__ import annotations

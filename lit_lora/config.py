@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union
@@ -31,6 +32,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from lit_lora import log
+from lit_lora.aliases import ALIASES, ANSWERS
 from lit_lora.errors import UsageError, first_line
 
 __all__ = [
@@ -380,7 +382,8 @@ def _describe(problem: Any, places: Mapping[KeyPath, str], name: str, model: typ
 
     if problem["type"] == "extra_forbidden":
         fields = _fields(model, pydantic_path[:-1])
-        suggestion = did_you_mean(str(pydantic_path[-1]), fields) or f", known: {', '.join(fields)}"
+        suggestion = _our_key(str(pydantic_path[-1]), path[:-1], model)
+        suggestion = suggestion or did_you_mean(str(pydantic_path[-1]), fields) or f", known: {', '.join(fields)}"
         return f"{where}: unknown key {key!r}{suggestion}{_replace_section(path, places, where)}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is missing"
@@ -425,9 +428,40 @@ def _replace_section(path: KeyPath, places: Mapping[KeyPath, str], where: str) -
     return f"; '{section}={{name: {name}}}' replaces the whole section" if sign and not _is_override(where) else ""
 
 
+def _our_key(key: str, section: KeyPath, model: type[BaseModel]) -> str:
+    """Where ``key``, unknown in ``section``, belongs: it may be of another section, or what another tool calls it.
+
+    Returns:
+        The end of the message; empty if the model has nothing of that name.
+    """
+    sections = _fields(model, ())
+    if "train" not in sections:  # settings of something other than a run
+        return ""
+    if key in sections:
+        return f": it belongs at the top level, {key}"
+    for other in sections:
+        is_ambiguous = key in ("name", "path")  # several sections have them
+        if (other,) != section and not is_ambiguous and key in _fields(model, (other,)):
+            return f": it belongs in the section {other}, {other}.{key}"
+    for target, aliases in ALIASES.items():
+        *path, name = target.split(".")
+        if key in aliases and name in _fields(model, tuple(path)):
+            return f": it is called {target} here"
+    for keys, answer in ANSWERS.items():
+        if key in keys:
+            return f": {answer}"
+    return ""
+
+
+@cache
+def _json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Takes tens of milliseconds, and one message asks for the fields of every section."""
+    return model.model_json_schema()
+
+
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
     """The fields at ``path`` of the model, found in its JSON schema."""
-    schema = model.model_json_schema()
+    schema = _json_schema(model)
     definitions = schema.get("$defs", {})
 
     def branches(node: dict[str, Any]) -> list[dict[str, Any]]:
