@@ -19,7 +19,17 @@ ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ü 😀", "completion": 
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_rows(path, Findings())]
+    """All rows of a file without a bad one."""
+    findings = Findings()
+    rows = [row for _, row in read_rows(path, findings)]
+    findings.check()
+    return rows
+
+
+def _skip_bad(path: Path) -> tuple[list[dict[str, Any]], Findings]:
+    """The rows of a file without its bad ones, and what was found."""
+    findings = Findings("skip")
+    return [row for _, row in read_rows(path, findings)], findings
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> str:
@@ -109,7 +119,7 @@ def test_unicode_line_separators_inside_a_value_end_no_row(tmp_path: Path) -> No
         ("r.csv", b"a,b\n1,2\n3,4,5\n", r"r\.csv:3: 3 cells, expected 2 \(a, b\)"),
         ("r.csv", b"a,b\n1\n", r"r\.csv:2: 1 cells, expected 2"),
         ("r.csv", b"a,a\n1,2\n", r"r\.csv:1: the header names 'a' more than once"),
-        ("r.csv", b"a,b\n\xff,2\n", r"r\.csv: not UTF-8"),
+        ("r.csv", b"a,b\n\xff,2\n", r"r\.csv:2: not UTF-8 text \(byte 0xff\)"),
         ("r.jsonl.gz", gzip.compress(_jsonl(ROWS).encode(), mtime=0)[:-9], r"r\.jsonl\.gz: damaged or truncated gzip"),
         ("r.parquet", b"PAR1 not really", r"r\.parquet: not a complete Parquet file"),
         ("r.xlsx", b"", r"r\.xlsx: unknown kind of data file"),
@@ -129,30 +139,22 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
-def test_a_key_that_stands_twice_is_counted_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_a_key_that_stands_twice_is_counted_and_named(tmp_path: Path, name: str) -> None:
     lines = ['{"a": 1, "b": 2}', '{"a": 1, "a": 2}', '{"a": {"b": 1, "c": [{"d": 3, "d": 3}]}}', '{"a": "b: a"}']
     text = "[" + ",\n".join(lines) + "]" if name == "rows.json" else "\n".join(lines)
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    assert _read(path)[1] == {"a": 2}
-    assert f"{path}:2, 3: repeated key ('a', 'd'); the last value is used\n" in capsys.readouterr().err
-    path.write_text("\n".join(['{"a": 1}'] + 20 * ['{"a": 1, "a": 2}']))
-    assert len(_read(path)) == 21
-    warned = capsys.readouterr().err
-    assert warned.count("warning") == 1
-    assert ":2, 3, 4, 5, 6, 7, 8, 9 and 12 more: repeated key" in warned
-    rows = read_rows(path, Findings())
-    assert [next(rows)[0], next(rows)[0]] == [1, 2]
-    rows.close()
-    assert f"{path}:2: repeated key" in capsys.readouterr().err  # of what was read
+    rows, findings = _skip_bad(path)
+    assert rows[1] == {"a": 2}
+    assert list(map(str, findings.of_level("warning"))) == [
+        f"1 row with a repeated key ('a'), of which the last value is used: {path}:2",
+        f"1 row with a repeated key ('d'), of which the last value is used: {path}:3",
+    ]
 
 
-def test_rows_without_a_repeated_key_are_read_without_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_without_a_repeated_key_are_read_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": {"a": {"a": "a"}}, "A": [{"b": 1}, {"b": 1}]}\n' * 2)
-    assert len(_read(path)) == 2
-    assert capsys.readouterr().err == ""
+    rows, findings = _skip_bad(path)
+    assert len(rows) == 2
+    assert findings.as_dict()["findings"] == []

@@ -1,0 +1,116 @@
+"""Read rows from Parquet and Arrow files, a few at a time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lit_lora.data.findings import Findings
+from lit_lora.data.read.text_files import first_bytes, open_bytes
+from lit_lora.errors import InputError
+
+__all__ = ["read_arrow", "read_parquet"]
+
+_ROWS_AT_ONCE = 1024
+
+
+def read_parquet(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(pq.ParquetFile(_seekable(path, stack)))
+            yield from _numbered_rows(path, file.iter_batches(_ROWS_AT_ONCE))
+        except pa.ArrowException as error:
+            raise _damaged(path, "Parquet", error) from error
+
+
+def read_arrow(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of an Arrow file of either form: the stream that ``save_to_disk`` writes, or a file (Feather)."""
+    with ExitStack() as stack:
+        if first_bytes(path, 4) == b"FEA1":
+            raise InputError(
+                f"{path}: an old Feather file (version 1)",
+                hint="write it again: pyarrow.feather.write_feather(table, PATH)",
+            )
+        try:
+            source = stack.enter_context(pa.PythonFile(_seekable(path, stack), "r"))
+            batches = _file_batches(source) if first_bytes(path, 6) == b"ARROW1" else pa.ipc.open_stream(source)
+            yield from _numbered_rows(path, batches)
+        except pa.ArrowException as error:
+            raise _damaged(path, "Arrow", error) from error
+
+
+def _file_batches(source: pa.PythonFile) -> Iterator[pa.RecordBatch]:
+    file = pa.ipc.open_file(source)
+    for index in range(file.num_record_batches):
+        yield file.get_batch(index)
+
+
+def _seekable(path: Path, stack: ExitStack) -> IO[bytes]:
+    """The file's bytes; a gzipped file is unpacked on disk, because its readers jump back and forth."""
+    file = stack.enter_context(open_bytes(path))
+    if not path.name.lower().endswith(".gz"):
+        return file
+    unpacked = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
+    shutil.copyfileobj(file, unpacked)
+    unpacked.seek(0)
+    return unpacked
+
+
+def _damaged(path: Path, kind: str, error: pa.ArrowException) -> InputError:
+    reason = str(error).splitlines()[0]
+    head = first_bytes(path, 1)
+    hint = "download it again"
+    if head in (b"{", b"["):
+        hint = "its text looks like JSON: name it .jsonl"
+    return InputError(f"{path}: not a complete {kind} file ({reason})", hint=hint)
+
+
+def _numbered_rows(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+            for row in _to_rows(path, batch.slice(start, _ROWS_AT_ONCE)):
+                number += 1
+                yield number, {name: _without_added_nulls(value) for name, value in row.items()}
+
+
+def _to_rows(path: Path, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as Python values.
+
+    Raises:
+        InputError: A value cannot be one, such as a date after the year 9999.
+    """
+    columns = []
+    for column in batch.columns:
+        # Python's times have microseconds, and pandas wrote nanoseconds.
+        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+            column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+        columns.append(column)
+    try:
+        batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+        rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError) as error:
+        if isinstance(error, pa.ArrowException):
+            raise
+        raise InputError(f"{path}: a value cannot be read: {error}", hint="write the column as text") from error
+    return rows
+
+
+def _without_added_nulls(value: Any) -> Any:
+    """The value without the nulls within its objects.
+
+    Arrow gives all objects of a column the same keys, and those that a row did not have become null.
+    """
+    if isinstance(value, dict):
+        return {name: _without_added_nulls(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_added_nulls(part) for part in value]
+    return value
