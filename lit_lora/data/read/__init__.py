@@ -18,7 +18,7 @@ from lit_lora.data.findings import Findings
 from lit_lora.data.read.arrow_files import read_arrow, read_parquet
 from lit_lora.data.read.csv_files import read_csv
 from lit_lora.data.read.json_files import read_json
-from lit_lora.data.read.text_files import first_bytes, read_text, require_data
+from lit_lora.data.read.text_files import first_bytes, is_web_page, read_text, require_data
 from lit_lora.errors import InputError
 
 __all__ = ["READERS", "NumberedRow", "is_data_file", "read_rows"]
@@ -77,6 +77,8 @@ def _kind(path: Path) -> str:
 
 def _read_text(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     """A text file is one document."""
+    if is_web_page(first_bytes(path, 512)):
+        findings.warn("that is a web page (HTML), whose tags are read as text", f"{path}:1")
     yield 1, {"text": read_text(path)}
 
 

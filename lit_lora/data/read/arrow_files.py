@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,9 @@ def read_arrow(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, 
             source = stack.enter_context(pa.PythonFile(_seekable(path, stack), "r"))
             batches = _file_batches(source) if first_bytes(path, 6) == b"ARROW1" else pa.ipc.open_stream(source)
             yield from _numbered_rows(path, batches)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own has no number
+                raise
             raise _damaged(path, "Arrow", error) from error
 
 
@@ -56,7 +59,7 @@ def _file_batches(source: pa.PythonFile) -> Iterator[pa.RecordBatch]:
 def _seekable(path: Path, stack: ExitStack) -> IO[bytes]:
     """The file's bytes; a gzipped file is unpacked on disk, because its readers jump back and forth."""
     file = stack.enter_context(open_bytes(path))
-    if not path.name.lower().endswith(".gz"):
+    if not isinstance(file, gzip.GzipFile):
         return file
     unpacked = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
     shutil.copyfileobj(file, unpacked)
@@ -64,7 +67,7 @@ def _seekable(path: Path, stack: ExitStack) -> IO[bytes]:
     return unpacked
 
 
-def _damaged(path: Path, kind: str, error: pa.ArrowException) -> InputError:
+def _damaged(path: Path, kind: str, error: Exception) -> InputError:
     reason = str(error).splitlines()[0]
     head = first_bytes(path, 1)
     hint = "download it again"

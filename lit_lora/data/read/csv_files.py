@@ -68,12 +68,11 @@ class _Dialect:
     """Whether the first line only names the separator."""
 
     def reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(
             lines,
             delimiter=self.delimiter,
             quotechar=self.quote or '"',
-            quoting=quoting,
+            quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
             skipinitialspace=self.skip_spaces,
             strict=True,
         )

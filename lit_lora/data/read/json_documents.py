@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.errors import InputError
 
-__all__ = ["document_rows", "is_message", "wrap_messages"]
+__all__ = ["document_rows", "is_message", "starts_conversation", "wrap_messages"]
 
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 _ROLES = ("role", "from")
+_FIRST_ROLES = ("system", "developer", "user", "human")
 _TEXTS = ("content", "value", "parts", "tool_calls")
 
 
@@ -22,6 +24,13 @@ def is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     return any(name in value for name in _ROLES) and any(name in value for name in _TEXTS)
+
+
+def starts_conversation(value: Any) -> bool:
+    """Whether the first item of a list says that the list is a conversation: rows may have a ``from`` of their own."""
+    if not is_message(value):
+        return False
+    return value.get("role", value.get("from")) in _FIRST_ROLES
 
 
 def wrap_messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,7 +59,7 @@ def document_rows(document: dict[str, Any], path: Path, findings: Findings) -> l
         return _schema_table(document)
 
     values = list(document.values())
-    if values and all(isinstance(value, list) for value in values) and not _has_objects(values):
+    if values and all(isinstance(value, list) for value in values) and _is_table(document):
         return _from_columns(document, path)
     if values and all(isinstance(value, dict) and value for value in values):
         return _from_objects(document)
@@ -59,6 +68,8 @@ def document_rows(document: dict[str, Any], path: Path, findings: Findings) -> l
 
 def _splits(document: dict[str, Any]) -> dict[str, Any]:
     """The splits of a document that has nothing else than splits, and perhaps single values about them."""
+    if _is_row(document):
+        return {}
     parts = {name: value for name, value in document.items() if isinstance(value, list | dict)}
     if parts and all(name.lower() in _SPLITS for name in parts):
         return parts
@@ -112,8 +123,15 @@ def _schema_table(document: dict[str, Any]) -> list[Any]:
     return rows
 
 
-def _has_objects(lists: list[list[Any]]) -> bool:
-    return any(isinstance(item, dict) for values in lists for item in values)
+def _is_table(document: dict[str, list[Any]]) -> bool:
+    """Whether lists are columns: a row may have lists too, but of messages or other objects."""
+    has_objects = False
+    for name, values in document.items():
+        if any(isinstance(value, dict) for value in values):
+            has_objects = True
+        elif values and _is_row({name}):
+            return True  # a prompt is one text, so several are those of several rows
+    return not has_objects
 
 
 def _from_columns(document: dict[str, Any], path: Path) -> list[Any]:
@@ -143,7 +161,7 @@ def _from_objects(document: dict[str, dict[str, Any]]) -> list[Any] | None:
         return list(rows.values())
 
     is_numbered = all(name.isdigit() for name in document)
-    if is_numbered or (_is_row(inner_names) and not _is_row(set(document))):
+    if is_numbered or (_is_row(inner_names) and not _is_row(document)):
         return list(document.values())
     return None
 
@@ -177,7 +195,7 @@ def _is_row_like(column: str, value: Any) -> bool:
     return not is_exchange
 
 
-def _is_row(names: set[str]) -> bool:
+def _is_row(names: Iterable[str]) -> bool:
     """Whether one of these names is that of a column to read."""
     return not _column_names().isdisjoint(name.lower() for name in names)
 

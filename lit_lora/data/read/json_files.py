@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from lit_lora.data.findings import Findings
-from lit_lora.data.read.json_documents import document_rows, is_message, wrap_messages
+from lit_lora.data.read.json_documents import document_rows, is_message, starts_conversation, wrap_messages
 from lit_lora.data.read.json_stream import JsonStream, ends_early
 from lit_lora.data.read.text_files import find_undecodable, open_text
 from lit_lora.errors import InputError
@@ -28,7 +28,7 @@ __all__ = ["read_json"]
 _HEAD = 1 << 20
 """Characters that decide about the arrangement."""
 
-_PYTHON = re.compile(r"""[\[{\s]*'|\b(None|True|False)\b""")
+_PYTHON = re.compile(r"""\A[\[{\s]*'|\b(None|True|False)\b""")
 """What JSON has not and a printed Python value has."""
 
 _NumberedValue: TypeAlias = tuple[int, Any]
@@ -114,7 +114,8 @@ class _Reader:
         """A value per line."""
         lines = _chain_lines(head, file)
         for number, line in enumerate(lines, 1):
-            text = line.strip().rstrip(",")  # objects joined by commas
+            # Objects may be joined by commas, and files with a byte order mark by each other.
+            text = line.strip().lstrip("\ufeff").rstrip(",")
             if not text or self._is_undecodable(number, text):
                 continue
             self._decoder.forget()
@@ -188,7 +189,7 @@ class _Reader:
         first = next(values, None)
         if first is None:
             return
-        if is_message(first[1]):  # a conversation that is a list by itself
+        if starts_conversation(first[1]):  # a conversation that is a list by itself
             messages = [first[1], *(value for _, value in values)]
             yield from self._value_rows(1, messages)
             return
@@ -218,7 +219,7 @@ class _Reader:
             yield from self._value_rows(row_number, row)
 
     def _unpack_list(self, value: list[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        if value and all(map(is_message, value)):
+        if value and starts_conversation(value[0]):
             yield from self._value_rows(1, value)
             return
         for number, item in enumerate(value, 1):
@@ -253,9 +254,9 @@ class _Reader:
             for name, value in row.items():
                 if isinstance(value, float) and math.isnan(value):
                     row[name] = None  # tables use it for a missing value
-            name = next(_not_finite(row), None)
-            if name is not None:
-                self._bad_row(number, f"{name}: NaN or an infinite number, which JSON has not")
+            key = next(_not_finite(row), None)
+            if key is not None:
+                self._bad_row(number, f"{key}: NaN or an infinite number, which JSON has not")
                 return
         yield number, row
 

@@ -12,7 +12,7 @@ from typing import IO, TextIO
 
 from lit_lora.errors import InputError
 
-__all__ = ["find_undecodable", "first_bytes", "open_bytes", "open_text", "read_text", "require_data"]
+__all__ = ["find_undecodable", "first_bytes", "is_web_page", "open_bytes", "open_text", "read_text", "require_data"]
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 """How ``surrogateescape`` writes a byte that is not UTF-8. Valid text never contains these characters."""
@@ -94,7 +94,7 @@ def find_undecodable(text: str, path: Path) -> tuple[str, str] | None:
         return None
     problem = f"not UTF-8 text (byte 0x{ord(match[0]) - 0xDC00:02x})"
     if not _ESCAPED_BYTE.sub("", text).isascii():
-        return problem, "the file is UTF-8 elsewhere in this row: correct the row"
+        return problem, "the rest of the row is UTF-8: correct this byte"
 
     # Western European text has single bytes between ASCII letters; other scripts have runs of them.
     is_western = re.search("[\udc80-\udcff]{3}", text) is None
@@ -142,12 +142,17 @@ def require_data(path: Path, *, plain_text: bool) -> None:
             source = shlex.quote(str(path))
             raise InputError(f"{path}: compressed with {name}", hint=f"unpack it: {command} {source}")
 
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")) and not plain_text:
+    if is_web_page(head) and not plain_text:
         raise InputError(
             f"{path}: a web page (HTML), not the data",
             hint="download the file itself: on GitHub its Raw link, on the Hugging Face Hub its download link",
         )
+
+
+def is_web_page(head: bytes) -> bool:
+    """Whether a file that begins so is HTML."""
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
 
 
 def _zip_error(path: Path) -> InputError:
