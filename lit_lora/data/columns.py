@@ -9,50 +9,32 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_lora.config import did_you_mean
+from lit_lora.data.cells import as_text, cell, columns_in, columns_read, is_empty, require_text
 from lit_lora.data.config import DataConfig
-from lit_lora.data.findings import Findings
+from lit_lora.data.findings import Findings, Notice
 from lit_lora.data.formats import FORMATS, load_format
+from lit_lora.data.formats.exchange import message_list
 from lit_lora.data.formats.turns import UnknownRole
-from lit_lora.data.refused import check_preference, check_wanted, check_without_media
-from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
+from lit_lora.data.guesses import (
+    CLASS_COLUMNS,
+    CONTEXT_COLUMNS,
+    MEDIA_COLUMNS,
+    as_yaml,
+    fold,
+    guess,
+    mapping_hint,
+    preference_error,
+)
+from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError, UsageError
 
 __all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "guess_columns", "replace_values"]
 
-_PLACEHOLDER = re.compile(r"\{([^{}\"':,\n]+)\}")
-"""A column name in a template: ``{name}``. Braces around anything else, such as JSON, are plain text."""
-
-_GUESSES = {
-    "prompt": (
-        "question",
-        "query",
-        "input",
-        "instruction",
-        "text",
-        "sentence",
-        "review",
-        "document",
-        "article",
-        "goal",
-    ),
-    "completion": (
-        "answer",
-        "response",
-        "output",
-        "label",
-        "target",
-        "intent",
-        "summary",
-        "slots",
-        "category",
-        "class",
-    ),
-    "text": ("content", "document", "body", "passage"),
-}
-"""Format column -> usual names of such a column, the likeliest first; for suggestions, never used unasked."""
-
 # Columns beside a text that describe it; any other may hold the label of a task.
 _METADATA = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
+
+_UNWANTED = ("label", "kto_tag", "desirable")
+"""Columns in which KTO's rows say whether the answer is wanted."""
 
 
 class RowReader:
@@ -86,11 +68,9 @@ class RowReader:
 
         try:
             layout = self._layout(row)
-            if not self._config.columns:  # a mapping is the user's own choice
-                check_without_media(row)
-            check_wanted(row, columns_read(layout.columns))
-            context = RowContext(notice, layout.columns, self._config.roles)
+            _check_unread(layout, self._config, row, notice)
             values = layout.format_row(replace_values(row, self._config.values, "values"))
+            context = RowContext(notice, layout.columns, self._config.roles)
             sample = layout.format.read(values, context)
         except InputError as error:
             findings.bad_row(where, str(error), error.hint)
@@ -103,6 +83,7 @@ class RowReader:
             findings.bad_row(where, str(error.args[0]) if error.args else str(error))
             return None
 
+        self._compare_format(layout.name, where)
         findings.formats[layout.name] = findings.formats.get(layout.name, 0) + 1
         for column in layout.unused:
             findings.unused_columns[column] = findings.unused_columns.get(column, 0) + 1
@@ -116,6 +97,17 @@ class RowReader:
             messages=[{"role": "system", "content": system}, *sample.messages],
             context_only=frozenset(index + 1 for index in sample.context_only),
         )
+
+    def _compare_format(self, name: str, where: str) -> None:
+        """Count a row whose format is not that of the first rows; as plain text, it would be learned as a whole."""
+        first = next(iter(self._findings.formats), name)
+        if name == first:
+            return
+        message = f"of format {name}, while the first rows are {first}"
+        if "text" in (name, first):
+            self._findings.warn(message, where)
+        else:
+            self._findings.note(message, where)
 
     def _layout(self, row: Mapping[str, Any]) -> _Layout:
         key = tuple((name, type(value)) for name, value in row.items())
@@ -137,8 +129,16 @@ class _Layout:
     """The file's columns that are not read."""
 
     def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under the format's column names."""
-        return {column: cell(row, source) for column, source in self.columns.items()}
+        """The row under the format's column names.
+
+        Raises:
+            ValueError: A value of the prompt is a list or an object.
+        """
+        renamed = {column: cell(row, source) for column, source in self.columns.items()}
+        for column in self.format.texts:
+            if column in renamed and message_list(renamed[column]) is None:
+                require_text(renamed[column], column, self.columns[column])
+        return renamed
 
 
 def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
@@ -153,8 +153,8 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
         InputError: The row fits no format, or lacks a column that the mapping names.
     """
     _check_mapping(config, row)
-    if config.format == "auto" and not config.columns:
-        check_preference(row)
+    if not config.columns and (error := preference_error(row)) is not None:
+        raise error
     names = list(FORMATS) if config.format == "auto" else [config.format]
     for name in names:
         format_ = load_format(name)
@@ -163,7 +163,8 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
             continue
         if config.format == "auto" and not _plausible(format_, columns, config, row):
             continue
-        unused = row.keys() - columns_read(columns)
+        columns |= _optional_columns(format_, columns, config, row)
+        unused = row.keys() - columns_read(columns, row)
         return _Layout(name, format_, columns, tuple(sorted(unused)))
     raise _no_format(config, row)
 
@@ -186,11 +187,11 @@ def _check_mapping(config: DataConfig, row: Mapping[str, Any]) -> None:
                 f"columns: no format has a column {column!r}{did_you_mean(column, format_columns)}",
                 hint="the format's column comes first, yours second: columns: {prompt: question, completion: answer}",
             )
-        for name in columns_in(source):
+        for name in columns_in(source, row):
             if name not in row:
                 raise InputError(
                     f"no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
-                    hint=f"--columns {column}=YOUR_COLUMN, or columns: {{{column}: YOUR_COLUMN}} in the config",
+                    hint=f"name one of these: --columns {column}=…, or columns: {{{column}: …}} in the config",
                 )
     for column in config.values:
         if column not in row:
@@ -202,12 +203,11 @@ def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]
     if mapping.keys() - {*format_.required, *format_.optional}:
         return None
     columns = dict(mapping)
-    for column in (*format_.required, *format_.optional):
+    for column in format_.required:
         source = columns.get(column) or _first_in(row, _names(format_, column))
-        if source is not None:
-            columns[column] = source
-        elif column in format_.required:
+        if source is None:
             return None
+        columns[column] = source
     return columns
 
 
@@ -218,12 +218,8 @@ def _names(format_: Format, column: str) -> tuple[str, ...]:
 
 def _first_in(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """The column of the row with the first of the names that it has, however it is capitalized and spaced."""
-    columns = {_folded(column): column for column in reversed(list(row))}
-    return next((columns[_folded(name)] for name in names if _folded(name) in columns), None)
-
-
-def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]", "", str(name)).lower()
+    columns = {fold(column): column for column in reversed(list(row))}
+    return next((columns[fold(name)] for name in names if fold(name) in columns), None)
 
 
 def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, row: Mapping[str, Any]) -> bool:
@@ -239,7 +235,7 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
             if not isinstance(value, list) and not str(value).lstrip().startswith("["):
                 return False
         # Recognized by an alias, such as "answer", it must be text: a number may be the index of an option.
-        elif columns[column] != column and value is not None and not isinstance(value, str):
+        elif columns[column] != column and not (value is None or isinstance(value, str) or message_list(value)):
             return False
 
     if format_.required == ("text",) and "text" not in config.columns:
@@ -248,23 +244,90 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
     return True
 
 
+def _optional_columns(
+    format_: Format, columns: Mapping[str, str], config: DataConfig, row: Mapping[str, Any]
+) -> dict[str, str]:
+    """The source of each optional column of the format that the row has.
+
+    Parts of the prompt are left out if the user has said what the prompt is.
+    """
+    prompt_is_mapped = any(column in config.columns for column in format_.texts)
+    read = columns_read(columns, row)
+    optional = {}
+    for column in format_.optional:
+        source = _first_in(row, _names(format_, column))
+        if source is None or column in columns or source in read:
+            continue
+        if column in format_.texts and prompt_is_mapped:
+            continue
+        optional[column] = source
+    return optional
+
+
+def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], notice: Notice) -> None:
+    """Check what a row says in columns that are not read, and an answer that is a bare number.
+
+    Raises:
+        InputError: The row has images, or an answer that is not wanted.
+    """
+    for column in layout.unused:
+        if is_empty(row[column]):
+            continue
+        if fold(column) in MEDIA_COLUMNS and not config.columns:
+            required = {name: layout.columns[name] for name in layout.format.required}
+            raise InputError(
+                f"{column}: only text can be read, no images, sound or video",
+                hint=f"to train on the text without it, map the columns: {mapping_hint(required)}",
+            )
+        if fold(column) in CONTEXT_COLUMNS | MEDIA_COLUMNS:
+            notice(f"with a column {column} that the model does not see; {_add_to_prompt(layout, column)}")
+        if column in _UNWANTED:
+            _check_wanted(column, row[column], notice)
+
+    if layout.format.nested or layout.name == "text":
+        return
+    answer = layout.columns[layout.format.required[-1]]
+    is_class = fold(answer) in CLASS_COLUMNS and answer not in config.values
+    if is_class and re.fullmatch(r"-?\d{1,3}", as_text(row.get(answer))):
+        notice(
+            f"whose answer is a bare number (column {answer}); words say what it means: values: {{{answer}: "
+            f"{{0: no, 1: yes}}}} in the config, or --values {answer}=0:no,1:yes"
+        )
+
+
+def _check_wanted(column: str, value: Any, notice: Notice) -> None:
+    """Check the label of a KTO row, which says whether its answer is wanted.
+
+    Raises:
+        InputError: It is not.
+    """
+    text = as_text(value).strip().lower()
+    if text in ("false", "no"):
+        raise InputError(
+            f"{column} is false: an answer that is not wanted would be learned",
+            hint=f"keep only the rows whose {column} is true",
+        )
+    if text in ("0", "0.0", "-1"):
+        notice(f"whose {column} is {text}, and whose answer is learned all the same")
+
+
+def _add_to_prompt(layout: _Layout, column: str) -> str:
+    """The mapping that puts a column before the prompt."""
+    if layout.format.nested or layout.name == "text":
+        return f"columns: {{prompt: …}} with a template such as {{{column}}} adds it"
+    prompt, answer = layout.format.required[0], layout.format.required[-1]
+    source = layout.columns[prompt]
+    template = source if columns_in(source) != [source] else f"{{{source}}}"
+    mapping = {prompt: f"{{{column}}}\n\n{template}", answer: layout.columns[answer]}
+    return f"columns: {as_yaml(mapping)} adds it"
+
+
 def guess_columns(config: DataConfig, row: Mapping[str, Any]) -> dict[str, str] | None:
     """A mapping for a row that fits no format, from usual names of questions and answers; None if a column has none."""
-    if config.format not in ("auto", "prompt_completion"):
+    if config.format not in ("auto", "prompt_completion") or preference_error(row) is not None:
         return None
-    mapping = _guess(config, row, "prompt_completion")
-    return mapping if all(mapping.values()) else None
-
-
-def _guess(config: DataConfig, row: Mapping[str, Any], name: str) -> dict[str, str]:
-    """A column of the row for each required column of the format, or an empty string."""
-    format_ = load_format(name)
-    mapping: dict[str, str] = {}
-    for column in format_.required:
-        names = (*_names(format_, column), *_GUESSES.get(column, ()))
-        free = [candidate for candidate in names if candidate not in mapping.values()]
-        mapping[column] = config.columns.get(column) or _first_in(row, free) or ""
-    return mapping
+    mapping = guess(row, ["prompt", "completion"])
+    return mapping if len(mapping) == 2 else None
 
 
 def _no_format(config: DataConfig, row: Mapping[str, Any]) -> InputError:
@@ -282,10 +345,21 @@ def _no_format(config: DataConfig, row: Mapping[str, Any]) -> InputError:
     else:
         message = f"the columns ({columns}) do not fit format {name}, which needs {needed}"
 
-    mapping = {column: source or "YOUR_COLUMN" for column, source in _guess(config, row, name).items()}
-    in_config = ", ".join(f"{column}: {source}" for column, source in mapping.items())
-    flags = " ".join(f"--columns {column}={source}" for column, source in mapping.items())
-    return InputError(message, hint=f"map them: columns: {{{in_config}}} in the config, or {flags}")
+    return InputError(message, hint=_mapping_hint(config, row, format_))
+
+
+def _mapping_hint(config: DataConfig, row: Mapping[str, Any], format_: Format) -> str:
+    """The mapping to write, in the row's own columns."""
+    mapping = guess(row, format_.required) | dict(config.columns)
+    if all(column in mapping for column in format_.required):
+        return f"map them: {mapping_hint({column: mapping[column] for column in format_.required})}"
+    free = [name for name in row if name not in columns_read(mapping, row)]
+    missing = [column for column in format_.required if column not in mapping]
+    if len(free) < len(missing):
+        return f"each row needs {' and '.join(format_.required)}; this one has no column for {', '.join(missing)}"
+    example = mapping | dict(zip(missing, free, strict=False))
+    chosen = {column: example[column] for column in format_.required}
+    return f"say which is which, such as {mapping_hint(chosen)}"
 
 
 def _nearest(row: Mapping[str, Any]) -> str:
@@ -322,27 +396,3 @@ def replace_values(row: Mapping[str, Any], values: Mapping[str, Mapping[str, str
             )
         replaced[column] = words[text]
     return replaced
-
-
-def columns_read(columns: Mapping[str, str]) -> set[str]:
-    """All of the file's columns that a mapping reads."""
-    return {name for source in columns.values() for name in columns_in(source)}
-
-
-def columns_in(source: str) -> list[str]:
-    """The file's columns that a source names: the source itself, or those in its braces."""
-    return _PLACEHOLDER.findall(source) or [source]
-
-
-def cell(row: Mapping[str, Any], source: str) -> Any:
-    """A column's value, or a template filled with the columns' values.
-
-    Raises:
-        ValueError: The row lacks the column.
-    """
-    for name in columns_in(source):
-        if name not in row:
-            raise ValueError(f"no column {name!r}, found: {', '.join(row) or 'none'}")
-    if source in row:
-        return row[source]
-    return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]), source)

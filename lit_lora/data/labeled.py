@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_lora.config import did_you_mean
+from lit_lora.data.cells import as_text
 from lit_lora.data.columns import cell, columns_in, columns_read, replace_values
 from lit_lora.data.config import LabeledConfig
 from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.data.rows import Integers
-from lit_lora.data.sample import as_text
 from lit_lora.errors import InputError, UsageError
 
 __all__ = ["Example", "LabeledRow", "LabeledRows", "Labels", "Tokens", "find_labels", "read_examples"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, TypeAlias
 
 from lit_lora.data.findings import Notice
 from lit_lora.tokenizer import Message
 
-__all__ = ["Conversation", "Format", "RowContext", "Sample", "as_json_value", "as_text"]
+__all__ = ["Conversation", "Format", "RowContext", "Sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class RowContext:
     """What a format needs to know beside the values of a row."""
 
     notice: Notice
-    """Counts a warning about the row, such as ``with an empty answer, which is not learned``."""
+    """Counts a warning about the row, such as ``with an empty prompt``."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """The format's column -> what the file calls it."""
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -65,44 +62,5 @@ class Format:
     """Column -> other names under which it is recognized, the likeliest first."""
     nested: bool = False
     """Whether the required column contains a list of messages instead of text."""
-
-
-def as_text(value: Any) -> str:
-    """A cell as text, as a person would write it: null is empty, a list or an object is JSON.
-
-    NaN, which tables use for a missing value, is empty too. A float32 has its own digits, a decimal all of its places.
-
-    Raises:
-        ValueError: The text contains half of a surrogate pair, which no tokenizer accepts, or bytes are not UTF-8.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    value = as_json_value(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair (an emoji cut in two?) at character {error.start}") from None
-    return text
-
-
-def as_json_value(value: Any) -> Any:
-    """A value with every part of it that JSON has no form for as text, as a person would write it.
-
-    Raises:
-        ValueError: Bytes are not UTF-8 text.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): as_json_value(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json_value(part) for part in value]
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError("bytes that are not UTF-8 text, expected text") from None
-    if isinstance(value, datetime):
-        return value.isoformat(sep=" ").removesuffix(" 00:00:00")
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return str(value)  # dates, times, decimals, durations, UUIDs
+    texts: tuple[str, ...] = ()
+    """Columns that must hold text, or messages, but no other list or object."""

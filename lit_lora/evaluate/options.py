@@ -13,9 +13,10 @@ import numpy as np
 
 from lit_lora.config import did_you_mean
 from lit_lora.data import Rows
+from lit_lora.data.cells import as_text
 from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
-from lit_lora.data.sample import Conversation, as_text
+from lit_lora.data.sample import Conversation
 from lit_lora.errors import InputError, UsageError
 from lit_lora.evaluate.likelihood import log_likelihoods
 from lit_lora.evaluate.scores import Share

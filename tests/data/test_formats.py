@@ -157,8 +157,8 @@ def test_pain_44_columns_of_no_format_name_file_row_columns_format_and_mapping()
     message, hint = str(caught.value), str(caught.value.hint)
     for part in ("rows.jsonl:1", "frage, antwort", "prompt_completion", "prompt, completion"):
         assert part in message
-    assert "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}" in hint
-    assert "--columns prompt=YOUR_COLUMN" in hint
+    assert "columns: {prompt: frage, completion: antwort}" in hint
+    assert "--columns prompt=frage" in hint
     with pytest.raises(InputError) as caught:
         _sample({"instruction": "a", "text": "c"})
     assert "alpaca" in str(caught.value)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-from lit_lora.data.formats.exchange import exchange
-from lit_lora.data.sample import Format, RowContext, Sample
+from lit_lora.data.formats.exchange import read_exchange
+from lit_lora.data.sample import Format
 
 __all__ = ["ALPACA"]
-
-
-def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
-    return exchange(row, "instruction", "output", context, input_="input")
-
 
 # "text", the rendered prompt that Alpaca's file on the Hub repeats in each row, is not read.
 ALPACA = Format(
     required=("instruction", "output"),
-    optional=("input", "system", "history", "text"),
+    optional=("input", "context", "system", "history", "tools", "text"),
     aliases={"output": ("response", "answer", "completion"), "system": ("system_prompt",)},
-    read=_read,
+    texts=("instruction", "input", "context"),
+    read=partial(read_exchange, prompt=("instruction", "input", "context"), answer="output"),
 )

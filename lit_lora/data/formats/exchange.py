@@ -1,83 +1,83 @@
-"""One question and its answer, each a text or a list of messages."""
+"""A question and its answer in columns of their own: texts, or messages as TRL has them."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_lora.data.formats.messages import conversation, is_message_list, read_history, read_turns
-from lit_lora.data.formats.turns import Turn, shown
-from lit_lora.data.sample import Conversation, RowContext, as_json_value, as_text
+from lit_lora.data.cells import as_text
+from lit_lora.data.formats.messages import conversation, read_history, read_turns
+from lit_lora.data.formats.turns import Turn, parse_json
+from lit_lora.data.sample import Conversation, RowContext
 
-__all__ = ["exchange", "join_texts"]
+__all__ = ["message_list", "read_exchange"]
 
 
-def exchange(
-    row: Mapping[str, Any], prompt: str, answer: str, context: RowContext, *, input_: str = ""
-) -> Conversation:
-    """A prompt and its answer, after the row's ``system`` message and earlier turns (``history``).
+def read_exchange(row: Mapping[str, Any], context: RowContext, *, prompt: Sequence[str], answer: str) -> Conversation:
+    """The conversation of a row: its system message, earlier turns, prompt and answer.
 
     Args:
-        row: Under the format's column names.
-        prompt: Name of the column with the prompt.
-        answer: Name of the column with the answer.
+        row: A row under the format's column names; ``system``, ``history`` and ``tools`` are optional.
         context: Of the row.
-        input_: Name of a column with a text that follows the prompt.
+        prompt: Columns of the prompt's parts, which blank lines separate; empty parts leave none.
+        answer: Column of the answer.
 
     Raises:
-        ValueError: A value is of the wrong kind.
+        ValueError: A value has the wrong type.
     """
-    turns = read_history(row.get("history"), context)
-    turns += _prompt_turns(row, prompt, input_, context)
-    turns += _answer_turns(row[answer], context.columns.get(answer, answer), context)
+    question = _question(row, context, prompt)
+    reply = _reply(row[answer], context.columns.get(answer, answer), context)
+    turns = [*read_history(row.get("history"), context), *question, *_without_question(reply, question)]
     return conversation(row, turns, context)
 
 
-def _prompt_turns(row: Mapping[str, Any], prompt: str, input_: str, context: RowContext) -> list[Turn]:
-    value = row[prompt]
-    if is_message_list(value):
-        # Answers within a prompt are given, as in TRL; only the completion is learned.
-        return [Turn(turn.message, learned=False) for turn in read_turns(value, prompt, context)]
-    texts = [_prompt_text(value, context.columns.get(prompt, prompt))]
-    if input_:
-        texts.append(_prompt_text(row.get(input_), context.columns.get(input_, input_)))
-    return [Turn({"role": "user", "content": join_texts(*texts)}, learned=False)]
-
-
-def _prompt_text(value: Any, column: str) -> str:
-    if isinstance(value, list | tuple | Mapping):
-        raise ValueError(f"{column}: expected the text of a prompt, got {shown(as_json_value(value))}")
-    return as_text(value)
-
-
-def _answer_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
-    if isinstance(value, Mapping) and {"role", "from"} & value.keys() and {"content", "value"} & value.keys():
+def message_list(value: Any) -> list[Any] | None:
+    """The value as a list of messages, if it is one, a single message, or the JSON text of such a list."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = parse_json(value)
+    if isinstance(value, Mapping):
         value = [value]
-    if is_message_list(value):
-        return read_turns(value, column, context)
-    return [Turn({"role": "assistant", "content": _answer_text(value, column)}, learned=True)]
+    if not isinstance(value, list) or not value:
+        return None
+    return value if all(_is_message(item) for item in value) else None
 
 
-def _answer_text(value: Any, column: str) -> str:
-    """The text of an answer; an object or a list is written as JSON.
-
-    Raises:
-        ValueError: It contains NaN or an infinite number, for which JSON has no word.
-    """
-    if not isinstance(value, list | tuple | Mapping):
-        if isinstance(value, float) and math.isinf(value):
-            raise ValueError(f"{column}: the answer is an infinite number")
-        return as_text(value)
-    try:
-        return as_text(json.dumps(as_json_value(value), ensure_ascii=False, allow_nan=False))
-    except ValueError as error:
-        if "JSON compliant" in str(error):
-            raise ValueError(f"{column}: NaN or Infinity in the answer, which JSON cannot write") from None
-        raise
+def _is_message(item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    return "from" in item or ("role" in item and bool({"content", "tool_calls", "parts"} & item.keys()))
 
 
-def join_texts(*texts: str) -> str:
-    """The texts that are not empty, with a blank line between."""
-    return "\n\n".join(text for text in texts if text.strip())
+def _question(row: Mapping[str, Any], context: RowContext, prompt: Sequence[str]) -> list[Turn]:
+    """The prompt; of messages, the assistant's are given, for only the completion is to be learned."""
+    first, *others = prompt
+    messages = message_list(row[first])
+    parts = [as_text(row.get(column)) for column in others]
+    if messages is None:
+        parts.insert(0, as_text(row[first]))
+        text = "\n\n".join(part for part in parts if part.strip())
+        if not text:
+            context.notice("with an empty prompt")
+        return [Turn({"role": "user", "content": text}, learned=False)]
+
+    for column, part in zip(others, parts, strict=True):
+        if part.strip():
+            context.notice(f"whose {column} is not used, because the {first} is a list of messages")
+    turns = read_turns(messages, context.columns.get(first, first), context)
+    return [Turn(turn.message, learned=False) for turn in turns]
+
+
+def _reply(value: Any, column: str, context: RowContext) -> list[Turn]:
+    messages = message_list(value)
+    if messages is None:
+        return [Turn({"role": "assistant", "content": as_text(value)}, learned=True)]
+    return read_turns(messages, column, context)
+
+
+def _without_question(reply: list[Turn], question: Sequence[Turn]) -> list[Turn]:
+    """The reply without the prompt, if it repeats it, as ``chosen`` of many preference sets does."""
+    asked = [turn.message["content"] for turn in question if turn.message["role"] != "system"]
+    said = [turn for turn in reply if turn.message["role"] != "system"]
+    if len(said) > len(asked) and [turn.message["content"] for turn in said[: len(asked)]] == asked:
+        return said[len(asked) :]
+    return reply

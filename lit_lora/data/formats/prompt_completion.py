@@ -1,19 +1,13 @@
-"""Prompt and completion: the simplest form of a task."""
+"""Prompt and completion: the simplest form of a task; also TRL's, in which both are lists of messages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-from lit_lora.data.formats.exchange import exchange
-from lit_lora.data.sample import Format, RowContext, Sample
+from lit_lora.data.formats.exchange import read_exchange
+from lit_lora.data.sample import Format
 
 __all__ = ["PROMPT_COMPLETION"]
-
-
-def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
-    return exchange(row, "prompt", "completion", context, input_="context")
-
 
 PROMPT_COMPLETION = Format(
     required=("prompt", "completion"),
@@ -21,8 +15,8 @@ PROMPT_COMPLETION = Format(
     aliases={
         "prompt": ("question", "query", "input"),
         "completion": ("answer", "response", "output"),
-        "context": ("schema", "passage", "background"),
         "system": ("system_prompt",),
     },
-    read=_read,
+    texts=("prompt", "context"),
+    read=partial(read_exchange, prompt=("prompt", "context"), answer="completion"),
 )

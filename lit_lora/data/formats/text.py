@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lit_lora.data.sample import Format, RowContext, Sample, as_text
+from lit_lora.data.cells import as_text
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["TEXT"]
 
@@ -14,4 +15,4 @@ def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
     return as_text(row["text"])
 
 
-TEXT = Format(required=("text",), read=_read)
+TEXT = Format(required=("text",), texts=("text",), read=_read)

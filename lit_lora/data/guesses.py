@@ -1,0 +1,234 @@
+"""Which of a file's columns is probably which: suggestions for errors and for ``init``, never used unasked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lit_lora.data.cells import is_empty
+from lit_lora.data.formats.exchange import message_list
+from lit_lora.errors import InputError
+
+__all__ = [
+    "CLASS_COLUMNS",
+    "CONTEXT_COLUMNS",
+    "MEDIA_COLUMNS",
+    "as_yaml",
+    "fold",
+    "guess",
+    "mapping_hint",
+    "preference_error",
+]
+
+CONTEXT_COLUMNS = frozenset(
+    [
+        "context", "contexts", "ctx", "schema", "dbschema", "createtable", "passage", "passages", "document",
+        "documents", "background", "table", "tables", "history", "evidence", "article", "paragraph",
+        "paragraphs", "choices", "options", "endings", "facts", "premise", "transcript",
+    ]
+)  # fmt: skip
+"""Folded names of columns without which an answer is often impossible."""
+
+MEDIA_COLUMNS = frozenset(
+    [
+        "image", "images", "video", "videos", "audio", "audios",
+    ]
+)  # fmt: skip
+"""Folded names of columns of what no language model for text reads."""
+
+CLASS_COLUMNS = frozenset(
+    [
+        "label", "labels", "target", "class", "category", "sentiment", "intent", "classid", "labelid",
+    ]
+)  # fmt: skip
+"""Folded names of columns that hold a class, perhaps as a bare number."""
+
+_METADATA = frozenset(
+    [
+        "id", "idx", "index", "uid", "uuid", "url", "link", "source", "meta", "metadata", "title",
+        "questiontitle", "timestamp", "date", "created", "language", "lang", "split", "author", "user",
+        "userid", "username", "score", "level", "type", "difficulty",
+    ]
+)  # fmt: skip
+
+_NAMES = {
+    "prompt": (
+        "prompt", "question", "query", "instruction", "input", "problem", "tweet", "comment", "message", "text",
+        "sentence", "sentence1", "review", "utterance", "request", "post", "email", "document", "article",
+        "passage", "dialogue", "description", "goal", "task", "ctx", "premise", "content", "source", "context",
+        "title", "user", "human", "en",
+    ),
+    "completion": (
+        "completion", "answer", "answers", "response", "output", "solution", "label", "labels", "target", "reply",
+        "summary", "highlights", "sentiment", "intent", "category", "class", "slots", "sql", "code", "translation",
+        "result", "report", "chosen", "ending", "endings", "body", "assistant", "bot", "gpt", "fr",
+        "de", "es", "data",
+    ),
+    "text": ("text", "content", "document", "body", "passage"),
+}  # fmt: skip
+"""Format column -> usual folded names of such a column, the likeliest first."""
+
+_NAMES["instruction"] = _NAMES["prompt"]
+_NAMES["output"] = _NAMES["completion"]
+_NAMES["response"] = _NAMES["completion"]
+
+# (better, worse): names of the two answers of a preference row
+_PREFERENCES = (
+    ("chosen", "rejected"),
+    ("chosenresponse", "rejectedresponse"),
+    ("preferred", "other"),
+    ("preferred", "dispreferred"),
+    ("preferred", "rejected"),
+    ("preferredoutput", "nonpreferredoutput"),
+    ("accepted", "rejected"),
+    ("responsej", "responsek"),
+    ("win", "lose"),
+    ("winner", "loser"),
+    ("better", "worse"),
+    ("good", "bad"),
+    ("best", "worst"),
+    ("positive", "negative"),
+)
+_ANSWER_PAIRS = (
+    ("response0", "response1"),
+    ("response1", "response2"),
+    ("responsea", "responseb"),
+    ("answer0", "answer1"),
+    ("answera", "answerb"),
+    ("output1", "output2"),
+)
+_VERDICT = re.compile(r"prefer|better|chosen|winner|score|overall|rating|label|safer")
+
+
+def fold(name: str) -> str:
+    """A column's name without case, spaces and punctuation: ``userprompt`` for ``User Prompt``."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def guess(row: Mapping[str, Any], needed: Iterable[str]) -> dict[str, str]:
+    """A column, or a template with columns in braces, for each of the format's columns that can be guessed.
+
+    Of two columns, one that has a usual name decides what the other is.
+    """
+    mapping: dict[str, str] = {}
+    needed = list(needed)
+    for column in needed:
+        source = _likeliest(row, _NAMES.get(column, ()), taken=mapping.values())
+        if source is not None:
+            mapping[column] = source
+
+    remaining = [name for name in row if name not in mapping.values() and fold(name) not in _METADATA]
+    missing = [column for column in needed if column not in mapping]
+    if mapping and len(missing) == 1 and len(remaining) == 1:
+        mapping[missing[0]] = remaining[0]
+    elif len(needed) == 2 and missing:
+        mapping |= _within(row, needed)
+    return {column: _filled_in(row, mapping, column) for column in needed if column in mapping}
+
+
+def _likeliest(row: Mapping[str, Any], names: Iterable[str], taken: Iterable[str]) -> str | None:
+    """The column whose name is the likeliest, else one of whose words is."""
+    free = [name for name in row if name not in taken]
+    by_fold = {fold(name): name for name in reversed(free)}
+    for name in names:
+        if name in by_fold:
+            return by_fold[name]
+    for name in names:
+        for column in free:
+            if name in _words(column) and fold(column) not in _METADATA and len(name) > 2:
+                return column
+    return None
+
+
+def _words(name: str) -> set[str]:
+    """The words of ``questionText``, ``input_text`` or ``Target Report``."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return set(re.split(r"[\W_]+", spaced.lower()))
+
+
+def _within(row: Mapping[str, Any], needed: list[str]) -> dict[str, str]:
+    """The two texts within the row's only object, as in ``{"translation": {"en": …, "fr": …}}``."""
+    for name, value in row.items():
+        if isinstance(value, Mapping) and len(value) == 2 and all(isinstance(part, str) for part in value.values()):
+            return {column: f"{{{name}.{key}}}" for column, key in zip(needed, value, strict=True)}
+    return {}
+
+
+def _filled_in(row: Mapping[str, Any], mapping: Mapping[str, str], column: str) -> str:
+    """The guessed source as a template where it needs one: text within an object, or a context before a question."""
+    source = mapping[column]
+    value = row.get(source)
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # SQuAD's answers
+        return f"{{{source}.text[0]}}"
+    if column in ("prompt", "instruction") and not isinstance(value, list | Mapping):
+        contexts = [
+            name
+            for name in row
+            if fold(name) in CONTEXT_COLUMNS and name not in mapping.values() and not is_empty(row[name])
+        ]
+        if contexts and source in row:
+            return "\n\n".join(f"{{{name}}}" for name in [*contexts, source])
+    return source
+
+
+def mapping_hint(mapping: Mapping[str, str]) -> str:
+    """How to write a mapping in the config, and on the command line where that is possible."""
+    in_config = f"columns: {as_yaml(mapping)}"
+    if any("\n" in source for source in mapping.values()):
+        return in_config
+    flags = " ".join(f"--columns {shlex.quote(f'{column}={source}')}" for column, source in mapping.items())
+    return f"{in_config} in the config, or {flags}"
+
+
+def as_yaml(mapping: Mapping[str, str]) -> str:
+    """``{prompt: question, completion: "{answers.text[0]}"}``."""
+    entries = []
+    for column, source in mapping.items():
+        if not re.fullmatch(r"[^\W\d][\w .-]*", source) or source.lower() in ("null", "true", "false", "yes", "no"):
+            escaped = source.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            source = f'"{escaped}"'
+        entries.append(f"{column}: {source}")
+    return f"{{{', '.join(entries)}}}"
+
+
+def preference_error(row: Mapping[str, Any]) -> InputError | None:
+    """The error for a row with a better and a worse answer, with the mapping that learns the better one."""
+    by_fold = {fold(name): name for name in row}
+    for better, worse in _PREFERENCES:
+        if better in by_fold and worse in by_fold:
+            names = [by_fold[better], by_fold[worse]]
+            return _preference_error(row, names, by_fold[better])
+    if "chosen" in by_fold and not {"completion", "output", "response", "answer"} & by_fold.keys():
+        return _preference_error(row, [by_fold["chosen"]], by_fold["chosen"])
+    for first, second in _ANSWER_PAIRS:
+        verdicts = [name for name in row if _VERDICT.search(fold(name)) and fold(name) not in (first, second)]
+        if first in by_fold and second in by_fold and verdicts:
+            names = f"{by_fold[first]}, {by_fold[second]}"
+            return InputError(
+                f"preference rows ({names}), expected one answer per row",
+                hint=f"write the better of {names} into a column completion, as {verdicts[0]} says, and remove the two",
+            )
+    return None
+
+
+def _preference_error(row: Mapping[str, Any], names: list[str], chosen: str) -> InputError:
+    others = {name: value for name, value in row.items() if name not in names}
+    messages = message_list(row[chosen])
+    roles = {str(message.get("role", message.get("from"))) for message in messages or []}
+    is_whole = bool(roles & {"user", "human"})
+    prompt = guess(others, ["prompt"]).get("prompt")
+    if prompt is None:
+        texts = [name for name, value in others.items() if fold(name) not in _METADATA and not is_empty(value)]
+        prompt = texts[0] if texts else None
+    if is_whole:
+        mapping = {"messages": chosen}
+    elif prompt is None:
+        mapping = {"text": chosen}
+    else:
+        mapping = {"prompt": prompt, "completion": chosen}
+    return InputError(
+        f"preference rows ({', '.join(names)}), expected one answer per row",
+        hint=f"to train on {chosen} alone: {mapping_hint(mapping)}",
+    )
