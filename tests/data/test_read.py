@@ -94,6 +94,14 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert _read(tmp_path / "book.txt") == [{"text": "Chapter 1\n\nIt was…"}]
 
 
+def test_text_that_is_something_else_by_its_look_is_warned_about(tmp_path: Path) -> None:
+    for text, message in (("<html><p>Hi", "that is a web page"), ('{"prompt": "a"}\n', "that looks like JSON")):
+        (tmp_path / "rows.txt").write_text(text)
+        rows, findings = _skip_bad(tmp_path / "rows.txt")
+        assert rows == [{"text": text}]
+        assert findings.of_level("warning")[0].message.startswith(message)
+
+
 def test_numbers_are_lines_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     (tmp_path / "rows.csv").write_text('a,b\n"x\ny",2\n\n3,4\n')
@@ -212,6 +220,9 @@ COLUMNS = {"prompt": ["q1", "q2"], "completion": ["cat", "dog"]}
         pytest.param(json.dumps({"version": 1, "data": PAIRS}), id="wrapper"),
         pytest.param(json.dumps({"description": "ours", "examples": PAIRS}, indent=2), id="pretty-wrapper"),
         pytest.param(json.dumps({"train": PAIRS}), id="train-only"),
+        pytest.param(json.dumps({"train_sft": PAIRS}), id="train-with-a-name"),
+        pytest.param(json.dumps({"data": COLUMNS}), id="wrapped-columns"),
+        pytest.param(json.dumps({"data": {"train": PAIRS}}), id="wrapped-splits"),
     ],
 )
 def test_json_rows_are_the_same_in_every_arrangement(tmp_path: Path, text: str, name: str) -> None:
@@ -384,6 +395,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("r.json", b"\x80\x04\x95\x10", "a Python pickle", "JSON Lines"),
         ("r.jsonl", b"\x28\xb5\x2f\xfdxyz", "compressed with zstd", "unpack it: zstd -d"),
         ("r.feather", b"FEA1xyz", "an old Feather file", "write_feather"),
+        ("r.csv", b'{"a": 1, "b": 2}\n', "JSON, not CSV", "name it .jsonl"),
         ("r.parquet", b'{"a": 1}\n', "not a complete Parquet file", "name it .jsonl"),
         ("r.arrow", b"ARROW1\0\0cut", "not a complete Arrow file", "download it again"),
     ],
@@ -453,6 +465,7 @@ def test_cells_are_the_same_in_every_manner(tmp_path: Path, name: str, text: str
         ('a,b\n"x, ""y""",c\n', {"a": 'x, "y"', "b": "c"}),
         ('a,b\r\n"x\r\ny",c\r\n', {"a": "x\ny", "b": "c"}),
         ('text\n"a, b"\n', {"text": "a, b"}),
+        ("text\na, b; c\n", {"text": "a, b; c"}),
     ],
 )
 def test_separators_and_quotes_are_told_from_text(tmp_path: Path, text: str, row: dict[str, str]) -> None:

@@ -79,7 +79,10 @@ def _read_text(path: Path, findings: Findings) -> Iterator[NumberedRow]:
     """A text file is one document."""
     if is_web_page(first_bytes(path, 512)):
         findings.warn("that is a web page (HTML), whose tags are read as text", f"{path}:1")
-    yield 1, {"text": read_text(path)}
+    text = read_text(path)
+    if text.lstrip().startswith(('{"', '[{"')):
+        findings.warn("that looks like JSON and is read as plain text (name it .jsonl?)", f"{path}:1")
+    yield 1, {"text": text}
 
 
 _Reader: TypeAlias = Callable[[Path, Findings], Iterator[NumberedRow]]

@@ -6,7 +6,7 @@ import gzip
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from lit_lora.data.findings import Findings
 from lit_lora.data.read.text_files import first_bytes, open_bytes
-from lit_lora.errors import InputError
+from lit_lora.errors import InputError, first_line
 
 __all__ = ["read_arrow", "read_parquet"]
 
@@ -23,31 +23,33 @@ _ROWS_AT_ONCE = 1024
 
 
 def read_parquet(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a Parquet file."""
+    """The rows of a Parquet file.
+
+    Raises:
+        InputError: It is damaged.
+    """
     with ExitStack() as stack:
-        try:
-            file = stack.enter_context(pq.ParquetFile(_seekable(path, stack)))
-            yield from _numbered_rows(path, file.iter_batches(_ROWS_AT_ONCE))
-        except pa.ArrowException as error:
-            raise _damaged(path, "Parquet", error) from error
+        stack.enter_context(_named_errors(path, "Parquet"))
+        file = stack.enter_context(pq.ParquetFile(_seekable(path, stack)))
+        yield from _numbered_rows(path, file.iter_batches(_ROWS_AT_ONCE))
 
 
 def read_arrow(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of an Arrow file of either form: the stream that ``save_to_disk`` writes, or a file (Feather)."""
+    """The rows of an Arrow file of either form: the stream that ``save_to_disk`` writes, or a file (Feather).
+
+    Raises:
+        InputError: It is damaged, or of Feather's first version.
+    """
+    if first_bytes(path, 4) == b"FEA1":
+        raise InputError(
+            f"{path}: an old Feather file (version 1)",
+            hint="write it again: pyarrow.feather.write_feather(table, PATH)",
+        )
     with ExitStack() as stack:
-        if first_bytes(path, 4) == b"FEA1":
-            raise InputError(
-                f"{path}: an old Feather file (version 1)",
-                hint="write it again: pyarrow.feather.write_feather(table, PATH)",
-            )
-        try:
-            source = stack.enter_context(pa.PythonFile(_seekable(path, stack), "r"))
-            batches = _file_batches(source) if first_bytes(path, 6) == b"ARROW1" else pa.ipc.open_stream(source)
-            yield from _numbered_rows(path, batches)
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own has no number
-                raise
-            raise _damaged(path, "Arrow", error) from error
+        stack.enter_context(_named_errors(path, "Arrow"))
+        source = stack.enter_context(pa.PythonFile(_seekable(path, stack), "r"))
+        batches = _file_batches(source) if first_bytes(path, 6) == b"ARROW1" else pa.ipc.open_stream(source)
+        yield from _numbered_rows(path, batches)
 
 
 def _file_batches(source: pa.PythonFile) -> Iterator[pa.RecordBatch]:
@@ -67,13 +69,22 @@ def _seekable(path: Path, stack: ExitStack) -> IO[bytes]:
     return unpacked
 
 
-def _damaged(path: Path, kind: str, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0]
-    head = first_bytes(path, 1)
-    hint = "download it again"
-    if head in (b"{", b"["):
-        hint = "its text looks like JSON: name it .jsonl"
-    return InputError(f"{path}: not a complete {kind} file ({reason})", hint=hint)
+@contextmanager
+def _named_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn what pyarrow raises about a damaged file into an error that names it.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's; Arrow's own has no number
+            raise
+        hint = "download it again"
+        if first_bytes(path, 1) in (b"{", b"["):
+            hint = "its text looks like JSON: name it .jsonl"
+        raise InputError(f"{path}: not a complete {kind} file ({first_line(error)})", hint=hint) from error
 
 
 def _numbered_rows(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, dict[str, Any]]]:

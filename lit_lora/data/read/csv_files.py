@@ -23,6 +23,7 @@ _LONGEST_ROW = 1 << 26
 
 _QUOTING_HINT = 'put a text with a comma or a line break in quotes ("…"), and double the quotes inside'
 _NEVER_CLOSED = "a quote is opened but never closed"
+_NO_DELIMITER = "\x1f"
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
 
 csv.field_size_limit(_LONGEST_ROW)  # the default of 128 KiB is less than a long document
@@ -36,6 +37,8 @@ def read_csv(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, An
     """
     with open_text(path, newline="") as file:  # a cell may contain line breaks
         sample = list(islice(file, _SAMPLE_LINES))
+        if re.match(r"\s*(\{\s*\"|\[\s*\{)", "".join(sample)):
+            raise InputError(f"{path}: JSON, not CSV", hint="name it .jsonl")
         dialect = _sniff(sample, is_tsv=".tsv" in path.name.lower())
         records = _records(chain(sample, file), dialect)
         header = _header(next(records, None), path, findings)
@@ -213,7 +216,7 @@ def _sniff(lines: list[str], *, is_tsv: bool) -> _Dialect:
     header = next((line for line in lines if line.strip()), "")
     delimiters = [delimiter for delimiter in ",;\t|" if delimiter in header]
     if not delimiters:
-        return _Dialect(",")
+        return _Dialect(_NO_DELIMITER)  # one column: commas in it are text
     dialects = []
     for delimiter in delimiters:
         spaces = f"{delimiter} " in header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from lit_lora.errors import InputError
 
 __all__ = ["document_rows", "is_message", "starts_conversation", "wrap_messages"]
 
-_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
+_SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval)([_-].*)?", re.IGNORECASE)
 _ROLES = ("role", "from")
 _FIRST_ROLES = ("system", "developer", "user", "human")
 _TEXTS = ("content", "value", "parts", "tool_calls")
@@ -62,6 +63,8 @@ def document_rows(document: dict[str, Any], path: Path, findings: Findings) -> l
     if values and all(isinstance(value, list) for value in values) and _is_table(document):
         return _from_columns(document, path)
     if values and all(isinstance(value, dict) and value for value in values):
+        if len(values) == 1 and not _is_row(document):  # a wrapper around another arrangement
+            return document_rows(values[0], path, findings) or values
         return _from_objects(document)
     return _wrapped_rows(document, path)
 
@@ -71,7 +74,7 @@ def _splits(document: dict[str, Any]) -> dict[str, Any]:
     if _is_row(document):
         return {}
     parts = {name: value for name, value in document.items() if isinstance(value, list | dict)}
-    if parts and all(name.lower() in _SPLITS for name in parts):
+    if parts and all(_SPLIT.fullmatch(name) for name in parts):
         return parts
     return {}
 

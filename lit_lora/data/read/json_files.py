@@ -171,7 +171,10 @@ class _Reader:
             if stream.is_cut(error):
                 problem += "; the file looks truncated"
             if not stream.resynchronize():
-                raise InputError(f"{self._path}:{line}: not valid JSON: {problem}") from error
+                raise InputError(
+                    f"{self._path}:{line}: not valid JSON: {problem}",
+                    hint="correct the file or write it again; what follows cannot be read",
+                ) from error
             self._bad_row(number, f"not valid JSON: {problem}, in line {line}")
             return
         if not self._is_undecodable(number, text):
