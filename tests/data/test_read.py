@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import subprocess
 import tracemalloc
 import zipfile
@@ -131,7 +132,7 @@ def test_unicode_line_separators_inside_a_value_end_no_row(tmp_path: Path) -> No
         ("r.json", b"[3]", r"r\.json:1: expected an object .*got 3"),
         ("r.csv", b'a,b\n1,2\n"open,4\n5,6\n', r"r\.csv:3: not valid CSV: a quote is opened but never closed"),
         ("r.csv", b"a,b\n1,2\n3,4,5\n", r"r\.csv:3: 3 cells, expected 2 \(a, b\)"),
-        ("r.csv", b"a,b\n1\n", r"r\.csv:2: 1 cells, expected 2"),
+        ("r.csv", b"a,b\n1\n", r"r\.csv:2: 1 cell, expected 2"),
         ("r.csv", b"a,a\n1,2\n", r"r\.csv:1: the header names 'a' more than once"),
         ("r.csv", b"a,b\n\xff,2\n", r"r\.csv:2: not UTF-8 text \(byte 0xff\)"),
         ("r.jsonl.gz", gzip.compress(_jsonl(ROWS).encode(), mtime=0)[:-9], r"r\.jsonl\.gz: damaged or truncated gzip"),
@@ -294,6 +295,25 @@ def test_a_document_without_a_clear_list_of_rows_is_refused(tmp_path: Path, docu
     with pytest.raises(InputError, match=message) as caught:
         _read(path)
     assert caught.value.hint
+
+
+def test_objects_that_lost_the_line_break_between_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}{"a": 3}, {"a": 4}\n{"a": 5} x\n{"a": 6}\n')
+    findings = Findings("skip")
+    assert [(number, row["a"]) for number, row in read_rows(path, findings)] == [(1, 1), (2, 2), (2, 3), (2, 4), (4, 6)]
+    assert [finding.where for finding in findings.of_level("bad")] == [f"{path}:3"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_what_is_noticed_belongs_to_its_row(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": {"x": float("nan")}}, {"a": 1}, {"a": 2}]
+    path.write_text("\n".join(json.dumps(row, indent=indent) for row in rows))
+    good, findings = _skip_bad(path)
+    assert (good, findings.of_level("bad")[0].where) == (rows[1:], f"{path}:1")
+    path.write_text('{"a": 1, "a": 2}\n{"a": 1}\n')
+    assert _skip_bad(path)[1].of_level("warning")[0].where == f"{path}:1"
 
 
 def test_all_of_ten_broken_lines_are_named(tmp_path: Path) -> None:
@@ -557,3 +577,29 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0] < 9 << 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_the_file_is_cut_into_pieces_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    values = [
+        'a "quoted" ü\n',
+        "\\u00e9\\",
+        "[{,}]",
+        -12.5e-3,
+        1234567,
+        True,
+        None,
+        [[], {}],
+        {"k": ["v", {"é": "😀"}]},
+    ]
+    rows = [{rng.choice("abc"): rng.choice(values), "z": rng.choice(values)} for _ in range(40)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=rng.choice([None, 1, 3]), ensure_ascii=rng.random() < 0.5))
+    monkeypatch.setattr("lit_lora.data.read.json_files._HEAD", 3)
+    monkeypatch.setattr("lit_lora.data.read.json_stream._CHUNK", rng.choice([1, 2, 7, 50]))
+    assert _read(path) == rows
+    path.write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    assert _read(path) == rows

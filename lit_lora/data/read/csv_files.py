@@ -193,7 +193,8 @@ def _row(record: _Record, header: _Header, where: str, path: Path, findings: Fin
     while len(cells) > len(names) and not cells[-1].strip():  # spreadsheets append separators
         cells = cells[:-1]
     if len(cells) != len(names):
-        findings.bad_row(where, f"{len(cells)} cells, expected {len(names)} ({header})", _QUOTING_HINT)
+        found = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        findings.bad_row(where, f"{found}, expected {len(names)} ({header})", _QUOTING_HINT)
         return None
 
     row: dict[str, Any] = {}

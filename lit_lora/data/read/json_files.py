@@ -13,13 +13,13 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from lit_lora.data.findings import Findings
 from lit_lora.data.read.json_documents import document_rows, is_message, starts_conversation, wrap_messages
-from lit_lora.data.read.json_stream import JsonStream, ends_early
+from lit_lora.data.read.json_stream import JsonStream, ends_early, skip_separators
 from lit_lora.data.read.text_files import find_undecodable, open_text
 from lit_lora.errors import InputError
 
@@ -88,56 +88,63 @@ class _Reader:
         """The rows of a text, whatever their arrangement."""
         head = file.read(_HEAD)
         if _is_lines(head):
-            yield from self._unpack(self._lines(head, file))
+            yield from self._line_rows(_chain_lines(head, file))
             return
         stream = JsonStream(head, file, self._decoder.raw_decode)
         if stream.peek() == "[":
             yield from self._list_rows(stream)
         else:
-            yield from self._unpack(self._sequence(stream))
+            yield from self._sequence_rows(stream)
 
-    def _unpack(self, values: Iterator[_NumberedValue]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows of values one after another; a value alone may hold all rows."""
-        first = next(values, None)
-        if first is None:
-            return
-        second = next(values, None)
-        if second is None:
-            yield from self._document(*first)
-            return
-        for number, value in chain([first, second], values):
-            yield from self._value_rows(number, value)
+    def _line_rows(self, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of lines; a line alone may hold all rows."""
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        first_two = list(islice(numbered, 2))
+        for number, line in chain(first_two, numbered):
+            values = self._line_values(number, line)
+            if len(first_two) == len(values) == 1:
+                yield from self._document(number, values[0])
+                return
+            for value in values:
+                yield from self._value_rows(number, value)
 
-    # The values of each arrangement
-
-    def _lines(self, head: str, file: TextIO) -> Iterator[_NumberedValue]:
-        """A value per line."""
-        lines = _chain_lines(head, file)
-        for number, line in enumerate(lines, 1):
-            # Objects may be joined by commas, and files with a byte order mark by each other.
-            text = line.strip().lstrip("\ufeff").rstrip(",")
-            if not text or self._is_undecodable(number, text):
-                continue
-            self._decoder.forget()
-            try:
-                yield number, self._decoder.decode(text)
-            except (ValueError, RecursionError) as error:
-                python = _python_value(text)
-                if python is None:
-                    problem = _problem(error)
-                    if isinstance(error, json.JSONDecodeError) and ends_early(error, text):
-                        problem += "; the line looks truncated"
-                    self._bad_row(number, f"not valid JSON: {problem}")
-                    continue
+    def _line_values(self, number: int, line: str) -> list[Any]:
+        """The value of a line, or several where a line break between objects is missing; none if it is bad."""
+        # Objects may be joined by commas, and files with a byte order mark by each other.
+        text = line.strip().lstrip("\ufeff").rstrip(",")
+        if self._is_undecodable(number, text):
+            return []
+        self._decoder.forget()
+        values = []
+        position = 0
+        try:
+            while position < len(text):
+                value, position = self._decoder.raw_decode(text, position)
+                values.append(value)
+                position = skip_separators(text, position)
+        except (ValueError, RecursionError) as error:
+            python = _python_value(text)
+            if python is not None:
                 self._findings.note("written as Python, not as JSON", f"{self._path}:{number}")
-                yield number, python
+                return [python]
+            problem = _problem(error)
+            if isinstance(error, json.JSONDecodeError) and ends_early(error, text):
+                problem += "; the line looks truncated"
+            self._bad_row(number, f"not valid JSON: {problem}")
+            return []
+        return values
 
-    def _sequence(self, stream: JsonStream) -> Iterator[_NumberedValue]:
-        """Values that span lines, one after another."""
+    def _sequence_rows(self, stream: JsonStream) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of values that span lines, one after another; a value alone may hold all rows."""
+        is_first = True
         while stream.peek():
             number = stream.line
             for value in self._take(stream, number):
-                yield number, value
+                if is_first and not stream.peek():
+                    yield from self._document(number, value)
+                else:
+                    yield from self._value_rows(number, value)
+            is_first = False
 
     def _items(self, stream: JsonStream) -> Iterator[_NumberedValue]:
         """The items of a list, and of lists that follow it."""
@@ -168,9 +175,10 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             line = stream.line_of(error)
             problem = _problem(error)
-            if stream.is_cut(error):
-                problem += "; the file looks truncated"
+            is_cut = stream.is_cut(error)
             if not stream.resynchronize():
+                if is_cut:
+                    problem += "; the file looks truncated"
                 raise InputError(
                     f"{self._path}:{line}: not valid JSON: {problem}",
                     hint="correct the file or write it again; what follows cannot be read",
@@ -243,7 +251,8 @@ class _Reader:
                 value = value[0]
         if not isinstance(value, dict):
             shown = json.dumps(value, ensure_ascii=False, default=str)[:60]
-            self._bad_row(number, f'expected an object such as {{"prompt": …}}, got {shown}')
+            problem = f'expected an object such as {{"prompt": …}}, got {shown}'
+            self._findings.bad_row(f"{self._path}:{number}", problem, "write each row as an object with its columns")
             return
         yield from self._row(number, value)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TextIO
 
-__all__ = ["JsonStream", "ends_early"]
+__all__ = ["JsonStream", "ends_early", "skip_separators"]
 
 _CHUNK = 1 << 20
 """Characters read at once."""
@@ -15,6 +15,13 @@ _CHUNK = 1 << 20
 _LONGEST_LITERAL = len("-Infinity")
 _BETWEEN = re.compile(r"[\s,]*")
 """What may stand between two values. Commas too many or too few are harmless."""
+
+
+def skip_separators(text: str, position: int) -> int:
+    """The position of the next value or bracket."""
+    match = _BETWEEN.match(text, position)
+    assert match is not None  # it matches nothing, too
+    return match.end()
 
 
 def ends_early(error: json.JSONDecodeError, text: str) -> bool:
@@ -50,9 +57,7 @@ class JsonStream:
     def peek(self) -> str:
         """The first character of the next value, or a bracket; empty at the end."""
         while True:
-            match = _BETWEEN.match(self._text, self._at)
-            assert match is not None
-            self._advance(match.end())
+            self._advance(skip_separators(self._text, self._at))
             if self._at < len(self._text):
                 return self._text[self._at]
             if self.ended:
