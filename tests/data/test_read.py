@@ -21,6 +21,7 @@ from pyarrow import feather
 from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.errors import InputError
+from tests.data.conftest import Prepare
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ü 😀", "completion": "line\nbreak, and comma"}]
 
@@ -577,6 +578,36 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0] < 9 << 20
+
+
+def test_memory_does_not_grow_with_the_row_group_of_a_table(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    peaks = []
+    for count in (8_000, 24_000):
+        texts = [rng.randbytes(500).hex() for _ in range(count)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet", use_dictionary=False, compression=None)
+        del texts
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(tmp_path / "rows.parquet", Findings())) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 9 << 20
+
+
+def test_bad_rows_of_a_file_stop_its_preparation_unless_they_are_skipped(
+    run: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(',prompt,completion\n0,a,b\n1,"c" d,e\n2,f\n3,g,h\n')
+    with pytest.raises(InputError) as caught:
+        run(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}:3: not valid CSV: text after a closing quote",
+        f"{path}:4: 2 cells, expected 3 (without a name, prompt, completion)",
+    ]
+    assert "bad_rows: skip" in str(caught.value.hint)
+    assert len(run(path, bad_rows="skip").train) == 2
+    assert f"{path}:4: left out: 2 cells, expected 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -20,6 +20,8 @@ from lit_lora.errors import InputError, first_line
 __all__ = ["read_arrow", "read_parquet"]
 
 _ROWS_AT_ONCE = 1024
+_BUFFER = 1 << 20
+"""Bytes of a column read at once. Without it, or with pre_buffer, a whole row group is read: perhaps the whole file."""
 
 
 def read_parquet(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -30,7 +32,7 @@ def read_parquet(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str
     """
     with ExitStack() as stack:
         stack.enter_context(_named_errors(path, "Parquet"))
-        file = stack.enter_context(pq.ParquetFile(_seekable(path, stack)))
+        file = stack.enter_context(pq.ParquetFile(_seekable(path, stack), buffer_size=_BUFFER, pre_buffer=False))
         yield from _numbered_rows(path, file.iter_batches(_ROWS_AT_ONCE))
 
 

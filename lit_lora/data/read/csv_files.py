@@ -39,7 +39,7 @@ def read_csv(path: Path, findings: Findings) -> Iterator[tuple[int, dict[str, An
         sample = list(islice(file, _SAMPLE_LINES))
         if re.match(r"\s*(\{\s*\"|\[\s*\{)", "".join(sample)):
             raise InputError(f"{path}: JSON, not CSV", hint="name it .jsonl")
-        dialect = _sniff(sample, is_tsv=".tsv" in path.name.lower())
+        dialect = _sniff(sample, is_tsv=path.name.lower().removesuffix(".gz").endswith(".tsv"))
         records = _records(chain(sample, file), dialect)
         header = _header(next(records, None), path, findings)
         if header is None:
@@ -149,7 +149,7 @@ class _Header:
     """Their names; a column without one has an empty name."""
 
     def __str__(self) -> str:
-        return ", ".join(filter(None, self.names))
+        return ", ".join(name or "without a name" for name in self.names)
 
 
 def _header(record: _Record | None, path: Path, findings: Findings) -> _Header | None:
