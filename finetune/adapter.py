@@ -15,6 +15,7 @@ from lit_lora.peft import Method, freeze, lr_factors, methods, with_text
 from lit_lora.peft.adapters.bottleneck import HoulsbyConfig
 from lit_lora.recipe import FinetuneConfig, Options, begin, finish, main, show_plan, start, write_adapter
 from lit_lora.recipe.data import answer_samples, load_data, load_tokenizer
+from lit_lora.recipe.method import apply_method
 from lit_lora.train.loop import fit
 from lit_lora.train.objectives.next_token import NextToken
 
@@ -37,7 +38,7 @@ def finetune(config: Config, options: Options) -> Path:
 
     model = load_model(config.model.path, dtype=run.dtype, device=run.device)
     freeze(model)
-    method.apply(model)
+    method = apply_method(run, method, model, data)
     model.checkpoint_activations(config.train.activation_checkpointing)
 
     show_plan(run, model, data)

@@ -49,7 +49,7 @@ def finetune(config: Config, options: Options) -> Path:
 
     model, fresh = load_with_head(shape, data.task, dtype=run.dtype, device=run.device)
     freeze(model)
-    method = apply_with_head(config.peft, model, head_of(model, fresh, data.task))
+    method = apply_with_head(run, model, head_of(model, fresh, data.task), data.task)
     checkpoint_activations(model, config.train.activation_checkpointing)
 
     plan_labeled(run, model, data)

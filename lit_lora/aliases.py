@@ -35,6 +35,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         *("train_on_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss", "mask_prompt"),
         *("train_on_source", "train_on_input", "mask_history", "roles_to_train", "train_on_responses_only"),
     ),
+    "peft.init_adapter": ("adapter_name_or_path", "lora_model_dir", "lora_weights", "adapter_checkpoint"),
     "peft.name": ("use_dora", "peft_type", "peft_method", "fine_tune_type", "tuner_type", "train_type"),
     "peft.rank": ("r", "lora_r", "lora_rank"),
     "peft.alpha": ("lora_alpha",),
@@ -120,7 +121,7 @@ ANSWERS: dict[tuple[str, ...], str] = {
         *("use_wandb", "run_name", "metric_logger", "use_tensorboard", "mlflow_experiment_name", "plot_loss"),
     ): ("not needed: the run folder has metrics.jsonl, a plot, and TensorBoard events where tensorboard is installed"),
     ("resume_from_checkpoint", "auto_resume_from_checkpoints", "resume", "resume_adapter_file"): (
-        "the option --resume continues a run"
+        "the option --resume continues a run; peft.init_adapter=FOLDER starts a new one from an adapter"
     ),
     ("overwrite_output_dir", "overwrite", "overwrite_cache"): "the option --overwrite replaces a run",
     ("neftune_noise_alpha", "noisy_embedding_alpha"): "noise on embeddings is not supported; peft.dropout regularizes",

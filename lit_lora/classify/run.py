@@ -22,7 +22,9 @@ from lit_lora.data.prepare import draw_places, split_places
 from lit_lora.data.source import locate
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
-from lit_lora.peft import Method, rows_for_init, save_adapter, trainable_state, with_modules_to_save
+from lit_lora.peft import Method, read_adapter, rows_for_init, save_adapter, trainable_state, with_modules_to_save
+from lit_lora.peft.core.adapter_method import AdapterMethod
+from lit_lora.peft.files.init_adapter import start_from
 from lit_lora.recipe import (
     Run,
     RunConfig,
@@ -254,8 +256,8 @@ def _number(example: Example) -> float:
     return number
 
 
-def apply_with_head(method: Method, model: nn.Module, head: Sequence[str]) -> Method:
-    """Change ``model`` in place into one that trains by ``method``, and its head beside it.
+def apply_with_head(run: Run, model: nn.Module, head: Sequence[str], task: Task) -> Method:
+    """Change ``model`` in place into one that trains by the run's method, and its head beside it.
 
     Returns:
         The method as it is on this model.
@@ -263,13 +265,23 @@ def apply_with_head(method: Method, model: nn.Module, head: Sequence[str]) -> Me
     Raises:
         UsageError: The settings do not fit the model.
     """
+    method = run.config.peft
     if rows_for_init(method):
         raise UsageError(
             "peft.init: eva and lora-ga need a decoder, but this is an encoder or encoder-decoder",
             hint="use peft.init=pissa",
         )
     method = with_modules_to_save(method, head)
-    method.apply(model)
+    if isinstance(method, AdapterMethod) and run.init_adapter is not None:
+        trained = read_adapter(run.init_adapter).task
+        if trained is not None and trained != task.to_json():
+            raise InputError(
+                f"{run.init_adapter}: predicts {Task.from_json(trained)}, but the rows ask for {task}",
+                hint="give rows with the same labels, or start a new adapter without peft.init_adapter",
+            )
+        start_from(model, method, run.init_adapter, run.config.model.path)
+    else:
+        method.apply(model)
     return method
 
 

@@ -50,6 +50,8 @@ class ComposedConfig(AddedMethod, TakesText, TrainsModulesInFull, ScalesLearning
     def _by_name(cls, value: Any) -> Any:
         if not isinstance(value, list) or len(value) < 2:
             raise ValueError(f"expected a list of at least two methods, got {value!r}")
+        if any(isinstance(part, dict) and part.get("init_adapter") is not None for part in value):
+            raise ValueError("init_adapter is a setting of all methods together: peft.init_adapter")
         return _parsed(value)
 
     @property

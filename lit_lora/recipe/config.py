@@ -13,8 +13,9 @@ from pydantic.json_schema import models_json_schema
 from lit_lora.config import OneOf, Settings, did_you_mean, find_config, load_config, problem_at, read_yaml
 from lit_lora.data import DataConfig
 from lit_lora.data.config import RowsConfig
-from lit_lora.errors import UsageError
+from lit_lora.errors import InputError, UsageError
 from lit_lora.peft import METHODS, Method, methods
+from lit_lora.peft.files.init_adapter import settings_from
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.optim.build import AdamWConfig, AnyOptimizer
@@ -87,10 +88,16 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _settings_of_the_method(cls, data: Any) -> Any:
-        """Refuse a method of another recipe by naming that recipe; use the method's learning rate if none is given."""
+        """Complete the section by those of ``init_adapter``, and the learning rate by the method's own.
+
+        A method of another recipe is refused by naming that recipe.
+        """
         section = data.get("peft", {}) if isinstance(data, dict) else None
         if not isinstance(section, dict):
             return data  # reported when the section itself is validated
+        if "init_adapter" in section:
+            section = _with_settings_of_adapter(section, cls.method_table())
+            data = {**data, "peft": section}
         default_method = next(iter(cls.method_table()))
         name = section.get("name", default_method)
         if name not in METHODS:
@@ -107,6 +114,28 @@ class RunConfig(Settings):
         except ValidationError:
             return data  # likewise
         return data if lr is None else {**data, "optimizer": {**optimizer, "lr": lr}}
+
+
+def _with_settings_of_adapter(section: dict[str, Any], method_table: Mapping[str, type[Settings]]) -> dict[str, Any]:
+    """The section ``peft`` with the settings of its ``init_adapter`` for those that it omits.
+
+    A folder that is not readable changes nothing: a finished run can be opened without it, and one to start refuses it.
+
+    Raises:
+        ValidationError: The recipe trains the model itself.
+    """
+    name = section.get("name", next(iter(method_table)) if len(method_table) == 1 else None)
+    if name == "full":
+        raise problem_at(
+            ("peft", "init_adapter"), "full starts from model.path: give the folder of a model, such as RUN/model"
+        )
+    try:
+        settings = settings_from(Path(section["init_adapter"]))
+    except (InputError, OSError, TypeError):
+        return section
+    if section.get("name", settings["name"]) != settings["name"]:
+        return section  # reported when the run starts
+    return {**settings, **section}
 
 
 class FinetuneConfig(RunConfig):

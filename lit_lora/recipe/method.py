@@ -14,9 +14,11 @@ from lit_lora.checkpoint.load import AnyModel
 from lit_lora.data.batches import Batches, MicroBatch
 from lit_lora.errors import UsageError
 from lit_lora.peft import Method, count_parameters
+from lit_lora.peft.core.adapter_method import AdapterMethod
 from lit_lora.peft.core.capabilities import FinalizesAfterTraining, InitializesFromData
 from lit_lora.peft.core.passes import Pass
 from lit_lora.peft.files.frozen_state import kept_method
+from lit_lora.peft.files.init_adapter import start_from
 from lit_lora.recipe.data import RunData
 from lit_lora.recipe.run import Run
 from lit_lora.train.loss import backward
@@ -48,6 +50,10 @@ def apply_method(run: Run, method: Method, model: AnyModel, data: RunData) -> Me
             "peft.search: selections are scored on validation rows, and there are none",
             hint="data.validation=0.1 holds out a tenth of the rows",
         )
+    if isinstance(method, AdapterMethod) and run.init_adapter is not None:
+        _require_named_tokens(run, model)
+        start_from(model, method, run.init_adapter, run.config.model.path)
+        return method
     saved = kept_method(run.folder / "start", method) if run.options.resume else None
     if saved is not None:  # looking at the data again could choose other ranks
         method = saved
@@ -55,6 +61,20 @@ def apply_method(run: Run, method: Method, model: AnyModel, data: RunData) -> Me
         return _init_from_data(method, model, data)
     method.apply(model)
     return method
+
+
+def _require_named_tokens(run: Run, model: AnyModel) -> None:
+    """Check that tokens which the adapter to start from has added can be added here too.
+
+    Raises:
+        UsageError: Their texts are not given, so the tokenizer would not know them.
+    """
+    tokens = getattr(run.config.peft, "trainable_tokens", [])
+    if any(isinstance(token, int) and token >= model.config.vocab_size for token in tokens):
+        raise UsageError(
+            f"{run.init_adapter}: trains tokens that {run.config.model.path} lacks",
+            hint="name them as the run did that added them: 'peft.trainable_tokens=[\"<token>\", …]'",
+        )
 
 
 def _init_from_data(method: InitializesFromData, model: AnyModel, data: RunData) -> Method:

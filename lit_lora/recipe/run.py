@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import nn
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
 from lit_lora.errors import DiskError, UsageError
-from lit_lora.files import disk_errors, human_bytes, lock_folder, remove_folder, write_text
+from lit_lora.files import atomic_folder, disk_errors, human_bytes, lock_folder, remove_folder, write_text
 from lit_lora.peft import Method, model_card, rows_for_init, save_adapter
+from lit_lora.peft.core.adapter_method import AdapterMethod
 from lit_lora.peft.files.frozen_state import keep_frozen, keep_method
 from lit_lora.recipe.config import RunConfig
 from lit_lora.tokenizer import Tokenizer
@@ -24,6 +26,9 @@ from lit_lora.train.loop import FitResult
 from lit_lora.train.run import TrainingRun
 
 __all__ = ["Options", "Run", "begin", "card_of_model", "finish", "start", "summary", "write_adapter"]
+
+
+_INIT_ADAPTER = "start/init_adapter"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,15 @@ class Run:
     def folder(self) -> Path:
         """The run folder, to which everything is written."""
         return self.config.out
+
+    @property
+    def init_adapter(self) -> Path | None:
+        """The adapter to start from. A run to resume has its own copy, whatever became of the original."""
+        method = self.config.peft
+        if not isinstance(method, AdapterMethod) or method.init_adapter is None:
+            return None
+        copy = self.folder / _INIT_ADAPTER
+        return copy if self.options.resume and copy.is_dir() else method.init_adapter
 
     @property
     def training(self) -> TrainingRun:
@@ -118,6 +132,9 @@ def begin(run: Run, model: nn.Module, method: Method) -> bool:
         _remove_run(run.folder)
 
     keep_frozen(model, run.folder / "start", resume=resume)
+    if isinstance(method, AdapterMethod) and method.init_adapter is not None and not resume:
+        with atomic_folder(run.folder / _INIT_ADAPTER, replace=True) as temporary:
+            shutil.copytree(method.init_adapter, temporary, dirs_exist_ok=True)
     if rows_for_init(method) and not resume:
         keep_method(run.folder / "start", method)
     write_text(run.folder / "config.yaml", dump_yaml(run.config))
@@ -179,8 +196,19 @@ def _check_same_run(saved_config: Path, config: RunConfig) -> None:
     if changed:
         raise UsageError(
             f"{saved_config}: the run to resume has other settings: {', '.join(sorted(changed))}",
-            hint="resume with the same config, or start a new run with out=ANOTHER_FOLDER",
+            hint=_way_on(changed, saved_config.parent),
         )
+
+
+def _way_on(changed: set[str], folder: Path) -> str:
+    """What to do instead of resuming the run in ``folder`` with the changed settings."""
+    hint = "resume with the same config, or start a new run with out=ANOTHER_FOLDER"
+    if changed <= {"train.epochs", "train.max_steps", "data.path", "data.validation"}:
+        if (folder / "adapter").is_dir():
+            hint += f" peft.init_adapter={folder / 'adapter'}, which goes on from the trained adapter"
+        elif (folder / "model").is_dir():
+            hint += f" model.path={folder / 'model'}, which goes on from the trained model"
+    return hint
 
 
 def _flatten(config: RunConfig) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from lit_lora.errors import InputError
@@ -25,6 +27,11 @@ class AdapterMethod(Method):
     get the file's values.
     """
 
+    init_adapter: Path | None = Field(
+        None,
+        description="Adapter folder to start from; its settings are used for those omitted. Only its values are taken: "
+        "steps, optimizer and schedule start anew.",
+    )
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method, or one of ours; ``None`` where it follows from the method's name."""
     as_written: ClassVar[bool] = True

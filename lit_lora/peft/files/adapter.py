@@ -153,6 +153,7 @@ def save_adapter(
     """
     if not own_modules(model) or not isinstance(config, AdapterMethod):
         raise UsageError(f"{folder}: the model has no adapter to save")
+    config = config.model_copy(update={"init_adapter": None})  # where its values came from says nothing about it
     tensors = {
         name if name.startswith(_UNPREFIXED) else _PREFIX + name: tensor.detach().cpu().contiguous()
         for name, tensor in config.file_tensors(model).items()

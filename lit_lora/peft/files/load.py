@@ -21,7 +21,7 @@ from lit_lora.peft.files.adapter import Adapter, read_adapter
 from lit_lora.peft.files.fingerprint import differing
 from lit_lora.peft.files.stand_in import stand_in
 
-__all__ = ["AppliedAdapter", "check_base", "load_adapter"]
+__all__ = ["AppliedAdapter", "check_base", "load_adapter", "put_in"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_adapter(model: nn.Module, folder: Path, *, force: bool = False) -> Appl
     adapter = read_adapter(folder)
     base = base_tensors(model)
     base_parameters = list(model.parameters())
-    _put_in(model, adapter, base, force=force)
+    put_in(model, adapter, base, force=force)
     for parameter in base_parameters:  # only these: the method decides which of its own parameters train
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -96,11 +96,11 @@ def check_base(adapter: Adapter, base: Base, model: nn.Module, *, force: bool = 
         InputError: It does not fit; the message names the tensors or modules.
     """
     stand_in(model, base)
-    _put_in(model, adapter, base, force=force)
+    put_in(model, adapter, base, force=force)
     return model_updates(model)
 
 
-def _put_in(model: nn.Module, adapter: Adapter, base: Base, *, force: bool) -> None:
+def put_in(model: nn.Module, adapter: Adapter, base: Base, *, force: bool) -> None:
     """Apply the adapter's settings to ``model`` in place, fill in its tensors, and check the base.
 
     Raises:
