@@ -15,7 +15,7 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
-from lit_lora.cli.prepare import parse_columns
+from lit_lora.cli.prepare import parse_columns, parse_values
 from lit_lora.errors import InputError
 from lit_lora.files import human_bytes, read_json, require_new, write_text
 
@@ -39,6 +39,7 @@ def command(
     template: options.Template = None,
     format_: options.Format = None,
     columns: options.Columns = None,
+    values: options.Values = None,
     system: options.RowSystem = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Config file to write.")] = Path("config.yaml"),
 ) -> None:
@@ -53,7 +54,13 @@ def command(
     from lit_lora.data import DataConfig
 
     require_new(out)
-    settings = {"path": data, "format": format_, "columns": parse_columns(columns or []) or None, "system": system}
+    settings = {
+        "path": data,
+        "format": format_,
+        "columns": parse_columns(columns or []) or None,
+        "values": parse_values(values or []) or None,
+        "system": system,
+    }
     config = validate({key: value for key, value in settings.items() if value is not None}, DataConfig, name="init")
     dataset = _inspect(config, model, template)
     machine = _machine()
@@ -290,6 +297,8 @@ def _data_lines(dataset: _Dataset) -> list[_Line]:
     if config.columns:
         mapping = ", ".join(f"{column}: {_scalar(source)}" for column, source in config.columns.items())
         lines.append(("columns", f"{{{mapping}}}", "a guess: check it" if dataset.guessed else ""))
+    if config.values:
+        lines.append(("values", json.dumps(config.values, ensure_ascii=False), ""))
     if config.system:
         lines.append(("system", _scalar(config.system), ""))
 

@@ -32,6 +32,7 @@ __all__ = [
     "Template",
     "TopK",
     "TopP",
+    "Values",
 ]
 
 # A run.
@@ -49,6 +50,10 @@ Format = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(metavar="A=B", help="Read the format's column A from your column B; may be repeated."),
+]
+Values = Annotated[
+    list[str] | None,
+    typer.Option(metavar="C=V:W,…", help="Words for values of your column, label=0:no,1:yes; may be repeated."),
 ]
 RowSystem = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for rows without one.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read only the first N rows.")]

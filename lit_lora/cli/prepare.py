@@ -15,7 +15,7 @@ from lit_lora.config import validate
 from lit_lora.errors import UsageError
 from lit_lora.files import require_new
 
-__all__ = ["command", "parse_columns", "parse_validation"]
+__all__ = ["command", "parse_columns", "parse_validation", "parse_values"]
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
     template: options.Template = None,
     format_: options.Format = None,
     columns: options.Columns = None,
+    values: options.Values = None,
     system: options.RowSystem = None,
     max_seq_length: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum row length in tokens; 2048 if omitted.")
@@ -67,6 +68,7 @@ def command(
         "path": path,
         "format": format_,
         "columns": parse_columns(columns or []) or None,
+        "values": parse_values(values or []) or None,
         "system": system,
         "max_seq_length": max_seq_length,
         "too_long": too_long,
@@ -99,6 +101,8 @@ def command(
             command_line += ["--system", system]
         for pair in columns or []:
             command_line += ["--columns", pair]
+        for words in values or []:
+            command_line += ["--values", words]
     log.say(f"next: {shlex.join(command_line)}")
 
 
@@ -117,6 +121,28 @@ def parse_columns(pairs: list[str]) -> dict[str, str]:
             raise UsageError(f"--columns {pair}: {name} is given twice")
         columns[name] = source
     return columns
+
+
+def parse_values(options: list[str]) -> dict[str, dict[str, str]]:
+    """``label=0:no,1:yes`` as a mapping of mappings.
+
+    Raises:
+        UsageError: An option is of another form, or a value is given twice.
+    """
+    values: dict[str, dict[str, str]] = {}
+    for option in options:
+        column, sign, pairs = option.partition("=")
+        if not sign or not column:
+            raise UsageError(f"--values {option}: expected YOUR_COLUMN=VALUE:WORD,…, such as label=0:no,1:yes")
+        words = values.setdefault(column, {})
+        for pair in pairs.split(","):
+            value, sign, word = pair.partition(":")
+            if not sign or not value.strip() or not word.strip():
+                raise UsageError(f"--values {option}: expected VALUE:WORD, such as 0:no, got {pair!r}")
+            if value.strip() in words:
+                raise UsageError(f"--values {option}: {value.strip()} is given twice")
+            words[value.strip()] = word.strip()
+    return values
 
 
 def parse_validation(text: str | None) -> int | float | str | None:

@@ -16,7 +16,7 @@ import numpy as np
 from lit_lora.config import did_you_mean
 from lit_lora.errors import InputError
 
-__all__ = ["as_text", "cell", "columns_in", "columns_read", "is_empty", "require_text"]
+__all__ = ["as_json_value", "as_text", "cell", "columns_in", "columns_read", "is_empty", "require_text"]
 
 _PLACEHOLDER = re.compile(r"\{([^{}\"':,\n]+)\}")
 """A column name in a template: ``{name}``. Braces around anything else, such as JSON, are plain text."""
@@ -46,7 +46,7 @@ def as_text(value: Any) -> str:
     elif isinstance(value, Decimal):
         text = "" if value.is_nan() else f"{value:f}"
     else:
-        text = json.dumps(_as_json(value), ensure_ascii=False)
+        text = json.dumps(as_json_value(value), ensure_ascii=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError:
             raise ValueError("bytes that are not UTF-8 text") from None
     if isinstance(value, datetime.datetime):
-        return value.isoformat(sep=" ")
+        return value.isoformat(sep=" ").removesuffix(" 00:00:00")  # a date, as tables store it
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta | UUID):
@@ -125,7 +125,7 @@ def _short_float(value: float) -> float:
     return value
 
 
-def _as_json(value: Any) -> Any:
+def as_json_value(value: Any) -> Any:
     """The value in JSON's types, however deep.
 
     Raises:
@@ -133,9 +133,9 @@ def _as_json(value: Any) -> Any:
     """
     value = _plain(value)
     if isinstance(value, Mapping):
-        return {str(name): _as_json(part) for name, part in value.items()}
+        return {str(name): as_json_value(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_as_json(part) for part in value]
+        return [as_json_value(part) for part in value]
     if isinstance(value, Decimal):
         number = float(value)
         _require_finite(number)

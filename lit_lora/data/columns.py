@@ -9,22 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.cells import as_text, cell, columns_in, columns_read, is_empty, require_text
+from lit_lora.data.cells import as_text, cell, columns_in, columns_read, is_empty
 from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings, Notice
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.formats.exchange import message_list
 from lit_lora.data.formats.turns import UnknownRole
-from lit_lora.data.guesses import (
-    CLASS_COLUMNS,
-    CONTEXT_COLUMNS,
-    MEDIA_COLUMNS,
-    as_yaml,
-    fold,
-    guess,
-    mapping_hint,
-    preference_error,
-)
+from lit_lora.data.guesses import CLASS_COLUMNS, CONTEXT_COLUMNS, MEDIA_COLUMNS, as_yaml, fold, guess, mapping_hint
+from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error, refuse_media
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError, UsageError
 
@@ -32,9 +24,6 @@ __all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "
 
 # Columns beside a text that describe it; any other may hold the label of a task.
 _METADATA = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
-
-_UNWANTED = ("label", "kto_tag", "desirable")
-"""Columns in which KTO's rows say whether the answer is wanted."""
 
 
 class RowReader:
@@ -69,8 +58,8 @@ class RowReader:
         try:
             layout = self._layout(row)
             _check_unread(layout, self._config, row, notice)
-            values = layout.format_row(replace_values(row, self._config.values, "values"))
             context = RowContext(notice, layout.columns, self._config.roles)
+            values = layout.format_row(replace_values(row, self._config.values, "values"))
             sample = layout.format.read(values, context)
         except InputError as error:
             findings.bad_row(where, str(error), error.hint)
@@ -129,16 +118,8 @@ class _Layout:
     """The file's columns that are not read."""
 
     def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row under the format's column names.
-
-        Raises:
-            ValueError: A value of the prompt is a list or an object.
-        """
-        renamed = {column: cell(row, source) for column, source in self.columns.items()}
-        for column in self.format.texts:
-            if column in renamed and message_list(renamed[column]) is None:
-                require_text(renamed[column], column, self.columns[column])
-        return renamed
+        """The row under the format's column names."""
+        return {column: cell(row, source) for column, source in self.columns.items()}
 
 
 def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
@@ -163,7 +144,6 @@ def choose_layout(config: DataConfig, row: Mapping[str, Any]) -> _Layout:
             continue
         if config.format == "auto" and not _plausible(format_, columns, config, row):
             continue
-        columns |= _optional_columns(format_, columns, config, row)
         unused = row.keys() - columns_read(columns, row)
         return _Layout(name, format_, columns, tuple(sorted(unused)))
     raise _no_format(config, row)
@@ -203,11 +183,15 @@ def _resolve(format_: Format, mapping: Mapping[str, str], row: Mapping[str, Any]
     if mapping.keys() - {*format_.required, *format_.optional}:
         return None
     columns = dict(mapping)
-    for column in format_.required:
+    prompt_is_mapped = any(column in mapping for column in format_.texts)
+    for column in (*format_.required, *format_.optional):
+        if column in format_.optional and column in format_.texts and prompt_is_mapped:
+            continue  # the user has said what the prompt is
         source = columns.get(column) or _first_in(row, _names(format_, column))
-        if source is None:
+        if source is not None:
+            columns[column] = source
+        elif column in format_.required:
             return None
-        columns[column] = source
     return columns
 
 
@@ -244,26 +228,6 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
     return True
 
 
-def _optional_columns(
-    format_: Format, columns: Mapping[str, str], config: DataConfig, row: Mapping[str, Any]
-) -> dict[str, str]:
-    """The source of each optional column of the format that the row has.
-
-    Parts of the prompt are left out if the user has said what the prompt is.
-    """
-    prompt_is_mapped = any(column in config.columns for column in format_.texts)
-    read = columns_read(columns, row)
-    optional = {}
-    for column in format_.optional:
-        source = _first_in(row, _names(format_, column))
-        if source is None or column in columns or source in read:
-            continue
-        if column in format_.texts and prompt_is_mapped:
-            continue
-        optional[column] = source
-    return optional
-
-
 def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], notice: Notice) -> None:
     """Check what a row says in columns that are not read, and an answer that is a bare number.
 
@@ -273,16 +237,12 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
     for column in layout.unused:
         if is_empty(row[column]):
             continue
-        if fold(column) in MEDIA_COLUMNS and not config.columns:
-            required = {name: layout.columns[name] for name in layout.format.required}
-            raise InputError(
-                f"{column}: only text can be read, no images, sound or video",
-                hint=f"to train on the text without it, map the columns: {mapping_hint(required)}",
-            )
+        if fold(column) in MEDIA_COLUMNS and not config.columns:  # a mapping is the user's own choice
+            refuse_media(column, {name: layout.columns[name] for name in layout.format.required})
         if fold(column) in CONTEXT_COLUMNS | MEDIA_COLUMNS:
             notice(f"with a column {column} that the model does not see; {_add_to_prompt(layout, column)}")
-        if column in _UNWANTED:
-            _check_wanted(column, row[column], notice)
+        if column in WANTED_COLUMNS:
+            check_wanted(column, row[column], notice)
 
     if layout.format.nested or layout.name == "text":
         return
@@ -293,22 +253,6 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
             f"whose answer is a bare number (column {answer}); words say what it means: values: {{{answer}: "
             f"{{0: no, 1: yes}}}} in the config, or --values {answer}=0:no,1:yes"
         )
-
-
-def _check_wanted(column: str, value: Any, notice: Notice) -> None:
-    """Check the label of a KTO row, which says whether its answer is wanted.
-
-    Raises:
-        InputError: It is not.
-    """
-    text = as_text(value).strip().lower()
-    if text in ("false", "no"):
-        raise InputError(
-            f"{column} is false: an answer that is not wanted would be learned",
-            hint=f"keep only the rows whose {column} is true",
-        )
-    if text in ("0", "0.0", "-1"):
-        notice(f"whose {column} is {text}, and whose answer is learned all the same")
 
 
 def _add_to_prompt(layout: _Layout, column: str) -> str:
@@ -369,6 +313,8 @@ def _nearest(row: Mapping[str, Any]) -> str:
         if name == "text" and len(row) > 1:  # a text beside other columns is rarely plain text
             continue
         format_ = load_format(name)
+        if format_.nested and format_.required[0] not in row:  # a "dialogue" that is text is a column of another format
+            continue
         matched = [column for column in format_.required if _first_in(row, _names(format_, column))]
         shares[name] = max(len(matched) / len(format_.required), shares.get(name, 0))
     return max(shares, key=lambda name: shares[name])

@@ -8,18 +8,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lit_lora.data.cells import is_empty
-from lit_lora.data.formats.exchange import message_list
-from lit_lora.errors import InputError
 
 __all__ = [
     "CLASS_COLUMNS",
     "CONTEXT_COLUMNS",
     "MEDIA_COLUMNS",
+    "METADATA_COLUMNS",
     "as_yaml",
     "fold",
     "guess",
     "mapping_hint",
-    "preference_error",
 ]
 
 CONTEXT_COLUMNS = frozenset(
@@ -45,7 +43,7 @@ CLASS_COLUMNS = frozenset(
 )  # fmt: skip
 """Folded names of columns that hold a class, perhaps as a bare number."""
 
-_METADATA = frozenset(
+METADATA_COLUMNS = frozenset(
     [
         "id", "idx", "index", "uid", "uuid", "url", "link", "source", "meta", "metadata", "title",
         "questiontitle", "timestamp", "date", "created", "language", "lang", "split", "author", "user",
@@ -74,33 +72,6 @@ _NAMES["instruction"] = _NAMES["prompt"]
 _NAMES["output"] = _NAMES["completion"]
 _NAMES["response"] = _NAMES["completion"]
 
-# (better, worse): names of the two answers of a preference row
-_PREFERENCES = (
-    ("chosen", "rejected"),
-    ("chosenresponse", "rejectedresponse"),
-    ("preferred", "other"),
-    ("preferred", "dispreferred"),
-    ("preferred", "rejected"),
-    ("preferredoutput", "nonpreferredoutput"),
-    ("accepted", "rejected"),
-    ("responsej", "responsek"),
-    ("win", "lose"),
-    ("winner", "loser"),
-    ("better", "worse"),
-    ("good", "bad"),
-    ("best", "worst"),
-    ("positive", "negative"),
-)
-_ANSWER_PAIRS = (
-    ("response0", "response1"),
-    ("response1", "response2"),
-    ("responsea", "responseb"),
-    ("answer0", "answer1"),
-    ("answera", "answerb"),
-    ("output1", "output2"),
-)
-_VERDICT = re.compile(r"prefer|better|chosen|winner|score|overall|rating|label|safer")
-
 
 def fold(name: str) -> str:
     """A column's name without case, spaces and punctuation: ``userprompt`` for ``User Prompt``."""
@@ -119,7 +90,7 @@ def guess(row: Mapping[str, Any], needed: Iterable[str]) -> dict[str, str]:
         if source is not None:
             mapping[column] = source
 
-    remaining = [name for name in row if name not in mapping.values() and fold(name) not in _METADATA]
+    remaining = [name for name in row if name not in mapping.values() and fold(name) not in METADATA_COLUMNS]
     missing = [column for column in needed if column not in mapping]
     if mapping and len(missing) == 1 and len(remaining) == 1:
         mapping[missing[0]] = remaining[0]
@@ -137,7 +108,7 @@ def _likeliest(row: Mapping[str, Any], names: Iterable[str], taken: Iterable[str
             return by_fold[name]
     for name in names:
         for column in free:
-            if name in _words(column) and fold(column) not in _METADATA and len(name) > 2:
+            if name in _words(column) and fold(column) not in METADATA_COLUMNS and len(name) > 2:
                 return column
     return None
 
@@ -191,44 +162,3 @@ def as_yaml(mapping: Mapping[str, str]) -> str:
             source = f'"{escaped}"'
         entries.append(f"{column}: {source}")
     return f"{{{', '.join(entries)}}}"
-
-
-def preference_error(row: Mapping[str, Any]) -> InputError | None:
-    """The error for a row with a better and a worse answer, with the mapping that learns the better one."""
-    by_fold = {fold(name): name for name in row}
-    for better, worse in _PREFERENCES:
-        if better in by_fold and worse in by_fold:
-            names = [by_fold[better], by_fold[worse]]
-            return _preference_error(row, names, by_fold[better])
-    if "chosen" in by_fold and not {"completion", "output", "response", "answer"} & by_fold.keys():
-        return _preference_error(row, [by_fold["chosen"]], by_fold["chosen"])
-    for first, second in _ANSWER_PAIRS:
-        verdicts = [name for name in row if _VERDICT.search(fold(name)) and fold(name) not in (first, second)]
-        if first in by_fold and second in by_fold and verdicts:
-            names = f"{by_fold[first]}, {by_fold[second]}"
-            return InputError(
-                f"preference rows ({names}), expected one answer per row",
-                hint=f"write the better of {names} into a column completion, as {verdicts[0]} says, and remove the two",
-            )
-    return None
-
-
-def _preference_error(row: Mapping[str, Any], names: list[str], chosen: str) -> InputError:
-    others = {name: value for name, value in row.items() if name not in names}
-    messages = message_list(row[chosen])
-    roles = {str(message.get("role", message.get("from"))) for message in messages or []}
-    is_whole = bool(roles & {"user", "human"})
-    prompt = guess(others, ["prompt"]).get("prompt")
-    if prompt is None:
-        texts = [name for name, value in others.items() if fold(name) not in _METADATA and not is_empty(value)]
-        prompt = texts[0] if texts else None
-    if is_whole:
-        mapping = {"messages": chosen}
-    elif prompt is None:
-        mapping = {"text": chosen}
-    else:
-        mapping = {"prompt": prompt, "completion": chosen}
-    return InputError(
-        f"preference rows ({', '.join(names)}), expected one answer per row",
-        hint=f"to train on {chosen} alone: {mapping_hint(mapping)}",
-    )

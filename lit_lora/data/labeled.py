@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.cells import as_text
-from lit_lora.data.columns import cell, columns_in, columns_read, replace_values
+from lit_lora.data.cells import as_text, cell, columns_in, columns_read
+from lit_lora.data.columns import replace_values
 from lit_lora.data.config import LabeledConfig
 from lit_lora.data.findings import Findings
+from lit_lora.data.guesses import as_yaml, fold
 from lit_lora.data.read import read_rows
 from lit_lora.data.rows import Integers
 from lit_lora.errors import InputError, UsageError
@@ -26,12 +27,19 @@ __all__ = ["Example", "LabeledRow", "LabeledRows", "Labels", "Tokens", "find_lab
 Tokens: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """Token ids (T,), and for each token which of the two texts it belongs to (T,): 0 or 1."""
 
-# our column -> names under which it is recognized, the likeliest first
+# our column -> folded names under which it is recognized, the likeliest first
 _NAMES = {
-    "text": ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input"),
-    "pair": ("pair", "text_pair", "sentence2", "question2", "hypothesis"),
-    "label": ("label", "labels", "target", "intent", "category", "class", "sentiment", "score"),
-}
+    "text": (
+        "text", "sentence", "sentence1", "text1", "question1", "premise", "question", "review", "content", "input",
+        "tweet", "comment", "message", "utterance", "query", "email", "post", "article", "document", "body",
+        "reviewtext", "inputtext", "description", "title",
+    ),
+    "pair": ("pair", "textpair", "sentence2", "text2", "question2", "hypothesis"),
+    "label": (
+        "label", "labels", "target", "intent", "category", "class", "sentiment", "score", "labeltext", "emotion",
+        "topic", "rating", "stars", "targettext",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +69,25 @@ def read_examples(
         InputError: A file or row cannot be read, lacks a column or has no label, or there is no row.
         UsageError: The mapping names a column other than text, pair and label.
     """
-    columns: dict[str, str] | None = None
+    layouts: dict[tuple[str, ...], dict[str, str]] = {}
     mapping = ""
     examples: list[Example] = []
     findings = Findings(config.bad_rows)
     for place, row in _rows_with_place(files, findings):
         if len(examples) == limit:
             break
-        if columns is None:
-            columns = _choose(config, row, place, labeled=labeled)
-            mapping = _describe(columns, row)
-        examples.append(_example(config, columns, row, place))
+        names = tuple(row)
+        if not layouts:
+            layouts[names] = _choose(config, row, place, labeled=labeled)
+            mapping = _describe(layouts[names], row)
+            if labeled is None:
+                labeled = "label" in layouts[names]
+        elif names not in layouts:
+            layouts[names] = _choose_later(config, row, place, next(iter(layouts.values())), labeled=labeled)
+        try:
+            examples.append(_example(config, layouts[names], row, place))
+        except (ValueError, KeyError) as error:
+            findings.bad_row(place, str(error.args[0]) if error.args else str(error))
     findings.check()
     findings.log_warnings()
     if not examples:
@@ -82,7 +98,7 @@ def read_examples(
 def _describe(columns: Mapping[str, str], row: Mapping[str, Any]) -> str:
     """``text: review, label: mood; not used: id``."""
     mapping = ", ".join(f"{column}: {source}" for column, source in columns.items())
-    read = columns_read(columns)
+    read = columns_read(columns, row)
     unused = [name for name in row if name not in read]
     return f"{mapping}; not used: {', '.join(unused)}" if unused else mapping
 
@@ -107,7 +123,8 @@ def _choose(config: LabeledConfig, row: Mapping[str, Any], place: str, *, labele
         # A mapped text says what the row is: then a second text is not guessed.
         if column in columns or (column == "pair" and "text" in config.columns):
             continue
-        guess = next((name for name in names if name in row and name not in columns.values()), None)
+        by_fold = {fold(name): name for name in row if name not in columns.values()}
+        guess = next((by_fold[name] for name in names if name in by_fold), None)
         if guess is not None:
             columns[column] = guess
 
@@ -115,16 +132,33 @@ def _choose(config: LabeledConfig, row: Mapping[str, Any], place: str, *, labele
     if not labeled and "label" in missing:
         missing.remove("label")
     if missing:
-        mapping = ", ".join(f"{column}: YOUR_COLUMN" for column in missing)
+        free = [name for name in row if name not in columns.values()]
+        example = columns | dict(zip(missing, free, strict=False))
         raise InputError(
             f"{place}: which column is the {' and which the '.join(missing)}? found: {', '.join(row) or 'none'}",
-            hint=f"map it: data.columns: {{{mapping}}}",
+            hint=f"map it in the section data, such as columns: {as_yaml(example)}",
         )
 
-    row_has_label = "label" in columns and all(name in row for name in columns_in(columns["label"]))
+    row_has_label = "label" in columns and all(name in row for name in columns_in(columns["label"], row))
     if labeled is False or (labeled is None and not row_has_label):
         columns.pop("label", None)
     return {column: columns[column] for column in _NAMES if column in columns}
+
+
+def _choose_later(
+    config: LabeledConfig, row: Mapping[str, Any], place: str, first: dict[str, str], *, labeled: bool | None
+) -> dict[str, str]:
+    """The mapping of a row whose columns are not the first row's: the same if it has them, else its own.
+
+    Where it has neither, the first row's is used, and the row is bad because it lacks a column.
+    """
+    if columns_read(first, row) <= row.keys():
+        return first
+    try:
+        columns = _choose(config, row, place, labeled=labeled)
+    except InputError:
+        return first
+    return columns if columns.keys() == first.keys() else first
 
 
 def _check_mapping(config: LabeledConfig, row: Mapping[str, Any], place: str, *, labeled: bool | None) -> None:
@@ -142,11 +176,11 @@ def _check_mapping(config: LabeledConfig, row: Mapping[str, Any], place: str, *,
             )
         if column == "label" and labeled is None:
             continue
-        for name in columns_in(source):
+        for name in columns_in(source, row):
             if name not in row:
                 raise InputError(
                     f"{place}: no column {name!r}{did_you_mean(name, row)}, found: {', '.join(row)}",
-                    hint=f"name it: data.columns: {{{column}: YOUR_COLUMN}} in the config",
+                    hint=f"name one of these: data.columns: {{{column}: …}} in the config",
                 )
     for column in config.values:
         if column not in row and labeled is not None:
@@ -157,17 +191,13 @@ def _example(config: LabeledConfig, columns: Mapping[str, str], row: Mapping[str
     """One row.
 
     Raises:
-        InputError: A column is missing, a value has no word, or the label is empty.
+        ValueError: A column is missing, a value has no word or no text, or the label is empty.
     """
-    try:
-        row = replace_values(row, config.values, "data.values")
-        texts = {column: as_text(cell(row, source)) for column, source in columns.items()}
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{place}: {error.args[0] if error.args else error}") from error
-
+    row = replace_values(row, config.values, "data.values")
+    texts = {column: as_text(cell(row, source)) for column, source in columns.items()}
     label = texts.get("label")
     if label is not None and not label.strip():
-        raise InputError(f"{place}: the label (column {columns['label']}) is empty")
+        raise ValueError(f"the label (column {columns['label']}) is empty")
     return Example(texts["text"], texts.get("pair"), label, place)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from lit_lora.data.cells import as_json_value, as_text
 from lit_lora.data.findings import Notice
 from lit_lora.tokenizer import Message
 
-__all__ = ["Conversation", "Format", "RowContext", "Sample"]
+__all__ = ["Conversation", "Format", "RowContext", "Sample", "as_json_value", "as_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class RowContext:
     """What a format needs to know beside the values of a row."""
 
     notice: Notice
-    """Counts a warning about the row, such as ``with an empty prompt``."""
+    """Counts a warning about the row, such as ``with an empty answer, which is not learned``."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """The format's column -> what the file calls it."""
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -63,4 +64,4 @@ class Format:
     nested: bool = False
     """Whether the required column contains a list of messages instead of text."""
     texts: tuple[str, ...] = ()
-    """Columns that must hold text, or messages, but no other list or object."""
+    """Columns that are parts of the prompt; if the user maps one, no other is added unasked."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lit_lora.checkpoint.save import save_model
 from lit_lora.cli import main
@@ -184,3 +185,11 @@ def test_pain_44_mistakes_are_one_clear_line_and_nothing_is_written(
     assert message in err
     assert not Path("config.yaml").exists()
     assert Path("there.yaml").read_text() == "mine"
+
+
+def test_words_for_class_numbers_are_written_into_the_config(run: Run, model: Path) -> None:
+    _write([{"tweet": f"text {n}", "label": n % 2} for n in range(4)])
+    assert run("init", "rows.jsonl", "--model", str(model), "--values", "label=0:no,1:yes")[0] == 0
+    data = yaml.safe_load(Path("config.yaml").read_text())["data"]
+    assert data["columns"] == {"prompt": "tweet", "completion": "label"}
+    assert data["values"] == {"label": {"0": "no", "1": "yes"}}

@@ -46,6 +46,26 @@ def test_the_report_and_the_next_command_are_printed(run: Run) -> None:
     assert "tokens from the cache" in run("rows.jsonl", "--model", "model", "--validation", "3")[1]
 
 
+def test_bare_class_numbers_are_a_warning_that_values_end(run: Run) -> None:
+    Path("tweets.csv").write_text("tweet,label\nfine,1\nawful,0\n")
+    arguments = ["tweets.csv", "--model", "model", "--columns", "prompt=tweet", "--columns", "completion=label"]
+    code, _, error = run(*arguments)
+    assert code == 0
+    assert "2 rows whose answer is a bare number (column label)" in error
+    code, out, error = run(*arguments, "--values", "label=0:no,1:yes", "--show", "1")
+    assert (code, error) == (0, "")
+    assert "⟦yes" in out
+    assert "--values label=0:no,1:yes" in out.splitlines()[-1]
+    for option, message in [
+        ("label", "expected YOUR_COLUMN="),
+        ("label=0", "expected VALUE:WORD"),
+        ("label=0:a,0:b", "given twice"),
+    ]:
+        code, _, error = run(*arguments, "--values", option)
+        assert code == 2
+        assert message in error
+
+
 def test_flags_reach_the_reader(run: Run) -> None:
     Path("odd.csv").write_text("q,a\nfirst,1\nsecond,2\n")
     code, out, _ = run(

@@ -97,7 +97,7 @@ def test_history_is_read_as_earlier_turns():
     assert turns({**row, "history": '[["Where?", "Right."]]'}) == expected
     assert turns({"instruction": "and then?", "output": "Go left.", "history": [["Where?", "Right."]]}) == expected
     assert turns({**row, "history": []}) == turns({**row, "history": None}) == expected[2:]
-    assert "history[0]: expected a pair" in str(error({**row, "history": ["Where?"]}))
+    assert "history: " in str(error({**row, "history": ["Where?"]}))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_context_is_part_of_the_prompt(row):
     assert turns({**row, "context": None})[0] == ("user", "How many?")
 
 
-@pytest.mark.parametrize("column", ["schema", "passage", "document", "background", "table", "Create Table", "choices"])
+@pytest.mark.parametrize("column", ["db_schema", "document", "table", "Create Table", "choices", "evidence"])
 def test_a_column_without_which_the_answer_is_impossible_is_a_warning_whose_remedy_works(column):
     row = {"question": "How many?", column: "t (a INT)", "answer": "1"}
     (warning,) = warnings(row)
@@ -140,7 +140,7 @@ def test_metadata_beside_an_answer_is_no_warning():
 def test_images_are_refused_by_name_and_the_remedy_works():
     row = {"prompt": "What is it?", "completion": "A cat.", "images": ["cat.png"]}
     refused = error(row)
-    assert "images: only text can be read" in str(refused)
+    assert "a row with images" in str(refused)
     assert turns(row, columns=mapping_in(refused.hint))[1] == ("assistant", "A cat.")
     assert turns({**row, "images": []}) == turns({**row, "images": None})
 
@@ -266,7 +266,7 @@ def test_two_answers_with_a_verdict_are_preference_rows():
 )
 def test_an_answer_that_is_not_wanted_is_refused(row, label):
     refused = error({**row, "label": label})
-    assert "label is false" in str(refused)
+    assert "label: false marks" in str(refused)
     assert "keep only the rows whose label is true" in refused.hint
     assert turns({**row, "label": True})[-1][0] == "assistant"
 
@@ -281,7 +281,6 @@ HINTED = [
     {"input_text": "x", "target_report": "y"},
     {"description": "x", "data": "y"},
     {"questionTitle": "t", "questionText": "x", "answerText": "y"},
-    {"Question": "x", "Answer": "y"},
     {"User Prompt": "x", "Model Response": "y"},
     {"comment": "x", "sentiment": "y"},
     {"message": "x", "category": "y"},

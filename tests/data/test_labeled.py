@@ -64,6 +64,42 @@ def test_a_bad_row_or_mapping_is_one_line_with_its_place(tmp_path, rows, setting
         read(written(tmp_path, rows), **settings)
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"tweet": "x", "label": 1}, ("x", None, "1")),
+        ({"Review Text": "x", "Sentiment": "good"}, ("x", None, "good")),
+        ({"comment": "x", "category": "y"}, ("x", None, "y")),
+        ({"text": "x", "label": 1.0}, ("x", None, "1")),
+        ({"text": "x", "label": True}, ("x", None, "true")),
+    ],
+)
+def test_usual_names_need_no_mapping(tmp_path, row, expected):
+    (example,) = read(written(tmp_path, json.dumps(row)))
+    assert (example.text, example.pair, example.label) == expected
+
+
+def test_columns_that_cannot_be_guessed_are_named_in_a_mapping_that_works(tmp_path):
+    path = written(tmp_path, '{"x": "a", "y": 1}')
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert "columns: {text: x, label: y}" in str(caught.value.hint)
+    assert read(path, columns={"text": "x", "label": "y"})[0].text == "a"
+
+
+def test_all_bad_rows_are_named_at_once_and_can_be_left_out(tmp_path):
+    rows = '{"text": "a", "label": 1}\n{"text": "b", "label": null}\n{"text": "c"}\n{"text": "d", "label": ""}'
+    path = written(tmp_path, rows)
+    with pytest.raises(InputError, match=r"(?s)rows.jsonl:2, 4: the label .*rows.jsonl:3: no column 'label'"):
+        read(path)
+    assert [example.text for example in read(path, bad_rows="skip")] == ["a"]
+
+
+def test_a_later_row_is_read_by_its_own_columns(tmp_path):
+    path = written(tmp_path, '{"text": "a", "label": 1}\n{"sentence": "b", "category": 2}\n{"label": 3, "text": "c"}')
+    assert [(example.text, example.label) for example in read(path)] == [("a", "1"), ("b", "2"), ("c", "3")]
+
+
 def examples(*labels: str) -> list[Example]:
     return [Example("text", None, label, f"f:{line}") for line, label in enumerate(labels, 1)]
 

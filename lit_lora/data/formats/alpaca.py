@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
-from lit_lora.data.formats.exchange import read_exchange
-from lit_lora.data.sample import Format
+from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["ALPACA"]
+
+
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
+    return exchange(row, ("instruction", "input", "context"), "output", context)
+
 
 # "text", the rendered prompt that Alpaca's file on the Hub repeats in each row, is not read.
 ALPACA = Format(
@@ -15,5 +21,5 @@ ALPACA = Format(
     optional=("input", "context", "system", "history", "tools", "text"),
     aliases={"output": ("response", "answer", "completion"), "system": ("system_prompt",)},
     texts=("instruction", "input", "context"),
-    read=partial(read_exchange, prompt=("instruction", "input", "context"), answer="output"),
+    read=_read,
 )

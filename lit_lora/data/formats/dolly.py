@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
-from lit_lora.data.formats.exchange import read_exchange
-from lit_lora.data.sample import Format
+from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["DOLLY"]
+
+
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
+    return exchange(row, ("instruction", "input", "context"), "response", context)
+
 
 DOLLY = Format(
     required=("instruction", "context", "response"),
     optional=("input", "category", "system", "history", "tools"),
-    aliases={"system": ("system_prompt",)},
     texts=("instruction", "input", "context"),
-    read=partial(read_exchange, prompt=("instruction", "input", "context"), answer="response"),
+    read=_read,
 )

@@ -1,83 +1,93 @@
-"""A question and its answer in columns of their own: texts, or messages as TRL has them."""
+"""One question and its answer, each a text or a list of messages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_lora.data.cells import as_text
-from lit_lora.data.formats.messages import conversation, read_history, read_turns
+from lit_lora.data.cells import as_text, is_empty, require_text
+from lit_lora.data.formats.messages import conversation, is_message_list, read_history, read_turns
 from lit_lora.data.formats.turns import Turn, parse_json
 from lit_lora.data.sample import Conversation, RowContext
 
-__all__ = ["message_list", "read_exchange"]
+__all__ = ["exchange", "join_texts", "message_list"]
 
 
-def read_exchange(row: Mapping[str, Any], context: RowContext, *, prompt: Sequence[str], answer: str) -> Conversation:
-    """The conversation of a row: its system message, earlier turns, prompt and answer.
+def exchange(row: Mapping[str, Any], prompt: Sequence[str], answer: str, context: RowContext) -> Conversation:
+    """A prompt and its answer, after the row's ``system`` message and earlier turns (``history``).
 
     Args:
-        row: A row under the format's column names; ``system``, ``history`` and ``tools`` are optional.
+        row: Under the format's column names.
+        prompt: Columns of the prompt's parts, of which all but the first may be missing or empty.
+        answer: Name of the column with the answer; an object or a list is written as JSON.
         context: Of the row.
-        prompt: Columns of the prompt's parts, which blank lines separate; empty parts leave none.
-        answer: Column of the answer.
 
     Raises:
-        ValueError: A value has the wrong type.
+        InputError: A part of the prompt is a list or an object.
+        ValueError: A value is of the wrong kind.
     """
-    question = _question(row, context, prompt)
-    reply = _reply(row[answer], context.columns.get(answer, answer), context)
-    turns = [*read_history(row.get("history"), context), *question, *_without_question(reply, question)]
-    return conversation(row, turns, context)
+    asked = _prompt_turns(row, prompt, context)
+    answered = _answer_turns(row[answer], context.columns.get(answer, answer), context)
+    turns = read_history(row.get("history"), context)
+    return conversation(row, [*turns, *asked, *_without_prompt(answered, asked)], context)
+
+
+def _prompt_turns(row: Mapping[str, Any], prompt: Sequence[str], context: RowContext) -> list[Turn]:
+    first = prompt[0]
+    messages = message_list(row[first])
+    if messages is not None:
+        for column in prompt[1:]:
+            if not is_empty(row.get(column)):
+                context.notice(f"whose {column} the model does not see, because the {first} is a list of messages")
+        # Answers within a prompt are given, as in TRL; only the completion is learned.
+        turns = read_turns(messages, context.columns.get(first, first), context)
+        return [Turn(turn.message, learned=False) for turn in turns]
+
+    for column in prompt:
+        require_text(row.get(column), column, context.columns.get(column, column))
+    text = join_texts(*(as_text(row.get(column)) for column in prompt))
+    if not text:
+        context.notice("with an empty prompt")
+    return [Turn({"role": "user", "content": text}, learned=False)]
+
+
+def _answer_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
+    messages = message_list(value)
+    if messages is not None:
+        return read_turns(messages, column, context)
+    return [Turn({"role": "assistant", "content": as_text(value)}, learned=True)]
+
+
+def _without_prompt(answered: list[Turn], asked: list[Turn]) -> list[Turn]:
+    """The answer without the prompt, if it repeats it, as ``chosen`` of many preference sets does."""
+    prompt = [_role_and_text(turn) for turn in asked if turn.message["role"] != "system"]
+    turns = [turn for turn in answered if turn.message["role"] != "system"]
+    repeats = [_role_and_text(turn) for turn in turns[: len(prompt)]] == prompt
+    return turns[len(prompt) :] if repeats and len(turns) > len(prompt) else answered
+
+
+def _role_and_text(turn: Turn) -> tuple[str, str]:
+    return turn.message["role"], (turn.message.get("content") or "").strip()
 
 
 def message_list(value: Any) -> list[Any] | None:
-    """The value as a list of messages, if it is one, a single message, or the JSON text of such a list."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    """The messages in a cell: a list, a single one, or such a list as JSON text; None if it holds something else."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return None
         value = parse_json(value)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        return None
-    return value if all(_is_message(item) for item in value) else None
+        if not isinstance(value, list) or not all(isinstance(item, Mapping) and _is_message(item) for item in value):
+            return None  # a text that happens to be JSON
+    if isinstance(value, Mapping) and _is_message(value):
+        return [value]
+    return value if is_message_list(value) else None
 
 
-def _is_message(item: Any) -> bool:
-    if not isinstance(item, Mapping):
-        return False
-    return "from" in item or ("role" in item and bool({"content", "tool_calls", "parts"} & item.keys()))
+def _is_message(item: Mapping[str, Any]) -> bool:
+    """Whether an object has a role and a content, and is not another object with a key of such a name."""
+    return bool({"role", "from"} & item.keys() and {"content", "value", "tool_calls"} & item.keys())
 
 
-def _question(row: Mapping[str, Any], context: RowContext, prompt: Sequence[str]) -> list[Turn]:
-    """The prompt; of messages, the assistant's are given, for only the completion is to be learned."""
-    first, *others = prompt
-    messages = message_list(row[first])
-    parts = [as_text(row.get(column)) for column in others]
-    if messages is None:
-        parts.insert(0, as_text(row[first]))
-        text = "\n\n".join(part for part in parts if part.strip())
-        if not text:
-            context.notice("with an empty prompt")
-        return [Turn({"role": "user", "content": text}, learned=False)]
-
-    for column, part in zip(others, parts, strict=True):
-        if part.strip():
-            context.notice(f"whose {column} is not used, because the {first} is a list of messages")
-    turns = read_turns(messages, context.columns.get(first, first), context)
-    return [Turn(turn.message, learned=False) for turn in turns]
-
-
-def _reply(value: Any, column: str, context: RowContext) -> list[Turn]:
-    messages = message_list(value)
-    if messages is None:
-        return [Turn({"role": "assistant", "content": as_text(value)}, learned=True)]
-    return read_turns(messages, column, context)
-
-
-def _without_question(reply: list[Turn], question: Sequence[Turn]) -> list[Turn]:
-    """The reply without the prompt, if it repeats it, as ``chosen`` of many preference sets does."""
-    asked = [turn.message["content"] for turn in question if turn.message["role"] != "system"]
-    said = [turn for turn in reply if turn.message["role"] != "system"]
-    if len(said) > len(asked) and [turn.message["content"] for turn in said[: len(asked)]] == asked:
-        return said[len(asked) :]
-    return reply
+def join_texts(*texts: str) -> str:
+    """The texts that are not empty, with a blank line between."""
+    return "\n\n".join(text for text in texts if text.strip())

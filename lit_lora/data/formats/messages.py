@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lit_lora.data.cells import as_text
 from lit_lora.data.formats.turns import Turn, parse_json, read_turn, shown, tool_list
-from lit_lora.data.sample import Conversation, Format, RowContext, Sample
+from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
 
 __all__ = ["MESSAGES", "SHAREGPT", "conversation", "is_message_list", "read_history", "read_turns"]
 

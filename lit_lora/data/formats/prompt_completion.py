@@ -1,13 +1,19 @@
-"""Prompt and completion: the simplest form of a task; also TRL's, in which both are lists of messages."""
+"""Prompt and completion: the simplest form of a task."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
-from lit_lora.data.formats.exchange import read_exchange
-from lit_lora.data.sample import Format
+from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["PROMPT_COMPLETION"]
+
+
+def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
+    return exchange(row, ("prompt", "context"), "completion", context)
+
 
 PROMPT_COMPLETION = Format(
     required=("prompt", "completion"),
@@ -15,8 +21,9 @@ PROMPT_COMPLETION = Format(
     aliases={
         "prompt": ("question", "query", "input"),
         "completion": ("answer", "response", "output"),
+        "context": ("schema", "passage", "background"),
         "system": ("system_prompt",),
     },
     texts=("prompt", "context"),
-    read=partial(read_exchange, prompt=("prompt", "context"), answer="completion"),
+    read=_read,
 )

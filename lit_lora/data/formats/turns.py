@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.cells import as_text
 from lit_lora.data.findings import Notice
+from lit_lora.data.sample import as_text
 from lit_lora.tokenizer import Message
 
 __all__ = ["ROLES", "Turn", "UnknownRole", "parse_json", "read_turn", "shown", "tool_list"]
