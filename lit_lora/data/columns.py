@@ -14,7 +14,6 @@ from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings, Notice
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.formats.exchange import message_list
-from lit_lora.data.formats.turns import UnknownRole
 from lit_lora.data.guesses import CLASS_COLUMNS, CONTEXT_COLUMNS, MEDIA_COLUMNS, as_yaml, fold, guess, mapping_hint
 from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error, refuse_media
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample
@@ -63,10 +62,6 @@ class RowReader:
             sample = layout.format.read(values, context)
         except InputError as error:
             findings.bad_row(where, str(error), error.hint)
-            return None
-        except UnknownRole as error:
-            role = json.dumps(error.name, ensure_ascii=False)
-            findings.bad_row(where, str(error), f"say what it is: columns: {{roles: {{{role}: assistant}}}}")
             return None
         except (ValueError, KeyError) as error:
             findings.bad_row(where, str(error.args[0]) if error.args else str(error))

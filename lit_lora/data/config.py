@@ -79,8 +79,10 @@ class DataConfig(RowsConfig):
             "whole. Plain text is always split into pieces, and no token is lost."
         ),
     )
-    learn: Literal["answers", "all"] = Field(
-        "answers", description="Tokens to train on: the assistant's messages with their end of turn, or all."
+    learn: Literal["answers", "last", "all"] = Field(
+        "answers",
+        description="Tokens to train on: the assistant's messages with their end of turn, only the last of them in "
+        "each conversation, or all tokens.",
     )
     deduplicate: bool = Field(
         False, description="Keep only the first of identical rows. Duplicates are reported either way."

@@ -44,7 +44,7 @@ def encode_samples(
             if isinstance(sample, Conversation) and sample.tools and not writes_tools:
                 findings.warn("with tools, for which the model's chat template has no place", f"{place[0]}:{place[1]}")
             if isinstance(sample, Conversation) and (sample.has_answer or learn_all):
-                chats.append(_render(tokenizer, sample, place))
+                chats.append(_render(tokenizer, sample, place, config.learn))
         encoded_chats = iter(encode_rendered(tokenizer, chats))
 
         for sample, place in chunk:
@@ -58,11 +58,23 @@ def encode_samples(
                 yield _fit(chat.ids, loss_mask, place, config)
 
 
-def _render(tokenizer: Tokenizer, sample: Conversation, place: Place) -> RenderedChat:
+def _render(tokenizer: Tokenizer, sample: Conversation, place: Place, learn: str) -> RenderedChat:
+    learned = _learned_answers(sample)
+    if learn == "last":
+        learned = learned[-1:]
     try:
-        return render_chat(tokenizer, sample.messages, tools=sample.tools)
+        return render_chat(tokenizer, sample.messages, tools=sample.tools, learned=learned)
     except InputError as error:
         raise InputError(f"{place[0]}:{place[1]}: {error}", hint=error.hint) from error
+
+
+def _learned_answers(sample: Conversation) -> list[int]:
+    """Indices of the assistant messages to learn."""
+    indices = []
+    for index, message in enumerate(sample.messages):
+        if message["role"] == "assistant" and index not in sample.context_only:
+            indices.append(index)
+    return indices
 
 
 def _pieces(tokens: list[int], place: Place, max_length: int) -> Iterator[EncodedRow]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -81,21 +81,36 @@ class RenderedChat:
     """Whether EOS has to be appended, because no special token ends the last answer."""
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools | None = None) -> RenderedChat:
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    learned: Collection[int] | None = None,
+) -> RenderedChat:
     """The first half of :func:`encode_chat`, which finds every problem that a conversation can have.
+
+    Args:
+        tokenizer: The tokenizer with its template.
+        messages: The conversation.
+        tools: JSON schemas of functions.
+        learned: Indices of the assistant messages that are targets; all of them if omitted.
 
     Raises:
         InputError: The template rejects the conversation, or omits or rewrites a message.
     """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=False)
-    turns = [rendered.turn(index) for index, message in enumerate(messages) if message["role"] == "assistant"]
-    needs_eos = messages[-1]["role"] == "assistant" and not turns[-1].closed
+    if learned is None:
+        learned = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    last = len(messages) - 1
+    turns = {index: rendered.turn(index) for index in sorted(learned)}
+    needs_eos = last in turns and not turns[last].closed
     if needs_eos and tokenizer.eos_id is None:
         _warn_of_no_end(tokenizer.where)
     return RenderedChat(
         text=rendered.text,
         literal=rendered.literal,
-        targets=[(turn.start, turn.end) for turn in turns],
+        targets=[(turn.start, turn.end) for turn in turns.values()],
         needs_eos=needs_eos,
     )
 

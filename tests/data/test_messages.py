@@ -118,7 +118,7 @@ def test_roles_of_ones_own_are_mapped() -> None:
     row = {"messages": [{"role": "customer", "content": "Hi"}, {"role": "agent", "content": "Hello"}]}
     with pytest.raises(InputError) as caught:
         _read(row)
-    assert 'columns: {roles: {"customer": assistant}}' in str(caught.value.hint)
+    assert 'columns: {roles: {"customer": user, "agent": assistant}}' in str(caught.value.hint)
     assert _read(row, columns={"roles": {"customer": "user", "agent": "assistant"}}) == [
         "user: Hi",
         "assistant*: Hello",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
-from lit_lora.data.formats.turns import Turn, parse_json, read_turn, shown, tool_list
+from lit_lora.config import did_you_mean
+from lit_lora.data.formats.turns import ROLES, Turn, known_role, parse_json, read_turn, role_name, shown, tool_list
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
+from lit_lora.errors import InputError
 
-__all__ = ["MESSAGES", "SHAREGPT", "conversation", "is_message_list", "read_history", "read_turns"]
+__all__ = ["MESSAGES", "SHAREGPT", "conversation", "exchange_keys", "is_message_list", "read_history", "read_turns"]
 
 # The keys of a question and its answer where a list has one object per exchange.
 _PAIRS = (
@@ -80,10 +84,11 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
             return _alternating(value, column)
         value = parsed
 
+    _require_known_roles(value, column, context.roles)
     turns: list[Turn] = []
     for index, item in enumerate(value):
         where = f"{column}[{index}]"
-        pair = _pair(item)
+        pair = exchange_keys(item)
         if pair is None:
             turns.append(read_turn(item, where, context.notice, context.roles))
         else:
@@ -91,11 +96,37 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
     return turns
 
 
+def _require_known_roles(messages: Sequence[Any], column: str, roles: Mapping[str, str]) -> None:
+    """Check the roles of all messages, so that the error can name every unknown one.
+
+    Raises:
+        InputError: There is an unknown one; the hint maps it.
+    """
+    unknown = []
+    for message in messages:
+        name = role_name(message)
+        if name is not None and known_role(name, roles) is None and name not in unknown:
+            unknown.append(name)
+    if not unknown:
+        return
+    guesses = ["user", "assistant"] if len(unknown) > 1 else ["assistant"]
+    if known_role(role_name(messages[0]) or "", roles) is None and len(unknown) == 1:
+        guesses = ["user"]
+    mapping = []
+    for name, role in zip(unknown, chain(guesses, repeat("tool")), strict=False):
+        mapping.append(f"{json.dumps(name, ensure_ascii=False)}: {role}")
+    names = ", ".join(map(repr, unknown))
+    raise InputError(
+        f"{column}: unknown role {names}{did_you_mean(unknown[0].lower(), ROLES)}, known: {', '.join(ROLES)}",
+        hint=f"say what it is, such as columns: {{roles: {{{', '.join(mapping)}}}}}",
+    )
+
+
 def is_message_list(value: Any) -> bool:
     """Whether a cell holds messages, and not a list of other things."""
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(item, Mapping) and ({"role", "from"} & item.keys() or _pair(item)) for item in value)
+    return all(isinstance(item, Mapping) and ({"role", "from"} & item.keys() or exchange_keys(item)) for item in value)
 
 
 def read_history(value: Any, context: RowContext) -> list[Turn]:
@@ -120,7 +151,7 @@ def read_history(value: Any, context: RowContext) -> list[Turn]:
     return turns
 
 
-def _pair(item: Any) -> tuple[str, str] | None:
+def exchange_keys(item: Any) -> tuple[str, str] | None:
     """The keys of question and answer of an object that holds a whole exchange."""
     if not isinstance(item, Mapping) or {"role", "from"} & item.keys():
         return None

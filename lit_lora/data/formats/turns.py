@@ -12,7 +12,7 @@ from lit_lora.data.findings import Notice
 from lit_lora.data.sample import as_text
 from lit_lora.tokenizer import Message
 
-__all__ = ["ROLES", "Turn", "UnknownRole", "parse_json", "read_turn", "shown", "tool_list"]
+__all__ = ["ROLES", "Turn", "known_role", "parse_json", "read_turn", "role_name", "shown", "tool_list"]
 
 ROLES = {
     "system": "system",
@@ -105,22 +105,29 @@ def _role(item: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
     if key is None:
         keys = ", ".join(item) or "nothing"
         raise ValueError(f"{where}: no role, found: {keys}; expected role and content, or from and value")
-    name = str(item[key]).strip()
-    mapped = roles.get(name, name)
-    role = ROLES.get(mapped.lower())
-    if role is None:
-        raise UnknownRole(
-            f"{where}: unknown role {name!r}{did_you_mean(name.lower(), ROLES)}, known: {', '.join(ROLES)}", name
-        )
+    role = known_role(str(item[key]).strip(), roles)
+    assert role is not None, "roles are checked before, all at once"
     return role
 
 
-class UnknownRole(ValueError):
-    """A message's role that nothing knows; ``name`` is the role."""
+def role_name(item: Any) -> str | None:
+    """The name of a message's role as the file has it; ``None`` if it has none."""
+    if not isinstance(item, Mapping):
+        return None
+    name = item.get("role")
+    if name is None:
+        name = item.get("from")
+    return None if name is None else str(name).strip()
 
-    def __init__(self, message: str, name: str) -> None:
-        super().__init__(message)
-        self.name = name
+
+def known_role(name: str, roles: Mapping[str, str]) -> str | None:
+    """The chat template's role for a name in a file; ``None`` if there is none.
+
+    Args:
+        name: The name.
+        roles: The user's own names -> names that are known.
+    """
+    return ROLES.get(roles.get(name, name).lower())
 
 
 def _text_of(item: Mapping[str, Any], where: str, *, optional: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
+from lit_lora.data.formats.messages import exchange_keys
 from lit_lora.errors import InputError
 
 __all__ = ["document_rows", "is_message", "starts_conversation", "wrap_messages"]
@@ -194,7 +195,7 @@ def _is_row_like(column: str, value: Any) -> bool:
     if not isinstance(value, dict) or is_message(value):
         return False
     # A conversation may be a list of exchanges.
-    is_exchange = _is_row({column}) and value.keys() <= {"system", "input", "output"}
+    is_exchange = _is_row({column}) and exchange_keys(value) is not None
     return not is_exchange
 
 

@@ -28,6 +28,9 @@ __all__ = ["read_json"]
 _HEAD = 1 << 20
 """Characters that decide about the arrangement."""
 
+_HEAD_OF_LINES = 1 << 14
+"""Of these, characters in which a line of its own is looked for."""
+
 _PYTHON = re.compile(r"""\A[\[{\s]*'|\b(None|True|False)\b""")
 """What JSON has not and a printed Python value has."""
 
@@ -292,8 +295,13 @@ class _Reader:
 
 def _is_lines(head: str) -> bool:
     """Whether a text that begins so has a value per line; else its values span lines."""
-    first_line = next((line for line in head.split("\n") if line.strip()), "")
-    text = first_line.strip().rstrip(",")
+    lines = [line for line in head[:_HEAD_OF_LINES].split("\n") if line.strip()]
+    text = lines[0].strip() if lines else ""
+    # A value that goes on in the next line breaks off after one of these; else the line is broken.
+    goes_on = text.endswith(("{", "[", ",", ":"))
+    if text.startswith("{") and not goes_on and any(_is_object(line) for line in lines[1:]):
+        return True
+    text = text.rstrip(",")
     try:
         json.loads(text)
     except RecursionError:
@@ -314,6 +322,17 @@ def _chain(
     if second is not None:
         yield second
     yield from others
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object that is not part of another value: within one, it would be indented."""
+    if not line.startswith("{"):
+        return False
+    try:
+        json.loads(line.rstrip().rstrip(","))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _chain_lines(head: str, file: TextIO) -> Iterator[str]:
