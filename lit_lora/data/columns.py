@@ -14,7 +14,16 @@ from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings, Notice
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.formats.exchange import message_list
-from lit_lora.data.guesses import CLASS_COLUMNS, CONTEXT_COLUMNS, MEDIA_COLUMNS, as_yaml, fold, guess, mapping_hint
+from lit_lora.data.guesses import (
+    CHOICE_COLUMNS,
+    CLASS_COLUMNS,
+    CONTEXT_COLUMNS,
+    MEDIA_COLUMNS,
+    as_yaml,
+    fold,
+    guess,
+    mapping_hint,
+)
 from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error, refuse_media
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError, UsageError
@@ -242,8 +251,9 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
     if layout.format.nested or layout.name == "text":
         return
     answer = layout.columns[layout.format.required[-1]]
-    is_class = fold(answer) in CLASS_COLUMNS and answer not in config.values
-    if is_class and re.fullmatch(r"-?\d{1,3}", as_text(row.get(answer))):
+    # An index of one of the row's choices is a class, too.
+    is_class = fold(answer) in CLASS_COLUMNS or any(fold(column) in CHOICE_COLUMNS for column in row)
+    if is_class and answer not in config.values and re.fullmatch(r"-?\d{1,3}", as_text(row.get(answer))):
         notice(
             f"whose answer is a bare number (column {answer}); words say what it means: values: {{{answer}: "
             f"{{0: no, 1: yes}}}} in the config, or --values {answer}=0:no,1:yes"
@@ -253,7 +263,7 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
 def _add_to_prompt(layout: _Layout, column: str) -> str:
     """The mapping that puts a column before the prompt."""
     if layout.format.nested or layout.name == "text":
-        return f"columns: {{prompt: …}} with a template such as {{{column}}} adds it"
+        return "write it into the first message, if the answers need it"
     prompt, answer = layout.format.required[0], layout.format.required[-1]
     source = layout.columns[prompt]
     template = source if columns_in(source) != [source] else f"{{{source}}}"

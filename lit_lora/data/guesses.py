@@ -10,6 +10,7 @@ from typing import Any
 from lit_lora.data.cells import is_empty
 
 __all__ = [
+    "CHOICE_COLUMNS",
     "CLASS_COLUMNS",
     "CONTEXT_COLUMNS",
     "MEDIA_COLUMNS",
@@ -24,10 +25,14 @@ CONTEXT_COLUMNS = frozenset(
     [
         "context", "contexts", "ctx", "schema", "dbschema", "createtable", "passage", "passages", "document",
         "documents", "background", "table", "tables", "history", "evidence", "article", "paragraph",
-        "paragraphs", "choices", "options", "endings", "facts", "premise", "transcript",
+        "paragraphs", "choices", "options", "endings", "facts", "premise", "hypothesis",
+        "sentence2", "question2", "text2", "transcript",
     ]
 )  # fmt: skip
 """Folded names of columns without which an answer is often impossible."""
+
+CHOICE_COLUMNS = frozenset(["choices", "options", "endings"])
+"""Folded names of columns that hold the answers to choose from."""
 
 MEDIA_COLUMNS = frozenset(
     [

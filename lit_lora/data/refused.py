@@ -50,8 +50,7 @@ def preference_error(row: Mapping[str, Any]) -> InputError | None:
     by_fold = {fold(name): name for name in row}
     for better, worse in _PREFERENCES:
         if better in by_fold and worse in by_fold:
-            names = [by_fold[better], by_fold[worse]]
-            return _preference_error(row, names, by_fold[better])
+            return _preference_error(row, [by_fold[better], by_fold[worse]], by_fold[better])
     if "chosen" in by_fold and not {"completion", "output", "response", "answer"} & by_fold.keys():
         return _preference_error(row, [by_fold["chosen"]], by_fold["chosen"])
     for first, second in _ANSWER_PAIRS:

@@ -8,6 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -15,6 +17,7 @@ from lit_lora.data.cells import as_text, cell
 from lit_lora.data.columns import RowReader, guess_columns
 from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings
+from lit_lora.data.read import read_rows
 from lit_lora.data.sample import Conversation
 from lit_lora.errors import InputError
 
@@ -116,11 +119,11 @@ def test_a_context_is_part_of_the_prompt(row):
 
 @pytest.mark.parametrize("column", ["db_schema", "document", "table", "Create Table", "choices", "evidence"])
 def test_a_column_without_which_the_answer_is_impossible_is_a_warning_whose_remedy_works(column):
-    row = {"question": "How many?", column: "t (a INT)", "answer": "1"}
+    row = {"question": "How many?", column: "t (a INT)", "answer": "one"}
     (warning,) = warnings(row)
     assert column in warning
     mapping = mapping_in(warning)
-    assert turns(row, columns=mapping) == [("user", "t (a INT)\n\nHow many?"), ("assistant", "1")]
+    assert turns(row, columns=mapping) == [("user", "t (a INT)\n\nHow many?"), ("assistant", "one")]
     assert warnings(row, columns=mapping) == []
     assert warnings({**row, column: None}) == []
 
@@ -322,6 +325,36 @@ def test_bare_class_numbers_are_a_warning_until_they_have_words():
     assert warnings(row, columns=columns, values=words) == []
     assert turns({**row, "label": 1.0}, columns=columns, values=words)[1] == ("assistant", "yes")
     assert warnings({"question": "1 + 1?", "answer": "2"}) == []
+
+
+def test_the_index_of_a_choice_is_a_bare_number_too():
+    row = {"question": "x", "choices": ["a", "b"], "answer": 1}
+    mapping = mapping_in(error(row).hint)
+    (warning,) = warnings(row, columns=mapping)
+    assert "bare number (column answer)" in warning
+    assert turns(row, columns=mapping)[0] == ("user", '["a", "b"]\n\nx')
+
+
+def test_a_text_that_is_json_stays_a_text():
+    for text in ['[{"x": 1}]', '[{"role": "cook", "content": "soup"}]', "[{broken"]:
+        assert turns({"prompt": text, "completion": text}) == [("user", text), ("assistant", text)]
+
+
+def test_columns_of_parquet_are_written_as_a_person_would(tmp_path):
+    table = pa.table(
+        {
+            "prompt": ["a"],
+            "day": pa.array([datetime.date(2024, 5, 1)]),
+            "price": pa.array([Decimal("12.50")]),
+            "name": pa.array([b"caf\xc3\xa9"]),
+            "share": pa.array([0.1], pa.float32()),
+            "count": pa.array([3.0]),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    ((_, row),) = read_rows(tmp_path / "rows.parquet", Findings())
+    columns = {"prompt": "prompt", "completion": "{day} {price} {name} {share} {count}"}
+    assert turns(row, columns=columns)[1] == ("assistant", "2024-05-01 12.50 café 0.1 3")
 
 
 def test_each_row_is_read_by_its_own_columns():
