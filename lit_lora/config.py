@@ -487,7 +487,8 @@ def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
                 children.append(node)
             elif isinstance(part, int) and "items" in node:
                 children += branches(node["items"])
-        nodes = children
+        # Where no property has this name, it is the tag of a union of which one member has properties.
+        nodes = children or nodes
     return [field for node in nodes for field in node.get("properties", {})]
 
 

@@ -162,19 +162,41 @@ def test_samples_of_a_conversation_stop_at_its_first_answer(task):
         (["data.validation=null", "train.patience=3"], "train.patience has no effect without validation rows"),
         (
             ["data.path=long.jsonl"],
-            "the longest row has 335 tokens, more than the model's context of 128; data.max_seq_length=128",
+            "the longest row has 335 tokens, more than the model's context of 128 (",
+        ),
+        (
+            ["data.path=short.jsonl", "data.validation=long.jsonl"],
+            "the longest row has 335 tokens, more than the model's context of 128 (6 validation rows are longer)",
+        ),
+        (
+            ["data.path=short.jsonl", "data.validation=long.jsonl", "data.max_seq_length=60"],
+            "long.jsonl: 7 of 8 rows are longer than data.max_seq_length 60 and are dropped; "
+            "data.max_seq_length=128 keeps more (the model's context is 128)",
+        ),
+        (
+            ["data.path=long.jsonl", "data.max_seq_length=128", "data.validation=1"],
+            "long.jsonl: 6 of 8 rows are longer than data.max_seq_length 128 and are dropped; "
+            "data.too_long=truncate_prompt cuts prompts instead",
         ),
     ],
 )
 def test_pain_42_the_plan_warns_of_what_a_user_would_change(task, capsys, overrides, warning):
     long = write_rows(task / "long.jsonl", [{"prompt": "?", "completion": "a" * 40 * n} for n in range(1, 9)])
+    short = write_rows(task / "short.jsonl", 12)
     model = load_model(task / "base")
 
     def warnings(*overrides: str) -> list[str]:
-        run, _, data = loaded(task, *(override.replace("long.jsonl", str(long)) for override in overrides))
+        run, _, data = loaded(
+            task,
+            *(
+                override.replace("=long.jsonl", f"={long}").replace("=short.jsonl", f"={short}")
+                for override in overrides
+            ),
+        )
         capsys.readouterr()
         show_plan(run, model, data)
-        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        printed = capsys.readouterr().err.replace(f"{task}/", "")
+        return [line for line in printed.splitlines() if line.startswith("warning: ")]
 
     assert any(line.startswith(f"warning: {warning}") for line in warnings(*overrides))
     assert warnings() == []
@@ -206,3 +228,44 @@ def test_a_former_key_is_accepted_with_a_line_that_names_the_present_one(
 )
 def test_the_time_of_a_step_has_two_digits(seconds, shown):
     assert step_duration(seconds) == shown
+
+
+def test_validation_rows_have_columns_values_and_a_limit_of_their_own(task: Path) -> None:
+    rows = [{"q": f"colour {n}?", "a": str(n % 2)} for n in range(6)]
+    held_out = write_rows(task / "held_out.jsonl", rows)
+    section = "{columns: {prompt: q, completion: a}, values: {a: {0: no, 1: yes}}, limit: 4}"
+    _, tokenizer, data = loaded(task, f"data.validation={section[:-1]}, path: {held_out}}}", "data.limit=10")
+    assert data.prepared.validation is not None
+    assert (len(data.prepared.train), len(data.prepared.validation)) == (10, 4)
+    ids = data.prepared.validation[1].input_ids
+    assert "colour 1?" in tokenizer.decode(ids.tolist())
+    assert "yes" in tokenizer.decode(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ("{pth: x}", "unknown key 'data.validation.pth' (did you mean 'path'?)"),
+        ("{path: x, limit: 0}", "data.validation.limit: input should be greater than or equal to 1, got 0"),
+        ("{columns: {a: b}}", "'data.validation.path' is missing"),
+    ],
+)
+def test_a_mistake_in_the_validation_section_is_named(task: Path, section: str, problem: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(write_config(task), lora.Config, [f"data.validation={section}"])
+    assert problem in str(caught.value)
+
+
+def test_a_part_of_the_validation_rows_is_measured(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _, whole = loaded(task, "data.validation=8")
+    run, _, data = loaded(task, "data.validation=8", "train.eval_rows=3")
+    again = loaded(task, "data.validation=8", "train.eval_rows=3")[2]
+    other = loaded(task, "data.validation=8", "train.eval_rows=3", "seed=1")[2]
+    assert data.prepared.validation is not None
+    assert len(data.prepared.validation) == sum(len(batch.rows) for batch in data.validation) == 3
+    assert {row.source for row in data.prepared.validation} <= {row.source for row in whole.prepared.validation}
+    assert data.validation_fingerprint == again.validation_fingerprint != other.validation_fingerprint
+    assert data.batches.rows.fingerprint == whole.batches.rows.fingerprint
+    show_plan(run, load_model(task / "base"), data)
+    assert "validation rows\t3 of 8, every 3 steps" in capsys.readouterr().out
+    assert len(loaded(task, "data.validation=8", "train.eval_rows=30")[2].prepared.validation) == 8

@@ -109,10 +109,13 @@ def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
         examples = [examples[place] for place in train_places]
     else:
         files = source.validation
-        if isinstance(section.validation, str):
-            files = locate(section.validation, cache_folder()).train
+        validation_section = section.for_validation()
+        if validation_section is None:
+            validation_section = section.model_copy(update={"limit": None})  # of a folder that has both
+        else:
+            files = locate(validation_section.path, cache_folder()).train
         if files:
-            validation, _ = read_examples(files, section)
+            validation, _ = read_examples(files, validation_section, limit=validation_section.limit)
 
     held_out_rows = len(validation)
     if config.train.eval_rows is not None:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from lit_lora.config import Settings, did_you_mean
+from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.data.formats import FORMATS
 from lit_lora.data.formats.turns import ROLES
 
-__all__ = ["DataConfig", "LabeledConfig", "RowsConfig"]
+__all__ = ["DataConfig", "LabeledConfig", "RowsConfig", "ValidationFile"]
+
+
+class ValidationFile(Settings):
+    """Held-out rows in a file of their own, where it is not read like the training files."""
+
+    path: str = Field(description="File, folder or Hub dataset.")
+    columns: dict[str, str] | None = Field(None, description="Its own columns; those of data if omitted.")
+    values: dict[str, dict[str, str]] | None = Field(None, description="Its own values; those of data if omitted.")
+    limit: int | None = Field(None, ge=1, description="Number of rows to read from its start; all if omitted.")
+
+
+class ValidationFileOfConversations(ValidationFile):
+    """Held-out rows for a decoder."""
+
+    format: str | None = Field(None, description="Its own format; that of data if omitted.")
+
+
+def _kind(value: object) -> str:
+    return "section" if isinstance(value, dict | ValidationFile) else "rows"
+
+
+Config = TypeVar("Config", bound="RowsConfig")
+
+_Amount: TypeAlias = Annotated[int | float | str, Tag("rows")]
 
 
 class RowsConfig(Settings):
@@ -33,8 +57,10 @@ class RowsConfig(Settings):
         default_factory=dict,
         description="Words that replace the values of your column: {label: {0: negative, 1: positive}}.",
     )
-    validation: int | float | str | None = Field(
-        None, description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, or a file."
+    validation: Annotated[_Amount | Annotated[ValidationFile, Tag("section")], Discriminator(_kind)] | None = Field(
+        None,
+        description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, a file, or a section with "
+        "the path of a file and its own columns, values and limit.",
     )
     limit: int | None = Field(
         None, ge=1, description="Number of rows to read from the start of the training files; all if omitted."
@@ -54,10 +80,32 @@ class RowsConfig(Settings):
             raise ValueError(f"expected at least 1 row, got {value}; omit the key for no validation")
         return value
 
+    def for_validation(self: Config) -> Config | None:
+        """The settings by which the validation file is read; ``None`` if this section does not name one.
+
+        Raises:
+            UsageError: They are not valid together.
+        """
+        if isinstance(self.validation, str):
+            own: dict[str, Any] = {"path": self.validation}
+        elif isinstance(self.validation, ValidationFile):
+            own = self.validation.model_dump(exclude_none=True)
+        else:
+            return None
+        settings = {**self.model_dump(), "validation": None, "limit": None, **own}
+        return validate(settings, type(self), name="data.validation")
+
 
 class DataConfig(RowsConfig):
     """Where the rows come from, how they are read, and which of their tokens are targets."""
 
+    validation: (
+        Annotated[_Amount | Annotated[ValidationFileOfConversations, Tag("section")], Discriminator(_kind)] | None
+    ) = Field(
+        None,
+        description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, a file, or a section with "
+        "the path of a file and its own columns, values, format and limit.",
+    )
     format: str = Field(
         "auto",
         description="Format of the rows; auto detects it from the columns of the first row.",

@@ -35,7 +35,12 @@ def export(config: DataConfig, prepared: Prepared, folder: Path) -> list[Path]:
         _write(temporary / "train.jsonl", config, prepared.train_files, prepared.train)
         if prepared.validation is not None:
             written.append(folder / "validation.jsonl")
-            _write(temporary / "validation.jsonl", config, prepared.validation_files, prepared.validation)
+            _write(
+                temporary / "validation.jsonl",
+                config.for_validation() or config,
+                prepared.validation_files,
+                prepared.validation,
+            )
     return written
 
 

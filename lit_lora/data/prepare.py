@@ -73,11 +73,16 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
         rows = rows.subset(train_positions)
     else:
         validation_files = source.validation
-        if config.validation is not None:
-            validation_files = locate(config.validation, cache).train
+        validation_config = config.for_validation()
+        if validation_config is None:
+            validation_config = config.model_copy(update={"limit": None})  # of a folder that has both
+        else:
+            validation_files = locate(validation_config.path, cache).train
         if validation_files:
-            validation_table, validation_report = _load(config, validation_files, tokenizer, cache, None)
-            validation = _require_rows(validation_table, validation_report, config)
+            validation_table, validation_report = _load(
+                validation_config, validation_files, tokenizer, cache, validation_config.limit
+            )
+            validation = _require_rows(validation_table, validation_report, validation_config)
             file_reports.append(validation_report)
 
     overlap = 0

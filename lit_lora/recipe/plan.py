@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_lora import log
 from lit_lora.checkpoint.load import AnyModel
+from lit_lora.data import DataConfig
 from lit_lora.errors import UsageError
 from lit_lora.estimate import Estimate, Memory, RowLengths, Setup, estimate, on_paper
 from lit_lora.estimate.advice import Advice, advise
@@ -63,6 +64,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
     show_what_trains(model)
     warn_of(config, steps, validated=bool(data.validation))
     _check_length(model, data)
+    _warn_of_dropped(config, model.context, data)
     _warn_of_memory(setup, estimated)
     note_larger_micro_batches(setup)
 
@@ -307,16 +309,41 @@ def _check_length(model: AnyModel, data: RunData) -> None:
     Raises:
         UsageError: transformers computes the model, of which many look positions up in a table of that length.
     """
-    parts = [data.prepared.train, data.prepared.validation]
-    longest = max(int(rows.token_counts.max()) for rows in parts if rows)
     context = model.context
-    if longest <= context:
+    longest = 0
+    too_long = []
+    for kind, rows in [("training", data.prepared.train), ("validation", data.prepared.validation)]:
+        if rows is None or int(rows.token_counts.max()) <= context:
+            continue
+        longest = max(longest, int(rows.token_counts.max()))
+        too_long.append(f"{int((rows.token_counts > context).sum()):,} {kind} rows")
+    if not too_long:
         return
-    problem = f"the longest row has {longest:,} tokens, more than the model's context of {context:,}"
+    problem = (
+        f"the longest row has {longest:,} tokens, more than the model's context of {context:,} "
+        f"({' and '.join(too_long)} are longer)"
+    )
     remedy = f"data.max_seq_length={context} limits it"
     if isinstance(model, HostedLM):
         raise UsageError(problem, hint=remedy)
     log.warn(f"{problem}; {remedy}")
+
+
+def _warn_of_dropped(config: RunConfig, context: int, data: RunData) -> None:
+    """Warn about training and validation rows that are dropped for their length, with what would keep them."""
+    longest_allowed = config.data.max_seq_length if isinstance(config.data, DataConfig) else context
+    for file in data.prepared.report.files:
+        if not file.too_long:
+            continue
+        remedy = "data.too_long=truncate_prompt cuts prompts instead"
+        if longest_allowed < context:
+            kept = "all" if file.longest <= context else "more"
+            length = min(file.longest, context)
+            remedy = f"data.max_seq_length={length} keeps {kept} (the model's context is {context:,})"
+        log.warn(
+            f"{file.name}: {len(file.too_long):,} of {file.rows:,} rows are longer than data.max_seq_length "
+            f"{longest_allowed:,} and are dropped; {remedy}"
+        )
 
 
 def duration(seconds: float) -> str:
