@@ -338,3 +338,31 @@ def test_activation_checkpointing_changes_no_number(call, tmp_path):
         "finetune", "--config", tmp_path / "config.yaml", "train.activation_checkpointing=selective", "--overwrite"
     )
     assert (code, "expected none or full" in err) == (2, True)
+
+
+def test_an_adapter_goes_on_with_its_head_and_its_labels(call, tmp_path):
+    first = trained(call, tmp_path, "bert", train={"max_steps": 6, "eval_every": 3})
+    reached = min(record["validation_loss"] for record in metrics(first) if "validation_loss" in record)
+    (tmp_path / "run").rename(tmp_path / "first")
+    peft = {"init_adapter": str(tmp_path / "first" / "adapter")}
+    second = trained(call, tmp_path, "bert", peft=peft, train={"max_steps": 2})
+    losses = [record["validation_loss"] for record in metrics(second) if "validation_loss" in record]
+    assert losses[0] == pytest.approx(reached, rel=1e-4)
+
+    (tmp_path / "run").rename(tmp_path / "second")
+    words = {"values": {"label": {"0": "yes", "1": "no"}}}
+    code, _, err = call("finetune", "--config", task(tmp_path, "bert", peft=peft, data=words))
+    assert code == 3
+    assert "predicts " in err
+    assert "but the rows ask for" in err
+
+
+def test_a_validation_file_that_was_replaced_is_not_resumed(call, tmp_path):
+    held_out = write_rows(tmp_path / "held.jsonl", 40, seed=1)
+    trained(call, tmp_path, "bert", data={"validation": str(held_out)}, train={"max_steps": 2, "eval_rows": 9})
+    config = tmp_path / "config.yaml"
+    assert call("finetune", "--config", config, "--resume")[0] == 0
+    write_rows(held_out, 40, seed=2)
+    code, _, err = call("finetune", "--config", config, "--resume")
+    assert code == 3
+    assert "the validation rows are not those that the run started with" in err
