@@ -166,7 +166,7 @@ def test_samples_of_a_conversation_stop_at_its_first_answer(task):
         ),
         (
             ["data.path=short.jsonl", "data.validation=long.jsonl"],
-            "the longest row has 335 tokens, more than the model's context of 128 (6 validation rows are longer)",
+            "the longest row has 335 tokens, more than the model's context of 128 (too long: 6 validation rows)",
         ),
         (
             ["data.path=short.jsonl", "data.validation=long.jsonl", "data.max_seq_length=60"],

@@ -316,12 +316,12 @@ def _check_length(model: AnyModel, data: RunData) -> None:
         if rows is None or int(rows.token_counts.max()) <= context:
             continue
         longest = max(longest, int(rows.token_counts.max()))
-        too_long.append(f"{int((rows.token_counts > context).sum()):,} {kind} rows")
+        too_long.append(_counted(int((rows.token_counts > context).sum()), f"{kind} row"))
     if not too_long:
         return
     problem = (
         f"the longest row has {longest:,} tokens, more than the model's context of {context:,} "
-        f"({' and '.join(too_long)} are longer)"
+        f"(too long: {' and '.join(too_long)})"
     )
     remedy = f"data.max_seq_length={context} limits it"
     if isinstance(model, HostedLM):

@@ -146,4 +146,5 @@ def test_what_does_not_fit_together_is_told(task, call, changes, message):
 
 def test_rows_longer_than_the_context_that_the_prefix_leaves_are_told(task, call):
     path = config(task, "prompt", num_virtual_tokens=120)
-    assert "the model's context of 8;" in call("finetune", "--config", path, "--dry-run")[2]
+    err = call("finetune", "--config", path, "--dry-run")[2]
+    assert "the model's context of 8 (too long: 20 training rows and 4 validation rows);" in err

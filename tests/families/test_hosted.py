@@ -435,4 +435,4 @@ def test_rows_longer_than_the_positions_are_refused_before_training(tmp_path, ca
         main(["finetune", "--config", str(tmp_path / "config.yaml"), "--dry-run"])
     assert exit_.value.code == 2
     printed = " ".join(capsys.readouterr().err.split())
-    assert "more than the model's context of 128 (1 training rows are longer) hint: data.max_seq_length=128" in printed
+    assert "more than the model's context of 128 (too long: 1 training row) hint: data.max_seq_length=128" in printed
