@@ -19,7 +19,7 @@ from lit_lora.data.config import LabeledConfig
 from lit_lora.data.labeled import Example, LabeledRow, LabeledRows, Labels, find_labels, read_examples
 from lit_lora.data.padded import LabeledBatch, PaddedBatches, by_length, padded_tokens
 from lit_lora.data.prepare import draw_places, split_places
-from lit_lora.data.source import locate
+from lit_lora.data.source import held_out_files, locate, warn_of_name
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import atomic_folder, cache_folder, disk_errors, human_bytes, require_free_space
 from lit_lora.peft import Method, read_adapter, rows_for_init, save_adapter, trainable_state, with_modules_to_save
@@ -96,6 +96,8 @@ def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
     """
     section = config.data
     source = locate(section.path, cache_folder())
+    source.log_use(validation_given=section.validation is not None)
+    warn_of_name(section.path)
     examples, about = read_examples(source.train, section, limit=section.limit)
     log.note(f"{', '.join(map(str, source.train))}: {len(examples):,} rows; {about}")
     kind = shape.kind(section.task)
@@ -113,7 +115,7 @@ def load_labeled(config: ClassifyConfig, shape: Pretrained) -> LabeledData:
         if validation_section is None:
             validation_section = section.model_copy(update={"limit": None})  # of a folder that has both
         else:
-            files = locate(validation_section.path, cache_folder()).train
+            files = held_out_files(validation_section.path, cache_folder())
         if files:
             validation, _ = read_examples(files, validation_section, limit=validation_section.limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -36,6 +37,8 @@ Config = TypeVar("Config", bound="RowsConfig")
 
 _Amount: TypeAlias = Annotated[int | float | str, Tag("rows")]
 
+_PERCENTAGE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+
 
 class RowsConfig(Settings):
     """Where rows come from, and what each of their columns is."""
@@ -59,8 +62,8 @@ class RowsConfig(Settings):
     )
     validation: Annotated[_Amount | Annotated[ValidationFile, Tag("section")], Discriminator(_kind)] | None = Field(
         None,
-        description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, a file, or a section with "
-        "the path of a file and its own columns, values and limit.",
+        description="Held-out rows: a fraction such as 0.1 or 10%, a number of rows such as 200, a file, folder or Hub "
+        "split, or a section with the path of a file and its own columns, values and limit.",
     )
     limit: int | None = Field(
         None, ge=1, description="Number of rows to read from the start of the training files; all if omitted."
@@ -74,6 +77,8 @@ class RowsConfig(Settings):
     def _validation_is_a_share_rows_or_a_file(cls, value: object) -> object:
         if isinstance(value, bool):
             raise ValueError("expected a fraction such as 0.1, a number of rows or a file, got true or false")
+        if isinstance(value, str) and (percentage := _PERCENTAGE.fullmatch(value.strip())):
+            value = float(percentage[1]) / 100
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"expected a fraction between 0 and 1 or a whole number of rows, got {value}")
         if isinstance(value, int) and value < 1:
@@ -103,8 +108,8 @@ class DataConfig(RowsConfig):
         Annotated[_Amount | Annotated[ValidationFileOfConversations, Tag("section")], Discriminator(_kind)] | None
     ) = Field(
         None,
-        description="Held-out rows: a fraction such as 0.1, a number of rows such as 200, a file, or a section with "
-        "the path of a file and its own columns, values, format and limit.",
+        description="Held-out rows: a fraction such as 0.1 or 10%, a number of rows such as 200, a file, folder or Hub "
+        "split, or a section with the path of a file and its own columns, values, format and limit.",
     )
     format: str = Field(
         "auto",

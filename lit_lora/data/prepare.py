@@ -19,7 +19,7 @@ from lit_lora.data.read import read_rows
 from lit_lora.data.report import FileReport, Report, report_files, report_share
 from lit_lora.data.rows import EncodedRow, Integers, Rows, TokenTable
 from lit_lora.data.sample import Sample
-from lit_lora.data.source import locate
+from lit_lora.data.source import held_out_files, locate, warn_of_name
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import Tokenizer
 
@@ -56,6 +56,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
         DiskError: The cache cannot be written.
     """
     source = locate(config.path, cache)
+    source.log_use(validation_given=config.validation is not None)
+    warn_of_name(config.path)
     table, file_report = _load(config, source.train, tokenizer, cache, config.limit)
     rows = _require_rows(table, file_report, config)
     if config.deduplicate:
@@ -77,7 +79,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
         if validation_config is None:
             validation_config = config.model_copy(update={"limit": None})  # of a folder that has both
         else:
-            validation_files = locate(validation_config.path, cache).train
+            validation_files = held_out_files(validation_config.path, cache)
         if validation_files:
             validation_table, validation_report = _load(
                 validation_config, validation_files, tokenizer, cache, validation_config.limit

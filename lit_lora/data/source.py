@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from lit_lora import log
 from lit_lora.config import did_you_mean
+from lit_lora.data.folder import Source, find_files, role_of, shown_names
 from lit_lora.data.read import READERS, is_data_file
 from lit_lora.errors import InputError, UsageError, first_line
 from lit_lora.files import atomic_folder, require_safe_names
 
-__all__ = ["NAMES", "Source", "locate"]
+__all__ = ["NAMES", "Source", "held_out_files", "locate", "warn_of_name"]
 
 NAMES = {"alpaca": "hub:tatsu-lab/alpaca", "dolly": "hub:databricks/databricks-dolly-15k"}
 """Well-known datasets and where they are."""
@@ -25,19 +25,10 @@ _BY_HAND = {
     "databricks/databricks-dolly-15k": "databricks-dolly-15k.jsonl from that dataset's page on huggingface.co",
 }
 _HUB = re.compile(r"hub:(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?\Z")
-_VALIDATION = {"validation", "valid", "val", "dev", "heldout"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of a dataset."""
-
-    train: Sequence[Path]
-    validation: Sequence[Path]
 
 
 def locate(path: str, cache: Path) -> Source:
-    """The files that ``path`` names; a Hub dataset is downloaded once and stored in ``cache``.
+    """The files that ``path`` names, to train on; a Hub dataset is downloaded once and stored in ``cache``.
 
     Args:
         path: A file, a folder, ``hub:OWNER/NAME[:CONFIG][@REVISION]``, a name in ``NAMES``, or a bundled
@@ -46,19 +37,48 @@ def locate(path: str, cache: Path) -> Source:
 
     Raises:
         UsageError: A ``hub:`` path is malformed.
+        InputError: There is no such file or folder, the folder contains no training data, or the Hub cannot be
+            reached.
+    """
+    source = _find(path, cache)
+    if not source.train:
+        raise InputError(
+            f"{path}: no training file, found {shown_names([*source.validation, *source.test])}",
+            hint="to train on one of these files, give its own path",
+        )
+    return source
+
+
+def held_out_files(path: str, cache: Path) -> Sequence[Path]:
+    """The files that ``path`` names, to measure on: of a folder those named as validation or test data, if any.
+
+    Raises:
+        UsageError: A ``hub:`` path is malformed.
         InputError: There is no such file or folder, the folder contains no data, or the Hub cannot be reached.
     """
+    return _find(path, cache).held_out
+
+
+def warn_of_name(path: str) -> None:
+    """Warn if a file to train on is named as test or validation data."""
+    file = Path(path).expanduser()
+    role = role_of(file.name)
+    if file.is_file() and role in ("validation", "test"):
+        log.warn(f"{path}: named as {role} data, but it is trained on")
+
+
+def _find(path: str, cache: Path) -> Source:
     local = Path(path).expanduser()
     if local.is_dir():
-        return _folder(local)
+        return find_files(local)
     if local.exists():
-        return Source([local], [])
+        return Source([local])
     bundled = Path(str(resources.files("lit_lora.samples"))) / f"{path}.jsonl"
     if bundled.is_file():
-        return Source([bundled], [])
+        return Source([bundled])
     hub = _HUB.match(NAMES.get(path, path))
     if hub:
-        return _folder(_fetch(hub["repo"], hub["name"], hub["revision"], cache))
+        return find_files(_fetch(hub["repo"], hub["name"], hub["revision"], cache))
     if path.startswith("hub:"):
         raise UsageError(f"{path}: expected hub:OWNER/NAME, hub:OWNER/NAME:CONFIG or hub:OWNER/NAME@REVISION")
 
@@ -69,33 +89,6 @@ def locate(path: str, cache: Path) -> Source:
         f"{path}: no such file or folder{did_you_mean(local.name, names)}",
         hint=f"give a file ({', '.join(READERS)}), a folder, hub:OWNER/NAME, or one of {', '.join(NAMES)}",
     )
-
-
-def _folder(folder: Path) -> Source:
-    """Split the files of a folder by name: ``train…``, and ``validation…`` (or valid, val, dev, heldout).
-
-    If none is named for training, all files that are not named for validation or testing are training files.
-    """
-    files = sorted(file for file in folder.iterdir() if is_data_file(file))
-    if not files:
-        raise InputError(f"{folder}: no data file in this folder", hint=f"known: {', '.join(READERS)}, also with .gz")
-
-    train = [file for file in files if "train" in _words(file)]
-    validation = [file for file in files if _VALIDATION & _words(file)]
-    others = [file for file in files if file not in train and file not in validation]
-    if not train:
-        train = [file for file in others if "test" not in _words(file)]
-        others = []
-    if not train:
-        raise InputError(f"{folder}: no training file, found {', '.join(file.name for file in files)}")
-    if others:
-        log.note(f"{folder}: not used: {', '.join(file.name for file in others)}")
-    return Source(train, validation)
-
-
-def _words(file: Path) -> set[str]:
-    """The words in a file's name, as in ``snips_train.jsonl.gz`` or ``validation-00000.parquet``."""
-    return set(re.split(r"[^a-z]+", file.name.lower()))
 
 
 def _fetch(repo: str, name: str | None, revision: str | None, cache: Path) -> Path:
