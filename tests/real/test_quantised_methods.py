@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from lit_lora.recipe.quantized_base import for_quantized_base, load_base
 from lit_lora.tokenizer import Tokenizer
 from lit_lora.train.config import TrainConfig
 from lit_lora.train.loop import fit
+from lit_lora.train.objectives.next_token import NextToken
 from lit_lora.train.optim.build import AdamWConfig
+from lit_lora.train.run import TrainingRun
 from lit_lora.train.schedule import ScheduleConfig
 from lit_lora.train.validation import validation_loss
 from tests.peft.tiny import shake
@@ -109,7 +112,7 @@ def test_weights_from_the_rows_lower_the_start_at_three_bits(tmp_path: Path, smo
 def test_qa_lora_merged_gives_the_logits_of_unmerged(tmp_path: Path, smollm2: Path, gsm8k: Path) -> None:
     int4 = {"name": "int4", "block_size": 32}
     model, _, _ = started(
-        tmp_path, smollm2, gsm8k, {"name": "qa-lora", "rank": 2}, quantize=int4, model={"dtype": "fp32"}
+        tmp_path, smollm2, gsm8k, peft={"name": "qa-lora", "rank": 2}, quantize=int4, model={"dtype": "fp32"}
     )
     shake(model, 0.003)
     ids = torch.arange(1000, 1064)[None]
@@ -180,15 +183,15 @@ class Trained:
                 for name, value in trainable_state(self.model).items():
                     value.copy_(self.start[name])
         batches = Batches(self.data.prepared.train, batch_size=ROWS, micro_batch_tokens=1024, seed=seed)
-        fit(
-            self.model,
-            batches,
-            TrainConfig(max_steps=STEPS, batch_size=ROWS, eval_every=STEPS),
-            optimizer=AdamWConfig(lr=4e-4),
-            schedule=ScheduleConfig(),
+        run = TrainingRun(
+            TrainConfig(max_steps=STEPS, batch_size=ROWS),
+            AdamWConfig(lr=4e-4),
+            ScheduleConfig(),
             folder=self.folder / f"seed{seed}",
             seed=seed,
         )
+        # Without validation rows, the model keeps the weights of the last step.
+        fit(run, self.model, replace(self.data, batches=batches, validation=[]), NextToken())
         return validation_loss(self.model, self.data.validation)
 
 
