@@ -11,6 +11,7 @@ from pydantic import Field
 from lit_lora.checkpoint import load_model
 from lit_lora.checkpoint.save import save_model
 from lit_lora.config import OneOf
+from lit_lora.data.trained import save_reading
 from lit_lora.peft import freeze, methods
 from lit_lora.peft.selective.full import FullConfig
 from lit_lora.recipe import FinetuneConfig, Options, begin, card_of_model, finish, main, show_plan, start, summary
@@ -50,6 +51,7 @@ def finetune(config: Config, options: Options) -> Path:
     saved = save_model(model, run.folder / "model", side_files=config.model.path, card=card)
     if tokenizer.changed:
         tokenizer.save(saved)
+    save_reading(config.data, saved)
     return finish(run, result, saved, f"lit-lora chat {saved}   or   lit-lora evaluate {saved} --data FILE")
 
 

@@ -63,6 +63,7 @@ _SIDE_FILES = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
+    "lit_lora_data.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",

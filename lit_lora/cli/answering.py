@@ -10,10 +10,29 @@ from typing import TYPE_CHECKING, Any
 from lit_lora import log
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lit_lora.data.trained import TrainedReading
     from lit_lora.generate import Sampling
+    from lit_lora.open.decoder import OpenedModel
     from lit_lora.tokenizer import Message, Tokenizer
 
-__all__ = ["choose_template", "next_command", "sampling_from"]
+__all__ = ["choose_template", "next_command", "reading_as_trained", "sampling_from"]
+
+
+def reading_as_trained(opened: OpenedModel, given: Mapping[str, Any]) -> TrainedReading:
+    """How the model's training read its rows, with the given keys of the section ``data`` instead; said on stderr.
+
+    Raises:
+        InputError: What is saved beside the weights cannot be used.
+        UsageError: A given key has a wrong value.
+    """
+    from lit_lora.data.trained import read_reading
+
+    reading = read_reading(opened.base, opened.adapter, given)
+    if reading.about:
+        log.note(f'{reading.about} (--system "" and --columns none turn these off)')
+    return reading
 
 
 def sampling_from(**options: Any) -> Sampling:

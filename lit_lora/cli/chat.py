@@ -13,7 +13,8 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
-from lit_lora.cli.answering import choose_template, next_command, sampling_from
+from lit_lora.cli.answering import choose_template, next_command, reading_as_trained, sampling_from
+from lit_lora.cli.prepare import reading_options
 from lit_lora.config import did_you_mean
 from lit_lora.errors import LitLoraError, UsageError
 
@@ -28,6 +29,7 @@ def command(
     model: options.Model,
     adapter: options.Adapter = None,
     system: options.System = None,
+    columns: options.Columns = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -71,6 +73,8 @@ def command(
     if template is not None:
         choose_template(opened.tokenizer, template)
 
+    reading = reading_as_trained(opened, reading_options(None, columns, None, system))
+
     def with_adapter(chosen: Path | None) -> OpenedModel:
         quantization: Any = quantize
         if quantization is None and chosen is None and opened.adapter is not None:
@@ -81,7 +85,9 @@ def command(
             other.tokenizer.choose_template(template)
         return other
 
-    session = ChatSession(opened.model, opened.tokenizer, sampling, system=system, stop=stop or [])
+    session = ChatSession(
+        opened.model, opened.tokenizer, sampling, system=reading.config.system, stop=stop or [], fill=reading.fill
+    )
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _Chat(session, with_adapter, terminal=False).read_lines()
         return

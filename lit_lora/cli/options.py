@@ -9,6 +9,7 @@ import typer
 
 __all__ = [
     "Adapter",
+    "BadRows",
     "Base",
     "Columns",
     "Config",
@@ -55,6 +56,10 @@ Values = Annotated[
     list[str] | None,
     typer.Option(metavar="C=V:W,…", help="Words for values of your column, label=0:no,1:yes; may be repeated."),
 ]
+BadRows = Annotated[
+    str | None,
+    typer.Option(metavar="WHAT", help="What to do with rows that cannot be read: error (if omitted) or skip."),
+]
 RowSystem = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for rows without one.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read only the first N rows.")]
 
@@ -84,7 +89,9 @@ DropLayers = Annotated[
 ]
 
 # Answers.
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message; as in training if omitted, none if empty.")
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum length of an answer, in tokens.")]
 Temperature = Annotated[
     float, typer.Option(metavar="T", help="Sampling temperature; 0 takes the most likely token each time.")

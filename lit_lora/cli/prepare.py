@@ -15,7 +15,7 @@ from lit_lora.config import validate
 from lit_lora.errors import UsageError
 from lit_lora.files import require_new
 
-__all__ = ["command", "parse_columns", "parse_validation", "parse_values"]
+__all__ = ["command", "parse_columns", "parse_validation", "parse_values", "reading_options"]
 
 
 def command(
@@ -26,6 +26,7 @@ def command(
     columns: options.Columns = None,
     values: options.Values = None,
     system: options.RowSystem = None,
+    bad_rows: options.BadRows = None,
     max_seq_length: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum row length in tokens; 2048 if omitted.")
     ] = None,
@@ -66,10 +67,8 @@ def command(
         require_new(out)
     settings: dict[str, Any] = {
         "path": path,
-        "format": format_,
-        "columns": parse_columns(columns or []) or None,
-        "values": parse_values(values or []) or None,
-        "system": system,
+        **reading_options(format_, columns, values, system),
+        "bad_rows": bad_rows,
         "max_seq_length": max_seq_length,
         "too_long": too_long,
         "learn": learn,
@@ -104,6 +103,24 @@ def command(
         for words in values or []:
             command_line += ["--values", words]
     log.say(f"next: {shlex.join(command_line)}")
+
+
+def reading_options(
+    format_: str | None, columns: list[str] | None, values: list[str] | None, system: str | None
+) -> dict[str, Any]:
+    """The options that say how rows are read, as keys of the config section ``data``; those omitted are missing.
+
+    ``--columns none`` and ``--system ""`` are empty values, which turn off what a model was trained with.
+
+    Raises:
+        UsageError: A value is not of the expected form.
+    """
+    settings: dict[str, Any] = {"format": format_, "system": system}
+    if columns:
+        settings["columns"] = {} if columns == ["none"] else parse_columns(columns)
+    if values:
+        settings["values"] = parse_values(values)
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def parse_columns(pairs: list[str]) -> dict[str, str]:

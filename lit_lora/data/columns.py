@@ -47,6 +47,8 @@ class RowReader:
         self._findings = findings
         self._layouts: dict[tuple[Any, ...], _Layout] = {}
         """The layout by the names and types of a row's columns."""
+        self._prompt_readers: dict[tuple[str, ...], RowReader] = {}
+        """See :meth:`_prompt_reader`."""
 
     def sample(self, row: Mapping[str, Any], where: str) -> Sample | None:
         """The row as a conversation or a text; ``None`` if it is bad.
@@ -101,6 +103,62 @@ class RowReader:
             self._findings.warn(message, where)
         else:
             self._findings.note(message, where)
+
+    def can_ask(self, row: Mapping[str, Any]) -> bool:
+        """Whether :meth:`prompt` finds what a row asks in its columns."""
+        for name in self._format_names():
+            format_ = load_format(name)
+            if format_.nested and _resolve(format_, self._config.columns, row) is not None:
+                return True
+        columns = self._answer_columns(row)
+        asked = columns_read(self._config.columns) - set(columns)
+        return bool(columns) and asked <= row.keys()
+
+    def prompt(self, row: Mapping[str, Any], where: str) -> Sample | None:
+        """What a row asks: as :meth:`sample`, but the row may lack its answer, which is left out.
+
+        A conversation of several turns must end with a question; ``None`` if the row is bad.
+        """
+        columns = self._answer_columns(row)
+        if not columns:
+            sample = self.sample(row, where)
+            if isinstance(sample, Conversation) and sample.messages[-1]["role"] == "assistant":
+                problem = "the conversation ends with an answer, expected a user message at the end"
+                self._findings.bad_row(where, problem)
+                return None
+            return sample
+        sample = self._prompt_reader(tuple(columns)).sample({**row, **dict.fromkeys(columns, "…")}, where)
+        if isinstance(sample, Conversation):
+            return replace(sample, messages=sample.messages[:-1])
+        return sample
+
+    def _prompt_reader(self, answer_columns: tuple[str, ...]) -> RowReader:
+        """A reader that has no words for the values of the answer, in whose place it reads a placeholder."""
+        reader = self._prompt_readers.get(answer_columns)
+        if reader is None:
+            values = {column: words for column, words in self._config.values.items() if column not in answer_columns}
+            reader = RowReader(self._config.model_copy(update={"values": values}), self._findings)
+            self._prompt_readers[answer_columns] = reader
+        return reader
+
+    def _format_names(self) -> list[str]:
+        return list(FORMATS) if self._config.format == "auto" else [self._config.format]
+
+    def _answer_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """The file's columns that hold the answer of such a row, which it may lack; none if it has messages."""
+        for name in self._format_names():
+            format_ = load_format(name)
+            *others, answer = format_.required
+            mapping = self._config.columns
+            if not others or mapping.keys() - {*format_.required, *format_.optional}:
+                continue
+            if any(column not in mapping and not _first_in(row, _names(format_, column)) for column in others):
+                continue
+            if answer in mapping:
+                asked = columns_read({column: source for column, source in mapping.items() if column != answer})
+                return [column for column in columns_in(mapping[answer]) if column not in asked]
+            return [_first_in(row, _names(format_, answer)) or answer]
+        return []
 
     def _layout(self, row: Mapping[str, Any]) -> _Layout:
         key = tuple((name, type(value)) for name, value in row.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from lit_lora.errors import InputError
 from lit_lora.generate.answer import Answer, stream_answer
@@ -23,6 +23,7 @@ class ChatSession:
         sampling: How to draw.
         system: The system prompt; the template's default, if it has one, when omitted.
         stop: Strings that also end an answer.
+        fill: Puts a message into the template of the prompts that the model was trained on.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class ChatSession:
         *,
         system: str | None = None,
         stop: Sequence[str] = (),
+        fill: Callable[[str], str] = str,
     ) -> None:
         self.sampling = sampling
         self.messages: list[Message] = []
@@ -42,6 +44,7 @@ class ChatSession:
         self.last = Answer("", [], "interrupted")
         """The last answer, complete or not."""
         self._stop = stop
+        self._fill = fill
         self.use(model, tokenizer)
         self.reset(system)
 
@@ -58,7 +61,7 @@ class ChatSession:
             InputError: The template refuses the conversation, or it is too long for the model. The history is
                 then unchanged.
         """
-        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        messages: list[Message] = [*self.messages, {"role": "user", "content": self._fill(text)}]
         prompt = encode_prompt(self._tokenizer, messages)
         context = self._model.context
         if len(prompt) >= context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lit_lora import log
 from lit_lora.checkpoint.quantized import packed_tensors, quantization_config
 from lit_lora.checkpoint.save import CheckpointWriter, copy_side_files
+from lit_lora.data.trained import TRAINED_FILE
 from lit_lora.errors import NumericalError
 from lit_lora.files import atomic_folder, disk_errors, require_free_space, write_text
 from lit_lora.merge.plan import BaseTensors, MergePlan
@@ -208,6 +210,9 @@ def _write_side_files(plan: MergePlan, folder: Path) -> None:
             configs, getattr(torch, plan.config.dtype), head=plan.config.names.head
         )
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    trained = plan.adapter.folder / TRAINED_FILE
+    if trained.is_file():  # before the base's own, which is of an earlier training
+        shutil.copyfile(trained, folder / TRAINED_FILE)
     has_own = (plan.adapter.folder / "tokenizer.json").is_file()
     if has_own:
         copy_side_files(plan.adapter.folder, folder)

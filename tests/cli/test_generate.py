@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -264,3 +265,86 @@ def test_a_run_that_is_not_merged_yet_says_how_to_merge_it(type_in: Terminal, ru
     assert f"{run}/merged: {run} has not been merged yet" in err
     assert f"lit-lora merge {run}\n" in err
     assert "download" not in err
+
+
+def trained_on(run: Path, folder: Path, **data: object) -> Path:
+    """A copy of the run, whose rows were read with these settings."""
+    from lit_lora.data import DataConfig
+    from lit_lora.data.trained import save_reading
+
+    shutil.copytree(run, folder)
+    save_reading(DataConfig.model_validate({"path": "", **data}), folder / "adapter")
+    return folder
+
+
+def test_a_run_answers_under_the_system_message_it_was_trained_with(
+    type_in: Terminal, run: Path, tmp_path: Path
+) -> None:
+    trained = trained_on(run, tmp_path / "trained", system="Be brief.")
+    _, expected, _ = type_in("generate", run, "hello", "--system", "Be brief.")
+    _, without, _ = type_in("generate", run, "hello")
+    assert expected != without
+
+    for folder in (trained, trained / "adapter"):
+        _, out, err = type_in("generate", folder, "hello")
+        assert out == expected
+        assert "as trained: system message 'Be brief.'" in err
+    assert type_in("generate", trained, "hello", "--system", "")[1] == without
+    assert (
+        type_in("chat", trained, stdin="hello\n")[1]
+        == type_in("chat", run, "--system", "Be brief.", stdin="hello\n")[1]
+    )
+
+
+def test_one_option_does_not_drop_the_other_settings_of_training(type_in: Terminal, run: Path, tmp_path: Path) -> None:
+    columns = {"prompt": "Is it good? {review}", "completion": "label"}
+    trained = trained_on(run, tmp_path / "trained", system="Be brief.", columns=columns)
+    asked = type_in("generate", run, "Is it good? Great film", "--system", "Be long.")[1]
+    assert type_in("generate", trained, "Great film", "--system", "Be long.")[1] == asked
+    plain = type_in("generate", run, "Great film", "--system", "Be brief.")[1]
+    assert type_in("generate", trained, "Great film", "--columns", "none")[1] == plain
+
+
+def test_rows_of_a_file_are_asked_in_the_template_of_training_and_need_no_answer(
+    type_in: Terminal, run: Path, tmp_path: Path
+) -> None:
+    columns = {"prompt": "Is {title} good? {review}", "completion": "label"}
+    trained = trained_on(run, tmp_path / "trained", columns=columns, values={"label": {"0": "no", "1": "yes"}})
+    rows = [{"title": "A", "review": "Great"}, {"title": "A", "review": "Great", "label": 1, "id": 7}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = type_in("generate", run, "Is A good? Great")[1]
+
+    code, out, err = type_in("generate", trained, "--file", "rows.jsonl")
+
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0, err
+    assert [answer["answer"] + "\n" for answer in answers] == [expected, expected]
+    assert (answers[1]["id"], answers[1]["label"]) == (7, 1)
+
+
+def test_tools_and_roles_of_a_row_are_read_as_in_training(type_in: Terminal, run: Path, tmp_path: Path) -> None:
+    from lit_lora.cli import generate
+    from lit_lora.data.trained import read_reading
+
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    row = {"messages": [{"role": "human", "content": "Hi"}], "tools": tools}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    reading = read_reading(run, run / "adapter")
+    [(_, _, conversation)] = generate._rows(tmp_path / "rows.jsonl", "prompt", reading)
+    assert conversation.tools == tools
+    assert conversation.messages == [{"role": "user", "content": "Hi"}]
+
+
+def test_columns_of_the_rows_are_never_overwritten_by_answers(type_in: Terminal, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Hi", "answer": "right"}) + "\n")
+    code, out, err = type_in("generate", run, "--file", "rows.jsonl")
+    record = json.loads(out)
+    assert code == 0
+    assert record["answer"] == "right"
+    assert set(record) == {"question", "answer", "model_answer", "model_ended"}
+    assert "model_answer and model_ended" in err
+
+    (tmp_path / "again.jsonl").write_text(json.dumps({**record, "ended": "stop"}) + "\n")
+    code, _, err = type_in("generate", run, "--file", "again.jsonl")
+    assert code != 0
+    assert "rename or remove them" in err

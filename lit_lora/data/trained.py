@@ -1,0 +1,118 @@
+"""How the rows were read that a model was trained on, so that it is asked and measured in the same way.
+
+The settings are saved beside the weights, in ``lit_lora_data.json``, and go with an adapter, a merged or a copied
+model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_lora.config import read_yaml, validate
+from lit_lora.data.columns import cell, columns_in
+from lit_lora.data.config import DataConfig, RowsConfig
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import read_json, write_text
+from lit_lora.tokenizer import Message
+
+__all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "save_reading"]
+
+TRAINED_FILE = "lit_lora_data.json"
+READING = frozenset({"format", "columns", "roles", "values", "system", "learn"})
+"""Keys of the section ``data`` that say how rows are read; the others say which rows are."""
+
+_PROMPTS = ("prompt", "instruction")
+"""Columns of formats that hold what is asked."""
+
+
+@dataclass(frozen=True)
+class TrainedReading:
+    """How the rows of a training were read, or how the user wants rows to be read instead.
+
+    Args:
+        config: The section ``data``; its path has no meaning.
+        from_training: The keys that are as in training.
+    """
+
+    config: DataConfig
+    from_training: frozenset[str]
+
+    @property
+    def about(self) -> str | None:
+        """One line on what training decides, such as ``as trained: system message 'Be brief.'``; None if nothing."""
+        parts = []
+        if "system" in self.from_training and self.config.system:
+            parts.append(f"system message {self.config.system!r}")
+        if "columns" in self.from_training and self.config.columns:
+            mapping = ", ".join(f"{column}: {source!r}" for column, source in self.config.columns.items())
+            parts.append(f"columns {{{mapping}}}")
+        if "values" in self.from_training and self.config.values:
+            parts.append(f"values of {', '.join(self.config.values)}")
+        return f"as trained: {', '.join(parts)}" if parts else None
+
+    def fill(self, text: str) -> str:
+        """A typed prompt as the rows have it: in the place of the only column of their prompt's template."""
+        for column in _PROMPTS:
+            source = self.config.columns.get(column)
+            if source is not None and len(set(columns_in(source))) == 1:
+                return str(cell({columns_in(source)[0]: text}, source))
+        return text
+
+    def conversation(self, text: str) -> list[Message]:
+        """The conversation that asks a typed prompt."""
+        messages: list[Message] = []
+        if self.config.system:
+            messages.append({"role": "system", "content": self.config.system})
+        messages.append({"role": "user", "content": self.fill(text)})
+        return messages
+
+
+def save_reading(config: RowsConfig, folder: Path) -> None:
+    """Write how a training's rows were read into the folder of its adapter or model.
+
+    Raises:
+        DiskError: The file cannot be written.
+    """
+    settings = config.model_dump(mode="json", include=set(READING), exclude_defaults=True)
+    write_text(folder / TRAINED_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_reading(base: Path, adapter: Path | None = None, given: Mapping[str, Any] | None = None) -> TrainedReading:
+    """How the rows of a model's training were read, with other settings in place of some.
+
+    Args:
+        base: The model folder.
+        adapter: The adapter folder, whose training then counts instead of the model's.
+        given: Keys of the section ``data`` that the user has set; an empty value turns a setting off.
+
+    Raises:
+        InputError: What is saved beside the weights cannot be used.
+        UsageError: A given setting is wrong.
+    """
+    folder = adapter or base
+    saved = _saved(folder)
+    given = given or {}
+    try:
+        validate({**saved, "path": ""}, DataConfig, name=str(folder / TRAINED_FILE))
+    except UsageError as error:
+        raise InputError(str(error), hint=error.hint) from error
+    config = validate({**saved, **given, "path": ""}, DataConfig, name="command line")
+    return TrainedReading(config, frozenset(saved) - frozenset(given))
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """The settings beside the weights, or those in the config of the run that the folder is in; empty without both."""
+    if (folder / TRAINED_FILE).is_file():
+        return read_json(folder / TRAINED_FILE)
+    config = folder.parent / "config.yaml"
+    if folder.name not in ("adapter", "model", "merged") or not config.is_file():
+        return {}
+    settings = read_yaml(config)
+    section = settings.get("data") if isinstance(settings, dict) else None
+    if not isinstance(section, dict) or settings.get("recipe") == "classify":
+        return {}
+    return {key: value for key, value in section.items() if key in READING and value}
