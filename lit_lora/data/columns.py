@@ -300,7 +300,7 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
         if is_empty(row[column]):
             continue
         if fold(column) in MEDIA_COLUMNS and not config.columns:  # a mapping is the user's own choice
-            refuse_media(column, {name: layout.columns[name] for name in layout.format.required})
+            refuse_media(column)
         if fold(column) in CONTEXT_COLUMNS | MEDIA_COLUMNS:
             notice(f"with a column {column} that the model does not see; {_add_to_prompt(layout, column)}")
         if column in WANTED_COLUMNS:

@@ -102,17 +102,13 @@ def check_wanted(column: str, value: Any, notice: Notice) -> None:
         notice(f"whose {column} is {text}, and whose answer is learned all the same")
 
 
-def refuse_media(column: str, columns: Mapping[str, str]) -> None:
-    """Refuse a row with pictures, sound or video.
+def refuse_media(column: str) -> None:
+    """Refuse a row with pictures, sound or video, without which its text teaches to make things up.
 
     Args:
         column: The file's column with them.
-        columns: The mapping that reads the text alone.
 
     Raises:
         InputError: Always.
     """
-    raise InputError(
-        f"a row with {column}, but only text can be read",
-        hint=f"use rows without them, or map the columns to train on the text alone: {mapping_hint(columns)}",
-    )
+    raise InputError(f"a row with {column}, but only text can be read", hint=f"use rows without {column}")

@@ -140,11 +140,11 @@ def test_metadata_beside_an_answer_is_no_warning():
     assert findings.unused_columns == {"id": 1, "source": 1}
 
 
-def test_images_are_refused_by_name_and_the_remedy_works():
+def test_images_are_refused_by_name():
     row = {"prompt": "What is it?", "completion": "A cat.", "images": ["cat.png"]}
     refused = error(row)
     assert "a row with images" in str(refused)
-    assert turns(row, columns=mapping_in(refused.hint))[1] == ("assistant", "A cat.")
+    assert refused.hint.startswith("use rows without images")
     assert turns({**row, "images": []}) == turns({**row, "images": None})
 
 
