@@ -98,7 +98,7 @@ def command(
     candidates = find_candidates(models, adapter, shots=shots, as_trained=quantize is None, skip_base=skip_base)
     dataset = read_dataset(config, tasks, limit)
     tasks = tasks or default_tasks(dataset)
-    shot_rows = read_examples(config, examples or run_data.get("path"), shots, tasks, dataset)
+    shot_rows = read_examples(config, examples or run_data.get("path") or None, shots, tasks, dataset)
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:

@@ -87,7 +87,7 @@ def command(
             log.say(line)
         show_rows(prepared.train, tokenizer, show)
         if out is not None and not dry_run:
-            for file in export(config, prepared, out):
+            for file in export(prepared, out):
                 log.say(f"wrote {file}")
 
     command_line = ["lit-lora", "init", str(out or path), "--model", str(model)]

@@ -73,7 +73,7 @@ def _seconds(variant: Variant, seed: int) -> float:
     """Estimated duration of one run."""
     config = variant.config
     prepared = prepare(config.data, load_tokenizer(config), cache=cache_folder(), seed=seed)
-    lengths = lengths_of(prepared.train, config.peft)
+    lengths = lengths_of(prepared, config.peft)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)
     shape = read_config(config.model.path)

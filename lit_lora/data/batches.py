@@ -4,7 +4,7 @@ Tokens that all rows begin with, such as a system prompt, are stored once per mi
 
 A step is a pure function of its number: epoch ``step // steps_per_epoch`` has its own permutation, drawn from the seed
 and the epoch, and the step takes the next ``batch_size`` rows of it. So every row is visited exactly once per epoch,
-and resuming at any step needs no replay.
+and resuming at any step needs no replay. Data sets with weights are drawn from as :mod:`lit_lora.data.mixing` says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lit_lora import IGNORE_INDEX
+from lit_lora.data.mixing import Mixture
 from lit_lora.data.rows import Integers, Rows
 
 __all__ = ["Batches", "MicroBatch", "Shuffled", "collate", "validation_batches"]
@@ -42,19 +43,21 @@ class MicroBatch:
 
 
 class Shuffled:
-    """Which rows each step takes: a new permutation in every epoch.
+    """Which rows each step takes: a new permutation in every epoch, or draws by weight.
 
     Args:
         count: Number of rows, at least one.
         batch_size: Rows per step; the last step of an epoch takes what is left.
         seed: Seeds the row order.
+        mixture: The data sets that the rows consist of, if they have weights.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, mixture: Mixture | None = None) -> None:
         self.batch_size = batch_size
         self.steps_per_epoch = math.ceil(count / batch_size)
         self._count = count
         self._seed = seed
+        self._mixture = mixture
         self._epoch = -1
         self._order: Integers = np.empty(0, np.int64)
 
@@ -62,12 +65,15 @@ class Shuffled:
         """Indices of the rows in step ``step`` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.batch_size
-        return self._permutation(epoch)[start : start + self.batch_size]
+        return self._order_of(epoch)[start : start + self.batch_size]
 
-    def _permutation(self, epoch: int) -> Integers:
+    def _order_of(self, epoch: int) -> Integers:
         # Steps come in order, so remembering one epoch saves a permutation of all rows per step.
         if epoch != self._epoch:
-            self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self._count)
+            if self._mixture is None:
+                self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self._count)
+            else:
+                self._order = self._mixture.order(self._seed, epoch)
             self._epoch = epoch
         return self._order
 
@@ -81,17 +87,25 @@ class Batches(Shuffled):
         micro_batch_tokens: Maximum number of tokens in a micro-batch. A longer row gets a micro-batch of its own.
         seed: Seeds the row order.
         shared_prefix: Number of leading tokens to store once per micro-batch; at most ``rows.shared_prefix``.
+        mixture: The data sets that the rows consist of, if they have weights.
 
     Raises:
         ValueError: There are no rows, or a size is below 1.
     """
 
     def __init__(
-        self, rows: Rows, *, batch_size: int, micro_batch_tokens: int, seed: int, shared_prefix: int = 0
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        micro_batch_tokens: int,
+        seed: int,
+        shared_prefix: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         if len(rows) < 1 or batch_size < 1 or micro_batch_tokens < 1:
             raise ValueError(f"{len(rows)} rows, batch_size {batch_size}, micro_batch_tokens {micro_batch_tokens}")
-        super().__init__(len(rows), batch_size, seed)
+        super().__init__(len(rows), batch_size, seed, mixture)
         self.rows = rows
         self.micro_batch_tokens = micro_batch_tokens
         self.shared_prefix = shared_prefix

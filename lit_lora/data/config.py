@@ -11,7 +11,7 @@ from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.data.formats import FORMATS
 from lit_lora.data.formats.turns import ROLES
 
-__all__ = ["DataConfig", "LabeledConfig", "RowsConfig", "ValidationFile"]
+__all__ = ["DataConfig", "LabeledConfig", "MixEntry", "RowsConfig", "ValidationFile"]
 
 
 class ValidationFile(Settings):
@@ -97,12 +97,12 @@ class RowsConfig(Settings):
             own = self.validation.model_dump(exclude_none=True)
         else:
             return None
-        settings = {**self.model_dump(), "validation": None, "limit": None, **own}
+        settings = {**self.model_dump(exclude={"mix"}), "validation": None, "limit": None, **own}
         return validate(settings, type(self), name="data.validation")
 
 
-class DataConfig(RowsConfig):
-    """Where the rows come from, how they are read, and which of their tokens are targets."""
+class DataSetConfig(RowsConfig):
+    """Where the rows of one data set come from, how they are read, and which of their tokens are targets."""
 
     validation: (
         Annotated[_Amount | Annotated[ValidationFileOfConversations, Tag("section")], Discriminator(_kind)] | None
@@ -137,9 +137,6 @@ class DataConfig(RowsConfig):
         description="Tokens to train on: the assistant's messages with their end of turn, only the last of them in "
         "each conversation, or all tokens.",
     )
-    deduplicate: bool = Field(
-        False, description="Keep only the first of identical rows. Duplicates are reported either way."
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -165,6 +162,81 @@ class DataConfig(RowsConfig):
         if value not in formats:
             raise ValueError(f"unknown format {value!r}{did_you_mean(value, formats)}, known: {', '.join(formats)}")
         return value
+
+
+class MixEntry(DataSetConfig):
+    """One of several data sets."""
+
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Share of the rows that each step draws from this data set, relative to the other weights. "
+        "Without weights, every row of every data set is visited once per epoch.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_text_is_a_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class DataConfig(DataSetConfig):
+    """The rows of one data set or of several, and what is done with all of them together."""
+
+    path: str = Field(
+        "",
+        description=(
+            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, hub:OWNER/NAME, alpaca, dolly "
+            "or a bundled sample such as tickets_train."
+        ),
+    )
+    mix: list[MixEntry] = Field(
+        default_factory=list,
+        description="Several data sets instead of path, each with a path, perhaps a weight, and any other key of this "
+        "section where it differs: [{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1, system: Be brief.}]. "
+        "A section that is only a list, data: [{path: a.jsonl}, …], means the same.",
+    )
+    deduplicate: bool = Field(
+        False, description="Keep only the first of identical rows. Duplicates are reported either way."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_a_mix(cls, value: Any) -> Any:
+        return {"mix": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _path_or_mix(self) -> DataConfig:
+        if not self.path and not self.mix:
+            raise ValueError("path is missing: a file, a folder or a data set of the Hub")
+        if self.path and self.mix:
+            raise ValueError("path and mix are both given; expected one of them")
+        unweighted = [number for number, entry in enumerate(self.mix) if entry.weight is None]
+        if unweighted and len(unweighted) < len(self.mix):
+            raise ValueError(f"mix[{unweighted[0]}] has no weight, but others have; expected all or none")
+
+        # Filled in here, so that the config saved with a run reads the same. Rows to hold out concern all sets.
+        shared = self.model_fields_set - {"path", "mix", "deduplicate", "validation"}
+        for number, entry in enumerate(self.mix):
+            defaults = {key: getattr(self, key) for key in shared - entry.model_fields_set}
+            self.mix[number] = entry.model_copy(update=defaults)
+        return self
+
+    @property
+    def data_sets(self) -> list[DataConfig]:
+        """The data sets, each as a section of its own: those of ``mix``, or only this one."""
+        if not self.mix:
+            return [self]
+        sections = []
+        for entry in self.mix:
+            sections.append(DataConfig.model_validate(entry.model_dump(exclude={"weight"})))
+        return sections
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of each data set; ``None`` if they have none."""
+        weights = [entry.weight for entry in self.mix if entry.weight is not None]
+        return weights or None
 
 
 class LabeledConfig(RowsConfig):

@@ -6,21 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings
-from lit_lora.data.prepare import Prepared, read_samples
-from lit_lora.data.rows import Rows
+from lit_lora.data.prepare import Part, Prepared, read_samples
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.files import atomic_folder
 
 __all__ = ["export"]
 
 
-def export(config: DataConfig, prepared: Prepared, folder: Path) -> list[Path]:
+def export(prepared: Prepared, folder: Path) -> list[Path]:
     """Write ``train.jsonl`` and, with held-out rows, ``validation.jsonl``, without the dropped rows.
 
     Args:
-        config: The settings that ``prepared`` was made with.
         prepared: The rows of each split.
         folder: The folder to create.
 
@@ -32,25 +29,21 @@ def export(config: DataConfig, prepared: Prepared, folder: Path) -> list[Path]:
     """
     with atomic_folder(folder) as temporary:
         written = [folder / "train.jsonl"]
-        _write(temporary / "train.jsonl", config, prepared.train_files, prepared.train)
-        if prepared.validation is not None:
+        _write(temporary / "train.jsonl", prepared.train_parts)
+        if prepared.validation_parts:
             written.append(folder / "validation.jsonl")
-            _write(
-                temporary / "validation.jsonl",
-                config.for_validation() or config,
-                prepared.validation_files,
-                prepared.validation,
-            )
+            _write(temporary / "validation.jsonl", prepared.validation_parts)
     return written
 
 
-def _write(path: Path, config: DataConfig, files: Sequence[Path], rows: Rows) -> None:
-    # Rows hold tokens only, so the files are read again for the text.
-    sources = {rows.table.source(int(index)) for index in rows.index}
+def _write(path: Path, parts: Sequence[Part]) -> None:
     with path.open("w", encoding="utf-8") as out:
-        for sample, (file, line) in read_samples(config, files, Findings(config.bad_rows)):
-            if f"{file}:{line}" in sources:
-                out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
+        for part in parts:
+            # Rows hold tokens only, so the files are read again for the text.
+            sources = {part.rows.table.source(int(index)) for index in part.rows.index}
+            for sample, (file, line) in read_samples(part.config, part.files, Findings(part.config.bad_rows)):
+                if f"{file}:{line}" in sources:
+                    out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
 
 
 def _as_row(sample: Sample) -> dict[str, object]:

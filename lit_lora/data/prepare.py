@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,17 +16,28 @@ from lit_lora.data.columns import RowReader
 from lit_lora.data.config import DataConfig
 from lit_lora.data.encode import Place, encode_samples
 from lit_lora.data.findings import Findings
+from lit_lora.data.mixing import Mixture, apportion
 from lit_lora.data.read import read_rows
-from lit_lora.data.report import FileReport, Report, report_files, report_share
+from lit_lora.data.report import FileReport, Report, report_data_sets, report_files, report_share
 from lit_lora.data.rows import EncodedRow, Integers, Rows, TokenTable
 from lit_lora.data.sample import Sample
 from lit_lora.data.source import held_out_files, locate, warn_of_name
-from lit_lora.errors import InputError
+from lit_lora.errors import InputError, UsageError
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["PlacedSample", "Prepared", "draw_places", "prepare", "read_samples", "split_places"]
+__all__ = ["Part", "PlacedSample", "Prepared", "draw_places", "prepare", "read_samples", "split_places"]
 
 PlacedSample = tuple[Sample, Place]
+
+
+@dataclass
+class Part:
+    """Rows of one data set that go into the same split, and where they come from."""
+
+    config: DataConfig
+    """How the files are read."""
+    files: Sequence[Path]
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -35,14 +47,21 @@ class Prepared:
     train: Rows
     validation: Rows | None
     report: Report
-    train_files: Sequence[Path]
-    """Files of the training rows."""
-    validation_files: Sequence[Path]
-    """Files of the held-out rows: the training files if the rows were split off."""
+    train_parts: Sequence[Part]
+    """The training rows by data set, in the order of ``train``."""
+    validation_parts: Sequence[Part]
+    """The held-out rows by data set."""
+    mixture: Mixture | None = None
+    """How the training rows are drawn, if their data sets have weights."""
+
+    @property
+    def name(self) -> str:
+        """The names of the training files, of many only the first of each data set."""
+        return ", ".join(part.files[0].name for part in self.train_parts)
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int) -> Prepared:
-    """Read, tokenize (or take from the cache) and split a dataset.
+    """Read, tokenize (or take from the cache) and split one data set or several.
 
     Args:
         config: The data section.
@@ -55,54 +74,125 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, cache: Path, seed: int)
         InputError: A file or row cannot be read, or no row has a target token.
         DiskError: The cache cannot be written.
     """
-    source = locate(config.path, cache)
-    source.log_use(validation_given=config.validation is not None)
-    warn_of_name(config.path)
-    table, file_report = _load(config, source.train, tokenizer, cache, config.limit)
-    rows = _require_rows(table, file_report, config)
-    if config.deduplicate:
-        first_positions = np.unique(rows.hashes, return_index=True)[1]
-        rows = rows.subset(np.sort(first_positions))
-    deduplicated = len(table.kept()) - len(rows)
+    reports: list[FileReport] = []
 
-    file_reports = [file_report]
-    validation: Rows | None = None
-    if isinstance(config.validation, int | float):
-        validation_files = source.train
-        train_positions, validation_positions = split_places(len(rows), config.validation, seed)
-        if len(validation_positions):
-            validation = rows.subset(validation_positions)
-        rows = rows.subset(train_positions)
-    else:
-        validation_files = source.validation
-        validation_config = config.for_validation()
-        if validation_config is None:
-            validation_config = config.model_copy(update={"limit": None})  # of a folder that has both
-        else:
-            validation_files = held_out_files(validation_config.path, cache)
-        if validation_files:
-            validation_table, validation_report = _load(
-                validation_config, validation_files, tokenizer, cache, validation_config.limit
-            )
-            validation = _require_rows(validation_table, validation_report, validation_config)
-            file_reports.append(validation_report)
+    def load(section: DataConfig, files: Sequence[Path]) -> Part:
+        table, report = _load(section, files, tokenizer, cache, section.limit)
+        reports.append(report)
+        return Part(section, files, _require_rows(table, report, section))
 
-    overlap = 0
-    if validation is not None:
-        overlap = int(np.isin(validation.hashes, rows.hashes).sum())
-        if overlap:
-            log.warn(
-                f"{overlap:,} of {len(validation):,} validation rows are also training rows: the validation loss will "
-                "be optimistic (deduplicate: true removes repeated rows)"
-            )
+    train: list[Part] = []
+    held_out_by_name: list[Sequence[Path]] = []
+    for number, section in enumerate(config.data_sets):
+        with _named(config, number, ".path"):
+            source = locate(section.path, cache)
+            source.log_use(validation_given=(section.validation or config.validation) is not None)
+            warn_of_name(section.path)
+        with _named(config, number):
+            train.append(load(section, source.train))
+        held_out_by_name.append(source.validation)
+
+    deduplicated = _deduplicate(train) if config.deduplicate else 0
+    validation: list[Part] = []
+    for number, amount in enumerate(_held_out_amounts(config, train)):
+        part = train[number]
+        with _named(config, number):
+            own_section = part.config.for_validation() if config.mix else None
+            if own_section is not None:
+                validation.append(load(own_section, held_out_files(own_section.path, cache)))
+            elif amount is not None:
+                validation += _split_off(part, amount, seed)
+            elif config.validation is None and held_out_by_name[number]:
+                all_rows = part.config.model_copy(update={"limit": None})
+                validation.append(load(all_rows, held_out_by_name[number]))
+    validation_section = config.for_validation()
+    if validation_section is not None:
+        validation.append(load(validation_section, held_out_files(validation_section.path, cache)))
+
+    rows = Rows.joined([part.rows for part in train])
+    validation_rows = Rows.joined([part.rows for part in validation]) if validation else None
+    mixture = Mixture([len(part.rows) for part in train], config.weights) if config.weights else None
     report = Report(
-        files=file_reports,
+        files=reports,
         train=report_share(rows),
-        validation=report_share(validation) if validation is not None else None,
+        validation=report_share(validation_rows) if validation_rows is not None else None,
         deduplicated=deduplicated,
-        overlap=overlap,
+        overlap=_overlap(rows, validation_rows),
+        data_sets=report_data_sets([(part.config.path, part.rows) for part in train], mixture) if config.mix else [],
     )
-    return Prepared(rows, validation, report, source.train, validation_files)
+    return Prepared(rows, validation_rows, report, train, validation, mixture)
+
+
+@contextmanager
+def _named(config: DataConfig, number: int, key: str = "") -> Iterator[None]:
+    """Let errors about one of several data sets begin with its entry in the config."""
+    try:
+        yield
+    except (InputError, UsageError) as error:
+        if not config.mix:
+            raise
+        raise type(error)(f"data.mix[{number}]{key}: {error}", hint=error.hint) from error
+
+
+def _deduplicate(parts: Sequence[Part]) -> int:
+    """Keep only the first of identical rows, in place; returns how many were removed.
+
+    Raises:
+        InputError: A data set only repeats the rows of those before it.
+    """
+    hashes = np.concatenate([part.rows.hashes for part in parts])
+    is_first = np.zeros(len(hashes), np.bool_)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
+    start = 0
+    for number, part in enumerate(parts):
+        end = start + len(part.rows)
+        positions = np.flatnonzero(is_first[start:end])
+        if not len(positions):
+            raise InputError(
+                f"data.mix[{number}]: all rows are also in the data sets before it",
+                hint="remove the entry, or set data.deduplicate: false",
+            )
+        part.rows = part.rows.subset(positions)
+        start = end
+    return len(hashes) - int(is_first.sum())
+
+
+def _held_out_amounts(config: DataConfig, parts: Sequence[Part]) -> list[int | float | None]:
+    """What to hold out of each data set: its own share or number of rows, else its part of the section's."""
+    own = [part.config.validation for part in parts]
+    amounts: list[int | float | None] = [amount if isinstance(amount, int | float) else None for amount in own]
+    common = [number for number, amount in enumerate(own) if amount is None]
+    if not config.mix or not isinstance(config.validation, int | float) or not common:
+        return amounts
+
+    if isinstance(config.validation, float):
+        shared: Sequence[int | float] = [config.validation] * len(common)
+    else:
+        shared = apportion(config.validation, [len(parts[number].rows) for number in common])
+    for number, amount in zip(common, shared, strict=True):
+        amounts[number] = amount
+    return amounts
+
+
+def _split_off(part: Part, amount: float, seed: int) -> list[Part]:
+    """Take held-out rows out of a part, in place, and return them as a part of their own; none if there are none."""
+    train_positions, held_out_positions = split_places(len(part.rows), amount, seed)
+    held_out = part.rows.subset(held_out_positions)
+    part.rows = part.rows.subset(train_positions)
+    return [Part(part.config, part.files, held_out)] if len(held_out) else []
+
+
+def _overlap(rows: Rows, validation: Rows | None) -> int:
+    """Number of validation rows that are also training rows, with a warning if there are any."""
+    if validation is None:
+        return 0
+    overlap = int(np.isin(validation.hashes, rows.hashes).sum())
+    if overlap:
+        log.warn(
+            f"{overlap:,} of {len(validation):,} validation rows are also training rows: the validation loss will "
+            "be optimistic (deduplicate: true removes repeated rows)"
+        )
+    return overlap
 
 
 def read_samples(config: DataConfig, files: Sequence[Path], findings: Findings) -> Iterator[PlacedSample]:

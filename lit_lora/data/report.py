@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -13,10 +13,20 @@ import numpy as np
 
 from lit_lora import log
 from lit_lora.data.findings import Findings, name_rows
+from lit_lora.data.mixing import Mixture
 from lit_lora.data.rows import Row, Rows, Status, TokenTable
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["FileReport", "Report", "Share", "report_files", "report_share", "show_rows"]
+__all__ = [
+    "DataSetReport",
+    "FileReport",
+    "Report",
+    "Share",
+    "report_data_sets",
+    "report_files",
+    "report_share",
+    "show_rows",
+]
 
 _BAR_WIDTH = 40
 _SMALLEST_EDGE = 32
@@ -62,6 +72,23 @@ class Share:
 
 
 @dataclass(frozen=True)
+class DataSetReport:
+    """The report on the training rows of one of several data sets."""
+
+    name: str
+    rows: int
+    tokens: int
+    targets: int
+    weight: float | None
+    passes: float
+    """How often an epoch reads the data set."""
+    token_share: float
+    """Share of the tokens of an epoch."""
+    repeated: int
+    """Number of rows that are also in a data set before it."""
+
+
+@dataclass(frozen=True)
 class Report:
     """The report on a prepared dataset."""
 
@@ -72,6 +99,8 @@ class Report:
     """Number of rows removed because they repeat an earlier one."""
     overlap: int
     """Number of validation rows that are also training rows."""
+    data_sets: list[DataSetReport] = field(default_factory=list)
+    """The training rows by data set, if there are several."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -84,6 +113,7 @@ class Report:
             lines += _file_lines(file)
         if self.deduplicated:
             lines.append(f"removed {self.deduplicated:,} duplicate rows")
+        lines += [_data_set_line(data_set) for data_set in self.data_sets]
         lines.append(_share_line("training", self.train))
         if self.validation:
             lines.append(_share_line("validation", self.validation))
@@ -129,6 +159,39 @@ def report_share(rows: Rows) -> Share:
     return Share(rows=len(rows), tokens=int(counts.sum()), targets=int(rows.target_counts.sum()), lengths=lengths)
 
 
+def report_data_sets(parts: Sequence[tuple[str, Rows]], mixture: Mixture | None) -> list[DataSetReport]:
+    """The report on each of several data sets.
+
+    Args:
+        parts: The name and the training rows of each.
+        mixture: How they are drawn from, if they have weights.
+    """
+    passes = [1.0] * len(parts)
+    if mixture is not None:
+        passes = [draws / size for draws, size in zip(mixture.draws, mixture.sizes, strict=True)]
+    tokens = [int(rows.token_counts.sum()) for _, rows in parts]
+    tokens_of_epoch = sum(count * times for count, times in zip(tokens, passes, strict=True))
+
+    reports = []
+    hashes_before = np.empty(0, np.uint64)
+    for number, (name, rows) in enumerate(parts):
+        repeated = int(np.isin(rows.hashes, hashes_before).sum())
+        hashes_before = np.concatenate([hashes_before, rows.hashes])
+        reports.append(
+            DataSetReport(
+                name=name,
+                rows=len(rows),
+                tokens=tokens[number],
+                targets=int(rows.target_counts.sum()),
+                weight=mixture.weights[number] if mixture is not None else None,
+                passes=passes[number],
+                token_share=tokens[number] * passes[number] / tokens_of_epoch,
+                repeated=repeated,
+            )
+        )
+    return reports
+
+
 def show_rows(rows: Rows, tokenizer: Tokenizer, count: int) -> None:
     """Print the first rows as the model sees them: targets are green on a terminal, between ⟦ and ⟧ in a pipe."""
     in_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -172,7 +235,16 @@ def _file_lines(file: FileReport) -> list[str]:
     return lines
 
 
-def _share_line(name: str, share: Share) -> str:
+def _data_set_line(data_set: DataSetReport) -> str:
+    line = f"{_share_line(data_set.name, data_set)}, {data_set.token_share:.1%} of an epoch's tokens"
+    if data_set.weight is not None:
+        line += f"; weight {data_set.weight:g}, read {data_set.passes:.3g} times per epoch"
+    if data_set.repeated:
+        line += f"; {data_set.repeated:,} rows are also in a data set before it"
+    return line
+
+
+def _share_line(name: str, share: Share | DataSetReport) -> str:
     return f"{name}: {share.rows:,} rows, {share.tokens:,} tokens, {share.targets:,} of them targets"
 
 

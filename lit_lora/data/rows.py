@@ -109,6 +109,7 @@ class TokenTable:
     """All rows of a dataset, dropped ones included, over the Arrow batches that store them."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self.batches = batches
         # The large columns stay in their batches. One number per row is cheap, so those are joined to one array.
         self._ids = [_flat(batch, "input_ids") for batch in batches]
         self._loss_masks = [_flat(batch, "learn") for batch in batches]
@@ -146,6 +147,14 @@ class TokenTable:
         """``file:line`` of row ``index``."""
         batch, position = self._place(index)
         return f"{self._files[batch][position].as_py()}:{self.line[index]}"
+
+    @classmethod
+    def joined(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """The rows of several tables, one behind the other; their tokens stay where they are."""
+        batches: list[pa.RecordBatch] = []
+        for table in tables:
+            batches += table.batches
+        return cls(batches)
 
     def kept(self) -> Rows:
         """The rows to train on: all that were not dropped."""
@@ -186,6 +195,18 @@ class Rows:
         """Number of tokens in each row."""
         self.target_counts: Integers = table.targets[index]
         """Number of target tokens in each row."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several tables, one part behind the other; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        indices = []
+        rows_before = 0
+        for part in parts:
+            indices.append(part.index + rows_before)
+            rows_before += len(part.table)
+        return cls(TokenTable.joined([part.table for part in parts]), np.concatenate(indices))
 
     @cached_property
     def shared_prefix(self) -> int:

@@ -162,6 +162,7 @@ def _largest(setup: Setup) -> tuple[MicroBatchShape, bool, float]:
         micro_batch_tokens=train.micro_batch_tokens,
         seed=setup.seed,
         shared_prefix=rows.shared_prefix,
+        mixture=rows.mixture,
     )
     count = min(train.total_steps(batches.steps_per_epoch), batches.steps_per_epoch, _EXAMINED_STEPS)
     micro_batches: list[MicroBatchShape] = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lit_lora.data.mixing import Mixture
 from lit_lora.data.rows import Integers
 from lit_lora.model import ModelConfig
 from lit_lora.peft import Method
@@ -26,6 +27,8 @@ class RowLengths:
     """Target tokens of each row."""
     shared_prefix: int = 0
     """Length of the prefix that all rows share; 0 if a micro-batch does not compute it only once."""
+    mixture: Mixture | None = None
+    """How the rows are drawn, if their data sets have weights."""
 
     def __len__(self) -> int:
         return len(self.token_counts)
@@ -40,7 +43,7 @@ class RowLengths:
         """The rows cut to at most ``longest`` tokens."""
         counts = self.token_counts.clip(max=longest)
         targets = self.target_counts.clip(max=longest)
-        return RowLengths(counts, targets, min(self.shared_prefix, longest - 1))
+        return RowLengths(counts, targets, min(self.shared_prefix, longest - 1), self.mixture)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lit_lora.checkpoint.load import AnyModel
 from lit_lora.data import Prepared, cache_folder, prepare
 from lit_lora.data.batches import Batches, MicroBatch, validation_batches
 from lit_lora.data.prepare import draw_places
-from lit_lora.data.rows import Row, Rows
+from lit_lora.data.rows import Row
 from lit_lora.estimate import RowLengths
 from lit_lora.generate import Sampling, answer_all
 from lit_lora.peft import Method, with_token_ids
@@ -56,7 +56,7 @@ class RunData:
     @property
     def about(self) -> str:
         """One line on the rows, for a model card."""
-        return f"{self.prepared.train_files[0].name}, {len(self.prepared.train):,} rows"
+        return f"{self.prepared.name}, {len(self.prepared.train):,} rows"
 
 
 def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
@@ -69,7 +69,7 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
     for line in prepared.report.lines():
         log.note(line)
     template = None
-    if prepared.report.files[0].format != "text":
+    if any(file.format != "text" for file in prepared.report.files):
         template = tokenizer.template_name
         if not tokenizer.has_own_template:
             template += " (the checkpoint has none; model.chat_template=NAME chooses another)"
@@ -79,7 +79,8 @@ def load_data(config: FinetuneConfig, tokenizer: Tokenizer) -> RunData:
         batch_size=config.train.batch_size,
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.seed,
-        shared_prefix=lengths_of(prepared.train, config.peft).shared_prefix,
+        shared_prefix=lengths_of(prepared, config.peft).shared_prefix,
+        mixture=prepared.mixture,
     )
     if prepared.validation is None:
         return RunData(batches, [], prepared, [], template)
@@ -112,13 +113,14 @@ def row_lengths(config: FinetuneConfig) -> RowLengths:
         UsageError: There is no such chat template.
     """
     prepared = prepare(config.data, load_tokenizer(config), cache=cache_folder(), seed=config.seed)
-    return lengths_of(prepared.train, config.peft)
+    return lengths_of(prepared, config.peft)
 
 
-def lengths_of(rows: Rows, method: Method) -> RowLengths:
-    """Lengths of training rows, and of the shared prefix that the method lets a micro-batch compute once."""
+def lengths_of(prepared: Prepared, method: Method) -> RowLengths:
+    """Lengths of the training rows, and of the shared prefix that the method lets a micro-batch compute once."""
+    rows = prepared.train
     shared_prefix = 0 if isinstance(method, GroupsTokens) else rows.shared_prefix
-    return RowLengths(rows.token_counts, rows.target_counts, shared_prefix)
+    return RowLengths(rows.token_counts, rows.target_counts, shared_prefix, prepared.mixture)
 
 
 def answer_samples(model: AnyModel, tokenizer: Tokenizer, data: RunData) -> Callable[[int], None]:

@@ -57,7 +57,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
     config, rows = run.config, data.prepared.train
     check_best_metric(config.train, NextToken())
     steps = config.train.total_steps(data.batches.steps_per_epoch)
-    lengths = lengths_of(rows, config.peft)
+    lengths = lengths_of(data.prepared, config.peft)
     setup = setup_for(config, shape=model.config, rows=lengths, dtype=run.dtype, device=run.device)
     estimated = estimate(setup, on_paper(model))
 
@@ -76,6 +76,7 @@ def show_plan(run: Run, model: AnyModel, data: RunData) -> None:
         *_base_row(model),
         *([["chat template", data.template]] if data.template else []),
         ["training rows", f"{len(rows):,}: {tokens:,} tokens, {targets:,} of them targets"],
+        *_data_set_rows(data, steps / data.batches.steps_per_epoch),
         *_prefix_row(data.batches.shared_prefix, model),
         *planned_steps(config, data.batches.steps_per_epoch, len(data.prepared.validation or ()), held_out),
         ["estimated memory", human_bytes(estimated.peak_bytes)],
@@ -202,6 +203,15 @@ def planned_steps(config: RunConfig, steps_per_epoch: int, validation_rows: int,
 def _counted(count: int, noun: str) -> str:
     """``1 row``, ``2 rows``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _data_set_rows(data: RunData, epochs: float) -> list[list[str]]:
+    """The plan's lines on several data sets: how often the run reads each."""
+    lines = []
+    for number, data_set in enumerate(data.prepared.report.data_sets):
+        share = f"{data_set.token_share:.1%} of the tokens trained on"
+        lines.append([f"data.mix[{number}]", f"{data_set.name}: read {data_set.passes * epochs:.3g} times, {share}"])
+    return lines
 
 
 def _prefix_row(shared_prefix: int, model: AnyModel) -> list[list[str]]:

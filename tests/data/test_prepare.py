@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lit_lora.data import DataConfig, Rows, show_rows
+from lit_lora.data import Rows, show_rows
 from lit_lora.data.export import export
 from lit_lora.data.source import locate
 from lit_lora.errors import DiskError, InputError, UsageError
@@ -243,9 +243,8 @@ def test_shown_rows_mark_what_is_learned(
 
 def test_exported_rows_are_prepared_to_the_same_tokens(run: Prepare, write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows([*MANY, {"prompt": "x", "completion": ""}])
-    config = DataConfig(path=str(path), validation=0.2, system="Be brief.")
     prepared = run(path, validation=0.2, system="Be brief.")
-    files = export(config, prepared, tmp_path / "plain")
+    files = export(prepared, tmp_path / "plain")
     assert [file.name for file in files] == ["train.jsonl", "validation.jsonl"]
     again = run(tmp_path / "plain")
     assert again.report.files[0].format == "messages"
@@ -254,7 +253,7 @@ def test_exported_rows_are_prepared_to_the_same_tokens(run: Prepare, write_rows:
     assert prepared.validation is not None
     assert again.validation.fingerprint == prepared.validation.fingerprint
     with pytest.raises(DiskError, match="already exists"):
-        export(config, prepared, tmp_path / "plain")
+        export(prepared, tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
