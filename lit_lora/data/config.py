@@ -207,7 +207,7 @@ class DataConfig(DataSetConfig):
 
     @model_validator(mode="after")
     def _path_or_mix(self) -> DataConfig:
-        if not self.path and not self.mix:
+        if "path" not in self.model_fields_set and not self.mix:
             raise ValueError("path is missing: a file, a folder or a data set of the Hub")
         if self.path and self.mix:
             raise ValueError("path and mix are both given; expected one of them")
