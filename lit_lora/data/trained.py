@@ -74,10 +74,19 @@ class TrainedReading:
 def save_reading(config: RowsConfig, folder: Path) -> None:
     """Write how a training's rows were read into the folder of its adapter or model.
 
+    Of several data sets, the settings that all have in common are written.
+
     Raises:
         DiskError: The file cannot be written.
     """
-    settings = config.model_dump(mode="json", include=set(READING), exclude_defaults=True)
+    sections = config.data_sets if isinstance(config, DataConfig) else [config]
+    settings_of_each = [
+        section.model_dump(mode="json", include=set(READING), exclude_defaults=True) for section in sections
+    ]
+    settings = {}
+    for key, value in settings_of_each[0].items():
+        if all(other.get(key) == value for other in settings_of_each):
+            settings[key] = value
     write_text(folder / TRAINED_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 

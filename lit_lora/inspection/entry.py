@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lit_lora import hub
 from lit_lora.checkpoint.convert import Source, open_source
@@ -74,7 +75,7 @@ def _inspect_run(report: Inspection, folder: Path) -> None:
         data = config.get("data") or {}
         report.run = {
             "recipe": config.get("recipe", "lora"),
-            "data": data.get("path") if isinstance(data, dict) else None,
+            "data": _data_paths(data),
             "complete": result is not None,
             "metrics": result or {},
         }
@@ -87,6 +88,15 @@ def _inspect_run(report: Inspection, folder: Path) -> None:
             "this run has written no adapter and no model yet",
             hint=f"lit-lora finetune --config {folder / 'config.yaml'} --resume",
         )
+
+
+def _data_paths(section: Any) -> str | None:
+    """The paths of a run's data sets, in one line."""
+    if not isinstance(section, dict):
+        return None
+    entries = section.get("mix") or [section]
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return ", ".join(str(path) for path in paths if path) or None
 
 
 def _inspect_checkpoint(report: Inspection, folder: Path) -> None:

@@ -263,6 +263,28 @@ def same_run(a: Path, b: Path) -> None:
     assert (a / weights).read_bytes() == (b / weights).read_bytes()
 
 
+def test_a_run_on_several_data_sets_resumes_bit_for_bit(task, call):
+    write_rows(task / "more.jsonl", [{"prompt": f"count {n}", "completion": str(n)} for n in range(9)])
+    entries = [f"{{path: {task}/rows.jsonl, weight: 1}}", f"{{path: {task}/more.jsonl, weight: 2, system: Count.}}"]
+    options = (f"data=[{', '.join(entries)}]", "train.eval_every=null", "train.save_every=3", "train.keep_last=3")
+    code, out, _ = call(*options)
+    assert code == 0
+    # An epoch of 33 rows draws 22 from nine; the run is 8 of its 9 steps.
+    assert table(out, "Plan")["data.mix[1]"].startswith(f"{task}/more.jsonl: read 2.17 times, ")
+    weights = task / "run" / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    for step in (6, 8):
+        shutil.rmtree(task / "run" / "checkpoints" / f"step-{step:08d}")
+    code, _, err = call(*options, "--resume")
+    assert code == 0
+    assert "resumed after step 3 of 8" in err
+    assert weights.read_bytes() == whole
+
+    code, _, err = call(options[0].replace("weight: 2", "weight: 3"), *options[1:], "--resume")
+    assert code == 2
+    assert "other settings: data.mix" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_pain_27_a_stopped_command_leaves_a_checkpoint_and_resumes(task, call, number):
     write_config(task, peft={"dropout": 0.2})

@@ -15,6 +15,7 @@ from lit_lora.data import DataConfig, Prepared, prepare
 from lit_lora.data.batches import Batches
 from lit_lora.data.export import export
 from lit_lora.data.mixing import Mixture, apportion
+from lit_lora.data.trained import TRAINED_FILE, save_reading
 from lit_lora.errors import InputError, UsageError
 from lit_lora.tokenizer import Tokenizer
 from tests.data.conftest import WriteRows, question
@@ -225,3 +226,10 @@ def test_a_wrong_key_of_an_entry_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text("recipe: lora\nmodel: {path: base}\nout: out\ndata:\n  - path: a.jsonl\n  - pth: b.jsonl\n")
     with pytest.raises(UsageError, match=r"run\.yaml:6: unknown key 'data\.1\.pth'"):
         load_config(path, Config)
+
+
+def test_what_all_sets_have_in_common_goes_with_the_model(two: tuple[str, str], tmp_path: Path) -> None:
+    entries = [{"path": two[0], "format": "prompt_completion"}, {"path": two[1]}]
+    config = validate({"system": "Be brief.", "mix": entries}, DataConfig)
+    save_reading(config, tmp_path)
+    assert json.loads((tmp_path / TRAINED_FILE).read_text()) == {"system": "Be brief."}
