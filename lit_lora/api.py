@@ -33,7 +33,7 @@ from lit_lora.errors import UsageError
 from lit_lora.evaluate import Metric, Share, check_tasks
 from lit_lora.evaluate.candidates import find_candidates
 from lit_lora.evaluate.compare import Candidate, compare
-from lit_lora.evaluate.read import data_of_run, read_dataset, rows_config
+from lit_lora.evaluate.read import default_config, find_run, read_dataset, read_held_out
 from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
 from lit_lora.files import cache_folder, write_text
 from lit_lora.generate import Sampling, answer_all
@@ -126,13 +126,13 @@ class Model:
         """Measure this model, and the base beside it, on held-out rows, as ``lit-lora evaluate`` does.
 
         Args:
-            data: The rows; the run's own file of held-out rows if omitted.
+            data: The rows; those that the run held out if omitted.
             tasks: ``loss``, ``exact_match``, ``json_fields``, ``options``; those that suit the rows if omitted.
             limit: The most rows.
             base: Measure the base too, quantized as in training.
             max_new_tokens: Maximum length of an answer, in tokens.
             batch_size: Prompts per batch.
-            settings: Other keys of the config section ``data``; those of the run if none is given.
+            settings: Other keys of the config section ``data``; each is as in training if it is not given.
 
         Returns:
             Model to metric to value; shares of rows are 0 to 1.
@@ -142,10 +142,14 @@ class Model:
             UsageError: A setting is wrong, there are no rows, or a task does not suit them.
         """
         names = check_tasks(tasks)
-        path = None if data is None else _data_path(data)
-        config = rows_config(data_of_run([self.folder]), path, settings)
         candidates = find_candidates([self.folder], self._asked, skip_base=not base)
-        dataset = read_dataset(config, names, limit)
+        if data is not None:
+            config, _ = default_config([self.folder], self._asked, _data_path(data), settings)
+            dataset = read_dataset(config, names, limit, given=settings)
+        elif (run := find_run([self.folder])) is not None:
+            _, dataset = read_held_out(run, settings, limit)
+        else:
+            raise UsageError("no rows to evaluate on", hint="give held-out rows")
         results = compare(
             candidates,
             self._open_candidate,

@@ -12,7 +12,7 @@ import typer
 from lit_lora import log
 from lit_lora.cli import options
 from lit_lora.cli.answering import choose_template
-from lit_lora.cli.prepare import parse_columns
+from lit_lora.cli.prepare import reading_options
 from lit_lora.errors import UsageError
 from lit_lora.files import require_new, write_text
 
@@ -47,6 +47,8 @@ def command(
     limit: options.Limit = None,
     format_: options.Format = None,
     columns: options.Columns = None,
+    values: options.Values = None,
+    bad_rows: options.BadRows = None,
     system: options.System = None,
     template: options.Template = None,
     plain: Annotated[
@@ -69,10 +71,12 @@ def command(
     """Evaluate models on held-out rows, side by side.
 
     A run folder gives two columns: its base, quantized as in training, and its adapter. --shots adds the base with
-    examples in its prompt, which finetuning has to beat. Shares come with their 95 % interval. Answers are compared
-    after Unicode normalization (NFC), without surrounding white space or a code fence; JSON is compared as JSON.
+    examples in its prompt, which finetuning has to beat. Without --data, the rows are those that the run held
+    out. Shares come with their 95 % interval. Answers are compared after Unicode normalization (NFC), without
+    surrounding white space or a code fence; JSON is compared as JSON.
 
-    Rows are read as by lit-lora prepare. Multiple-choice rows (prompt, options, answer) are scored by likelihood.
+    Rows are read as in the training of the first trained model, except for the options given; without a training, as
+    by lit-lora prepare. Multiple-choice rows (prompt, options, answer) are scored by likelihood.
 
     Examples:
         lit-lora evaluate out/quickstart --data tickets_heldout --shots 4
@@ -83,22 +87,32 @@ def command(
     """
     from lit_lora.evaluate.candidates import find_candidates
     from lit_lora.evaluate.compare import compare, report, same_scores
-    from lit_lora.evaluate.read import data_of_run, read_dataset, read_examples, rows_config
+    from lit_lora.evaluate.read import default_config, find_run, read_dataset, read_examples, read_held_out
     from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
     from lit_lora.open.decoder import open_model
 
     if out is not None:
         require_new(out)
     tasks = _tasks(task)
-    settings = {"format": format_, "columns": parse_columns(columns or []) or None, "system": system}
-    run_data = data_of_run(models)
-    config = rows_config(run_data, data, {key: value for key, value in settings.items() if value is not None})
+    settings = reading_options(format_, columns, values, system)
+    if bad_rows is not None:
+        settings["bad_rows"] = bad_rows
+    run = find_run(models)
     if skip_base and shots:
         raise UsageError("--shots evaluates the base with examples, which --skip-base excludes")
     candidates = find_candidates(models, adapter, shots=shots, as_trained=quantize is None, skip_base=skip_base)
-    dataset = read_dataset(config, tasks, limit)
+    if data is not None:
+        config, about_training = default_config(models, adapter, data, settings)
+        dataset = read_dataset(config, tasks, limit, given=settings)
+    elif run is not None:
+        config, dataset = read_held_out(run, settings, limit)
+        about_training = f"the rows that {run.folder} held out, read as in training"
+    else:
+        raise UsageError("no rows to evaluate on", hint="give held-out rows: --data heldout.jsonl")
+    if about_training:
+        log.note(about_training)
     tasks = tasks or default_tasks(dataset)
-    shot_rows = read_examples(config, examples or run_data.get("path") or None, shots, tasks, dataset)
+    shot_rows = read_examples(config, examples, run, shots, tasks, dataset)
     log.note(f"{config.path}: {len(dataset):,} rows, tasks: {', '.join(tasks)}")
 
     def open_candidate(candidate: Candidate) -> Any:

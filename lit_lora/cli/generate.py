@@ -186,7 +186,7 @@ class _Asker:
         self._readers: list[RowReader] = []
         """As in training; and by the row's own columns, for rows of another form."""
         if reading is not None and column == "prompt":
-            other = DataConfig(path="", system=reading.config.system)
+            other = DataConfig(path=column, system=reading.config.system)
             self._readers = [RowReader(reading.config, findings), RowReader(other, findings)]
 
     def __call__(self, row: dict[str, Any], place: str) -> Conversation | None:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_lora.data.findings import Findings
-from lit_lora.data.prepare import Part, Prepared, read_samples
+from lit_lora.data.prepare import Part, Prepared, samples_of
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.files import atomic_folder
 
@@ -39,11 +38,8 @@ def export(prepared: Prepared, folder: Path) -> list[Path]:
 def _write(path: Path, parts: Sequence[Part]) -> None:
     with path.open("w", encoding="utf-8") as out:
         for part in parts:
-            # Rows hold tokens only, so the files are read again for the text.
-            sources = {part.rows.table.source(int(index)) for index in part.rows.index}
-            for sample, (file, line) in read_samples(part.config, part.files, Findings(part.config.bad_rows)):
-                if f"{file}:{line}" in sources:
-                    out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
+            for sample, _ in samples_of(part, part.config):
+                out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
 
 
 def _as_row(sample: Sample) -> dict[str, object]:

@@ -25,7 +25,7 @@ from lit_lora.data.source import held_out_files, locate, warn_of_name
 from lit_lora.errors import InputError, UsageError
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["Part", "PlacedSample", "Prepared", "draw_places", "prepare", "read_samples", "split_places"]
+__all__ = ["Part", "PlacedSample", "Prepared", "draw_places", "prepare", "read_samples", "samples_of", "split_places"]
 
 PlacedSample = tuple[Sample, Place]
 
@@ -193,6 +193,22 @@ def _overlap(rows: Rows, validation: Rows | None) -> int:
             "be optimistic (deduplicate: true removes repeated rows)"
         )
     return overlap
+
+
+def samples_of(part: Part, config: DataConfig) -> Iterator[PlacedSample]:
+    """The samples that prepared rows were made of, read again, because rows hold tokens only.
+
+    Args:
+        part: Of :func:`prepare`.
+        config: How to read them: as in ``part`` for the same samples.
+
+    Raises:
+        InputError: A file cannot be read, or a row is bad.
+    """
+    sources = {part.rows.table.source(int(index)) for index in part.rows.index}
+    for sample, (file, line) in read_samples(config, part.files, Findings(config.bad_rows)):
+        if f"{file}:{line}" in sources:
+            yield sample, (file, line)
 
 
 def read_samples(config: DataConfig, files: Sequence[Path], findings: Findings) -> Iterator[PlacedSample]:

@@ -7,14 +7,14 @@ model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_lora.config import read_yaml, validate
 from lit_lora.data.columns import cell, columns_in
-from lit_lora.data.config import DataConfig, RowsConfig
+from lit_lora.data.config import DataConfig
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json, write_text
 from lit_lora.tokenizer import Message
@@ -25,6 +25,8 @@ TRAINED_FILE = "lit_lora_data.json"
 READING = frozenset({"format", "columns", "roles", "values", "system", "learn"})
 """Keys of the section ``data`` that say how rows are read; the others say which rows are."""
 
+_ANY = "-"  # a path, which a config needs, but which has no meaning here
+_DIFFERING = "differing"  # key of the file: settings in which the data sets of the training differ
 _PROMPTS = ("prompt", "instruction")
 """Columns of formats that hold what is asked."""
 
@@ -36,10 +38,14 @@ class TrainedReading:
     Args:
         config: The section ``data``; its path has no meaning.
         from_training: The keys that are as in training.
+        is_trained: Whether a training's settings were saved with the model.
+        differing: Settings in which the data sets of the training differed, none of which is used.
     """
 
     config: DataConfig
     from_training: frozenset[str]
+    is_trained: bool
+    differing: Sequence[str] = ()
 
     @property
     def about(self) -> str | None:
@@ -52,6 +58,8 @@ class TrainedReading:
             parts.append(f"columns {{{mapping}}}")
         if "values" in self.from_training and self.config.values:
             parts.append(f"values of {', '.join(self.config.values)}")
+        if self.differing:
+            parts.append(f"without {', '.join(self.differing)}, which differed between the data sets")
         return f"as trained: {', '.join(parts)}" if parts else None
 
     def fill(self, text: str) -> str:
@@ -71,22 +79,26 @@ class TrainedReading:
         return messages
 
 
-def save_reading(config: RowsConfig, folder: Path) -> None:
+def save_reading(config: DataConfig, folder: Path) -> None:
     """Write how a training's rows were read into the folder of its adapter or model.
 
-    Of several data sets, the settings that all have in common are written.
+    Of several data sets, the settings that they share are kept, and the others named.
 
     Raises:
         DiskError: The file cannot be written.
     """
-    sections = config.data_sets if isinstance(config, DataConfig) else [config]
-    settings_of_each = [
-        section.model_dump(mode="json", include=set(READING), exclude_defaults=True) for section in sections
-    ]
-    settings = {}
-    for key, value in settings_of_each[0].items():
-        if all(other.get(key) == value for other in settings_of_each):
-            settings[key] = value
+    sections = [part.model_dump(mode="json", include=set(READING)) for part in config.data_sets]
+    defaults = DataConfig(path=_ANY).model_dump(mode="json")
+    settings: dict[str, Any] = {}
+    differing = []
+    for key in sorted(READING):
+        values = [section[key] for section in sections]
+        if any(value != values[0] for value in values):
+            differing.append(key)
+        elif values[0] != defaults[key]:
+            settings[key] = values[0]
+    if differing:
+        settings[_DIFFERING] = differing
     write_text(folder / TRAINED_FILE, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -103,25 +115,27 @@ def read_reading(base: Path, adapter: Path | None = None, given: Mapping[str, An
         UsageError: A given setting is wrong.
     """
     folder = adapter or base
-    saved = _saved(folder)
+    trained = _saved(folder)
+    saved = dict(trained or {})
+    differing = saved.pop(_DIFFERING, [])
     given = given or {}
     try:
-        validate({**saved, "path": ""}, DataConfig, name=str(folder / TRAINED_FILE))
+        validate({**saved, "path": _ANY}, DataConfig, name=str(folder / TRAINED_FILE))
     except UsageError as error:
         raise InputError(str(error), hint=error.hint) from error
-    config = validate({**saved, **given, "path": ""}, DataConfig, name="command line")
-    return TrainedReading(config, frozenset(saved) - frozenset(given))
+    config = validate({**saved, **given, "path": _ANY}, DataConfig, name="command line")
+    return TrainedReading(config, frozenset(saved) - frozenset(given), trained is not None, differing)
 
 
-def _saved(folder: Path) -> dict[str, Any]:
-    """The settings beside the weights, or those in the config of the run that the folder is in; empty without both."""
+def _saved(folder: Path) -> dict[str, Any] | None:
+    """The settings beside the weights, or those in the config of the run that the folder is in; None without both."""
     if (folder / TRAINED_FILE).is_file():
         return read_json(folder / TRAINED_FILE)
     config = folder.parent / "config.yaml"
     if folder.name not in ("adapter", "model", "merged") or not config.is_file():
-        return {}
+        return None
     settings = read_yaml(config)
     section = settings.get("data") if isinstance(settings, dict) else None
     if not isinstance(section, dict) or settings.get("recipe") == "classify":
-        return {}
+        return None
     return {key: value for key, value in section.items() if key in READING and value}

@@ -17,7 +17,7 @@ from lit_lora.quantize.config import parse
 from lit_lora.tokenizer import Tokenizer, has_vocabulary
 from lit_lora.train.device import choose_device, choose_dtype, reuse_memory
 
-__all__ = ["OpenedModel", "open_model"]
+__all__ = ["OpenedModel", "load_tokenizer", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def open_model(
         about.append(str(stored_as))
     about.append(f"{str(torch_dtype).removeprefix('torch.')} on {torch_device}")
 
-    tokenizer = _load_tokenizer(base, adapter_folder)
+    tokenizer = load_tokenizer(base, adapter_folder)
     return OpenedModel(decoder, tokenizer, ", ".join(about), base, adapter_folder)
 
 
-def _load_tokenizer(base: Path, adapter: Path | None) -> Tokenizer:
+def load_tokenizer(base: Path, adapter: Path | None) -> Tokenizer:
     """The adapter's tokenizer, which it has if it has added tokens or chosen a template, or else the base's.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_lora import log
 from lit_lora.config import dump_yaml, load_config
+from lit_lora.data import DataConfig
 from lit_lora.data.trained import save_reading
 from lit_lora.errors import DiskError, UsageError
 from lit_lora.files import atomic_folder, disk_errors, human_bytes, lock_folder, remove_folder, write_text
@@ -263,7 +264,8 @@ def write_adapter(
     save_adapter(model, method, folder, base=base or run.config.model.path, data=data, metrics=summary(result))
     if tokenizer.changed:
         tokenizer.save(folder)
-    save_reading(run.config.data, folder)
+    if isinstance(run.config.data, DataConfig):
+        save_reading(run.config.data, folder)
     return folder
 
 

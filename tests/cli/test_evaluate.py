@@ -173,3 +173,88 @@ def test_missing_data_and_missing_models_are_named(
     assert evaluate(base, "--data", tmp_path / "none.jsonl") == 3
     assert evaluate(tmp_path / "none", "--data", tickets) == 3
     assert evaluate(base, base, "--adapter", "x", "--data", tickets) == 2
+
+
+def trained_run(run: Path, base: Path, folder: Path, data: dict[str, Any], seed: int = 0) -> Path:
+    """A copy of the run with a config, as if it had been trained on this data."""
+    shutil.copytree(run, folder)
+    config = {"recipe": "lora", "model": {"path": str(base)}, "data": data, "seed": seed}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def scores_of(out: Path) -> dict[str, Any]:
+    return {model["label"]: model["scores"] for model in json.loads(out.read_text())["models"]}
+
+
+@pytest.mark.parametrize("settings", [{}, {"deduplicate": True}, {"limit": 30}, {"bad_rows": "skip"}], ids=str)
+def test_without_data_a_run_is_measured_on_exactly_the_rows_that_it_held_out(
+    settings: dict[str, Any], run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_lora.data import DataConfig, prepare
+    from lit_lora.evaluate.read import find_run, read_held_out
+    from lit_lora.tokenizer import Tokenizer
+
+    rows = [{"prompt": f"my laptop {i // 2}", "completion": TICKET} for i in range(40)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    data = {"path": str(file), "validation": 0.25, "system": "Be brief.", **settings}
+    trained = trained_run(run, base, tmp_path / "trained", data, seed=3)
+    expected = prepare(DataConfig(**data), Tokenizer.load(base), cache=tmp_path / "cache", seed=3).validation
+    assert expected is not None
+    places = [int(row.source.rpartition(":")[2]) - 1 for row in expected]
+
+    found = find_run([trained])
+    assert found is not None
+    _, dataset = read_held_out(found, {})
+    assert [row.messages[1]["content"] for row in dataset.conversations] == [rows[place]["prompt"] for place in places]
+    assert {row.messages[0]["content"] for row in dataset.conversations} == {"Be brief."}
+
+    assert evaluate(trained, "--task", "loss") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "held out, read as in training" in err
+    assert f"{len(places)} rows" in err
+
+
+def test_a_run_that_held_out_nothing_asks_for_rows(
+    run: Path, base: Path, tickets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = trained_run(run, base, tmp_path / "trained", {"path": str(tickets)})
+    assert evaluate(trained) != 0
+    assert "held out no rows" in capsys.readouterr().err
+
+
+def test_pieces_of_a_text_that_were_trained_on_are_not_measured(run: Path, base: Path, tmp_path: Path) -> None:
+    from lit_lora.evaluate.read import find_run, read_held_out
+
+    text = tmp_path / "book.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    data = {"path": str(text), "validation": 2, "max_seq_length": 32}
+    found = find_run([trained_run(run, base, tmp_path / "trained", data)])
+    assert found is not None
+    _, dataset = read_held_out(found, {})
+    assert len(dataset.texts) == 2
+    assert all(len(piece) < 200 and piece in text.read_text() for piece in dataset.texts)
+
+
+def test_one_option_leaves_the_other_settings_as_trained(run: Path, base: Path, tmp_path: Path) -> None:
+    labeled = [{"review": f"film {i}", "label": i % 2} for i in range(6)]
+    other = [{"text": row["review"], "label": row["label"]} for row in labeled]
+    data = {
+        "path": str(write(tmp_path / "rows.jsonl", labeled)),
+        "system": "Be brief.",
+        "columns": {"prompt": "Good? {review}", "completion": "label"},
+        "values": {"label": {"0": "no", "1": "yes"}},
+    }
+    trained = trained_run(run, base, tmp_path / "trained", data)
+    assert evaluate(trained, "--data", data["path"], "--out", tmp_path / "as_trained.json") == 0
+    renamed = write(tmp_path / "other.jsonl", other)
+    columns = ("--columns", "prompt=Good? {text}", "--columns", "completion=label")
+    assert evaluate(trained, "--data", renamed, *columns, "--out", tmp_path / "renamed.json") == 0
+    assert evaluate(trained, "--data", data["path"], "--system", "", "--out", tmp_path / "bare.json") == 0
+
+    as_trained, renamed_scores, bare = (
+        scores_of(tmp_path / f"{name}.json") for name in ("as_trained", "renamed", "bare")
+    )
+    label = "trained/adapter"
+    assert as_trained[label]["loss"] == renamed_scores[label]["loss"]
+    assert as_trained[label]["loss"] != bare[label]["loss"]

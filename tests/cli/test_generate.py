@@ -273,7 +273,7 @@ def trained_on(run: Path, folder: Path, **data: object) -> Path:
     from lit_lora.data.trained import save_reading
 
     shutil.copytree(run, folder)
-    save_reading(DataConfig.model_validate({"path": "", **data}), folder / "adapter")
+    save_reading(DataConfig.model_validate({"path": "rows.jsonl", **data}), folder / "adapter")
     return folder
 
 
