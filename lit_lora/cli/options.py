@@ -14,12 +14,15 @@ __all__ = [
     "Columns",
     "Config",
     "Data",
+    "Deduplicate",
     "Device",
     "DropLayers",
     "Dtype",
     "Format",
+    "Learn",
     "Limit",
     "MaxNewTokens",
+    "MaxSeqLength",
     "MinP",
     "Model",
     "Overrides",
@@ -31,9 +34,11 @@ __all__ = [
     "System",
     "Temperature",
     "Template",
+    "TooLong",
     "TopK",
     "TopP",
     "Values",
+    "Validation",
 ]
 
 # A run.
@@ -61,6 +66,19 @@ BadRows = Annotated[
     typer.Option(metavar="WHAT", help="What to do with rows that cannot be read: error (if omitted) or skip."),
 ]
 RowSystem = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for rows without one.")]
+MaxSeqLength = Annotated[int | None, typer.Option(metavar="N", help="Maximum row length in tokens.")]
+TooLong = Annotated[
+    str | None,
+    typer.Option(metavar="WHAT", help="What to do with longer rows: drop (if omitted), truncate_prompt or error."),
+]
+Learn = Annotated[
+    str | None, typer.Option(metavar="WHAT", help="Tokens to train on: answers (if omitted), last or all.")
+]
+Validation = Annotated[
+    str | None,
+    typer.Option(metavar="X", help="Held-out rows: a fraction (0.1), a number of rows (200) or a file."),
+]
+Deduplicate = Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of identical rows.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Read only the first N rows.")]
 
 # Models.

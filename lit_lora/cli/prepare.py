@@ -12,10 +12,10 @@ import typer
 from lit_lora import log
 from lit_lora.cli import options
 from lit_lora.config import validate
-from lit_lora.errors import UsageError
-from lit_lora.files import require_new
+from lit_lora.errors import InputError, UsageError
+from lit_lora.files import read_json, require_new
 
-__all__ = ["command", "parse_columns", "parse_validation", "parse_values", "reading_options"]
+__all__ = ["command", "model_context", "parse_columns", "parse_validation", "parse_values", "reading_options"]
 
 
 def command(
@@ -27,21 +27,11 @@ def command(
     values: options.Values = None,
     system: options.RowSystem = None,
     bad_rows: options.BadRows = None,
-    max_seq_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Maximum row length in tokens; 2048 if omitted.")
-    ] = None,
-    too_long: Annotated[
-        str | None,
-        typer.Option(metavar="WHAT", help="What to do with longer rows: drop (if omitted), truncate_prompt or error."),
-    ] = None,
-    learn: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="Tokens to train on: answers (if omitted) or all.")
-    ] = None,
-    validation: Annotated[
-        str | None,
-        typer.Option(metavar="X", help="Held-out rows: a fraction (0.1), a number of rows (200) or a file."),
-    ] = None,
-    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep only the first of identical rows.")] = False,
+    max_seq_length: options.MaxSeqLength = None,
+    too_long: options.TooLong = None,
+    learn: options.Learn = None,
+    validation: options.Validation = None,
+    deduplicate: options.Deduplicate = False,
     limit: options.Limit = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice of held-out rows.")] = 0,
     show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows with their target tokens marked.")] = 0,
@@ -85,24 +75,35 @@ def command(
         prepared = prepare(config, tokenizer, cache=cache, seed=seed)
         for line in prepared.report.lines():
             log.say(line)
+        for warning in prepared.report.length_warnings(config.max_seq_length, model_context(model)):
+            log.warn(warning)
         show_rows(prepared.train, tokenizer, show)
         if out is not None and not dry_run:
             for file in export(prepared, out):
                 log.say(f"wrote {file}")
 
     command_line = ["lit-lora", "init", str(out or path), "--model", str(model)]
-    if template is not None:
-        command_line += ["--template", template]
-    if out is None:  # what --out wrote is in the messages format, and has its system messages
-        if format_:
-            command_line += ["--format", format_]
-        if system:
-            command_line += ["--system", system]
-        for pair in columns or []:
-            command_line += ["--columns", pair]
-        for words in values or []:
-            command_line += ["--values", words]
+    given: list[tuple[str, object]] = [("--template", template), ("--max-seq-length", max_seq_length)]
+    given += [("--too-long", too_long), ("--learn", learn)]
+    if out is None:  # what --out wrote is in the messages format, split and with its system messages
+        given += [("--format", format_), ("--system", system), ("--bad-rows", bad_rows)]
+        given += [("--columns", pair) for pair in columns or []]
+        given += [("--values", words) for words in values or []]
+        given += [("--validation", validation), ("--limit", limit)]
+    for option, value in given:
+        if value is not None:
+            command_line += [option, str(value)]
+    if deduplicate and out is None:
+        command_line.append("--deduplicate")
     log.say(f"next: {shlex.join(command_line)}")
+
+
+def model_context(model: Path) -> int | None:
+    """The model's context in tokens; ``None`` if its config does not say."""
+    try:
+        return int(read_json(model / "config.json")["max_position_embeddings"])
+    except (InputError, ValueError, KeyError, TypeError):
+        return None
 
 
 def reading_options(

@@ -106,6 +106,30 @@ class Report:
         """Plain data, for JSON."""
         return asdict(self)
 
+    def length_warnings(self, max_seq_length: int, context: int | None) -> list[str]:
+        """A line on the rows of each file that were dropped for their length, with what would keep them.
+
+        Args:
+            max_seq_length: The length that the rows were limited to, in tokens.
+            context: The length that the model takes, in tokens; ``None`` if it is unknown.
+        """
+        lines = []
+        for file in self.files:
+            if not file.too_long:
+                continue
+            remedy = "data.too_long=truncate_prompt cuts prompts instead"
+            if context is None:
+                remedy = f"data.max_seq_length={file.longest} keeps all, if the model takes as many"
+            elif max_seq_length < context:
+                kept = "all" if file.longest <= context else "more"
+                length = min(file.longest, context)
+                remedy = f"data.max_seq_length={length} keeps {kept} (the model's context is {context:,})"
+            lines.append(
+                f"{file.name}: {len(file.too_long):,} of {file.rows:,} rows are longer than data.max_seq_length "
+                f"{max_seq_length:,} and are dropped; {remedy}"
+            )
+        return lines
+
     def lines(self) -> list[str]:
         """The report as text."""
         lines = []

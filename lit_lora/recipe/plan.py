@@ -342,18 +342,8 @@ def _check_length(model: AnyModel, data: RunData) -> None:
 def _warn_of_dropped(config: RunConfig, context: int, data: RunData) -> None:
     """Warn about training and validation rows that are dropped for their length, with what would keep them."""
     longest_allowed = config.data.max_seq_length if isinstance(config.data, DataConfig) else context
-    for file in data.prepared.report.files:
-        if not file.too_long:
-            continue
-        remedy = "data.too_long=truncate_prompt cuts prompts instead"
-        if longest_allowed < context:
-            kept = "all" if file.longest <= context else "more"
-            length = min(file.longest, context)
-            remedy = f"data.max_seq_length={length} keeps {kept} (the model's context is {context:,})"
-        log.warn(
-            f"{file.name}: {len(file.too_long):,} of {file.rows:,} rows are longer than data.max_seq_length "
-            f"{longest_allowed:,} and are dropped; {remedy}"
-        )
+    for warning in data.prepared.report.length_warnings(longest_allowed, context):
+        log.warn(warning)
 
 
 def duration(seconds: float) -> str:

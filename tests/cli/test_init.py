@@ -110,7 +110,7 @@ def test_a_config_for_every_format_runs_dry(run: Run, model: Path, row: dict[str
     odd = "review: is it ‘good’?" in row
     columns = ["--columns", "prompt=review: is it ‘good’?", "--columns", "completion=label"] if odd else []
     code, _, err = run("init", "rows.jsonl", "--model", model, "--system", 'Say "yes": or\nno #1', *columns)
-    assert (code, err) == (0, "")
+    assert (code, "error" in err) == (0, False)
     assert _load().data.system == 'Say "yes": or\nno #1'
     code, _, err = run("finetune", "--config", "config.yaml", "--dry-run")
     assert code == 0, err
@@ -193,3 +193,81 @@ def test_words_for_class_numbers_are_written_into_the_config(run: Run, model: Pa
     data = yaml.safe_load(Path("config.yaml").read_text())["data"]
     assert data["columns"] == {"prompt": "tweet", "completion": "label"}
     assert data["values"] == {"label": {"0": "no", "1": "yes"}}
+
+
+def test_rows_that_are_too_long_are_counted_once_and_warned_about(run: Run, model: Path) -> None:
+    _write([*ROWS[:2], {"prompt": "word " * 900, "completion": "yes"}])
+    code, out, err = run("init", "rows.jsonl", "--model", model)
+    assert code == 0
+    assert "1 of 3 rows are longer than 512 tokens and are dropped" in " ".join(err.split())
+    assert "1 of 3 rows are longer and are dropped" in Path("config.yaml").read_text()
+    assert "rows.jsonl: 3 rows" in out
+
+
+def test_init_counts_the_rows_that_prepare_keeps_and_warns_of_the_same(run: Run, model: Path) -> None:
+    rows = [
+        *ROWS[:9],
+        {"messages": [{"role": "user", "content": "a question"}]},
+        {"prompt": "no answer", "completion": ""},
+    ]
+    _write(rows)
+    _, prepared, prepare_err = run("prepare", "rows.jsonl", "--model", model)
+    code, _, err = run("init", "rows.jsonl", "--model", model)
+    assert code == 0
+    assert "training: 9 rows" in prepared
+    assert "# passes over 9 rows" in Path("config.yaml").read_text()
+    assert "2 of 11 rows have no target tokens and are dropped" in " ".join(err.split())
+    for line in prepare_err.splitlines():
+        if line.startswith("warning") and "no target" not in line:
+            assert line in err
+
+
+def test_a_text_is_counted_in_documents_and_pieces(run: Run, model: Path) -> None:
+    _write([{"text": "word " * 1000}] * 3)
+    _, out, _ = run("init", "rows.jsonl", "--model", model)
+    assert "rows.jsonl: 3 documents, about " in out
+    assert "pieces" in out
+
+
+def test_a_guess_is_said_on_the_screen_and_the_first_row_is_shown_as_it_is_learned(run: Run, model: Path) -> None:
+    _write([{"text": "fine", "label": "positive"}] * 12)
+    _, out, err = run("init", "rows.jsonl", "--model", model)
+    assert "columns {prompt: text, completion: label} are a guess" in err
+    assert "⟦positive<|im_end|>⟧" in out
+
+
+def test_bad_rows_are_named_or_skipped(run: Run, model: Path) -> None:
+    path = _write(ROWS)
+    path.write_text(path.read_text() + '{"prompt": "broken\n')
+    for command in ("prepare", "init"):
+        code, _, err = run(command, "rows.jsonl", "--model", model)
+        assert (code != 0, "rows.jsonl:41" in err) == (True, True)
+        code, _, err = run(command, "rows.jsonl", "--model", model, "--bad-rows", "skip")
+        assert (code, "left out" in err) == (0, True)
+    assert _load().data.bad_rows == "skip"
+
+
+def test_the_command_that_prepare_prints_gives_init_all_that_it_was_given(run: Run, model: Path) -> None:
+    import shlex
+
+    _write([{"q": f"question {n}", "label": n % 2} for n in range(30)])
+    options = ["--columns", "prompt=q", "--columns", "completion=label", "--values", "label=0:no,1:yes"]
+    options += ["--learn", "last", "--limit", "20", "--validation", "0.25", "--deduplicate"]
+    options += [
+        "--max-seq-length",
+        "128",
+        "--too-long",
+        "truncate_prompt",
+        "--bad-rows",
+        "skip",
+        "--system",
+        "Be brief.",
+    ]
+    _, out, _ = run("prepare", "rows.jsonl", "--model", model, *options)
+    words = shlex.split(out.splitlines()[-1].removeprefix("next: lit-lora "))
+    assert run(*words)[0] == 0
+    config = _load().data
+    assert (config.learn, config.limit, config.validation, config.deduplicate) == ("last", 20, 0.25, True)
+    assert (config.max_seq_length, config.too_long, config.bad_rows) == (128, "truncate_prompt", "skip")
+    assert config.values == {"label": {"0": "no", "1": "yes"}}
+    assert config.system == "Be brief."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_the_report_and_the_next_command_are_printed(run: Run) -> None:
     assert "training: 18 rows" in out
     assert "validation: 2 rows" in out
     assert "⟦yes " in out
-    assert out.splitlines()[-1] == "next: lit-lora init rows.jsonl --model model"
+    assert out.splitlines()[-1] == "next: lit-lora init rows.jsonl --model model --validation 0.1"
     assert "tokens from the cache" in run("rows.jsonl", "--model", "model", "--validation", "3")[1]
 
 
@@ -153,3 +154,17 @@ def test_preparing_a_local_file_imports_neither_torch_nor_datasets(run: Run) -> 
         "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_most_rows_dropped_for_their_length_are_a_warning_with_the_remedy(run: Run) -> None:
+    rows = [{"prompt": "word " * 50, "completion": "yes"}] * 9 + [{"prompt": "a", "completion": "b"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run("rows.jsonl", "--model", "model", "--max-seq-length", "32")
+    message = " ".join(err.split())
+    assert code == 0
+    assert "warning: rows.jsonl: 9 of 10 rows are longer than data.max_seq_length 32 and are dropped" in message
+    length = re.search(r"data.max_seq_length=(\d+) keeps all", message)
+    assert length is not None
+    _, out, err = run("rows.jsonl", "--model", "model", "--max-seq-length", length[1])
+    assert "training: 10 rows" in out
+    assert "dropped" not in err
