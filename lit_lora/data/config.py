@@ -45,8 +45,8 @@ class RowsConfig(Settings):
 
     path: str = Field(
         description=(
-            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, hub:OWNER/NAME, alpaca, dolly "
-            "or a bundled sample such as tickets_train."
+            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, "
+            "hub:OWNER/NAME[:CONFIG][@SPLIT][#REVISION], alpaca, dolly or a bundled sample such as tickets_train."
         )
     )
     columns: dict[str, str] = Field(
@@ -186,8 +186,8 @@ class DataConfig(DataSetConfig):
     path: str = Field(
         "",
         description=(
-            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, hub:OWNER/NAME, alpaca, dolly "
-            "or a bundled sample such as tickets_train."
+            "File (JSON, JSONL, CSV, Parquet or text; also .gz), folder of such files, "
+            "hub:OWNER/NAME[:CONFIG][@SPLIT][#REVISION], alpaca, dolly or a bundled sample such as tickets_train."
         ),
     )
     mix: list[MixEntry] = Field(
