@@ -194,7 +194,7 @@ def read_examples(
     """
     if not shots:
         return None
-    if path is None and run is None:
+    if path is None and (run is None or (dataset.options and not run.data.path)):
         raise UsageError(f"--shots {shots} needs rows to draw from", hint="give training rows: --examples train.jsonl")
     if dataset.texts:
         raise UsageError("--shots needs rows with a prompt and an answer, got plain texts")

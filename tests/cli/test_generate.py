@@ -348,3 +348,17 @@ def test_columns_of_the_rows_are_never_overwritten_by_answers(type_in: Terminal,
     code, _, err = type_in("generate", run, "--file", "again.jsonl")
     assert code != 0
     assert "rename or remove them" in err
+
+
+def test_a_merged_model_answers_as_it_was_trained_wherever_it_is_moved(
+    type_in: Terminal, run: Path, tmp_path: Path
+) -> None:
+    from lit_lora.cli import main
+
+    trained = trained_on(run, tmp_path / "trained", system="Be brief.")
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", str(trained), "--out", str(tmp_path / "elsewhere"), "--dtype", "fp32"])
+    assert not caught.value.code
+    _, out, err = type_in("generate", tmp_path / "elsewhere", "hello")
+    assert "as trained: system message 'Be brief.'" in err
+    assert out.endswith(type_in("generate", trained, "hello")[1])  # after the report of the merge
