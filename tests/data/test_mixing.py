@@ -232,4 +232,4 @@ def test_what_all_sets_have_in_common_goes_with_the_model(two: tuple[str, str], 
     entries = [{"path": two[0], "format": "prompt_completion"}, {"path": two[1]}]
     config = validate({"system": "Be brief.", "mix": entries}, DataConfig)
     save_reading(config, tmp_path)
-    assert json.loads((tmp_path / TRAINED_FILE).read_text()) == {"system": "Be brief."}
+    assert json.loads((tmp_path / TRAINED_FILE).read_text()) == {"system": "Be brief.", "differing": ["format"]}
