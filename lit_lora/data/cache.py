@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,16 +31,43 @@ CODE_VERSION = 4
 """Increased whenever the same file and settings give different tokens, or the layout of the cache changes."""
 
 _SAMPLES_PER_FILE = 16_384
+_LARGE_FILE = 100_000_000  # bytes; smaller files are hashed within a fraction of a second
+_SETTLED = 2_000_000_000  # nanoseconds
 _FINDINGS = b"findings"  # key in a file's schema
 
 T = TypeVar("T")
 
 
-def cache_key(files: Sequence[Path], settings: dict[str, Any]) -> str:
-    """A hash of the files' names and contents, the settings, and ``CODE_VERSION``."""
-    content = [[file.name, sha256_file(file)] for file in files]
+def cache_key(files: Sequence[Path], settings: dict[str, Any], hashes: Path) -> str:
+    """A hash of the files' names and contents, the settings, and ``CODE_VERSION``.
+
+    Args:
+        files: The files that the rows are read from.
+        settings: What the tokens depend on beside the files.
+        hashes: The folder in which the hashes of large files are remembered.
+    """
+    content = [[file.name, _sha256(file, hashes)] for file in files]
     text = json.dumps([CODE_VERSION, content, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _sha256(file: Path, hashes: Path) -> str:
+    """SHA-256 of a file; of an unchanged large one from the last time, because 5 GB take ten seconds."""
+    status = file.stat()
+    if status.st_size < _LARGE_FILE:
+        return sha256_file(file)
+
+    identity = [str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns]
+    entry = hashes / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    if entry.is_file():
+        digest = entry.read_text(encoding="utf-8")
+        if len(digest) == 64:
+            return digest
+    digest = sha256_file(file)
+    # A file that has just been written may be written again within the resolution of its time.
+    if time.time_ns() - status.st_mtime_ns > _SETTLED:
+        write_text(entry, digest)
+    return digest
 
 
 def cached_table(

@@ -245,7 +245,7 @@ def _load(
         include={"format", "columns", "roles", "values", "system", "max_seq_length", "too_long", "learn", "bad_rows"}
     )
     settings |= {"limit": limit, "tokenizer": tokenizer.fingerprint}
-    folder = cache / "rows" / cache_key(files, settings)
+    folder = cache / "rows" / cache_key(files, settings, cache / "hashes")
     findings = Findings(config.bad_rows)
 
     def samples() -> Iterator[PlacedSample]:

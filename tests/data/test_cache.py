@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import lit_lora.data.cache
+from lit_lora import files
 from lit_lora.data import DataConfig, Rows, prepare
 from lit_lora.data.cache import cached_table
 from lit_lora.data.findings import Findings
@@ -151,3 +153,27 @@ def test_complete_json_is_readable(run: Prepare, write_rows: WriteRows, tmp_path
     (done,) = (tmp_path / "cache").rglob("complete.json")
     findings = {"formats": {"prompt_completion": 1}, "unused_columns": {"id": 1}, "findings": []}
     assert json.loads(done.read_text()) == {"files": 1, "findings": findings}
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(
+    run: Prepare, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def sha256_file(path: Path) -> str:
+        hashed.append(path)
+        return files.sha256_file(path)
+
+    monkeypatch.setattr(lit_lora.data.cache, "sha256_file", sha256_file)
+    monkeypatch.setattr(lit_lora.data.cache, "_LARGE_FILE", 1)
+    path = write_rows([question(n) for n in range(9)])
+    run(path)
+    run(path)
+    assert len(hashed) == 2  # just written: it may change once more at the same time
+
+    os.utime(path, (1e9, 1e9))
+    run(path)
+    assert run(path).report.files[0].from_cache
+    assert len(hashed) == 3
+    write_rows([question(n, answer="no") for n in range(9)])
+    assert not run(path).report.files[0].from_cache
