@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lit_lora import log
 from lit_lora.data.prepare import Part, Prepared, samples_of
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.files import atomic_folder
@@ -31,21 +33,42 @@ def export(prepared: Prepared, folder: Path) -> list[Path]:
         _write(temporary / "train.jsonl", prepared.train_parts)
         if prepared.validation_parts:
             written.append(folder / "validation.jsonl")
-            _write(temporary / "validation.jsonl", prepared.validation_parts)
+            left_out = _write(temporary / "validation.jsonl", prepared.validation_parts, prepared.train_parts)
+            if left_out:
+                log.warn(
+                    f"{folder / 'validation.jsonl'}: without {left_out:,} texts of which other pieces are in "
+                    "train.jsonl; finetune on the original files to validate on the held-out pieces"
+                )
     return written
 
 
-def _write(path: Path, parts: Sequence[Part]) -> None:
+def _write(path: Path, parts: Sequence[Part], train_parts: Sequence[Part] = ()) -> int:
+    """Write rows, except for texts that are also in ``train_parts``; returns how many these are."""
+    left_out = 0
     with path.open("w", encoding="utf-8") as out:
         for part in parts:
-            for sample, _ in samples_of(part, part.config):
+            # A held-out row is of the same files as its training rows only if it was split off from them.
+            train_texts: set[str] = set()
+            for train_part in train_parts:
+                if list(train_part.files) == list(part.files):
+                    train_texts |= train_part.sources
+            for sample, (file, line) in samples_of(part, part.config):
+                if isinstance(sample, str) and f"{file}:{line}" in train_texts:
+                    left_out += 1
+                    continue
                 out.write(json.dumps(_as_row(sample), ensure_ascii=False) + "\n")
+    return left_out
 
 
 def _as_row(sample: Sample) -> dict[str, object]:
+    """A row that is read as the same sample, without any setting of the section ``data``."""
     if not isinstance(sample, Conversation):
         return {"text": sample}
-    row: dict[str, object] = {"messages": sample.messages}
+    messages: list[dict[str, Any]] = []
+    for index, message in enumerate(sample.messages):
+        # What is not learned is said in the message itself, as OpenAI's format does.
+        messages.append({**message, "weight": 0} if index in sample.context_only else {**message})
+    row: dict[str, object] = {"messages": messages}
     if sample.tools:
         row["tools"] = sample.tools
     return row

@@ -39,6 +39,11 @@ class Part:
     files: Sequence[Path]
     rows: Rows
 
+    @property
+    def sources(self) -> set[str]:
+        """``file:line`` of the rows; the pieces of a text have the same."""
+        return {self.rows.table.source(int(index)) for index in self.rows.index}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -205,7 +210,7 @@ def samples_of(part: Part, config: DataConfig) -> Iterator[PlacedSample]:
     Raises:
         InputError: A file cannot be read, or a row is bad.
     """
-    sources = {part.rows.table.source(int(index)) for index in part.rows.index}
+    sources = part.sources
     for sample, (file, line) in read_samples(config, part.files, Findings(config.bad_rows)):
         if f"{file}:{line}" in sources:
             yield sample, (file, line)
