@@ -86,7 +86,7 @@ def command(
         lit-lora evaluate checkpoints/base --data arc_easy.jsonl --columns prompt=question --columns options=choices
     """
     from lit_lora.evaluate.candidates import find_candidates
-    from lit_lora.evaluate.compare import compare, report, same_scores
+    from lit_lora.evaluate.compare import compare, report, same_scores, unlike_losses
     from lit_lora.evaluate.read import default_config, find_run, read_dataset, read_examples, read_held_out
     from lit_lora.evaluate.tasks import EvaluateSettings, default_tasks
     from lit_lora.open.decoder import open_model
@@ -138,6 +138,9 @@ def command(
         settings=EvaluateSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, plain=plain),
     )
     _print(results, config.path, samples)
+    unlike = unlike_losses(results)
+    if unlike:
+        log.warn(f"the losses are over different tokens and cannot be compared: {'; '.join(unlike)}")
     for earlier, later in same_scores(results):
         log.warn(
             f"{later.candidate.label} has exactly the scores of {earlier.candidate.label}; check that it is the right "

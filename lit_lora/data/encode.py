@@ -13,7 +13,7 @@ from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import RenderedChat, Tokenizer, encode_rendered, encode_text, render_chat
 
-__all__ = ["Place", "encode_samples"]
+__all__ = ["Place", "encode_samples", "learned_answers"]
 
 _CHUNK = 1024  # samples encoded in one call, which the tokenizer spreads over all cores
 _MARGIN = 16  # tokens of a prompt that stay on each side of a cut
@@ -59,22 +59,20 @@ def encode_samples(
 
 
 def _render(tokenizer: Tokenizer, sample: Conversation, place: Place, learn: str) -> RenderedChat:
-    learned = _learned_answers(sample)
-    if learn == "last":
-        learned = learned[-1:]
+    learned = learned_answers(sample, learn)
     try:
         return render_chat(tokenizer, sample.messages, tools=sample.tools, learned=learned)
     except InputError as error:
         raise InputError(f"{place[0]}:{place[1]}: {error}", hint=error.hint) from error
 
 
-def _learned_answers(sample: Conversation) -> list[int]:
-    """Indices of the assistant messages to learn."""
+def learned_answers(sample: Conversation, learn: str) -> list[int]:
+    """Indices of the assistant messages to learn, or of the last of them: those that the row does not except."""
     indices = []
     for index, message in enumerate(sample.messages):
         if message["role"] == "assistant" and index not in sample.context_only:
             indices.append(index)
-    return indices
+    return indices[-1:] if learn == "last" else indices
 
 
 def _pieces(tokens: list[int], place: Place, max_length: int) -> Iterator[EncodedRow]:

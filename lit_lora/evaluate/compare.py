@@ -19,7 +19,7 @@ from lit_lora.model import LanguageModel
 from lit_lora.quantize import QuantizeConfig
 from lit_lora.tokenizer import Tokenizer
 
-__all__ = ["Candidate", "Result", "compare", "comparison_table", "report", "same_scores"]
+__all__ = ["Candidate", "Result", "compare", "comparison_table", "report", "same_scores", "unlike_losses"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,21 @@ def same_scores(results: Sequence[Result]) -> list[tuple[Result, Result]]:
                 pairs.append((earlier, result))
                 break
     return pairs
+
+
+def unlike_losses(results: Sequence[Result]) -> list[str]:
+    """What each model's loss is over, if it is not the same for all: then the losses cannot be compared.
+
+    Models with other tokenizers or templates have other tokens, and a shorter context leaves out more rows.
+    """
+    over = {}
+    for result in results:
+        for metric in result.metrics:
+            if metric.name == "loss":
+                over[result.candidate.label] = metric.why
+    if len(set(over.values())) < 2:
+        return []
+    return [f"{label}: {why}" for label, why in over.items()]
 
 
 def _measured(result: Result) -> tuple[list[str], list[Share | float]]:

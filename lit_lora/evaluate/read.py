@@ -123,7 +123,8 @@ def read_held_out(run: TrainedRun, settings: Mapping[str, Any], limit: int | Non
         config = validate({**part.config.model_dump(), **settings}, DataConfig, name="evaluate")
         read_otherwise.append(replace(part, config=config))
     dataset = _dataset_of(run, read_otherwise)
-    return read_otherwise[0].config, Dataset(dataset.conversations[:limit], dataset.texts[:limit])
+    config = read_otherwise[0].config
+    return config, Dataset(dataset.conversations[:limit], dataset.texts[:limit], learn=config.learn)
 
 
 def _dataset_of(run: TrainedRun, parts: Sequence[Part]) -> Dataset:
@@ -173,7 +174,7 @@ def read_dataset(
     if list(tasks) == ["options"] or detected:
         return Dataset(options=read_option_rows(files, option_columns, limit=limit, bad_rows=config.bad_rows))
 
-    dataset = Dataset()
+    dataset = Dataset(learn=config.learn)
     findings = Findings(config.bad_rows)
     for sample, _ in islice(read_samples(config, files, findings), limit):
         if isinstance(sample, str):

@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from lit_lora.data.encode import learned_answers
 from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
-from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_chat
+from lit_lora.tokenizer import EncodedChat, Tokenizer, encode_rendered, render_chat
 
 __all__ = ["draw_shots", "encode_after_shots", "with_shots"]
 
@@ -29,31 +30,37 @@ def draw_shots(examples: Sequence[T], count: int, *, seed: int) -> list[T]:
 
 
 def with_shots(conversation: Conversation, shots: Sequence[Conversation]) -> Conversation:
-    """The conversation with the shots as earlier turns, after its system message; those of the shots are left out."""
+    """The conversation with the shots as earlier turns, after its system message; those of the shots are left out.
+
+    No answer of the shots is a target.
+    """
     if not shots:
         return conversation
     messages = conversation.messages
     system = [message for message in messages[:1] if message["role"] == "system"]
     earlier = [message for shot in shots for message in shot.messages if message["role"] != "system"]
-    return Conversation([*system, *earlier, *messages[len(system) :]], conversation.tools)
+    context_only = set(range(len(system), len(system) + len(earlier)))
+    context_only |= {index + len(earlier) for index in conversation.context_only}
+    return Conversation([*system, *earlier, *messages[len(system) :]], conversation.tools, frozenset(context_only))
 
 
 def encode_after_shots(
-    tokenizer: Tokenizer, conversation: Conversation, shots: Sequence[Conversation] = ()
+    tokenizer: Tokenizer, conversation: Conversation, shots: Sequence[Conversation] = (), learn: str = "answers"
 ) -> EncodedChat:
-    """The conversation after its shots; only the target tokens of the conversation itself count.
+    """The conversation after its shots; targets are the tokens of the conversation itself that training learns.
+
+    Args:
+        tokenizer: The tokenizer.
+        conversation: What is measured.
+        shots: What comes before it.
+        learn: As in the config section ``data``; for ``all``, with shots only the answers count.
 
     Raises:
         InputError: The template refuses the conversation.
     """
-    alone = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
-    if not shots:
-        return alone
-    encoded = encode_chat(tokenizer, with_shots(conversation, shots).messages, tools=conversation.tools)
-
-    # The shots' answers are targets too, but come first: of all targets, the last ones are the conversation's.
-    targets = [place for place, is_target in enumerate(encoded.loss_mask) if is_target]
-    loss_mask = [False] * len(encoded.loss_mask)
-    for place in targets[len(targets) - sum(alone.loss_mask) :]:
-        loss_mask[place] = True
-    return EncodedChat(encoded.ids, loss_mask)
+    asked = with_shots(conversation, shots)
+    rendered = render_chat(tokenizer, asked.messages, tools=asked.tools, learned=learned_answers(asked, learn))
+    [encoded] = encode_rendered(tokenizer, [rendered])
+    if learn == "all" and not shots:
+        return EncodedChat(encoded.ids, [True] * len(encoded.ids))
+    return encoded

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lit_lora import log
 from lit_lora.data import Rows
 from lit_lora.data.sample import Conversation
 from lit_lora.errors import UsageError
@@ -30,6 +31,8 @@ class Dataset:
     conversations: list[Conversation] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     options: list[OptionRow] = field(default_factory=list)
+    learn: str = "answers"
+    """What of a conversation is measured, as the key of the config section ``data`` says."""
 
     def __len__(self) -> int:
         return len(self.conversations) + len(self.texts) + len(self.options)
@@ -101,7 +104,9 @@ def loss(subject: Subject) -> list[Metric]:
     context = subject.model.context
     documents: list[tuple[Sequence[int], Sequence[bool]]] = []  # ids and loss mask
     for conversation in subject.dataset.conversations:
-        encoded = encode_after_shots(subject.tokenizer, conversation, subject.shots.conversations)
+        encoded = encode_after_shots(
+            subject.tokenizer, conversation, subject.shots.conversations, subject.dataset.learn
+        )
         documents.append((encoded.ids, encoded.loss_mask))
     for text in subject.dataset.texts:
         ids = encode_text(subject.tokenizer, text)
@@ -111,16 +116,25 @@ def loss(subject: Subject) -> list[Metric]:
             documents.append((piece, [True] * len(piece)))
 
     # The first token is never predicted, so a target at its place does not count.
-    fitting = [(ids, mask) for ids, mask in documents if any(mask[1:]) and len(ids) <= context]
+    measured = [(ids, mask) for ids, mask in documents if any(mask[1:])]
+    fitting = [(ids, mask) for ids, mask in measured if len(ids) <= context]
     if not fitting:
         raise UsageError("loss needs conversations or texts that fit the model's context, but there are none")
     score = evaluate_loss(
         subject.model, Rows.from_tokens(fitting), micro_batch_tokens=subject.settings.micro_batch_tokens
     )
-    skipped = len(documents) - len(fitting)
-    about = f"nats per token over {score.tokens:,} tokens"
-    if skipped:
-        about += f", {skipped} rows skipped as too long or empty"
+    noun = "rows" if subject.dataset.conversations else "pieces"
+    about = f"nats per token over {score.tokens:,} tokens of {len(fitting):,} {noun}"
+    without_target = len(documents) - len(measured)
+    if without_target:
+        about += f", without {without_target:,} that have no token to predict"
+    too_long = len(measured) - len(fitting)
+    if too_long:
+        about += f", without {too_long:,} that are too long"
+        log.warn(
+            f"{too_long:,} of {len(measured):,} {noun} are longer than the model's context of {context:,} tokens and "
+            "are left out of the loss"
+        )
     return [Metric("loss", score.loss, about), Metric("perplexity", score.perplexity)]
 
 

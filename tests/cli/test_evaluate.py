@@ -258,3 +258,51 @@ def test_one_option_leaves_the_other_settings_as_trained(run: Path, base: Path, 
     label = "trained/adapter"
     assert as_trained[label]["loss"] == renamed_scores[label]["loss"]
     assert as_trained[label]["loss"] != bare[label]["loss"]
+
+
+@pytest.mark.parametrize("learn", ["answers", "last", "all"])
+def test_the_loss_is_over_the_tokens_that_training_learns(learn: str, base: Path, tmp_path: Path) -> None:
+    from lit_lora.data import DataConfig, prepare
+    from lit_lora.data.findings import Findings
+    from lit_lora.data.prepare import read_samples
+    from lit_lora.data.sample import Conversation
+    from lit_lora.evaluate.shots import encode_after_shots
+    from lit_lora.tokenizer import Tokenizer
+
+    turns = [("user", "one"), ("assistant", "eleven"), ("user", "two"), ("assistant", "twelve"), ("user", "three")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+    messages.append({"role": "assistant", "content": "thirteen"})
+    messages[1]["weight"] = 0
+    file = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    config = DataConfig.model_validate({"path": str(file), "learn": learn})
+    tokenizer = Tokenizer.load(base)
+    [row] = prepare(config, tokenizer, cache=tmp_path / "cache", seed=0).train
+    [(sample, _)] = read_samples(config, [file], Findings())
+    assert isinstance(sample, Conversation)
+
+    encoded = encode_after_shots(tokenizer, sample, learn=learn)
+    assert (list(encoded.ids), list(encoded.loss_mask)) == (row.input_ids.tolist(), row.loss_mask.tolist())
+
+    shot = Conversation([{"role": "user", "content": "none"}, {"role": "assistant", "content": "zero"}])
+    after_shot = encode_after_shots(tokenizer, sample, [shot], learn="answers")
+    answers = encode_after_shots(tokenizer, sample, learn="answers")
+    learned = [token for token, target in zip(after_shot.ids, after_shot.loss_mask, strict=True) if target]
+    assert learned == [token for token, target in zip(answers.ids, answers.loss_mask, strict=True) if target]
+
+
+def test_losses_over_different_tokens_are_not_compared_in_silence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(base, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "word " * 40, "completion": "yes"}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    assert evaluate(base, short, "--data", data, "--task", "loss") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "1 of 2 rows are longer than the model's context of 64 tokens and are left out of the loss" in err
+    assert "cannot be compared" in err
+
+    assert evaluate(base, "--data", data, "--task", "loss") == 0
+    assert "left out" not in capsys.readouterr().err
