@@ -29,6 +29,7 @@ from lit_lora import log
 from lit_lora.config import did_you_mean, find_config, read_yaml, validate
 from lit_lora.data import DataConfig, Prepared
 from lit_lora.data import prepare as prepare_rows
+from lit_lora.data.trained import TrainedReading, read_reading
 from lit_lora.errors import UsageError
 from lit_lora.evaluate import Metric, Share, check_tasks
 from lit_lora.evaluate.candidates import find_candidates
@@ -184,11 +185,11 @@ class Model:
         batch_size: int = 32,
         **sampling: Any,
     ) -> str | list[str]:
-        """Answer a prompt, or a list of prompts in batches.
+        """Answer a prompt, or a list of prompts in batches, asked as the model was trained.
 
         Args:
             prompt: A text, a conversation (a list of messages), or a list of either.
-            system: System message for prompts given as text.
+            system: System message for prompts that have none; as in training if omitted, none if empty.
             raw: Continue texts as they are, without the chat template.
             stop: Texts that end an answer; they are not part of it.
             batch_size: Prompts per batch.
@@ -206,7 +207,9 @@ class Model:
         several = isinstance(prompt, list) and not all(isinstance(message, Mapping) for message in prompt)
         prompts: list[Any] = list(prompt) if several else [prompt]
         tokenizer = self.opened.tokenizer
-        encoded = [_encode(tokenizer, each, system, raw) for each in prompts]
+        given = {} if system is None else {"system": system}
+        reading = read_reading(self.opened.base, self.opened.adapter, given)
+        encoded = [_encode(tokenizer, each, reading, raw) for each in prompts]
         answers = answer_all(self.opened.model, tokenizer, encoded, settings, stop=list(stop), batch_size=batch_size)
         texts = [answer.text for answer in answers]
         return texts if several else texts[0]
@@ -392,17 +395,17 @@ def _data_path(data: Data) -> str:
     return str(path)
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, system: str | None, raw: bool) -> list[int]:
+def _encode(tokenizer: Tokenizer, prompt: Prompt, reading: TrainedReading, raw: bool) -> list[int]:
     """Token ids of one prompt."""
     if not prompt:
         raise UsageError("the prompt is empty")
     if not isinstance(prompt, str):
         if raw:
             raise UsageError("raw=True continues texts, expected a text instead of a conversation")
-        return encode_prompt(tokenizer, list(prompt))
+        messages = list(prompt)
+        if reading.config.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": reading.config.system})
+        return encode_prompt(tokenizer, messages)
     if raw:
         return encode_text(tokenizer, prompt)
-    messages: list[Message] = [{"role": "user", "content": prompt}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return encode_prompt(tokenizer, messages)
+    return encode_prompt(tokenizer, reading.conversation(prompt))

@@ -153,3 +153,30 @@ def test_a_model_with_an_adapter_is_not_finetuned_by_mistake(base: Path) -> None
         run.merge(dtype="int7")
     assert isinstance(lit_lora.load("out"), lit_lora.Run)
     assert torch.is_grad_enabled()
+
+
+def test_a_run_is_asked_and_measured_as_it_was_trained(base: Path) -> None:
+    rows = [{"q": f"Colour {n}?", "a": "red" if n % 2 else "blue"} for n in range(24)]
+    run = lit_lora.load(base, dtype="fp32").finetune(
+        {
+            "path": lit_lora.api._data_path(rows),
+            "columns": {"prompt": "Name it. {q}", "completion": "a"},
+            "system": "Be brief.",
+            "validation": 5,
+        },
+        model={"dtype": "fp32"},
+        peft={"rank": 2},
+        train={**FAST, "max_steps": 8},
+        optimizer={"lr": 0.02},
+        out="out",
+    )
+    moved = (run.folder / "adapter").rename(Path("moved"))
+    adapter = lit_lora.load(base, adapter=moved, dtype="fp32")
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name it. Colour 3?"}]
+    asked = adapter.generate("Colour 3?", max_new_tokens=8)
+    assert asked == adapter.generate(conversation, max_new_tokens=8)
+    assert asked == adapter.generate(conversation[1:], max_new_tokens=8)
+    moved.rename("out/adapter")
+    scores = lit_lora.load(run.folder, dtype="fp32").evaluate(tasks=["loss"])
+    assert scores["out/adapter"]["loss"] == pytest.approx(run.result["validation_loss"], rel=1e-4)
+    assert scores["base"]["loss"] == pytest.approx(run.result["untrained_validation_loss"], rel=1e-4)
