@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -37,6 +38,41 @@ def test_an_answer_that_is_marked_is_not_learned(key: str, no: Any) -> None:
     assert _read(row) == ["user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
 
 
+def test_an_answer_that_is_masked_is_not_learned() -> None:
+    row = {"messages": [HI, {**HELLO, "masked": True}, HI, {**HELLO, "masked": False}]}
+    assert _read(row) == ["user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
+
+
+def test_an_answer_within_an_exchange_says_whether_it_is_learned() -> None:
+    first = {"system": "S", "input": "Hi", "output": "Hello", "output_with_loss": False}
+    row = {"conversation": [first, {"input": "Hi", "output": "Hello", "output_with_loss": True}]}
+    assert _read(row) == ["system: S", "user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
+
+
+@pytest.mark.parametrize("content", [{"degrees": 7}, [{"degrees": 7}], [1, 2], [{"type": "text", "text": "warm"}]])
+def test_what_a_function_returns_is_written_as_json(content: Any) -> None:
+    texts = _read({"messages": [HI, {"role": "tool", "content": content}, HELLO]})
+    expected = "warm" if "warm" in str(content) else json.dumps(content)
+    assert texts[1] == f"tool: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("message", "warning"),
+    [
+        ({**HI, "reasoning": "Hm"}, "with reasoning in a message of role user, which is not used"),
+        ({"role": "user", "content": ""}, "with an empty message of the user"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "Hi", "note": "x", "image_url": None}]},
+            "with a key of a content part that is not used, 'note'",
+        ),
+    ],
+)
+def test_what_a_message_says_in_vain_is_counted(message: dict[str, Any], warning: str) -> None:
+    findings = Findings()
+    assert _read({"messages": [message, HELLO]}, findings)[1:] == ["assistant*: Hello"]
+    assert [each.message for each in findings.of_level("warning")] == [warning]
+
+
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
@@ -46,11 +82,19 @@ def test_an_answer_that_is_marked_is_not_learned(key: str, no: Any) -> None:
         ({"role": "user", "content": {"a": "b"}}, "expected content to be text or a list of texts"),
         ({"role": "user", "content": [{"type": "image", "url": "u"}]}, "content of type image, expected only text"),
         ({"role": "user", "content": "a", "value": "b"}, "content and value say different things"),
-        ({"role": "assistant", "content": "a", "weight": 0.5}, "weight is 0.5, expected 0 .not learned. or 1"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "weight is 0.5, expected 0 or 1"),
         ({"role": "assistant", "content": "a", "weight": 0, "train": True}, "train and weight say different things"),
         ({"role": "assistant", "content": None, "tool_calls": 5}, "tool_calls: expected a list of calls, got 5"),
         ({"role": "assistant", "tool_calls": [{"name": 3}]}, "expected a function with a name"),
         ({"role": "Käufer", "content": "a"}, "unknown role 'Käufer'"),
+        ({"role": "user", "content": float("nan")}, r"messages\[0\]: no content, found: null"),
+        ({"role": "user", "content": "a", "images": ["a.png"]}, "a message with images, expected only text"),
+        ({"role": "user", "content": [{"text": "a", "inline_data": {"x": 1}}]}, "content with inline_data, expected"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "image_url": "u"}]}, "content with image_url"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "content of type input_audio"),
+        ({"role": "user", "content": [{"text": "a", "value": "b"}]}, "text and value of a part say different things"),
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "calls of functions in a message of role user"),
+        ({"role": "assistant", "content": "a", "train_detail": [{"train": False}]}, "train_detail marks parts of a"),
     ],
 )
 def test_a_message_that_cannot_be_read_says_what_was_found(message: dict[str, Any], problem: str) -> None:

@@ -92,7 +92,7 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
         if pair is None:
             turns.append(read_turn(item, where, context.notice, context.roles))
         else:
-            turns += _exchange(item, pair, context)
+            turns += _exchange(item, pair, where, context)
     return turns
 
 
@@ -158,15 +158,15 @@ def exchange_keys(item: Any) -> tuple[str, str] | None:
     return next((pair for pair in _PAIRS if set(pair) <= item.keys()), None)
 
 
-def _exchange(item: Mapping[str, Any], pair: tuple[str, str], context: RowContext) -> list[Turn]:
+def _exchange(item: Mapping[str, Any], pair: tuple[str, str], where: str, context: RowContext) -> list[Turn]:
+    """The turns of an object with a question and its answer; what else it has is read as the answer's."""
     question, answer = pair
-    for key in item.keys() - {question, answer, "system"}:
-        context.notice(f"with a key of a message that is not used, {key!r}")
-    turns = _alternating([as_text(item[question]), as_text(item[answer])], question)
     system = as_text(item.get("system"))
-    if system:
-        turns.insert(0, Turn({"role": "system", "content": system}, learned=False))
-    return turns
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": as_text(item[question])})
+    others = {key: value for key, value in item.items() if key not in (*pair, "system")}
+    messages.append({**others, "role": "assistant", "content": as_text(item[answer])})
+    return [read_turn(message, where, context.notice) for message in messages]
 
 
 def _alternating(texts: Sequence[str], column: str) -> list[Turn]:

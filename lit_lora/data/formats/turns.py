@@ -8,11 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_lora.config import did_you_mean
+from lit_lora.data.cells import is_empty
 from lit_lora.data.findings import Notice
+from lit_lora.data.guesses import MEDIA_COLUMNS, fold
 from lit_lora.data.sample import as_text
+from lit_lora.errors import InputError
 from lit_lora.tokenizer import Message
 
-__all__ = ["ROLES", "Turn", "known_role", "parse_json", "read_turn", "role_name", "shown", "tool_list"]
+__all__ = [
+    "ROLES",
+    "Turn",
+    "content_text",
+    "is_learned",
+    "known_role",
+    "parse_json",
+    "read_turn",
+    "role_name",
+    "shown",
+    "tool_list",
+]
 
 ROLES = {
     "system": "system",
@@ -40,16 +54,36 @@ ROLES = {
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_LEARN_KEYS = ("weight", "train", "loss", "loss_weight", "loss_scale", "train_on_turn", "trainable", "training")
+_LEARN_KEYS = (
+    "weight",
+    "train",
+    "loss",
+    "loss_weight",
+    "loss_scale",
+    "train_on_turn",
+    "trainable",
+    "training",
+    "output_with_loss",
+)
+# Of which true says that the message is not learned.
+_MASK_KEYS = ("masked",)
+# Mark parts of a message as learned or not.
+_DETAIL_KEYS = ("train_detail", "training_detail")
 # Passed to the chat template as they are.
 _TEMPLATE_KEYS = ("name", "tool_call_id")
 # Describe a message without being part of it.
 _METADATA = {"id", "message_id", "index", "turn", "timestamp", "created_at", "date", "time", "lang", "language"}
-_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_LEARN_KEYS, *_TEMPLATE_KEYS, *_METADATA} | {
+_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS, *_TEMPLATE_KEYS, *_METADATA} | {
     "tool_calls",
     "function_call",
 }
+_CALL_ROLES = ("function_call", "tool_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_TEXT_KEYS = ("text", "value", "content")
+# Folded names of what holds no text in a message or in a part of its content.
+_MEDIA_KEYS = MEDIA_COLUMNS | {
+    "imageurl", "videourl", "audiourl", "inputimage", "inputaudio", "file", "inlinedata", "filedata",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,12 +109,20 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
     if not isinstance(item, Mapping):
         raise ValueError(f"{where}: expected an object with role and content, got {shown(item)}")
     # What is null is absent: tables write every column in every row.
-    item = {key: value for key, value in item.items() if value is not None}
+    item = {key: value for key, value in item.items() if value is not None and value == value}  # NaN is not itself
     role = _role(item, where, roles or {})
+    _refuse_what_no_turn_has(item, where)
     message: dict[str, Any] = {"role": role}
 
     calls = _calls(item, where)
-    message["content"] = _text_of(item, where, optional=bool(calls))
+    if calls and role != "assistant":
+        raise ValueError(f"{where}: calls of functions in a message of role {role}, expected them in the assistant's")
+    holds_data = role == "tool" or (role_name(item) or "").lower() in _CALL_ROLES
+    if holds_data:
+        item = {key: _data_as_text(value) if key in _CONTENT_KEYS else value for key, value in item.items()}
+    message["content"] = _text_of(item, where, notice, optional=bool(calls))
+    if role == "user" and not message["content"].strip():
+        notice("with an empty message of the user")
     if calls:
         message["tool_calls"] = calls
     for key in _TEMPLATE_KEYS:
@@ -88,11 +130,15 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
             message[key] = as_text(item[key])
     reasoning = _first(item, _REASONING_KEYS)
     if reasoning is not None and item[reasoning]:
-        message["reasoning_content"] = as_text(item[reasoning])
+        if role == "assistant":
+            message["reasoning_content"] = as_text(item[reasoning])
+        else:
+            notice(f"with {reasoning} in a message of role {role}, which is not used")
 
-    for key in item.keys() - _KNOWN:
-        notice(f"with a key of a message that is not used, {key!r}")
-    learned = _is_learned(item, where)
+    for key in sorted(item.keys() - _KNOWN):
+        if not is_empty(item[key]):
+            notice(f"with a key of a message that is not used, {key!r}")
+    learned = is_learned(item, where)
     if learned is None:
         learned = role == "assistant"
     elif learned and role != "assistant":
@@ -130,7 +176,38 @@ def known_role(name: str, roles: Mapping[str, str]) -> str | None:
     return ROLES.get(roles.get(name, name).lower())
 
 
-def _text_of(item: Mapping[str, Any], where: str, *, optional: bool) -> str:
+def _refuse_what_no_turn_has(item: Mapping[str, Any], where: str) -> None:
+    """Check that a message has no pictures or sounds, and marks no part of its text.
+
+    Raises:
+        InputError: It has or does.
+    """
+    for key, value in item.items():
+        if is_empty(value):
+            continue
+        if fold(key) in _MEDIA_KEYS:
+            raise InputError(
+                f"{where}: a message with {key}, expected only text: lit-lora finetunes text models",
+                hint=f"leave out the rows that need more than text, or remove {key} to train on the text alone",
+            )
+        if key in _DETAIL_KEYS:
+            raise InputError(
+                f"{where}: {key} marks parts of a message, but only whole messages can be learned or not",
+                hint=f"remove {key}, and write train: true or train: false into the message",
+            )
+
+
+def _data_as_text(value: Any) -> Any:
+    """What a function takes or returns: an object or a list as JSON, unless it is a list of parts with the text."""
+    parts = value if isinstance(value, list) else [value]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and (kind in _TEXT_PARTS or fold(kind) in _MEDIA_KEYS):
+            return value
+    return as_text(value) if isinstance(value, list | Mapping) else value
+
+
+def _text_of(item: Mapping[str, Any], where: str, notice: Notice, *, optional: bool) -> str:
     """The text of a message; empty if it may be missing, as beside a call."""
     keys = [key for key in _CONTENT_KEYS if key in item]
     if not keys:
@@ -139,47 +216,64 @@ def _text_of(item: Mapping[str, Any], where: str, *, optional: bool) -> str:
         others = [key for key in item if key not in _ROLE_KEYS]
         meant = did_you_mean(others[0], ("content", "value")) if others else ""
         raise ValueError(f"{where}: no content, found: {', '.join(others) or 'null'}{meant}")
-    texts = {_content(item[key], where) for key in keys}
+    texts = {content_text(item[key], where, notice) for key in keys}
     if len(texts) > 1:
         raise ValueError(f"{where}: {' and '.join(keys)} say different things")
     return texts.pop()
 
 
-def _content(content: Any, where: str) -> str:
-    """A text, which may be written as a list of parts: ``[{"type": "text", "text": "Hi"}]``.
+def content_text(content: Any, where: str, notice: Notice) -> str:
+    """A text, which may be written in parts: ``[{"type": "text", "text": "Hi"}]`` or ``{"parts": [{"text": "Hi"}]}``.
 
     Raises:
         ValueError: It is of another shape, or has parts that are no text.
     """
     if isinstance(content, str | int | float) and not isinstance(content, bool):
         return as_text(content)
+    if isinstance(content, Mapping) and isinstance(content.get("parts"), list):
+        for key in sorted(content.keys() - {"parts", "role"}):
+            notice(f"with a key of a message that is not used, {key!r}")
+        content = content["parts"]
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list):
         raise ValueError(f"{where}: expected content to be text, got {shown(content)}")
-    return "".join(_part(part, where) for part in content)
+    return "".join(_part(part, where, notice) for part in content)
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, notice: Notice) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type", "text") if isinstance(part, Mapping) else None
-    if kind is not None and kind not in _TEXT_PARTS:
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where}: expected content to be text or a list of texts, got {shown(part)}")
+    present = {key: value for key, value in part.items() if not (key not in _PART_TEXT_KEYS and is_empty(value))}
+    kind = present.pop("type", "text")
+    if kind not in _TEXT_PARTS:
         raise ValueError(f"{where}: content of type {kind}, expected only text: lit-lora finetunes text models")
-    for key in ("text", "value", "content"):
-        if isinstance(part, Mapping) and isinstance(part.get(key), str):
-            return as_text(part[key])
-    raise ValueError(f"{where}: expected content to be text or a list of texts, got {shown(part)}")
+    for key in present:
+        if fold(key) in _MEDIA_KEYS:
+            raise ValueError(f"{where}: content with {key}, expected only text: lit-lora finetunes text models")
+
+    keys = [key for key in _PART_TEXT_KEYS if isinstance(present.get(key), str)]
+    if not keys:
+        raise ValueError(f"{where}: expected content to be text or a list of texts, got {shown(part)}")
+    texts = {as_text(present[key]) for key in keys}
+    if len(texts) > 1:
+        raise ValueError(f"{where}: {' and '.join(keys)} of a part say different things")
+    for key in sorted(present.keys() - set(keys) - _METADATA):
+        if not is_empty(present[key]):
+            notice(f"with a key of a content part that is not used, {key!r}")
+    return texts.pop()
 
 
-def _is_learned(item: Mapping[str, Any], where: str) -> bool | None:
-    """What the message itself says of whether it is learned; ``None`` if nothing.
+def is_learned(item: Mapping[str, Any], where: str) -> bool | None:
+    """What a message, or a row, itself says of whether it is learned; ``None`` if nothing.
 
     Raises:
         ValueError: It is to be learned by a weight between, or two keys say different things.
     """
     said: dict[bool, str] = {}
-    for key in _LEARN_KEYS:
+    for key in (*_LEARN_KEYS, *_MASK_KEYS):
         if key not in item:
             continue
         value = item[key]
@@ -188,8 +282,9 @@ def _is_learned(item: Mapping[str, Any], where: str) -> bool | None:
                 value.lower(), value
             )
         if value not in (0, 1):
-            raise ValueError(f"{where}: {key} is {shown(value)}, expected 0 (not learned) or 1 (learned)")
-        said[bool(value)] = key
+            raise ValueError(f"{where}: {key} is {shown(value)}, expected 0 or 1 (no or yes)")
+        learned = not value if key in _MASK_KEYS else bool(value)
+        said[learned] = key
     if len(said) > 1:
         raise ValueError(f"{where}: {said[True]} and {said[False]} say different things")
     return next(iter(said), None)
