@@ -43,6 +43,42 @@ def test_an_answer_that_is_masked_is_not_learned() -> None:
     assert _read(row) == ["user: Hi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
 
 
+@pytest.mark.parametrize("row", [{"messages": [HI, HELLO]}, {"prompt": "Hi", "completion": "Hello"}])
+@pytest.mark.parametrize(("column", "no"), [("loss", 0), ("weight", 0.0), ("train", False), ("weight", "0")])
+def test_a_row_says_whether_its_answers_are_learned(row: dict[str, Any], column: str, no: Any) -> None:
+    findings = Findings()
+    assert _read({**row, column: no}, findings) == ["user: Hi", "assistant: Hello"]
+    assert not findings.unused_columns
+    assert _read({**row, column: 1}) == ["user: Hi", "assistant*: Hello"]
+    assert _read({**row, column: None}) == ["user: Hi", "assistant*: Hello"]
+
+
+def test_a_weight_of_something_else_is_counted() -> None:
+    findings = Findings()
+    row = {"prompt": "Hi", "completion": "Hello", "weight": 72.5}
+    assert _read(row, findings) == ["user: Hi", "assistant*: Hello"]
+    assert [each.message for each in findings.of_level("warning")] == [
+        "whose weight is neither 0 nor 1, and is not used"
+    ]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "systemInstruction", "system_instruction"])
+@pytest.mark.parametrize("system", ["S", {"parts": [{"text": "S"}]}, [{"type": "text", "text": "S"}]])
+def test_a_system_message_may_have_a_column(column: str, system: Any) -> None:
+    row = {"messages": [HI, HELLO], column: system}
+    assert _read(row) == ["system: S", "user: Hi", "assistant*: Hello"]
+
+
+@pytest.mark.parametrize("system", ["S", "T"])
+def test_the_system_message_among_the_messages_wins(system: str) -> None:
+    findings = Findings()
+    row = {"messages": [{"role": "system", "content": "S"}, HI, HELLO], "system": system}
+    assert _read(row, findings) == ["system: S", "user: Hi", "assistant*: Hello"]
+    warnings = [each.message for each in findings.of_level("warning")]
+    differs = "whose system is not used, because the messages begin with another system message"
+    assert warnings == ([] if system == "S" else [differs])
+
+
 def test_an_answer_within_an_exchange_says_whether_it_is_learned() -> None:
     first = {"system": "S", "input": "Hi", "output": "Hello", "output_with_loss": False}
     row = {"conversation": [first, {"input": "Hi", "output": "Hello", "output_with_loss": True}]}

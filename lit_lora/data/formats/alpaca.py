@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.formats.messages import ROW_COLUMNS, SYSTEM_NAMES
 from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["ALPACA"]
@@ -18,8 +19,8 @@ def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
 # "text", the rendered prompt that Alpaca's file on the Hub repeats in each row, is not read.
 ALPACA = Format(
     required=("instruction", "output"),
-    optional=("input", "context", "system", "history", "tools", "text"),
-    aliases={"output": ("response", "answer", "completion"), "system": ("system_prompt",)},
+    optional=("input", "context", "history", "text", *ROW_COLUMNS),
+    aliases={"output": ("response", "answer", "completion"), "system": SYSTEM_NAMES},
     texts=("instruction", "input", "context"),
     read=_read,
 )

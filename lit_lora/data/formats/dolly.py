@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.formats.messages import ROW_COLUMNS, SYSTEM_NAMES
 from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["DOLLY"]
@@ -17,7 +18,8 @@ def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
 
 DOLLY = Format(
     required=("instruction", "context", "response"),
-    optional=("input", "category", "system", "history", "tools"),
+    optional=("input", "category", "history", *ROW_COLUMNS),
+    aliases={"system": SYSTEM_NAMES},
     texts=("instruction", "input", "context"),
     read=_read,
 )

@@ -11,11 +11,42 @@ from itertools import chain, repeat
 from typing import Any
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.formats.turns import ROLES, Turn, known_role, parse_json, read_turn, role_name, shown, tool_list
+from lit_lora.data.cells import is_empty
+from lit_lora.data.formats.turns import (
+    ROLES,
+    Turn,
+    content_text,
+    is_learned,
+    known_role,
+    parse_json,
+    read_turn,
+    role_name,
+    shown,
+    tool_list,
+)
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
 from lit_lora.errors import InputError
 
-__all__ = ["MESSAGES", "SHAREGPT", "conversation", "exchange_keys", "is_message_list", "read_history", "read_turns"]
+__all__ = [
+    "MESSAGES",
+    "ROW_COLUMNS",
+    "SHAREGPT",
+    "SYSTEM_NAMES",
+    "conversation",
+    "exchange_keys",
+    "is_message_list",
+    "read_history",
+    "read_turns",
+]
+
+SYSTEM_NAMES = ("system_prompt", "system_message", "system_instruction")
+"""Other names of a column with the system message; ``systemInstruction`` is spelled alike."""
+
+LEARN_COLUMNS = ("weight", "loss", "train")
+"""Columns of which 0 or false says that no answer of the row is learned."""
+
+ROW_COLUMNS = ("system", "tools", *LEARN_COLUMNS)
+"""Optional columns of every conversation."""
 
 # The keys of a question and its answer where a list has one object per exchange.
 _PAIRS = (
@@ -38,26 +69,52 @@ def _read(row: Mapping[str, Any], context: RowContext, column: str) -> Sample:
 def conversation(row: Mapping[str, Any], turns: Sequence[Turn], context: RowContext) -> Conversation:
     """The turns as a conversation, after the row's ``system`` message if it has one and with its ``tools``.
 
-    An empty answer stays in its place, but is not learned.
+    An empty answer stays in its place, but is not learned, nor is any answer of a row that says so of itself.
     """
-    system = as_text(row.get("system"))
-    turns = list(turns)
-    if system and not (turns and turns[0].message["role"] == "system"):
-        turns.insert(0, Turn({"role": "system", "content": system}, learned=False))
+    turns = _after_system(row.get("system"), list(turns), context)
+    is_row_learned = _is_row_learned(row, context)
 
     context_only = set()
     is_last_answer = True
     for index, turn in reversed(list(enumerate(turns))):
         if turn.message["role"] != "assistant":
             continue
-        is_empty = not (turn.message.get("content") or "").strip() and not turn.message.get("tool_calls")
-        if is_empty and turn.learned and not is_last_answer:
+        has_nothing = not (turn.message.get("content") or "").strip() and not turn.message.get("tool_calls")
+        if has_nothing and turn.learned and not is_last_answer:
             context.notice("with an empty answer within a conversation, which is not learned")
-        if is_empty or not turn.learned:
+        if has_nothing or not turn.learned or not is_row_learned:
             context_only.add(index)
         is_last_answer = False
     tools = tool_list(row.get("tools"), "tools", "function schemas")
     return Conversation([turn.message for turn in turns], tools or None, frozenset(context_only))
+
+
+def _after_system(system: Any, turns: list[Turn], context: RowContext) -> list[Turn]:
+    """The turns after the row's system message, unless they begin with one."""
+    if is_empty(system):
+        return turns
+    column = context.columns.get("system", "system")
+    text = content_text(system, column, context.notice)
+    if not turns or turns[0].message["role"] != "system":
+        return [Turn({"role": "system", "content": text}, learned=False), *turns]
+    if (turns[0].message["content"] or "").strip() != text.strip():
+        context.notice(f"whose {column} is not used, because the messages begin with another system message")
+    return turns
+
+
+def _is_row_learned(row: Mapping[str, Any], context: RowContext) -> bool:
+    """Whether the row's ``weight``, ``loss`` and ``train`` let its answers be learned."""
+    for name in LEARN_COLUMNS:
+        value = row.get(name)
+        if is_empty(value):
+            continue
+        column = context.columns.get(name, name)
+        try:
+            if not is_learned({name: value}, column):
+                return False
+        except ValueError:  # a share, or a quantity that has nothing to do with training
+            context.notice(f"whose {column} is neither 0 nor 1, and is not used")
+    return True
 
 
 def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
@@ -200,15 +257,19 @@ def _parse_list(text: str, column: str) -> Any:
 
 MESSAGES = Format(
     required=("messages",),
-    optional=("system", "tools"),
-    aliases={"messages": ("conversation", "contents", "dialog", "dialogue", "chat"), "tools": ("functions",)},
+    optional=ROW_COLUMNS,
+    aliases={
+        "messages": ("conversation", "contents", "dialog", "dialogue", "chat"),
+        "tools": ("functions",),
+        "system": SYSTEM_NAMES,
+    },
     nested=True,
     read=partial(_read, column="messages"),
 )
 SHAREGPT = Format(
     required=("conversations",),
-    optional=("system", "tools"),
-    aliases={"tools": ("functions",)},
+    optional=ROW_COLUMNS,
+    aliases={"tools": ("functions",), "system": SYSTEM_NAMES},
     nested=True,
     read=partial(_read, column="conversations"),
 )

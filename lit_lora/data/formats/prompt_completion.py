@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_lora.data.formats.exchange import exchange
+from lit_lora.data.formats.messages import ROW_COLUMNS, SYSTEM_NAMES
 from lit_lora.data.sample import Format, RowContext, Sample
 
 __all__ = ["PROMPT_COMPLETION"]
@@ -17,12 +18,12 @@ def _read(row: Mapping[str, Any], context: RowContext) -> Sample:
 
 PROMPT_COMPLETION = Format(
     required=("prompt", "completion"),
-    optional=("context", "system", "history", "tools"),
+    optional=("context", "history", *ROW_COLUMNS),
     aliases={
         "prompt": ("question", "query", "input"),
         "completion": ("answer", "response", "output"),
         "context": ("schema", "passage", "background"),
-        "system": ("system_prompt",),
+        "system": SYSTEM_NAMES,
     },
     texts=("prompt", "context"),
     read=_read,
