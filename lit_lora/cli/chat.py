@@ -86,7 +86,13 @@ def command(
         return other
 
     session = ChatSession(
-        opened.model, opened.tokenizer, sampling, system=reading.config.system, stop=stop or [], fill=reading.fill
+        opened.model,
+        opened.tokenizer,
+        sampling,
+        system=reading.config.system,
+        stop=stop or [],
+        fill=reading.fill,
+        fold=reading.config.system_role == "fold",
     )
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _Chat(session, with_adapter, terminal=False).read_lines()

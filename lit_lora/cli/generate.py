@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_lora.data.trained import TrainedReading
     from lit_lora.generate import Sampling
     from lit_lora.open.decoder import OpenedModel
+    from lit_lora.tokenizer import Message
 
 __all__ = ["command"]
 
@@ -186,7 +187,7 @@ class _Asker:
         self._readers: list[RowReader] = []
         """As in training; and by the row's own columns, for rows of another form."""
         if reading is not None and column == "prompt":
-            other = DataConfig(path=column, system=reading.config.system)
+            other = DataConfig(path=column, system=reading.config.system, system_role=reading.config.system_role)
             self._readers = [RowReader(reading.config, findings), RowReader(other, findings)]
 
     def __call__(self, row: dict[str, Any], place: str) -> Conversation | None:
@@ -220,10 +221,15 @@ class _Asker:
         return None
 
     def _with_system_of(self, row: dict[str, Any], conversation: Conversation) -> Conversation:
+        from lit_lora.tokenizer import fold_system
+
         system = row.get("system")
         if self._reading is None or not isinstance(system, str) or not system:
             return conversation
-        return replace(conversation, messages=[{"role": "system", "content": system}, conversation.messages[-1]])
+        messages: list[Message] = [{"role": "system", "content": system}, conversation.messages[-1]]
+        if self._reading.config.system_role == "fold":
+            messages = fold_system(messages)
+        return replace(conversation, messages=messages)
 
 
 def _encode(opened: OpenedModel, conversation: Conversation, raw: bool, place: str) -> list[int]:

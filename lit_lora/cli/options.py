@@ -29,6 +29,7 @@ __all__ = [
     "Quantize",
     "RepetitionPenalty",
     "RowSystem",
+    "SystemRole",
     "Seed",
     "Stop",
     "System",
@@ -66,6 +67,12 @@ BadRows = Annotated[
     typer.Option(metavar="WHAT", help="What to do with rows that cannot be read: error (if omitted) or skip."),
 ]
 RowSystem = Annotated[str | None, typer.Option(metavar="TEXT", help="System message for rows without one.")]
+SystemRole = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT", help="What to do with system messages: keep (if omitted), or fold into the first user message."
+    ),
+]
 MaxSeqLength = Annotated[int | None, typer.Option(metavar="N", help="Maximum row length in tokens.")]
 TooLong = Annotated[
     str | None,

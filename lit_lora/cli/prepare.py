@@ -26,6 +26,7 @@ def command(
     columns: options.Columns = None,
     values: options.Values = None,
     system: options.RowSystem = None,
+    system_role: options.SystemRole = None,
     bad_rows: options.BadRows = None,
     max_seq_length: options.MaxSeqLength = None,
     too_long: options.TooLong = None,
@@ -58,6 +59,7 @@ def command(
     settings: dict[str, Any] = {
         "path": path,
         **reading_options(format_, columns, values, system),
+        "system_role": system_role,
         "bad_rows": bad_rows,
         "max_seq_length": max_seq_length,
         "too_long": too_long,
@@ -86,7 +88,8 @@ def command(
     given: list[tuple[str, object]] = [("--template", template), ("--max-seq-length", max_seq_length)]
     given += [("--too-long", too_long), ("--learn", learn)]
     if out is None:  # what --out wrote is in the messages format, split and with its system messages
-        given += [("--format", format_), ("--system", system), ("--bad-rows", bad_rows)]
+        given += [("--format", format_), ("--system", system), ("--system-role", system_role)]
+        given.append(("--bad-rows", bad_rows))
         given += [("--columns", pair) for pair in columns or []]
         given += [("--values", words) for words in values or []]
         given += [("--validation", validation), ("--limit", limit)]

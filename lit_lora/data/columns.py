@@ -27,6 +27,7 @@ from lit_lora.data.guesses import (
 from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error, refuse_media
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError, UsageError
+from lit_lora.tokenizer import fold_system
 
 __all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "guess_columns", "replace_values"]
 
@@ -82,16 +83,21 @@ class RowReader:
         findings.formats[layout.name] = findings.formats.get(layout.name, 0) + 1
         for column in layout.unused:
             findings.unused_columns[column] = findings.unused_columns.get(column, 0) + 1
-        system = self._config.system
-        if not system or not isinstance(sample, Conversation) or not sample.messages:
-            return sample
-        if sample.messages[0]["role"] == "system":
-            return sample
-        return replace(
-            sample,
-            messages=[{"role": "system", "content": system}, *sample.messages],
-            context_only=frozenset(index + 1 for index in sample.context_only),
-        )
+        if isinstance(sample, Conversation) and sample.messages:
+            return self._with_system(sample)
+        return sample
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        """The conversation with the config's system message if it has none of its own, where the config wants it."""
+        messages = conversation.messages
+        if self._config.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._config.system}, *messages]
+        if self._config.system_role == "fold":
+            messages = fold_system(messages)
+        # Messages come and go only at the beginning.
+        added = len(messages) - len(conversation.messages)
+        context_only = frozenset(index + added for index in conversation.context_only)
+        return replace(conversation, messages=messages, context_only=context_only)
 
     def _compare_format(self, name: str, where: str) -> None:
         """Count a row whose format is not that of the first rows; as plain text, it would be learned as a whole."""

@@ -124,6 +124,11 @@ class DataSetConfig(RowsConfig):
     system: str | None = Field(
         None, description="System message for conversations that have none; plain text gets none."
     )
+    system_role: Literal["keep", "fold"] = Field(
+        "keep",
+        description="Where system messages go: keep leaves them to the chat template, fold puts each at the beginning "
+        "of the first user message, for templates that have no place for one.",
+    )
     max_seq_length: int = Field(2048, ge=2, description="Maximum row length in tokens.")
     too_long: Literal["drop", "truncate_prompt", "error"] = Field(
         "drop",

@@ -247,7 +247,18 @@ def _load(
     """The rows of some files, tokenized or from the cache, and the report on them."""
     # Everything that decides which tokens come out: a setting that is missing here would give stale rows.
     settings = config.model_dump(
-        include={"format", "columns", "roles", "values", "system", "max_seq_length", "too_long", "learn", "bad_rows"}
+        include={
+            "format",
+            "columns",
+            "roles",
+            "values",
+            "system",
+            "system_role",
+            "max_seq_length",
+            "too_long",
+            "learn",
+            "bad_rows",
+        }
     )
     settings |= {"limit": limit, "tokenizer": tokenizer.fingerprint}
     folder = cache / "rows" / cache_key(files, settings, cache / "hashes")

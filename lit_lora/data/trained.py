@@ -17,12 +17,12 @@ from lit_lora.data.columns import cell, columns_in
 from lit_lora.data.config import DataConfig
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json, write_text
-from lit_lora.tokenizer import Message
+from lit_lora.tokenizer import Message, fold_system
 
 __all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "save_reading"]
 
 TRAINED_FILE = "lit_lora_data.json"
-READING = frozenset({"format", "columns", "roles", "values", "system", "learn"})
+READING = frozenset({"format", "columns", "roles", "values", "system", "system_role", "learn"})
 """Keys of the section ``data`` that say how rows are read; the others say which rows are."""
 
 _ANY = "-"  # a path, which a config needs, but which has no meaning here
@@ -76,7 +76,7 @@ class TrainedReading:
         if self.config.system:
             messages.append({"role": "system", "content": self.config.system})
         messages.append({"role": "user", "content": self.fill(text)})
-        return messages
+        return fold_system(messages) if self.config.system_role == "fold" else messages
 
 
 def save_reading(config: DataConfig, folder: Path) -> None:

@@ -9,7 +9,7 @@ from lit_lora.generate.answer import Answer, stream_answer
 from lit_lora.generate.decoding import PrefixCache
 from lit_lora.generate.sample import Sampling
 from lit_lora.model import LanguageModel
-from lit_lora.tokenizer import Message, Tokenizer, encode_prompt
+from lit_lora.tokenizer import Message, Tokenizer, encode_prompt, fold_system
 
 __all__ = ["ChatSession"]
 
@@ -24,6 +24,7 @@ class ChatSession:
         system: The system prompt; the template's default, if it has one, when omitted.
         stop: Strings that also end an answer.
         fill: Puts a message into the template of the prompts that the model was trained on.
+        fold: Put the system prompt into the first message, for a template without a place for it.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ChatSession:
         system: str | None = None,
         stop: Sequence[str] = (),
         fill: Callable[[str], str] = str,
+        fold: bool = False,
     ) -> None:
         self.sampling = sampling
         self.messages: list[Message] = []
@@ -45,6 +47,7 @@ class ChatSession:
         """The last answer, complete or not."""
         self._stop = stop
         self._fill = fill
+        self._fold = fold
         self.use(model, tokenizer)
         self.reset(system)
 
@@ -62,7 +65,7 @@ class ChatSession:
                 then unchanged.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": self._fill(text)}]
-        prompt = encode_prompt(self._tokenizer, messages)
+        prompt = self._encode(messages)
         context = self._model.context
         if len(prompt) >= context:
             raise InputError(
@@ -91,8 +94,12 @@ class ChatSession:
         beginning = [message for message in self.messages[:1] if message["role"] == "system"]
         if system is not None:
             beginning = [{"role": "system", "content": system}] if system else []
-            encode_prompt(self._tokenizer, [*beginning, {"role": "user", "content": "x"}])  # refused now, not later
+            self._encode([*beginning, {"role": "user", "content": "x"}])  # refused now, not later
         self.messages = beginning
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation that is to be answered."""
+        return encode_prompt(self._tokenizer, fold_system(messages) if self._fold else messages)
 
     def undo(self) -> bool:
         """Take back the last question and its answer; false if there is none."""

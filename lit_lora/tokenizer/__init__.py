@@ -12,7 +12,7 @@ from lit_lora.tokenizer.chat import (
     render_chat,
 )
 from lit_lora.tokenizer.stream import TextStream
-from lit_lora.tokenizer.template import ChatTemplate, Message
+from lit_lora.tokenizer.template import ChatTemplate, Message, fold_system
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "encode_prompt",
     "encode_rendered",
     "encode_text",
+    "fold_system",
     "has_vocabulary",
     "needs_conversion",
     "render_chat",

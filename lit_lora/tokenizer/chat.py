@@ -23,7 +23,7 @@ from typing import Any
 
 from lit_lora import log
 from lit_lora.errors import InputError
-from lit_lora.tokenizer.template import Message
+from lit_lora.tokenizer.template import FOLD_HINT, Message
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
@@ -371,9 +371,12 @@ class _Rendered:
         return literal
 
     def _lost(self, index: int) -> InputError:
+        hint = "remove this message, or use a checkpoint whose template keeps it"
+        if self._messages[index]["role"] == "system":
+            hint = FOLD_HINT
         return InputError(
             f"{self._name(index)}: the chat template omits or rewrites its content",
-            hint="remove this message, or use a checkpoint whose template keeps it",
+            hint=hint,
         )
 
     def _name(self, index: int) -> str:

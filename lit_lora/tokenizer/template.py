@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_lora.errors import InputError
 
-__all__ = ["ChatTemplate", "Message"]
+__all__ = ["FOLD_HINT", "ChatTemplate", "Message", "fold_system"]
 
 
 class Message(TypedDict, total=False):
@@ -32,6 +32,30 @@ class Message(TypedDict, total=False):
     """In a tool message, the call that it answers."""
     reasoning_content: str
     """Reasoning in an assistant message, for templates that support it."""
+
+
+FOLD_HINT = (
+    "data.system_role: fold, or --system-role fold, puts the system message into the first user message, if the "
+    "template has no place for it"
+)
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its system message at the beginning of the first user message, a blank line between.
+
+    Where an answer follows the system message, that becomes a user message of its own.
+    """
+    folded = list(messages)
+    texts = []
+    while folded and folded[0]["role"] == "system":
+        texts.append(folded.pop(0).get("content") or "")
+    if not texts:
+        return folded
+    first: Message = {"role": "user", "content": ""}
+    if folded and folded[0]["role"] == "user":
+        first = folded.pop(0)
+    texts.append(first.get("content") or "")
+    return [{**first, "content": "\n\n".join(text for text in texts if text)}, *folded]
 
 
 class ChatTemplate:
@@ -85,7 +109,12 @@ class ChatTemplate:
             raise InputError(f"{self._where}: the chat template never ends") from error
         except Exception as error:  # a template is a program that can fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self._where}: the chat template rejects this conversation: {reason}") from error
+            hint = None
+            if messages and messages[0]["role"] == "system":
+                hint = FOLD_HINT
+            raise InputError(
+                f"{self._where}: the chat template rejects this conversation: {reason}", hint=hint
+            ) from error
 
     @cached_property
     def generation_prompt(self) -> str:

@@ -79,6 +79,18 @@ def test_the_system_message_among_the_messages_wins(system: str) -> None:
     assert warnings == ([] if system == "S" else [differs])
 
 
+@pytest.mark.parametrize("row", [{"messages": [HI, {**HELLO, "train": 0}, HI, HELLO], "system": "S"}])
+def test_a_system_message_is_folded_into_the_first_question(row: dict[str, Any]) -> None:
+    folded = ["user: S\n\nHi", "assistant: Hello", "user: Hi", "assistant*: Hello"]
+    assert _read(row, system_role="fold") == folded
+    del row["system"]
+    assert _read(row, system_role="fold", system="S") == folded
+    assert _read({"messages": [{"role": "system", "content": "S"}, HELLO]}, system_role="fold") == [
+        "user: S",
+        "assistant*: Hello",
+    ]
+
+
 def test_an_answer_within_an_exchange_says_whether_it_is_learned() -> None:
     first = {"system": "S", "input": "Hi", "output": "Hello", "output_with_loss": False}
     row = {"conversation": [first, {"input": "Hi", "output": "Hello", "output_with_loss": True}]}

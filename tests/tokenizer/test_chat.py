@@ -16,6 +16,7 @@ from lit_lora.tokenizer import (
     encode_completion,
     encode_prompt,
     encode_text,
+    fold_system,
 )
 from tests.tokenizer.conftest import MakeTokenizer, change_json
 from tests.tokenizer.templates import STYLES
@@ -423,3 +424,25 @@ def test_a_chat_that_nothing_ends_is_warned_of(make: MakeTokenizer, capsys: pyte
     change_json(folder / "tokenizer_config.json", eos_token=None)
     encode_chat(Tokenizer.load(folder), [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}])
     assert "has a token that ends an answer, so the model will not learn to stop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+        "{%- if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}",
+    ],
+)
+def test_a_template_without_a_place_for_a_system_message_hints_at_folding_it(make: MakeTokenizer, start: str) -> None:
+    folder = make()
+    (folder / "chat_template.jinja").write_text(start + THINKING)
+    tokenizer = Tokenizer.load(folder)
+    messages: list[Message] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Paris"},
+    ]
+    with pytest.raises(InputError) as caught:
+        encode_chat(tokenizer, messages)
+    assert "system_role: fold" in str(caught.value.hint)
+    assert learned(tokenizer, encode_chat(tokenizer, fold_system(messages))) == ["Paris<|im_end|>"]
