@@ -19,12 +19,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from lit_lora import log
 from lit_lora.errors import InputError
 from lit_lora.tokenizer.template import FOLD_HINT, Message
-from lit_lora.tokenizer.tokenizer import Tokenizer
+from lit_lora.tokenizer.tokenizer import Offsets, Tokenizer
 
 __all__ = [
     "EncodedChat",
@@ -39,6 +40,8 @@ __all__ = [
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
+_OPENING = 200  # characters before an answer in which a special token is searched
+_GUARDS = ("\n", "a", ":", "0")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class RenderedChat:
     """What the model has to generate, in order."""
     needs_eos: bool
     """Whether EOS has to be appended, because no special token ends the last answer."""
+    cuts: list[int]
+    """Where the prompt of each assistant message ends, whether the message is learned or not."""
 
 
 def render_chat(
@@ -112,6 +117,7 @@ def render_chat(
         literal=rendered.literal,
         targets=[(turn.start, turn.end) for turn in turns.values()],
         needs_eos=needs_eos,
+        cuts=rendered.cuts(),
     )
 
 
@@ -119,7 +125,10 @@ def encode_rendered(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> list
     """The second half of :func:`encode_chat`, for many conversations in parallel on all cores."""
     encodings = tokenizer.encode_many_with_offsets([chat.text for chat in chats], [chat.literal for chat in chats])
     encoded = []
+    openings: dict[str, list[int]] = {}
     for chat, (ids, offsets) in zip(chats, encodings, strict=True):
+        if not all(_is_token_end(tokenizer, chat, cut, ids, offsets, openings) for cut in chat.cuts):
+            ids, offsets = _encode_in_parts(tokenizer, chat.text, chat.literal, chat.cuts)
         loss_mask = [False] * len(ids)
         for start, end in chat.targets:
             # Offsets are sorted: from the first token that ends after `start` to the last that begins before `end`.
@@ -140,7 +149,93 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], *, tools: T
         InputError: The template rejects the conversation, or omits a system or user message.
     """
     rendered = _Rendered(tokenizer, messages, tools, generation_prompt=True)
-    return tokenizer.encode_with_offsets(rendered.text, literal=rendered.literal)[0]
+    return _encode_in_parts(tokenizer, rendered.text, rendered.literal, rendered.cuts())[0]
+
+
+def _is_token_end(
+    tokenizer: Tokenizer,
+    chat: RenderedChat,
+    cut: int,
+    ids: list[int],
+    offsets: Offsets,
+    openings: dict[str, list[int]],
+) -> bool:
+    """Whether ``ids``, those of the whole chat, begin with what the text up to ``cut`` alone is encoded to.
+
+    Args:
+        tokenizer: The tokenizer.
+        chat: The chat.
+        cut: A place in its text.
+        ids: The ids of the text.
+        offsets: Their spans.
+        openings: What opens an answer -> its ids; filled by this function.
+    """
+    stop = bisect_right(offsets, cut, key=lambda offset: offset[1])
+    # What a special token separates is encoded independently, so that only the text after the last one matters. It is
+    # nearly always the same: "<|im_start|>assistant\n".
+    specials = list(tokenizer.special_pattern.finditer(chat.text, max(0, cut - _OPENING), cut))
+    if not specials or chat.literal:
+        return tokenizer.encode_with_offsets(chat.text[:cut], literal=_within(chat.literal, 0, cut))[0] == ids[:stop]
+    opening = chat.text[specials[-1].start() : cut]
+    if opening not in openings:
+        openings[opening] = tokenizer.encode(opening, special=True)
+    expected = openings[opening]
+    return ids[max(0, stop - len(expected)) : stop] == expected
+
+
+def _encode_in_parts(
+    tokenizer: Tokenizer, text: str, literal: Sequence[Span], cuts: Sequence[int]
+) -> tuple[list[int], Offsets]:
+    """Encode ``text`` such that no token reaches over a cut, as generation begins there.
+
+    Only where the text before and after a cut would merge are the two encoded separately. Whether they would is asked
+    of the text up to the next cut, so that the ids of a text begin with those of the text up to any of its cuts.
+    """
+    ids: list[int] = []
+    offsets: Offsets = []
+    start = 0
+    for cut, next_cut in pairwise([*cuts, len(text)]):
+        before = _encode_part(tokenizer, text, literal, start, cut)
+        both = _encode_part(tokenizer, text, literal, start, next_cut)
+        if both[0][: len(before[0])] != before[0]:
+            ids += before[0]
+            offsets += before[1]
+            start = cut
+    rest = _encode_part(tokenizer, text, literal, start, len(text))
+    return ids + rest[0], offsets + rest[1]
+
+
+def _encode_part(
+    tokenizer: Tokenizer, text: str, literal: Sequence[Span], start: int, end: int
+) -> tuple[list[int], Offsets]:
+    """Ids of ``text[start:end]`` as a continuation of what is before it, and their spans in ``text``."""
+    spans = _within(literal, start, end)
+    if start == 0:
+        return tokenizer.encode_with_offsets(text[:end], literal=spans)
+
+    # Some tokenizers add a space at the start of a text. After a character that does not merge with it, they do not.
+    for guard in _GUARDS:
+        guard_ids = tokenizer.encode(guard)
+        shifted = [(first + len(guard), last + len(guard)) for first, last in spans]
+        ids, offsets = tokenizer.encode_with_offsets(guard + text[start:end], literal=shifted)
+        is_separate = all(first >= len(guard) for first, _ in offsets[len(guard_ids) : len(guard_ids) + 1])
+        if is_separate and ids[: len(guard_ids)] == guard_ids:
+            break
+    else:
+        guard_ids = []
+        guard = ""
+        ids, offsets = tokenizer.encode_with_offsets(text[start:end], literal=spans)
+    shift = start - len(guard)
+    return ids[len(guard_ids) :], [(first + shift, last + shift) for first, last in offsets[len(guard_ids) :]]
+
+
+def _within(spans: Sequence[Span], start: int, end: int) -> list[Span]:
+    """The parts of ``spans`` between two places, counted from the first."""
+    parts = []
+    for first, last in spans:
+        if first < end and last > start:
+            parts.append((max(first, start) - start, min(last, end) - start))
+    return parts
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, end: bool = False) -> list[int]:
@@ -168,18 +263,10 @@ def encode_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Enc
     start = encode_text(tokenizer, prompt)
     ids = encode_text(tokenizer, prompt + completion, end=True)
     if ids[: len(start)] != start:
+        text = prompt + completion
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids = [*start, *_continuation(tokenizer, completion), *end]
+        ids = [*start, *_encode_part(tokenizer, text, [(0, len(text))], len(prompt), len(text))[0], *end]
     return EncodedChat(ids, [position >= len(start) for position in range(len(ids))])
-
-
-def _continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of ``text`` as a continuation: without the space that some tokenizers add at the start of a text."""
-    newline = tokenizer.encode("\n")
-    both = tokenizer.encode("\n" + text)
-    if both[: len(newline)] == newline:
-        return both[len(newline) :]
-    return tokenizer.encode(text)  # the newline merged with the text
 
 
 @dataclass(frozen=True)
@@ -206,11 +293,22 @@ class _Rendered:
         self._tools = tools
         self.text = self._render(messages, generation_prompt)
         self._places = self._place_contents(generation_prompt)
+        self._turn_starts: dict[int, int | None] = {}
         for index, message in enumerate(messages):
             # Assistant messages may be missing: many templates drop the reasoning of earlier turns.
             if message["role"] in ("system", "user") and self._is_omitted(index):
                 raise self._lost(index)
         self.literal = self._literal_spans()
+
+    def cuts(self) -> list[int]:
+        """Where the prompt of each assistant message ends, as far as it is known."""
+        cuts = []
+        for index, message in enumerate(self._messages):
+            if message["role"] == "assistant":
+                start = self._turn_start(index)
+                if start is not None:
+                    cuts.append(start)
+        return sorted(set(cuts))
 
     def turn(self, index: int) -> _Turn:
         """Where the turn of assistant message ``index`` begins and ends, and whether a special token ends it.
@@ -222,10 +320,9 @@ class _Rendered:
         start, end = self._content_span(index)
 
         # If something stands between the generation prompt and the text, such as "<think>", the model generates it.
-        if not template.generation_prompt or not self.text.endswith(template.generation_prompt, 0, start):
-            turn_start = self._turn_start(index)
-            if turn_start is not None:
-                start = min(start, turn_start)
+        turn_start = self._turn_start(index)
+        if turn_start is not None:
+            start = min(start, turn_start)
 
         if template.after_answer and self.text.startswith(template.after_answer, end):
             rest = template.after_answer
@@ -312,6 +409,16 @@ class _Rendered:
 
     def _turn_start(self, index: int) -> int | None:
         """Where the answer of assistant message ``index`` begins; None if the text before it is no rendering."""
+        if index not in self._turn_starts:
+            self._turn_starts[index] = self._find_turn_start(index)
+        return self._turn_starts[index]
+
+    def _find_turn_start(self, index: int) -> int | None:
+        # Nearly always the generation prompt stands right before the content, which saves rendering it once more.
+        opening = self._template.generation_prompt
+        spans = self._spans(index)
+        if len(spans) == 1 and opening.strip() and self.text.endswith(opening, 0, spans[0][0]):
+            return spans[0][0]
         return self._prefix_length(self._messages[:index], generation_prompt=True)
 
     def _turn_end(self, index: int) -> int | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lit_lora.tokenizer import (
     encode_text,
     fold_system,
 )
+from lit_lora.tokenizer.templates import NAMED, named_template
 from tests.tokenizer.conftest import MakeTokenizer, change_json
 from tests.tokenizer.templates import STYLES
 
@@ -93,6 +95,35 @@ def test_pain_03_training_and_prompt_ids_agree_up_to_the_answer(make: MakeTokeni
     # Zephyr's generation prompt lacks the line end that its conversations have: the model has to produce it.
     assert encoded.ids[: len(prompt)] == prompt
     assert encoded.loss_mask.index(True) == len(prompt)
+
+
+ANSWERS = ["    return x", "\n\nYes", " \n", "\tx", "  ", "", "Paris", ":\n", "<|im_end|>", "\n<|im_end|> é", "é 😀"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*STYLES, *NAMED])
+def test_an_answer_begins_in_training_where_it_begins_in_generation(make: MakeTokenizer, name: str, kind: str) -> None:
+    tokenizer = Tokenizer.load(make(name if name in STYLES else "llama3", kind=kind, bos=True))
+    if name in NAMED:
+        tokenizer.use_template(named_template(name, starts_with_bos=True), name)
+    for first, second in product(ANSWERS, ANSWERS):
+        messages: list[Message] = []
+        for answer in (first, second):
+            messages += [{"role": "user", "content": f"def f():\n{answer}"}, {"role": "assistant", "content": answer}]
+        encoded = encode_chat(tokenizer, messages)
+        text = tokenizer.template.render(messages)
+        for index in (1, 3):
+            prompt_text = tokenizer.template.render(messages[:index], generation_prompt=True)
+            if text.startswith(prompt_text):
+                prompt = encode_prompt(tokenizer, messages[:index])
+                assert encoded.ids[: len(prompt)] == prompt
+                assert encoded.loss_mask[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+
+
+def test_spaces_at_the_start_of_an_answer_are_learned_apart_from_the_generation_prompt(chatml: Tokenizer) -> None:
+    for answer in ("    return x", "\n\nYes"):
+        messages: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        assert learned(chatml, encode_chat(chatml, messages)) == [answer + "<|im_end|>"]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -383,8 +414,7 @@ def test_whatever_people_write_masks_cover_exactly_the_answers(
     runs = learned(tokenizer, encoded)
     assert len(runs) == len(contents)
     for run, (_, answer) in zip(runs, contents, strict=True):
-        # A token may hold the header's line end and the answer's first one together.
-        assert run in (answer + "<|im_end|>", "\n" + answer + "<|im_end|>")
+        assert run == answer + "<|im_end|>"
 
 
 @pytest.mark.parametrize("bos", [False, True])
