@@ -169,7 +169,7 @@ BROKEN = [
     "lit-lora chat out/mine/merged",
     "lit-lora merge out/mine --dtype bf16",
     "lit-lora merge out/mine --base checkpoints/other",
-    "lit-lora evaluate out/mine",
+    "lit-lora evaluate checkpoints/other",
     "lit-lora evaluate out/mine --data heldout.jsonl --task acuracy",
 ]
 BROKEN_RESULTS = {
