@@ -43,7 +43,7 @@ from lit_lora.model import DTYPES
 from lit_lora.open.decoder import OpenedModel, open_model
 from lit_lora.open.folders import find_folders
 from lit_lora.recipe import RECIPES, Options, execute
-from lit_lora.tokenizer import Message, Tokenizer, encode_prompt, encode_text
+from lit_lora.tokenizer import Message, Tokenizer, encode_prompt, encode_text, fold_system
 from lit_lora.train.run_log import read_metrics
 
 __all__ = ["Model", "Run", "load", "prepare", "run"]
@@ -405,7 +405,7 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, reading: TrainedReading, raw: 
         messages = list(prompt)
         if reading.config.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": reading.config.system})
-        return encode_prompt(tokenizer, messages)
+        return encode_prompt(tokenizer, fold_system(messages) if reading.config.system_role == "fold" else messages)
     if raw:
         return encode_text(tokenizer, prompt)
     return encode_prompt(tokenizer, reading.conversation(prompt))

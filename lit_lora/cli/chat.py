@@ -19,6 +19,7 @@ from lit_lora.config import did_you_mean
 from lit_lora.errors import LitLoraError, UsageError
 
 if TYPE_CHECKING:
+    from lit_lora.data.trained import TrainedReading
     from lit_lora.generate import ChatSession
     from lit_lora.open.decoder import OpenedModel
 
@@ -73,9 +74,10 @@ def command(
     if template is not None:
         choose_template(opened.tokenizer, template)
 
-    reading = reading_as_trained(opened, reading_options(None, columns, None, system))
+    given = reading_options(None, columns, None, system)
+    reading = reading_as_trained(opened, given)
 
-    def with_adapter(chosen: Path | None) -> OpenedModel:
+    def with_adapter(chosen: Path | None) -> tuple[OpenedModel, TrainedReading]:
         quantization: Any = quantize
         if quantization is None and chosen is None and opened.adapter is not None:
             # Without its adapter, the base stays quantized as the adapter was trained on it.
@@ -83,7 +85,7 @@ def command(
         other = open_model(opened.base, adapter=chosen, quantize=quantization, **how)
         if template is not None:
             other.tokenizer.choose_template(template)
-        return other
+        return other, reading_as_trained(other, given)
 
     session = ChatSession(
         opened.model,
@@ -125,12 +127,16 @@ class _Chat:
 
     Args:
         session: The conversation.
-        with_adapter: Opens the same base with another adapter, or with none.
+        with_adapter: Opens the same base with another adapter, or with none, and says how that was trained.
         terminal: Whether a person is typing: then prompt, continue after an error, and let Ctrl-C stop only the answer.
     """
 
     def __init__(
-        self, session: ChatSession, with_adapter: Callable[[Path | None], OpenedModel], *, terminal: bool
+        self,
+        session: ChatSession,
+        with_adapter: Callable[[Path | None], tuple[OpenedModel, TrainedReading]],
+        *,
+        terminal: bool,
     ) -> None:
         self._session = session
         self._with_adapter = with_adapter
@@ -224,9 +230,12 @@ class _Chat:
     def _adapter(self, name: str) -> None:
         if not name:
             raise UsageError("/adapter needs a folder, or off")
-        opened = self._with_adapter(None if name == "off" else Path(name))
-        self._session.use(opened.model, opened.tokenizer)
+        opened, reading = self._with_adapter(None if name == "off" else Path(name))
+        self._session.use(opened.model, opened.tokenizer, reading.fill, reading.config.system_role == "fold")
         self._note(opened.description)
+        if any(message["role"] == "user" for message in self._session.messages):
+            return  # the conversation goes on under its system message
+        self._session.reset(reading.config.system or "")
 
     def _help(self, _: str) -> None:
         for name, (argument, effect) in _COMMANDS.items():

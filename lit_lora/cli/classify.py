@@ -103,6 +103,7 @@ def _training_sections(model: Path, path: str, columns: dict[str, str]) -> tuple
         UsageError: The run is of another recipe, or a column is not known.
     """
     from lit_lora.data.config import LabeledConfig
+    from lit_lora.data.trained import rename_values
 
     # An adapter or model folder lies in its run folder.
     files = [folder / "config.yaml" for folder in (model, model.parent)]
@@ -117,7 +118,8 @@ def _training_sections(model: Path, path: str, columns: dict[str, str]) -> tuple
     data.pop("validation", None)
     data.pop("limit", None)
     if columns:
-        data |= {"columns": columns, "values": {}}
+        data["values"] = rename_values(data.get("values") or {}, data.get("columns") or {}, columns)
+        data["columns"] = columns
     return validate({**data, "path": path}, LabeledConfig, name="classify"), config.get("model") or {}
 
 

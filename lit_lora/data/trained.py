@@ -19,7 +19,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json, write_text
 from lit_lora.tokenizer import Message, fold_system
 
-__all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "save_reading"]
+__all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "save_reading"]
 
 TRAINED_FILE = "lit_lora_data.json"
 READING = frozenset({"format", "columns", "roles", "values", "system", "system_role", "learn"})
@@ -123,8 +123,21 @@ def read_reading(base: Path, adapter: Path | None = None, given: Mapping[str, An
         validate({**saved, "path": _ANY}, DataConfig, name=str(folder / TRAINED_FILE))
     except UsageError as error:
         raise InputError(str(error), hint=error.hint) from error
-    config = validate({**saved, **given, "path": _ANY}, DataConfig, name="command line")
+    settings = {**saved, **given, "path": _ANY}
+    if "columns" in given and "values" not in given and "values" in saved:
+        settings["values"] = rename_values(saved["values"], saved.get("columns", {}), given["columns"])
+    config = validate(settings, DataConfig, name="command line")
     return TrainedReading(config, frozenset(saved) - frozenset(given), trained is not None, differing)
+
+
+def rename_values(
+    values: Mapping[str, Any], columns: Mapping[str, str], new_columns: Mapping[str, str]
+) -> dict[str, Any]:
+    """Words for the values of columns, under the names that the same columns of the format have in other rows."""
+    new_names = {}
+    for column, new_name in new_columns.items():
+        new_names[columns.get(column, column)] = new_name
+    return {new_names.get(name, name): words for name, words in values.items()}
 
 
 def _saved(folder: Path) -> dict[str, Any] | None:

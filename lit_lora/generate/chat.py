@@ -46,14 +46,16 @@ class ChatSession:
         self.last = Answer("", [], "interrupted")
         """The last answer, complete or not."""
         self._stop = stop
-        self._fill = fill
-        self._fold = fold
-        self.use(model, tokenizer)
+        self.use(model, tokenizer, fill, fold)
         self.reset(system)
 
-    def use(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    def use(
+        self, model: LanguageModel, tokenizer: Tokenizer, fill: Callable[[str], str] = str, fold: bool = False
+    ) -> None:
         """Continue with another model, such as the same one with another adapter; the history stays."""
         self._model = model
+        self._fill = fill
+        self._fold = fold
         self._tokenizer = tokenizer
         self.prefix_cache = PrefixCache()
 

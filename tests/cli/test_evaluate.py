@@ -238,7 +238,7 @@ def test_pieces_of_a_text_that_were_trained_on_are_not_measured(run: Path, base:
 
 def test_one_option_leaves_the_other_settings_as_trained(run: Path, base: Path, tmp_path: Path) -> None:
     labeled = [{"review": f"film {i}", "label": i % 2} for i in range(6)]
-    other = [{"text": row["review"], "label": row["label"]} for row in labeled]
+    other = [{"text": row["review"], "class": row["label"]} for row in labeled]
     data = {
         "path": str(write(tmp_path / "rows.jsonl", labeled)),
         "system": "Be brief.",
@@ -248,7 +248,7 @@ def test_one_option_leaves_the_other_settings_as_trained(run: Path, base: Path, 
     trained = trained_run(run, base, tmp_path / "trained", data)
     assert evaluate(trained, "--data", data["path"], "--out", tmp_path / "as_trained.json") == 0
     renamed = write(tmp_path / "other.jsonl", other)
-    columns = ("--columns", "prompt=Good? {text}", "--columns", "completion=label")
+    columns = ("--columns", "prompt=Good? {text}", "--columns", "completion=class")
     assert evaluate(trained, "--data", renamed, *columns, "--out", tmp_path / "renamed.json") == 0
     assert evaluate(trained, "--data", data["path"], "--system", "", "--out", tmp_path / "bare.json") == 0
 

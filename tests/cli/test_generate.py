@@ -362,3 +362,13 @@ def test_a_merged_model_answers_as_it_was_trained_wherever_it_is_moved(
     _, out, err = type_in("generate", tmp_path / "elsewhere", "hello")
     assert "as trained: system message 'Be brief.'" in err
     assert out.endswith(type_in("generate", trained, "hello")[1])  # after the report of the merge
+
+
+def test_another_adapter_in_a_chat_brings_the_system_message_of_its_training(
+    type_in: Terminal, run: Path, base: Path, tmp_path: Path
+) -> None:
+    trained = trained_on(run, tmp_path / "trained", system="Be brief.")
+    expected = type_in("chat", trained, stdin="hello\n")[1]
+    assert type_in("chat", base, stdin=f"/adapter {trained}\nhello\n")[1] == expected
+    bare = type_in("chat", base, stdin="hello\n")[1]
+    assert type_in("chat", trained, stdin="/adapter off\nhello\n")[1] == bare
