@@ -46,6 +46,8 @@ class FileReport:
     """What else was noticed, a line per finding."""
     rows: int
     """Number of rows read; for plain text, the number of pieces."""
+    documents: int
+    """Number of rows of the files, before plain texts are split into pieces."""
     truncated: list[str]
     """``file:line`` of each row whose prompt was cut."""
     too_long: list[str]
@@ -135,12 +137,13 @@ class Report:
         lines = []
         for file in self.files:
             lines += _file_lines(file)
+        noun = "pieces" if all(file.format == "text" for file in self.files) else "rows"
         if self.deduplicated:
             lines.append(f"removed {self.deduplicated:,} duplicate rows")
         lines += [_data_set_line(data_set) for data_set in self.data_sets]
-        lines.append(_share_line("training", self.train))
+        lines.append(_share_line("training", self.train, noun))
         if self.validation:
-            lines.append(_share_line("validation", self.validation))
+            lines.append(_share_line("validation", self.validation, noun))
         if self.overlap:
             lines.append(f"{self.overlap:,} validation rows are also training rows")
         return [*lines, "", *_histogram(self.train.lengths)]
@@ -159,6 +162,7 @@ def report_files(name: str, table: TokenTable, findings: Findings, *, from_cache
         unused_columns=findings.unused_columns,
         notes=[str(finding) for finding in findings.of_level("note")],
         rows=len(table),
+        documents=sum(findings.formats.values()),
         truncated=sources(Status.TRUNCATED),
         too_long=sources(Status.TOO_LONG),
         nothing_to_learn=sources(Status.NOTHING_TO_LEARN),
@@ -239,7 +243,10 @@ def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
 
 def _file_lines(file: FileReport) -> list[str]:
     origin = "tokens from the cache" if file.from_cache else "tokenized now and cached"
-    lines = [f"{file.name}: {file.rows:,} rows, format {file.format}, {origin}"]
+    rows = f"{file.rows:,} rows"
+    if file.format == "text":
+        rows = f"{_counted(file.documents, 'document')} in {_counted(file.rows, 'piece')}"
+    lines = [f"{file.name}: {rows}, format {file.format}, {origin}"]
     problems = [
         (file.truncated, "too long, shortened by the middle of the prompt"),
         (file.too_long, f"too long, dropped (the longest has {file.longest:,} tokens)"),
@@ -266,6 +273,10 @@ def _data_set_line(data_set: DataSetReport) -> str:
     if data_set.repeated:
         line += f"; {data_set.repeated:,} rows are also in a data set before it"
     return line
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _share_line(name: str, share: Share | DataSetReport) -> str:

@@ -58,17 +58,22 @@ class TrainedReading:
             parts.append(f"columns {{{mapping}}}")
         if "values" in self.from_training and self.config.values:
             parts.append(f"values of {', '.join(self.config.values)}")
+        if any(len(set(columns_in(source))) > 1 for source in self._prompt_templates):
+            parts.append("but a typed prompt as it is, because their prompt has several columns")
         if self.differing:
             parts.append(f"without {', '.join(self.differing)}, which differed between the data sets")
         return f"as trained: {', '.join(parts)}" if parts else None
 
     def fill(self, text: str) -> str:
         """A typed prompt as the rows have it: in the place of the only column of their prompt's template."""
-        for column in _PROMPTS:
-            source = self.config.columns.get(column)
-            if source is not None and len(set(columns_in(source))) == 1:
+        for source in self._prompt_templates:
+            if len(set(columns_in(source))) == 1:
                 return str(cell({columns_in(source)[0]: text}, source))
         return text
+
+    @property
+    def _prompt_templates(self) -> list[str]:
+        return [self.config.columns[column] for column in _PROMPTS if column in self.config.columns]
 
     def conversation(self, text: str) -> list[Message]:
         """The conversation that asks a typed prompt."""

@@ -182,6 +182,8 @@ def read_dataset(
         else:
             dataset.conversations.append(sample)
     findings.log_warnings()
+    if not len(dataset):
+        raise InputError(f"{config.path}: no row is left to evaluate on", hint="lit-lora prepare names what is wrong")
     return dataset
 
 

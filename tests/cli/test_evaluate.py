@@ -306,3 +306,20 @@ def test_losses_over_different_tokens_are_not_compared_in_silence(
 
     assert evaluate(base, "--data", data, "--task", "loss") == 0
     assert "left out" not in capsys.readouterr().err
+
+
+def test_rows_beyond_the_limit_are_not_asked_for_and_none_left_is_an_error(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n{broken\n")
+    assert evaluate(base, "--data", data, "--task", "loss", "--limit", 1) == 0
+    assert evaluate(base, "--data", data, "--task", "loss") != 0
+    assert "rows.jsonl:2" in capsys.readouterr().err
+    assert evaluate(base, "--data", data, "--task", "loss", "--bad-rows", "skip") == 0
+    assert "rows.jsonl:2: left out" in " ".join(capsys.readouterr().err.split())
+
+    data.write_text(json.dumps({"prompt": {"a": 1}, "completion": "b"}) + "\n")
+    assert evaluate(base, "--data", data, "--task", "loss", "--bad-rows", "skip") != 0
+    err = capsys.readouterr().err
+    assert "no row is left to evaluate on" in " ".join(err.split())

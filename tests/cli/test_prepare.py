@@ -168,3 +168,11 @@ def test_most_rows_dropped_for_their_length_are_a_warning_with_the_remedy(run: R
     _, out, err = run("rows.jsonl", "--model", "model", "--max-seq-length", length[1])
     assert "training: 10 rows" in out
     assert "dropped" not in err
+
+
+def test_a_text_is_reported_in_documents_and_pieces(run: Run) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": "word " * 60}) + "\n" for _ in range(3)))
+    _, out, _ = run("rows.jsonl", "--model", "model", "--max-seq-length", "32")
+    pieces = re.search(r"rows.jsonl: 3 documents in (\d+) pieces, format text", out)
+    assert pieces is not None
+    assert f"training: {pieces[1]} pieces" in out

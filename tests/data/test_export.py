@@ -35,6 +35,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town"
     ("row", "settings"),
     [
         ({"prompt": "Hi", "completion": "Hello"}, {"system": "Be brief."}),
+        ({"prompt": "Hi", "completion": "Hello"}, {"system": "Be brief.", "system_role": "fold"}),
         ({"review": "fine", "label": 1}, {"columns": {"prompt": "Good? {review}", "completion": "label"}}),
         (
             {"review": "fine", "label": 1},

@@ -59,3 +59,4 @@ def test_a_prompt_of_several_columns_is_not_filled_by_one_text(tmp_path: Path) -
     columns = {"prompt": "{title}: {text}", "completion": "label"}
     (tmp_path / TRAINED_FILE).write_text(json.dumps({"columns": columns}))
     assert read_reading(tmp_path).fill("Fine") == "Fine"
+    assert "a typed prompt as it is" in str(read_reading(tmp_path).about)
