@@ -127,20 +127,24 @@ def reading_options(
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def parse_columns(pairs: list[str]) -> dict[str, str]:
-    """``prompt=question`` pairs as a mapping.
+def parse_columns(pairs: list[str]) -> dict[str, Any]:
+    """``prompt=question`` pairs as a mapping; ``roles.agent=assistant`` is an entry of the mapping ``roles``.
 
     Raises:
         UsageError: A pair has no ``=``, or a column is given twice.
     """
-    columns: dict[str, str] = {}
+    columns: dict[str, Any] = {}
     for pair in pairs:
         name, sign, source = pair.partition("=")
+        mapping = columns
+        if name.startswith("roles."):
+            mapping = columns.setdefault("roles", {})
+            name = name.removeprefix("roles.")
         if not sign or not name or not source:
             raise UsageError(f"--columns {pair}: expected FORMAT_COLUMN=YOUR_COLUMN, such as prompt=question")
-        if name in columns:
+        if name in mapping:
             raise UsageError(f"--columns {pair}: {name} is given twice")
-        columns[name] = source
+        mapping[name] = source
     return columns
 
 

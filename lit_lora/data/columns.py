@@ -14,6 +14,7 @@ from lit_lora.data.config import DataConfig
 from lit_lora.data.findings import Findings, Notice
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.formats.exchange import message_list
+from lit_lora.data.formats.messages import dialog_messages
 from lit_lora.data.guesses import (
     CHOICE_COLUMNS,
     CLASS_COLUMNS,
@@ -69,7 +70,8 @@ class RowReader:
         try:
             layout = self._layout(row)
             _check_unread(layout, self._config, row, notice)
-            context = RowContext(notice, layout.columns, self._config.roles)
+            detected = self._config.format == "auto" and not self._config.columns
+            context = RowContext(notice, layout.columns, self._config.roles, detected)
             values = layout.format_row(replace_values(row, self._config.values, "values"))
             sample = layout.format.read(values, context)
         except InputError as error:
@@ -284,7 +286,9 @@ def _plausible(format_: Format, columns: Mapping[str, str], config: DataConfig, 
             continue
         value = row[columns[column]]
         if format_.nested:
-            if not isinstance(value, list) and not str(value).lstrip().startswith("["):
+            # Under another name, such as "dialogue", a dialog may be what a summary is about.
+            is_dialog = columns[column] == column and dialog_messages(str(value)) is not None
+            if not isinstance(value, list) and not str(value).lstrip().startswith("[") and not is_dialog:
                 return False
         # Recognized by an alias, such as "answer", it must be text: a number may be the index of an option.
         elif columns[column] != column and not (value is None or isinstance(value, str) or message_list(value)):

@@ -21,6 +21,11 @@ WANTED_COLUMNS = ("label", "kto_tag", "desirable")
 _PREFERENCES = (
     ("chosen", "rejected"),
     ("chosenresponse", "rejectedresponse"),
+    ("messages", "rejectedresponse"),
+    ("messages", "rejectedmessages"),
+    ("conversations", "rejectedresponse"),
+    ("conversations", "rejectedmessages"),
+    ("response", "rejectedresponse"),
     ("preferred", "other"),
     ("preferred", "dispreferred"),
     ("preferred", "rejected"),

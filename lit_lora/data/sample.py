@@ -46,6 +46,8 @@ class RowContext:
     """The format's column -> what the file calls it."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's own names of roles -> roles that are known."""
+    detected: bool = False
+    """Whether the format was found by the columns, and the user has said nothing of them."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lit_lora.cli.prepare import parse_columns
 from lit_lora.data import DataConfig
 from lit_lora.data.columns import RowReader
 from lit_lora.data.findings import Findings
@@ -161,6 +162,14 @@ def test_a_message_that_cannot_be_read_says_what_was_found(message: dict[str, An
         {"conversation": [{"input": "Hi", "output": "Hello"}]},
         {"conversation": [{"human": "Hi", "assistant": "Hello"}]},
         {"conversations": ["Hi", "Hello"]},
+        {"conversations": [["Hi", "Hello"]]},
+        {"conversations": "[('Hi', 'Hello')]"},
+        {"conversations": ["User: Hi", "Assistant: Hello"]},
+        {"messages": "\n\nHuman: Hi\n\nAssistant: Hello"},
+        {"text": "\n\nHuman: Hi\n\nAssistant: Hello"},
+        {"text": "Human: Hi\n\nAssistant: Hello"},
+        {"text": "### Human: Hi### Assistant: Hello"},
+        {"text": "### Human: Hi\n\n### Assistant: Hello"},
         {"conversations": '[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]'},
         {"conversations": "[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Hello', 'x': None}]"},
         {"messages": ['{"role": "user", "content": "Hi"}', '{"role": "assistant", "content": "Hello"}']},
@@ -171,6 +180,31 @@ def test_a_message_that_cannot_be_read_says_what_was_found(message: dict[str, An
 )
 def test_every_known_shape_is_the_same_conversation(row: dict[str, Any]) -> None:
     assert _read(row) == ["user: Hi", "assistant*: Hello"]
+
+
+def test_texts_of_which_one_has_no_speaker_take_turns() -> None:
+    assert _read({"conversations": ["User: Hi", "Re: Hello"]}) == ["user: User: Hi", "assistant*: Re: Hello"]
+
+
+@pytest.mark.parametrize("settings", [{"format": "text"}, {"columns": {"text": "text"}}])
+def test_a_dialog_stays_a_text_where_the_user_says_so(settings: dict[str, Any]) -> None:
+    text = "Human: Hi\n\nAssistant: Hello"
+    findings = Findings()
+    assert RowReader(DataConfig(path="x", **settings), findings).sample({"text": text}, "x:1") == text
+
+
+@pytest.mark.parametrize(
+    "text", ["The labels are:\n\nHuman: Hi\n\nAssistant: Hello", "Human: Hi", "Assistant: Hi\n\nHuman: Hello"]
+)
+def test_a_text_that_is_no_dialog_stays_a_text(text: str) -> None:
+    assert RowReader(DataConfig(path="x"), Findings()).sample({"text": text}, "x:1") == text
+
+
+def test_a_list_as_numpy_prints_it_is_refused_with_the_remedy() -> None:
+    text = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Hello'}]"
+    with pytest.raises(InputError, match="messages: a list as NumPy prints it") as caught:
+        _read({"messages": text})
+    assert "frame.to_json" in str(caught.value.hint)
 
 
 def test_answers_within_a_prompt_are_given_not_learned() -> None:
@@ -210,7 +244,11 @@ def test_roles_of_ones_own_are_mapped() -> None:
     row = {"messages": [{"role": "customer", "content": "Hi"}, {"role": "agent", "content": "Hello"}]}
     with pytest.raises(InputError) as caught:
         _read(row)
-    assert 'columns: {roles: {"customer": user, "agent": assistant}}' in str(caught.value.hint)
+    assert "messages[0]: unknown role 'customer', 'agent'" in str(caught.value)
+    assert 'columns: {roles: {"customer": user, "agent": assistant}} in the config' in str(caught.value.hint)
+    assert "or --columns roles.customer=user --columns roles.agent=assistant" in str(caught.value.hint)
+    flags = ["roles.customer=user", "roles.agent=assistant"]
+    assert _read(row, columns=parse_columns(flags)) == ["user: Hi", "assistant*: Hello"]
     assert _read(row, columns={"roles": {"customer": "user", "agent": "assistant"}}) == [
         "user: Hi",
         "assistant*: Hello",
@@ -236,6 +274,10 @@ def test_tools_and_calls_may_be_written_as_json(tools: Any, calls: Any) -> None:
         ({"chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "{messages: chosen}"),
         ({"conversations": [HI], "chosen": HELLO, "rejected": HELLO}, "{prompt: conversations, completion: chosen}"),
         ({"question": "Hi", "response_j": "Hello", "response_k": "x"}, "{prompt: question, completion: response_j}"),
+        ({"messages": [HI, HELLO], "rejected_response": "No"}, "{messages: messages}"),
+        ({"messages": [HI, HELLO], "rejected_messages": [HI, HI]}, "{messages: messages}"),
+        ({"conversations": [HI, HELLO], "rejected_response": "No"}, "{messages: conversations}"),
+        ({"query": "Hi", "response": "Hello", "rejected_response": "No"}, "{prompt: query, completion: response}"),
         ({"x": "Hi", "chosen": "Hello"}, "{prompt: x, completion: chosen}"),
         ({"prompt": "Hi", "preferred": "Hello", "other": "x"}, "{prompt: prompt, completion: preferred}"),
         (

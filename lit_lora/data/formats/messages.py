@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
@@ -33,6 +34,7 @@ __all__ = [
     "SHAREGPT",
     "SYSTEM_NAMES",
     "conversation",
+    "dialog_messages",
     "exchange_keys",
     "is_message_list",
     "read_history",
@@ -57,8 +59,17 @@ _PAIRS = (
     ("prompt", "response"),
 )
 
-_DIALOG_TURN = re.compile(r"\n\n(Human|Assistant):")
-"""What begins a turn where a conversation is written as one text, as in HH-RLHF."""
+_DIALOGS = (
+    re.compile(r"(?:\A|\n\n)(Human|Assistant):"),  # HH-RLHF
+    re.compile(r"\s*### (Human|Assistant):"),  # Guanaco
+)
+"""What begins a turn where a conversation is written as one text."""
+
+_SPEAKER = re.compile(r"(\w+): ?")
+"""What a text begins with that names its speaker."""
+
+_PRINTED_ROWS = re.compile(r"\}\s*\n\s*\{")
+"""Objects without a comma between, as NumPy and pandas print a list of them."""
 
 
 def _read(row: Mapping[str, Any], context: RowContext, column: str) -> Sample:
@@ -135,9 +146,13 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
         value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{column}: expected a list of messages, got {shown(value)}")
+    if value and all(isinstance(item, list | tuple) for item in value):
+        return _pairs(value, column)
     if value and all(isinstance(item, str) for item in value):
         parsed = [parse_json(item) for item in value]
         if not all(isinstance(item, Mapping) for item in parsed):
+            parsed = _by_speakers(value, context.roles)
+        if not parsed:
             return _alternating(value, column)
         value = parsed
 
@@ -160,22 +175,28 @@ def _require_known_roles(messages: Sequence[Any], column: str, roles: Mapping[st
         InputError: There is an unknown one; the hint maps it.
     """
     unknown = []
-    for message in messages:
+    where = ""
+    for index, message in enumerate(messages):
         name = role_name(message)
-        if name is not None and known_role(name, roles) is None and name not in unknown:
-            unknown.append(name)
+        if name is None or known_role(name, roles) is not None or name in unknown:
+            continue
+        unknown.append(name)
+        where = where or f"{column}[{index}]"
     if not unknown:
         return
     guesses = ["user", "assistant"] if len(unknown) > 1 else ["assistant"]
     if known_role(role_name(messages[0]) or "", roles) is None and len(unknown) == 1:
         guesses = ["user"]
     mapping = []
+    flags = []
     for name, role in zip(unknown, chain(guesses, repeat("tool")), strict=False):
         mapping.append(f"{json.dumps(name, ensure_ascii=False)}: {role}")
+        flags.append(f"--columns {shlex.quote(f'roles.{name}={role}')}")
     names = ", ".join(map(repr, unknown))
     raise InputError(
-        f"{column}: unknown role {names}{did_you_mean(unknown[0].lower(), ROLES)}, known: {', '.join(ROLES)}",
-        hint=f"say what it is, such as columns: {{roles: {{{', '.join(mapping)}}}}}",
+        f"{where}: unknown role {names}{did_you_mean(unknown[0].lower(), ROLES)}, known: {', '.join(ROLES)}",
+        hint=f"say what it is, such as columns: {{roles: {{{', '.join(mapping)}}}}} in the config, "
+        f"or {' '.join(flags)}",
     )
 
 
@@ -198,14 +219,7 @@ def read_history(value: Any, context: RowContext) -> list[Turn]:
         value = _parse_list(value, "history")
     if not isinstance(value, list):
         raise ValueError(f"history: expected a list of [question, answer], got {shown(value)}")
-    if not all(isinstance(item, list) for item in value):
-        return read_turns(value, "history", context)
-    turns: list[Turn] = []
-    for item in value:
-        if len(item) != 2:
-            raise ValueError(f"history: expected [question, answer], got {shown(item)}")
-        turns += _alternating(item, "history")
-    return turns
+    return read_turns(value, "history", context)
 
 
 def exchange_keys(item: Any) -> tuple[str, str] | None:
@@ -226,6 +240,38 @@ def _exchange(item: Mapping[str, Any], pair: tuple[str, str], where: str, contex
     return [read_turn(message, where, context.notice) for message in messages]
 
 
+def _pairs(pairs: Sequence[Sequence[Any]], column: str) -> list[Turn]:
+    """The turns of ``[["question", "answer"], …]``."""
+    turns: list[Turn] = []
+    for pair in pairs:
+        if len(pair) != 2 or any(isinstance(text, list | Mapping) for text in pair):
+            raise ValueError(f"{column}: expected [question, answer], got {shown(pair)}")
+        turns += _alternating(pair, column)
+    return turns
+
+
+def _by_speakers(texts: Sequence[str], roles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Messages of texts that each begin with their speaker, ``User: Hi``; none if not all do."""
+    messages = []
+    for text in texts:
+        speaker = _SPEAKER.match(text)
+        if speaker is None or known_role(speaker[1], roles) is None:
+            return []
+        messages.append({"role": speaker[1], "content": text[speaker.end() :]})
+    return messages
+
+
+def dialog_messages(text: str) -> list[dict[str, str]] | None:
+    """The messages of a dialog of Human and Assistant that is written as one text; None if it is another text."""
+    for pattern in _DIALOGS:
+        before, *parts = pattern.split(text.strip())
+        if before or parts[:1] != ["Human"] or "Assistant" not in parts[::2]:
+            continue
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        return [{"role": role, "content": words.strip()} for role, words in turns]
+    return None
+
+
 def _alternating(texts: Sequence[str], column: str) -> list[Turn]:
     """Texts as turns of user and assistant."""
     if len(texts) % 2:
@@ -244,11 +290,14 @@ def _parse_list(text: str, column: str) -> Any:
     parsed = parse_json(text)
     if not isinstance(parsed, str):
         return parsed
-    dialog = _DIALOG_TURN.split(f"\n\n{text.strip()}")
-    if len(dialog) > 1 and not dialog[0].strip():
-        return [
-            {"role": role, "content": words.strip()} for role, words in zip(dialog[1::2], dialog[2::2], strict=True)
-        ]
+    dialog = dialog_messages(text)
+    if dialog is not None:
+        return dialog
+    if text.lstrip().startswith("[{") and _PRINTED_ROWS.search(text):
+        raise InputError(
+            f"{column}: a list as NumPy prints it, without commas, which cannot be read back with certainty",
+            hint=f"save the rows anew with {column} as JSON: frame.to_json('rows.jsonl', orient='records', lines=True)",
+        )
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
