@@ -18,6 +18,12 @@ __all__ = ["Place", "encode_samples", "learned_answers"]
 _CHUNK = 1024  # samples encoded in one call, which the tokenizer spreads over all cores
 _MARGIN = 16  # tokens of a prompt that stay on each side of a cut
 
+_UNWRITTEN = {
+    "tools": "with tools, for which the model's chat template has no place",
+    "tool_calls": "with calls of functions, written as JSON text because the chat template has no place for them",
+    "reasoning": "with reasoning that the chat template does not write",
+}
+
 Place = tuple[str, int]
 """File name and line of a sample."""
 
@@ -33,7 +39,6 @@ def encode_samples(
         InputError: The chat template refuses a conversation, or a row is too long and ``too_long`` is ``error``.
     """
     learn_all = config.learn == "all"
-    writes_tools = "tools" in tokenizer.template_for([{}]).text
     for start in range(0, len(samples), _CHUNK):
         end = start + _CHUNK
         chunk = list(zip(samples[start:end], places[start:end], strict=True))
@@ -41,10 +46,10 @@ def encode_samples(
         # Conversations are encoded together; below, each takes its own result from the iterator.
         chats = []
         for sample, place in chunk:
-            if isinstance(sample, Conversation) and sample.tools and not writes_tools:
-                findings.warn("with tools, for which the model's chat template has no place", f"{place[0]}:{place[1]}")
             if isinstance(sample, Conversation) and (sample.has_answer or learn_all):
-                chats.append(_render(tokenizer, sample, place, config.learn))
+                chat = _render(tokenizer, sample, place, config.learn)
+                _count_unwritten(chat, place, findings)
+                chats.append(chat)
         encoded_chats = iter(encode_rendered(tokenizer, chats))
 
         for sample, place in chunk:
@@ -53,9 +58,19 @@ def encode_samples(
             elif not (sample.has_answer or learn_all):
                 yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
             else:
-                chat = next(encoded_chats)
-                loss_mask = [True] * len(chat.ids) if learn_all else chat.loss_mask
-                yield _fit(chat.ids, loss_mask, place, config)
+                encoded = next(encoded_chats)
+                loss_mask = [True] * len(encoded.ids) if learn_all else encoded.loss_mask
+                yield _fit(encoded.ids, loss_mask, place, config)
+
+
+def _count_unwritten(chat: RenderedChat, place: Place, findings: Findings) -> None:
+    """Count what a conversation has and the chat template does not write."""
+    where = f"{place[0]}:{place[1]}"
+    for field in sorted(chat.unwritten):
+        if field in _UNWRITTEN:
+            findings.warn(_UNWRITTEN[field], where)
+        else:  # the model answers as well without it
+            findings.note(f"with {field} of a message, which the chat template does not write", where)
 
 
 def _render(tokenizer: Tokenizer, sample: Conversation, place: Place, learn: str) -> RenderedChat:

@@ -14,6 +14,7 @@ fails too, the targets cannot be known, and an error names the message.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 
 from lit_lora import log
 from lit_lora.errors import InputError
+from lit_lora.tokenizer.fields import REASONING_KEYS, Tools, fit_messages, fit_tools, what_it_reads
 from lit_lora.tokenizer.template import FOLD_HINT, Message
 from lit_lora.tokenizer.tokenizer import Offsets, Tokenizer
 
@@ -38,10 +40,12 @@ __all__ = [
     "render_chat",
 ]
 
-Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 _OPENING = 200  # characters before an answer in which a special token is searched
 _GUARDS = ("\n", "a", ":", "0")
+_TEXT_FIELDS = ("name", "tool_call_id", *REASONING_KEYS)
+_FIELDS = ("tool_calls", *_TEXT_FIELDS)
+_TOOLS = -1  # stands for the index of a message, for what belongs to none
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ class RenderedChat:
     """Whether EOS has to be appended, because no special token ends the last answer."""
     cuts: list[int]
     """Where the prompt of each assistant message ends, whether the message is learned or not."""
+    unwritten: frozenset[str] = frozenset()
+    """Which of ``tools``, ``tool_calls``, ``reasoning``, ``name`` and ``tool_call_id`` the template does not write as
+    such, in some message at least; calls are then written as JSON text."""
 
 
 def render_chat(
@@ -118,6 +125,7 @@ def render_chat(
         targets=[(turn.start, turn.end) for turn in turns.values()],
         needs_eos=needs_eos,
         cuts=rendered.cuts(),
+        unwritten=rendered.unwritten(learned),
     )
 
 
@@ -289,10 +297,15 @@ class _Rendered:
             _note_default_template(tokenizer.where)
         self._tokenizer = tokenizer
         self._template = tokenizer.template_for(tools)
+        self._reads = what_it_reads(self._template)
+        self._original_messages = messages
+        messages = fit_messages(messages, self._reads)
         self._messages = messages
-        self._tools = tools
+        self._tools = fit_tools(tools, self._reads)
         self.text = self._render(messages, generation_prompt)
-        self._places = self._place_contents(generation_prompt)
+        self._generation_prompt = generation_prompt
+        self._field_marks: dict[tuple[int, str], list[int]] = {}
+        self._places = self._place(generation_prompt)
         self._turn_starts: dict[int, int | None] = {}
         for index, message in enumerate(messages):
             # Assistant messages may be missing: many templates drop the reasoning of earlier turns.
@@ -338,16 +351,58 @@ class _Rendered:
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         return self._template.render(messages, tools=self._tools, generation_prompt=generation_prompt)
 
-    def _place_contents(self, generation_prompt: bool) -> dict[int, list[Span]] | None:
-        """Spans of each message's content, found by rendering it between marks; None if the marks change the text.
+    def _place(self, generation_prompt: bool) -> dict[int, list[Span]] | None:
+        """Spans of each message's content and of other fields, found by rendering them between marks.
 
-        A message that the template omits is missing; one whose content it cuts has no spans.
+        None if the marks change the text. A message that the template omits is missing; one whose content it cuts has
+        no spans. The number of a content is that of its message; ``_field_marks`` has the numbers of other fields.
         """
-        used = self.text + "".join(message.get("content") or "" for message in self._messages)
+        used = self.text + json.dumps([self._messages, self._tools], ensure_ascii=False, default=str)
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)  # private-use characters
-        marked_messages = [_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(self._messages)]
+        contents = [_mark(message, f"{mark}{index}{mark}") for index, message in enumerate(self._messages)]
+        messages, tools = self._mark_fields(contents, mark)
+        places = self._places_between(mark, messages, tools, generation_prompt)
+        if places is None and self._field_marks:
+            # The template compares a name, perhaps.
+            self._field_marks = {}
+            places = self._places_between(mark, contents, self._tools, generation_prompt)
+        return places
+
+    def _mark_fields(self, messages: Sequence[Message], mark: str) -> tuple[list[Message], Tools | None]:
+        """Copies of the messages and of the tools with marks around some of their strings.
+
+        These are the strings that show whether a field was written, and those with a special token's text.
+        """
+        first_number = len(messages)
+        count = 0
+
+        def marked(value: Any, owner: tuple[int, str], key: str = "") -> Any:
+            nonlocal count
+            if isinstance(value, Mapping):
+                return {name: marked(item, owner, name) for name, item in value.items()}
+            if isinstance(value, list):
+                return [marked(item, owner) for item in value]
+            shows = key == "name" or owner[1] in _TEXT_FIELDS
+            if not isinstance(value, str) or not value.strip():
+                return value
+            if not shows and not self._tokenizer.special_pattern.search(value):
+                return value
+            number = first_number + count
+            count += 1
+            self._field_marks.setdefault(owner, []).append(number)
+            return _between(value, f"{mark}{number}{mark}")
+
+        copies: list[Message] = []
+        for index, message in enumerate(messages):
+            fields = {field: marked(message[field], (index, field)) for field in _FIELDS if field in message}  # type: ignore[literal-required]
+            copies.append({**message, **fields})  # type: ignore[typeddict-item]
+        return copies, marked(self._tools, (_TOOLS, "tools"))
+
+    def _places_between(
+        self, mark: str, messages: Sequence[Message], tools: Tools | None, generation_prompt: bool
+    ) -> dict[int, list[Span]] | None:
         try:
-            marked = self._render(marked_messages, generation_prompt)
+            marked = self._template.render(messages, tools=tools, generation_prompt=generation_prompt)
         except InputError:
             return None
 
@@ -370,6 +425,44 @@ class _Rendered:
             is_whole = len(marks) % 2 == 0
             spans[index] = list(zip(marks[::2], marks[1::2], strict=True)) if is_whole else []
         return spans
+
+    def unwritten(self, learned: Collection[int]) -> frozenset[str]:
+        """Which fields the template does not write.
+
+        Raises:
+            InputError: It omits a call that is to be learned.
+        """
+        names = set()
+        if self._tools and not self._writes(_TOOLS, "tools"):
+            names.add("tools")
+        for index, message in enumerate(self._messages):
+            for field in _FIELDS:
+                if field in message and not self._writes(index, field):
+                    if field == "tool_calls" and index in learned:
+                        raise InputError(
+                            f"{self._name(index)}: the chat template omits its calls of functions",
+                            hint="remove them, or choose another model.chat_template",
+                        )
+                    names.add("reasoning" if field in REASONING_KEYS else field)
+            if "tool_calls" in self._original_messages[index] and "tool_calls" not in message:
+                names.add("tool_calls")
+        return frozenset(names)
+
+    def _writes(self, index: int, field: str) -> bool:
+        """Whether the text would differ without a field of a message, or without the tools."""
+        numbers = self._field_marks.get((index, field))
+        if numbers and self._places is not None:
+            return any(number in self._places for number in numbers)
+        messages = list(self._messages)
+        tools = self._tools
+        if index == _TOOLS:
+            tools = None
+        else:
+            messages[index] = {key: value for key, value in messages[index].items() if key != field}  # type: ignore[call-overload]
+        try:
+            return self._template.render(messages, tools=tools, generation_prompt=self._generation_prompt) != self.text
+        except InputError:
+            return True
 
     def _spans(self, index: int) -> list[Span]:
         """Where the content of message ``index`` is, as far as the marks show it."""
@@ -417,7 +510,8 @@ class _Rendered:
         # Nearly always the generation prompt stands right before the content, which saves rendering it once more.
         opening = self._template.generation_prompt
         spans = self._spans(index)
-        if len(spans) == 1 and opening.strip() and self.text.endswith(opening, 0, spans[0][0]):
+        has_reasoning = any(key in self._messages[index] for key in REASONING_KEYS)
+        if len(spans) == 1 and not has_reasoning and opening.strip() and self.text.endswith(opening, 0, spans[0][0]):
             return spans[0][0]
         return self._prefix_length(self._messages[:index], generation_prompt=True)
 
@@ -463,9 +557,11 @@ class _Rendered:
         literal: list[Span] = []
         pattern = self._tokenizer.special_pattern
         for index, message in enumerate(self._messages):
-            other_fields = {key: value for key, value in message.items() if key not in ("role", "content")}
-            if other_fields and pattern.search(repr(other_fields)):
-                raise InputError(f"{self._name(index)}: a field other than content contains a special token's text")
+            if pattern.search(message["role"]):
+                raise InputError(f"{self._name(index)}: a role with a special token's text")
+            for field in _FIELDS:
+                if field in message:
+                    literal += self._literal_in_field(message[field], (index, field), self._name(index))  # type: ignore[literal-required]
             if not pattern.search(message.get("content") or ""):
                 continue
             spans = self._spans(index)
@@ -475,7 +571,32 @@ class _Rendered:
                     hint="remove that text from the message",
                 )
             literal += spans
+        if self._tools:
+            literal += self._literal_in_field(self._tools, (_TOOLS, "tools"), "tools")
         return literal
+
+    def _literal_in_field(self, value: Any, owner: tuple[int, str], where: str) -> list[Span]:
+        """Spans of a field's strings that contain a special token's text.
+
+        Raises:
+            InputError: Such a text is not to be located.
+        """
+        pattern = self._tokenizer.special_pattern
+        if not pattern.search(repr(value)):
+            return []
+        numbers = self._field_marks.get(owner)
+        spans: list[Span] = []
+        is_located = bool(numbers) and self._places is not None and not _has_key(value, pattern)
+        for number in numbers or []:
+            if number in (self._places or {}):
+                is_located = is_located and bool(self._spans(number))
+                spans += self._spans(number)
+        if not is_located:
+            raise InputError(
+                f"{where}: {owner[1]} contains a special token's text, and this chat template rewrites it",
+                hint="remove that text",
+            )
+        return [(start, end) for start, end in spans if pattern.search(self.text, start, end)]
 
     def _lost(self, index: int) -> InputError:
         hint = "remove this message, or use a checkpoint whose template keeps it"
@@ -503,8 +624,21 @@ def _mark(message: Message, mark: str) -> Message:
     stripped = content.strip()
     if not stripped:
         return message
-    before, _, after = content.partition(stripped)
-    return {**message, "content": f"{before}{mark}{stripped}{mark}{after}"}
+    return {**message, "content": _between(content, mark)}
+
+
+def _between(text: str, mark: str) -> str:
+    """A text between two marks, with the white space around it outside of them."""
+    stripped = text.strip()
+    before, _, after = text.partition(stripped)
+    return f"{before}{mark}{stripped}{mark}{after}"
+
+
+def _has_key(value: Any, pattern: re.Pattern[str]) -> bool:
+    """Whether a key somewhere in a value matches."""
+    if isinstance(value, Mapping):
+        return any(pattern.search(str(key)) or _has_key(item, pattern) for key, item in value.items())
+    return isinstance(value, list) and any(_has_key(item, pattern) for item in value)
 
 
 def _check(messages: Sequence[Message]) -> None:

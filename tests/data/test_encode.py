@@ -164,3 +164,23 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Tokenizer)
     chat = Conversation([{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}])  # type: ignore[typeddict-item]
     with pytest.raises(InputError, match=r"^rows\.jsonl:5: message 1"):
         _encode(tokenizer, chat)
+
+
+def test_what_the_template_does_not_write_is_counted(tokenizer: Tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "play", "arguments": '{"song": "A0"}'}}
+    with_all: list[Any] = [
+        {"role": "user", "content": "Play A0", "name": "Ann"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "They want A0."},
+    ]
+    samples: list[Sample] = [CHAT, Conversation(with_all, tools=[{"name": "play"}]), Conversation(with_all)]
+    findings = Findings()
+    places = [("rows.jsonl", line) for line in (1, 2, 3)]
+    rows = list(encode_samples(tokenizer, samples, places, DataConfig(path="x"), findings))
+    assert [str(finding) for finding in findings.of_level("warning")] == [
+        "2 rows with reasoning that the chat template does not write: rows.jsonl:2, 3",
+        "2 rows with calls of functions, written as JSON text because the chat template has no place for them: "
+        "rows.jsonl:2, 3",
+        "1 row with tools, for which the model's chat template has no place: rows.jsonl:2",
+    ]
+    assert [finding.count for finding in findings.of_level("note")] == [2]
+    assert _learned(tokenizer, rows[1]) == ['{"name": "play", "arguments": {"song": "A0"}}<|im_end|>']

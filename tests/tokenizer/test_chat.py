@@ -152,16 +152,6 @@ def test_special_token_text_of_a_user_stays_text(make: MakeTokenizer, style: str
     assert learned(tokenizer, encoded) == learned(tokenizer, clean)
 
 
-def test_special_token_text_in_a_tool_call_is_refused(make: MakeTokenizer) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
-    messages: list[Message] = [
-        {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "y", "tool_calls": [call]},
-    ]
-    with pytest.raises(InputError, match=r"message 2 \(assistant\).*special"):
-        encode_chat(Tokenizer.load(make()), messages)
-
-
 THINKING = """\
 {%- for message in messages %}
     {%- set text = message['content'] %}
