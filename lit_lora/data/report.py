@@ -243,10 +243,10 @@ def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
 
 def _file_lines(file: FileReport) -> list[str]:
     origin = "tokens from the cache" if file.from_cache else "tokenized now and cached"
-    rows = f"{file.rows:,} rows"
+    amount = f"{file.rows:,} rows"
     if file.format == "text":
-        rows = f"{_counted(file.documents, 'document')} in {_counted(file.rows, 'piece')}"
-    lines = [f"{file.name}: {rows}, format {file.format}, {origin}"]
+        amount = f"{_counted(file.documents, 'document')} in {_counted(file.rows, 'piece')}"
+    lines = [f"{file.name}: {amount}, format {file.format}, {origin}"]
     problems = [
         (file.truncated, "too long, shortened by the middle of the prompt"),
         (file.too_long, f"too long, dropped (the longest has {file.longest:,} tokens)"),
@@ -279,8 +279,8 @@ def _counted(count: int, noun: str) -> str:
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _share_line(name: str, share: Share | DataSetReport) -> str:
-    return f"{name}: {share.rows:,} rows, {share.tokens:,} tokens, {share.targets:,} of them targets"
+def _share_line(name: str, share: Share | DataSetReport, noun: str = "rows") -> str:
+    return f"{name}: {share.rows:,} {noun}, {share.tokens:,} tokens, {share.targets:,} of them targets"
 
 
 def _histogram(lengths: dict[int, int]) -> list[str]:
