@@ -107,6 +107,8 @@ def command(
     elif run is not None:
         config, dataset = read_held_out(run, settings, limit)
         about_training = f"the rows that {run.folder} held out, read as in training"
+        if settings:
+            about_training += f", except for: {', '.join(settings)}"
     else:
         raise UsageError("no rows to evaluate on", hint="give held-out rows: --data heldout.jsonl")
     if about_training:

@@ -118,46 +118,58 @@ class RowReader:
             format_ = load_format(name)
             if format_.nested and _resolve(format_, self._config.columns, row) is not None:
                 return True
-        columns = self._answer_columns(row)
-        asked = columns_read(self._config.columns) - set(columns)
-        return bool(columns) and asked <= row.keys()
+        asked = self._asked(row)
+        return asked is not None and columns_read(self._config.columns) - asked.keys() <= set(self._answer(row))
 
     def prompt(self, row: Mapping[str, Any], where: str) -> Sample | None:
         """What a row asks: as :meth:`sample`, but the row may lack its answer, which is left out.
 
         A conversation of several turns must end with a question; ``None`` if the row is bad.
         """
-        columns = self._answer_columns(row)
-        if not columns:
+        asked = self._asked(row)
+        if asked is None:
             sample = self.sample(row, where)
             if isinstance(sample, Conversation) and sample.messages[-1]["role"] == "assistant":
                 problem = "the conversation ends with an answer, expected a user message at the end"
                 self._findings.bad_row(where, problem)
                 return None
             return sample
-        sample = self._prompt_reader(tuple(columns)).sample({**row, **dict.fromkeys(columns, "…")}, where)
+        answer = self._answer(row)
+        values = tuple(column for column in self._config.values if column in asked and column not in answer)
+        sample = self._prompt_reader(values).sample(asked, where)
         if isinstance(sample, Conversation):
             return replace(sample, messages=sample.messages[:-1])
         return sample
 
-    def _prompt_reader(self, answer_columns: tuple[str, ...]) -> RowReader:
-        """A reader that has no words for the values of the answer, in whose place it reads a placeholder."""
-        reader = self._prompt_readers.get(answer_columns)
+    def _prompt_reader(self, with_values: tuple[str, ...]) -> RowReader:
+        """A reader that has words only for the values of these columns: the answer is a placeholder."""
+        reader = self._prompt_readers.get(with_values)
         if reader is None:
-            values = {column: words for column, words in self._config.values.items() if column not in answer_columns}
+            values = {column: self._config.values[column] for column in with_values}
             reader = RowReader(self._config.model_copy(update={"values": values}), self._findings)
-            self._prompt_readers[answer_columns] = reader
+            self._prompt_readers[with_values] = reader
         return reader
 
-    def _format_names(self) -> list[str]:
-        return list(FORMATS) if self._config.format == "auto" else [self._config.format]
+    def _asked(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The columns of a row that say what it asks, and a placeholder as its answer; None if it has messages.
 
-    def _answer_columns(self, row: Mapping[str, Any]) -> list[str]:
+        What else a row has, such as a mark that its answer is wrong, does not matter for asking.
+        """
+        answer = self._answer(row)
+        filled = {**row, **dict.fromkeys(answer, "…")}
+        for name in self._format_names() if answer else ():
+            columns = _resolve(load_format(name), self._config.columns, filled)
+            if columns is not None and set(answer) <= columns_read(columns, filled):
+                needed = columns_read(columns, filled)
+                return {column: value for column, value in filled.items() if column in needed}
+        return None
+
+    def _answer(self, row: Mapping[str, Any]) -> list[str]:
         """The file's columns that hold the answer of such a row, which it may lack; none if it has messages."""
+        mapping = self._config.columns
         for name in self._format_names():
             format_ = load_format(name)
             *others, answer = format_.required
-            mapping = self._config.columns
             if not others or mapping.keys() - {*format_.required, *format_.optional}:
                 continue
             if any(column not in mapping and not _first_in(row, _names(format_, column)) for column in others):
@@ -167,6 +179,9 @@ class RowReader:
                 return [column for column in columns_in(mapping[answer]) if column not in asked]
             return [_first_in(row, _names(format_, answer)) or answer]
         return []
+
+    def _format_names(self) -> list[str]:
+        return list(FORMATS) if self._config.format == "auto" else [self._config.format]
 
     def _layout(self, row: Mapping[str, Any]) -> _Layout:
         key = tuple((name, type(value)) for name, value in row.items())

@@ -372,3 +372,29 @@ def test_another_adapter_in_a_chat_brings_the_system_message_of_its_training(
     assert type_in("chat", base, stdin=f"/adapter {trained}\nhello\n")[1] == expected
     bare = type_in("chat", base, stdin="hello\n")[1]
     assert type_in("chat", trained, stdin="/adapter off\nhello\n")[1] == bare
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hello", "completion": "bad", "label": False},
+        {"prompt": "hello", "chosen": "a", "rejected": "b"},
+        {"instruction": "hello", "input": ""},
+        {"question": "hello"},
+        {"question": "hello", "answer": 3},
+        {"messages": [{"role": "user", "content": "hello"}], "weight": 0},
+        {"conversations": [{"from": "human", "value": "hello"}]},
+        {"prompt": [{"role": "user", "content": "hello"}]},
+    ],
+    ids=str,
+)
+def test_a_row_of_any_format_is_asked_whatever_its_answer_is(
+    type_in: Terminal, run: Path, tmp_path: Path, row: dict[str, object]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, err = type_in("generate", run, "--file", "rows.jsonl")
+    assert code == 0, err
+    record = json.loads(out)
+    answer = record.get("model_answer", record.get("answer"))
+    assert answer + "\n" == type_in("generate", run, "hello")[1]
+    assert row.items() <= record.items()
