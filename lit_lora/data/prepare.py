@@ -251,6 +251,7 @@ def _load(
             "format",
             "columns",
             "roles",
+            "message_keys",
             "values",
             "system",
             "system_role",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lit_lora.data.cells import as_json_value, as_text
 from lit_lora.data.findings import Notice
@@ -46,6 +46,8 @@ class RowContext:
     """The format's column -> what the file calls it."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's own names of roles -> roles that are known."""
+    message_keys: Mapping[Literal["role", "content"], str] = field(default_factory=dict)
+    """``role`` and ``content`` -> what the file's messages call them."""
     detected: bool = False
     """Whether the format was found by the columns, and the user has said nothing of them."""
 

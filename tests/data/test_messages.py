@@ -255,6 +255,23 @@ def test_roles_of_ones_own_are_mapped() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        (("speaker", "utterance"), "--columns role=speaker --columns content=utterance"),
+        (("who", "content"), "--columns role=who"),
+    ],
+)
+def test_keys_of_messages_are_mapped_as_the_hint_says(keys: tuple[str, str], hint: str) -> None:
+    role, content = keys
+    row = {"messages": [{"id": "x", role: "user", content: "Hi, you"}, {role: "assistant", content: "Hello"}]}
+    with pytest.raises(InputError, match=r"messages\[0\]: no role, found: ") as caught:
+        _read(row)
+    assert hint in str(caught.value.hint)
+    flags = hint.removeprefix("--columns ").split(" --columns ")
+    assert _read(row, columns=parse_columns(flags)) == ["user: Hi, you", "assistant*: Hello"]
+
+
 @pytest.mark.parametrize("tools", ["null", "[]", "", None, [], '[{"name": "play"}]'])
 @pytest.mark.parametrize("calls", [[CALL], '[{"name": "play", "arguments": {}}]'])
 def test_tools_and_calls_may_be_written_as_json(tools: Any, calls: Any) -> None:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, Literal
 
 from lit_lora.config import did_you_mean
 from lit_lora.data.cells import is_empty
@@ -156,6 +156,7 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
             return _alternating(value, column)
         value = parsed
 
+    value = [_renamed(item, context.message_keys) for item in value]
     _require_known_roles(value, column, context.roles)
     turns: list[Turn] = []
     for index, item in enumerate(value):
@@ -166,6 +167,17 @@ def read_turns(value: Any, column: str, context: RowContext) -> list[Turn]:
         else:
             turns += _exchange(item, pair, where, context)
     return turns
+
+
+def _renamed(item: Any, keys: Mapping[Literal["role", "content"], str]) -> Any:
+    """A message with its role and its content under these names."""
+    if not isinstance(item, Mapping):
+        return item
+    renamed = dict(item)
+    for key, own in keys.items():
+        if own in renamed:
+            renamed[key] = renamed.pop(own)
+    return renamed
 
 
 def _require_known_roles(messages: Sequence[Any], column: str, roles: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lit_lora.config import did_you_mean
 from lit_lora.data.cells import is_empty
 from lit_lora.data.findings import Notice
-from lit_lora.data.guesses import MEDIA_COLUMNS, fold
+from lit_lora.data.guesses import MEDIA_COLUMNS, fold, mapping_hint
 from lit_lora.data.sample import as_text
 from lit_lora.errors import InputError
 from lit_lora.tokenizer import Message
@@ -150,10 +150,29 @@ def _role(item: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
     key = _first(item, _ROLE_KEYS)
     if key is None:
         keys = ", ".join(item) or "nothing"
-        raise ValueError(f"{where}: no role, found: {keys}; expected role and content, or from and value")
+        raise InputError(
+            f"{where}: no role, found: {keys}; expected role and content, or from and value", hint=_keys_hint(item)
+        )
     role = known_role(str(item[key]).strip(), roles)
     assert role is not None, "roles are checked before, all at once"
     return role
+
+
+def _keys_hint(item: Mapping[str, Any]) -> str | None:
+    """The mapping for a message that has its role under an unknown key; None if it cannot be guessed."""
+    texts = [key for key, value in item.items() if isinstance(value, str) and key not in _METADATA]
+    if len(texts) < 2:
+        return None
+    known = [key for key in _CONTENT_KEYS if key in texts]
+    others = [key for key in texts if key not in known]
+    # A speaker is one word, and usually comes before the text.
+    role = next((key for key in others if len(item[key].split()) == 1), None)
+    if role is None:
+        return None
+    keys = {"role": role}
+    if not known:
+        keys["content"] = next(key for key in texts if key != role)
+    return f"say which is which, such as {mapping_hint(keys)}"
 
 
 def role_name(item: Any) -> str | None:
