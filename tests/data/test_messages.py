@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ def test_what_a_function_returns_is_written_as_json(content: Any) -> None:
     [
         ({**HI, "reasoning": "Hm"}, "with reasoning in a message of role user, which is not used"),
         ({"role": "user", "content": ""}, "with an empty message of the user"),
+        ({**HI, "from": "Ada"}, "with a key of a message that is not used, 'from'"),
         (
             {"role": "user", "content": [{"type": "text", "text": "Hi", "note": "x", "image_url": None}]},
             "with a key of a content part that is not used, 'note'",
@@ -130,6 +132,7 @@ def test_what_a_message_says_in_vain_is_counted(message: dict[str, Any], warning
         ({"content": "x"}, r"messages\[0\]: no role, found: content"),
         ({"role": "user", "content": {"a": "b"}}, "expected content to be text or a list of texts"),
         ({"role": "user", "content": [{"type": "image", "url": "u"}]}, "content of type image, expected only text"),
+        ({"role": "assistant", "content": "a", "thinking": "b", "reasoning": "c"}, "thinking and reasoning say diff"),
         ({"role": "user", "content": "a", "value": "b"}, "content and value say different things"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight is 0.5, expected 0 or 1"),
         ({"role": "assistant", "content": "a", "weight": 0, "train": True}, "train and weight say different things"),
@@ -323,3 +326,65 @@ def test_pictures_are_refused_where_a_row_has_some() -> None:
     assert _read(row) == ["user: Hi", "assistant*: Hello"]
     with pytest.raises(InputError, match="a row with images"):
         _read({**row, "images": ["a.png"]})
+
+
+_KEYS = (
+    "note",
+    "emotion",
+    "name",
+    "reasoning",
+    "thinking",
+    "text",
+    "value",
+    "images",
+    "file",
+    "tool_call_id",
+    "weight",
+)
+_PART_KEYS = ("note", "title", "value", "content", "image_url", "inline_data", "annotations")
+
+
+class _Texts:
+    """Texts that occur once each, with the keys that they are under."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self.keys: dict[str, str] = {}
+
+    def under(self, key: str) -> str:
+        text = f"<{len(self.keys)}>"
+        self.keys[text] = key
+        return text
+
+    def message(self, role: str) -> dict[str, Any]:
+        if self._random.random() < 0.5:
+            return self._extended({"role": role, "content": self.under("content")}, _KEYS)
+        parts = []
+        for _ in range(self._random.randint(1, 3)):
+            parts.append(self._extended({"type": "text", "text": self.under("text")}, _PART_KEYS))
+        return self._extended({"role": role, "content": parts}, _KEYS)
+
+    def _extended(self, item: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+        for key in self._random.sample(keys, self._random.choice([0, 0, 0, 0, 0, 0, 1, 2])):
+            item[key] = self.under(key)
+        return item
+
+
+def test_everything_in_a_message_is_read_or_reported_or_its_row_is_refused() -> None:
+    random = Random(0)
+    read = 0
+    for _ in range(2000):
+        texts = _Texts(random)
+        findings = Findings("skip")
+        row = {"messages": [texts.message(role) for role in ("system", "user", "assistant", "tool", "assistant")]}
+        sample = RowReader(DataConfig(path="x"), findings).sample(row, "x:1")
+        if sample is None:
+            assert findings.bad_count == 1
+            continue
+        read += 1
+        assert isinstance(sample, Conversation)
+        written = json.dumps(sample.messages)
+        reported = " ".join(finding.message for finding in findings.of_level("warning"))
+        for text, key in texts.keys.items():
+            assert text in written or key in reported, (row, sample, reported)
+    assert read > 200

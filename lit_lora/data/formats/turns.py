@@ -111,6 +111,8 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
     # What is null is absent: tables write every column in every row.
     item = {key: value for key, value in item.items() if value is not None and value == value}  # NaN is not itself
     role = _role(item, where, roles or {})
+    if "role" in item and "from" in item and known_role(str(item["from"]).strip(), roles or {}) != role:
+        notice("with a key of a message that is not used, 'from'")
     _refuse_what_no_turn_has(item, where)
     message: dict[str, Any] = {"role": role}
 
@@ -128,8 +130,8 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
     for key in _TEMPLATE_KEYS:
         if item.get(key):
             message[key] = as_text(item[key])
-    reasoning = _first(item, _REASONING_KEYS)
-    if reasoning is not None and item[reasoning]:
+    reasoning = _first({key: value for key, value in item.items() if value}, _REASONING_KEYS, where)
+    if reasoning is not None:
         if role == "assistant":
             message["reasoning_content"] = as_text(item[reasoning])
         else:
@@ -147,7 +149,7 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
 
 
 def _role(item: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
-    key = _first(item, _ROLE_KEYS)
+    key = next((key for key in _ROLE_KEYS if key in item), None)
     if key is None:
         keys = ", ".join(item) or "nothing"
         raise InputError(
@@ -358,5 +360,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if key in item), None)
+def _first(item: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str | None:
+    """The first of the keys that the item has.
+
+    Raises:
+        ValueError: It has another one, too, with another value.
+    """
+    present = [key for key in keys if key in item]
+    if any(item[key] != item[present[0]] for key in present):
+        raise ValueError(f"{where}: {' and '.join(present)} say different things")
+    return present[0] if present else None
