@@ -148,6 +148,12 @@ class DataSetConfig(RowsConfig):
         "each conversation, or all tokens.",
     )
 
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="What strings such as <|im_end|> in plain text rows are: text, or the model's special tokens, as "
+        "in text that a chat template rendered before. In conversations they are always text.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _roles_and_message_keys_may_stand_among_the_columns(cls, values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,12 @@ __all__ = ["Place", "encode_samples", "learned_answers"]
 _CHUNK = 1024  # samples encoded in one call, which the tokenizer spreads over all cores
 _MARGIN = 16  # tokens of a prompt that stay on each side of a cut
 
+# What the templates of well-known models write around messages.
+_TEMPLATE_MARKS = re.compile(
+    r"<\|im_(?:start|end|sep)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<\|(?:start|end)_of_role\|>"
+    r"|<(?:start|end)_of_turn>|\[/?INST\]|<\|(?:START|END)_OF_TURN_TOKEN\|>|<｜(?:User|Assistant)｜>"
+    r"|<\|(?:user|assistant|system|endoftext|begin_of_text|end)\|>"
+)
 _UNWRITTEN = {
     "tools": "with tools, for which the model's chat template has no place",
     "tool_calls": "with calls of functions, written as JSON text because the chat template has no place for them",
@@ -49,18 +56,52 @@ def encode_samples(
             if isinstance(sample, Conversation) and (sample.has_answer or learn_all):
                 chat = _render(tokenizer, sample, place, config.learn)
                 _count_unwritten(chat, place, findings)
+                _count_marks(tokenizer, sample, chat, place, findings)
                 chats.append(chat)
         encoded_chats = iter(encode_rendered(tokenizer, chats))
 
         for sample, place in chunk:
             if isinstance(sample, str):
-                yield from _pieces(encode_text(tokenizer, sample, end=True), place, config.max_seq_length)
+                ids = _encode_plain(tokenizer, sample, place, config, findings)
+                yield from _pieces(ids, place, config.max_seq_length)
             elif not (sample.has_answer or learn_all):
                 yield EncodedRow((), (), Status.NOTHING_TO_LEARN, 0, *place)
             else:
                 encoded = next(encoded_chats)
                 loss_mask = [True] * len(encoded.ids) if learn_all else encoded.loss_mask
                 yield _fit(encoded.ids, loss_mask, place, config)
+
+
+def _encode_plain(tokenizer: Tokenizer, text: str, place: Place, config: DataConfig, findings: Findings) -> list[int]:
+    """The ids of a plain text; special-token strings in it are what ``config`` says."""
+    where = f"{place[0]}:{place[1]}"
+    parse = config.special_tokens == "parse"
+    if not parse and tokenizer.special_pattern.search(text):
+        findings.warn(
+            "with special tokens written as text, which stay text (data.special_tokens: parse makes them tokens)", where
+        )
+    _count_foreign_marks(tokenizer, text, where, findings)
+    return encode_text(tokenizer, text, end=True, special=parse)
+
+
+def _count_marks(
+    tokenizer: Tokenizer, sample: Conversation, chat: RenderedChat, place: Place, findings: Findings
+) -> None:
+    """Count a conversation whose messages contain the marks of a chat template."""
+    where = f"{place[0]}:{place[1]}"
+    if chat.literal:
+        findings.warn("with a special token's text in a message, which stays text", where)
+    _count_foreign_marks(
+        tokenizer, "\n".join(message.get("content") or "" for message in sample.messages), where, findings
+    )
+
+
+def _count_foreign_marks(tokenizer: Tokenizer, text: str, where: str, findings: Findings) -> None:
+    """Count a text with the marks of a chat template that is not this model's."""
+    for mark in _TEMPLATE_MARKS.findall(text):
+        if not tokenizer.special_pattern.fullmatch(mark) and mark not in tokenizer.template.text:
+            findings.warn("that look like text rendered by the chat template of another model", where)
+            return
 
 
 def _count_unwritten(chat: RenderedChat, place: Place, findings: Findings) -> None:

@@ -258,6 +258,7 @@ def _load(
             "max_seq_length",
             "too_long",
             "learn",
+            "special_tokens",
             "bad_rows",
         }
     )

@@ -221,7 +221,10 @@ def report_data_sets(parts: Sequence[tuple[str, Rows]], mixture: Mixture | None)
 
 
 def show_rows(rows: Rows, tokenizer: Tokenizer, count: int) -> None:
-    """Print the first rows as the model sees them: targets are green on a terminal, between ⟦ and ⟧ in a pipe."""
+    """Print the first rows as the model sees them: targets are green on a terminal, between ⟦ and ⟧ in a pipe.
+
+    A backslash stands before a special token's text that is no token.
+    """
     in_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = ("\x1b[32m", "\x1b[0m") if in_color else ("⟦", "⟧")
     for number in range(min(count, len(rows))):
@@ -238,7 +241,20 @@ def _parts(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
     """The row's text, split where the targets begin and end."""
     for is_target, positions in groupby(range(len(row.input_ids)), key=lambda position: bool(row.loss_mask[position])):
         ids = [int(row.input_ids[position]) for position in positions]
-        yield is_target, tokenizer.decode(ids, skip_special=False)
+        yield is_target, _decode(ids, tokenizer)
+
+
+def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of ids, with a backslash before what reads like a special token and is text."""
+    text = tokenizer.decode(ids, skip_special=False)
+    specials = [token_id for token_id in ids if tokenizer.special_pattern.fullmatch(tokenizer.token(token_id) or "")]
+    if len(tokenizer.special_pattern.findall(text)) == len(specials):
+        return text
+    text = ""
+    for is_special, run in groupby(ids, key=specials.__contains__):
+        part = tokenizer.decode(list(run), skip_special=False)
+        text += part if is_special else tokenizer.special_pattern.sub(lambda match: "\\" + match[0], part)
+    return text
 
 
 def _file_lines(file: FileReport) -> list[str]:

@@ -22,7 +22,9 @@ from lit_lora.tokenizer import Message, fold_system
 __all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "save_reading"]
 
 TRAINED_FILE = "lit_lora_data.json"
-READING = frozenset({"format", "columns", "roles", "message_keys", "values", "system", "system_role", "learn"})
+READING = frozenset(
+    {"format", "columns", "roles", "message_keys", "values", "system", "system_role", "learn", "special_tokens"}
+)
 """Keys of the section ``data`` that say how rows are read; the others say which rows are."""
 
 _ANY = "-"  # a path, which a config needs, but which has no meaning here

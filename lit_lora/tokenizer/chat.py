@@ -26,7 +26,7 @@ from typing import Any
 from lit_lora import log
 from lit_lora.errors import InputError
 from lit_lora.tokenizer.fields import REASONING_KEYS, Tools, fit_messages, fit_tools, what_it_reads
-from lit_lora.tokenizer.template import FOLD_HINT, Message
+from lit_lora.tokenizer.template import DATE, FOLD_HINT, Message
 from lit_lora.tokenizer.tokenizer import Offsets, Tokenizer
 
 __all__ = [
@@ -246,18 +246,22 @@ def _within(spans: Sequence[Span], start: int, end: int) -> list[Span]:
     return parts
 
 
-def encode_text(tokenizer: Tokenizer, text: str, *, end: bool = False) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str, *, end: bool = False, special: bool = False) -> list[int]:
     """Encode plain text, with BOS in front exactly if the checkpoint's tokenizer puts it there.
 
     Args:
         tokenizer: The tokenizer.
-        text: Plain text; special-token strings in it are text.
+        text: Plain text.
         end: Append EOS, as for a complete document.
+        special: Read special-token strings as special tokens instead of text. Then a BOS or EOS of the text's own is
+            not doubled.
     """
-    ids = tokenizer.encode(text)
-    if tokenizer.starts_with_bos and tokenizer.bos_id is not None:
+    ids = tokenizer.encode(text, special=special)
+    has_bos = special and ids[:1] == [tokenizer.bos_id]
+    if tokenizer.starts_with_bos and tokenizer.bos_id is not None and not has_bos:
         ids = [tokenizer.bos_id, *ids]
-    if end and tokenizer.eos_id is not None:
+    has_eos = special and ids[-1:] == [tokenizer.eos_id]
+    if end and tokenizer.eos_id is not None and not has_eos:
         ids = [*ids, tokenizer.eos_id]
     return ids
 
@@ -297,6 +301,8 @@ class _Rendered:
             _note_default_template(tokenizer.where)
         self._tokenizer = tokenizer
         self._template = tokenizer.template_for(tools)
+        if self._template.asks_for_date:
+            _note_date(tokenizer.where)
         self._reads = what_it_reads(self._template)
         self._original_messages = messages
         messages = fit_messages(messages, self._reads)
@@ -663,6 +669,11 @@ def _warn_of_no_end(where: str) -> None:
         f"{where}: neither the chat template nor the tokenizer has a token that ends an answer, so the model will not "
         "learn to stop (name an eos_token in tokenizer_config.json, or choose another model.chat_template)"
     )
+
+
+@lru_cache
+def _note_date(where: str) -> None:
+    log.note(f"{where}: the chat template asks for today's date and always gets {DATE}, in training and in answers")
 
 
 @lru_cache

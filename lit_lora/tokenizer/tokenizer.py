@@ -23,7 +23,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import disk_errors, read_json, read_text, remove_folder, write_text
 from lit_lora.tokenizer.backend import FAST, Backend, read_backend
 from lit_lora.tokenizer.stream import TextStream
-from lit_lora.tokenizer.template import ChatTemplate
+from lit_lora.tokenizer.template import DATE, ChatTemplate
 from lit_lora.tokenizer.template_files import FOLDER, choose_default, read_templates, template_files
 from lit_lora.tokenizer.templates import DEFAULT, NAMED, named_template
 
@@ -396,6 +396,8 @@ class Tokenizer:
         """SHA-256 of everything that decides the ids; the same after save and load, whatever the folder."""
         templates = [self.template.text, self.template_for([{}]).text]
         rules = [self._to_json(), templates, self._named, self.starts_with_bos, sorted(self.stop_ids)]
+        if self.template.asks_for_date:
+            rules.append(DATE)
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def _to_files(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lit_lora.data.config import DataConfig
 from lit_lora.data.encode import encode_samples
 from lit_lora.data.findings import Findings
+from lit_lora.data.report import _decode
 from lit_lora.data.rows import EncodedRow, Status
 from lit_lora.data.sample import Conversation, Sample
 from lit_lora.errors import InputError
@@ -184,3 +185,47 @@ def test_what_the_template_does_not_write_is_counted(tokenizer: Tokenizer) -> No
     ]
     assert [finding.count for finding in findings.of_level("note")] == [2]
     assert _learned(tokenizer, rows[1]) == ['{"name": "play", "arguments": {"song": "A0"}}<|im_end|>']
+
+
+RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+
+
+def test_text_with_special_tokens_is_counted_and_parsed_only_when_asked_for(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = tokenizer.token_id("<|im_end|>")
+    shown = {}
+    for how, count in (("text", 0), ("parse", 2)):
+        findings = Findings()
+        config = DataConfig(path="x", special_tokens=how)  # type: ignore[arg-type]
+        (row,) = encode_samples(tokenizer, [RENDERED], [("rows.jsonl", 5)], config, findings)
+        # The end of the text is the EOS of this vocabulary, which is not doubled.
+        assert list(row.ids).count(ends) == (count or 1)
+        warnings = [str(finding) for finding in findings.of_level("warning")]
+        if how == "text":
+            assert warnings == [
+                "1 row with special tokens written as text, which stay text (data.special_tokens: parse makes them "
+                "tokens): rows.jsonl:5"
+            ]
+        else:
+            assert not warnings
+        shown[how] = _decode(list(row.ids), tokenizer)
+    assert shown["parse"] == RENDERED
+    assert shown["text"] == RENDERED.replace("<|im", "\\<|im") + "<|im_end|>"
+
+
+@pytest.mark.parametrize("sample", ["[INST] Hi [/INST] Yo", _qa("<|eot_id|>", "x")])
+def test_text_of_another_models_template_is_counted(tokenizer: Tokenizer, sample: Sample) -> None:
+    findings = Findings()
+    list(encode_samples(tokenizer, [sample], [("rows.jsonl", 5)], DataConfig(path="x"), findings))
+    (finding,) = findings.of_level("warning")
+    assert finding.message == "that look like text rendered by the chat template of another model"
+
+
+def test_special_tokens_text_in_a_message_is_counted(tokenizer: Tokenizer) -> None:
+    findings = Findings()
+    sample = _qa("What is <|im_end|>?", "A mark")
+    list(encode_samples(tokenizer, [sample], [("rows.jsonl", 5)], DataConfig(path="x"), findings))
+    assert [finding.message for finding in findings.of_level("warning")] == [
+        "with a special token's text in a message, which stays text"
+    ]

@@ -466,3 +466,16 @@ def test_a_template_without_a_place_for_a_system_message_hints_at_folding_it(mak
         encode_chat(tokenizer, messages)
     assert "system_role: fold" in str(caught.value.hint)
     assert learned(tokenizer, encode_chat(tokenizer, fold_system(messages))) == ["Paris<|im_end|>"]
+
+
+def test_a_template_that_asks_for_the_date_always_gets_the_same(
+    make: MakeTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make()
+    before = Tokenizer.load(folder).fingerprint
+    (folder / "chat_template.jinja").write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + messages[0].content }}")
+    tokenizer = Tokenizer.load(folder)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "!"}])
+    assert tokenizer.decode(prompt) == "Today: 26 Jul 2024!"
+    assert "always gets 2024-07-26" in " ".join(capsys.readouterr().err.split())
+    assert tokenizer.fingerprint != before
