@@ -123,10 +123,15 @@ def _render(tokenizer: Tokenizer, sample: Conversation, place: Place, learn: str
 
 
 def learned_answers(sample: Conversation, learn: str) -> list[int]:
-    """Indices of the assistant messages to learn, or of the last of them: those that the row does not except."""
+    """Indices of the assistant messages to learn, or of the last of them: those that the row does not except.
+
+    Empty ones are not among them: they would teach the model to say nothing.
+    """
     indices = []
     for index, message in enumerate(sample.messages):
-        if message["role"] == "assistant" and index not in sample.context_only:
+        if message["role"] != "assistant" or index in sample.context_only:
+            continue
+        if (message.get("content") or "").strip() or message.get("tool_calls"):
             indices.append(index)
     return indices[-1:] if learn == "last" else indices
 
