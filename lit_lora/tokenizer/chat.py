@@ -315,7 +315,7 @@ class _Rendered:
         self._turn_starts: dict[int, int | None] = {}
         for index, message in enumerate(messages):
             # Assistant messages may be missing: many templates drop the reasoning of earlier turns.
-            if message["role"] in ("system", "user") and self._is_omitted(index):
+            if message["role"] in ("system", "user", "tool") and self._is_omitted(index):
                 raise self._lost(index)
         self.literal = self._literal_spans()
 
