@@ -119,6 +119,7 @@ class _Dataset:
     rows: int
     """Number of rows to train on and to hold out; for plain text, about the number of pieces."""
     format: str
+    """The formats of the rows, that of most rows first."""
     guessed: bool
     """Whether the column mapping is a guess."""
     unused: list[str]
@@ -235,7 +236,7 @@ def _inspect(config: DataConfig, model: Path, template: str | None) -> _Dataset:
         config=config,
         documents=count,
         rows=round(count * usable / len(lengths)),
-        format=findings.main_format,
+        format=findings.format_names,
         guessed=guessed,
         unused=list(findings.unused_columns),
         longest=longest,
@@ -380,12 +381,16 @@ def _config_text(dataset: _Dataset, machine: _Machine, model: Path, template: st
 
 
 def _data_lines(dataset: _Dataset) -> list[_Line]:
+    from lit_lora.data.formats import FORMATS
+
     config = dataset.config
     lines = [("path", _scalar(config.path), "")]
-    if config.format == "auto":
+    if config.format != "auto":
+        lines.append(("format", config.format, ""))
+    elif dataset.format in FORMATS:
         lines.append(("format", dataset.format, "detected from the columns"))
     else:
-        lines.append(("format", config.format, ""))
+        lines.append(("format", "auto", f"by the columns of each row; found: {dataset.format}"))
     if config.columns:
         mapping = ", ".join(f"{column}: {_scalar(source)}" for column, source in config.columns.items())
         lines.append(("columns", f"{{{mapping}}}", "a guess: check it" if dataset.guessed else ""))

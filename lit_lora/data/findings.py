@@ -78,9 +78,9 @@ class Findings:
         return [finding for finding in self._findings.values() if finding.level == level]
 
     @property
-    def main_format(self) -> str:
-        """The format of most rows; ``none`` without rows."""
-        return max(self.formats, key=lambda name: self.formats[name], default="none")
+    def format_names(self) -> str:
+        """The formats of the rows, that of most rows first: ``messages, alpaca``."""
+        return ", ".join(sorted(self.formats, key=lambda name: -self.formats[name]))
 
     @property
     def bad_count(self) -> int:

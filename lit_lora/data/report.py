@@ -158,7 +158,7 @@ def report_files(name: str, table: TokenTable, findings: Findings, *, from_cache
     hashes = table.kept().hashes
     return FileReport(
         name=name,
-        format=", ".join(sorted(findings.formats, key=lambda name: -findings.formats[name])),
+        format=findings.format_names,
         unused_columns=findings.unused_columns,
         notes=[str(finding) for finding in findings.of_level("note")],
         rows=len(table),

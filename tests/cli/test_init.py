@@ -116,6 +116,14 @@ def test_a_config_for_every_format_runs_dry(run: Run, model: Path, row: dict[str
     assert code == 0, err
 
 
+def test_rows_of_two_formats_are_each_read_by_their_own(run: Run, model: Path) -> None:
+    _write([*ROWS[:3], {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}])
+    assert run("init", "rows.jsonl", "--model", model)[0] == 0
+    assert "# by the columns of each row; found: prompt_completion, messages" in Path("config.yaml").read_text()
+    assert _load().data.format == "auto"
+    assert run("finetune", "--config", "config.yaml", "--dry-run")[0] == 0
+
+
 def test_columns_that_fit_no_format_are_guessed_and_the_guess_is_marked(run: Run, model: Path) -> None:
     _write([{"sentence": "fine film", "label": 1, "idx": n} for n in range(20)])
     code, out, _ = run("init", "rows.jsonl", "--model", model)

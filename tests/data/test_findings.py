@@ -43,7 +43,7 @@ def test_findings_survive_being_saved() -> None:
     twice.add(findings.as_dict())
     twice.add(findings.as_dict())
     assert list(map(str, twice.of_level("warning"))) == ["2 rows with an empty answer: a.jsonl:1, 1"]
-    assert (twice.bad_count, twice.formats, twice.main_format) == (2, {"alpaca": 4}, "alpaca")
+    assert (twice.bad_count, twice.formats, twice.format_names) == (2, {"alpaca": 4}, "alpaca")
     twice.check()
 
 

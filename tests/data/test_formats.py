@@ -26,7 +26,7 @@ def _sample(row: dict[str, Any], **settings: Any) -> tuple[str, Sample]:
     sample = RowReader(DataConfig(path="rows.jsonl", **settings), findings).sample(row, "rows.jsonl:1")
     findings.check()
     assert sample is not None
-    return findings.main_format, sample
+    return findings.format_names, sample
 
 
 def _turns(sample: Sample) -> list[tuple[str, str | None]]:

@@ -52,7 +52,7 @@ def test_a_public_dataset_is_read(
     findings = Findings()
     config = DataConfig(path=name, **settings)
     samples = [sample for sample, _ in read_samples(config, [real_data / name], findings)]
-    assert (len(samples), findings.main_format) == (count, format_)
+    assert (len(samples), findings.format_names) == (count, format_)
     chats = [sample for sample in samples if isinstance(sample, Conversation)]
     assert format_ == "text" or sum(chat.has_answer for chat in chats) > 0.3 * count
 
