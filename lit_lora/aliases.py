@@ -157,7 +157,7 @@ ANSWERS: dict[tuple[str, ...], str] = {
     ("tokenizer", "tokenizer_type", "tokenizer_name", "tokenizer_path", "tokenizer_config"): (
         "the tokenizer is that of model.path"
     ),
-    ("tokens", "special_tokens", "add_tokens", "added_tokens"): "peft.trainable_tokens adds tokens and trains them",
+    ("tokens", "add_tokens", "added_tokens"): "peft.trainable_tokens adds tokens and trains them",
     ("do_train", "do_predict", "strict", "task_type", "inference_mode"): "not needed",
     ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"): "a run writes to its folder, out, only",
     ("evaluation", "eval"): "train.eval_every and train.eval_rows set when and on how many rows a run is validated",

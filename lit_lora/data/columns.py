@@ -424,6 +424,8 @@ def replace_values(row: Mapping[str, Any], values: Mapping[str, Mapping[str, str
         if column not in row:
             continue
         text = as_text(row[column])
+        if text in words.values():
+            continue  # the word already, as in another file of the same task
         if text not in words:
             raise ValueError(
                 f"column {column}: no word for the value {text!r}; {setting} has words for: {', '.join(words)}"

@@ -26,8 +26,13 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("train/gsm8k_train.jsonl.gz", 7473, "prompt_completion", {}),
     ("train/gsm8k_test.jsonl", 1319, "prompt_completion", {}),
     ("train/lf_glaive_toolcall_en_demo.jsonl", 300, "sharegpt", {}),
-    ("train/lf_kto_en_demo.jsonl", 300, "messages", {}),
-    ("train/lf_dpo_en_demo.jsonl.gz", 300, "sharegpt", {"format": "sharegpt"}),
+    ("train/lf_kto_en_demo.jsonl", 150, "messages", {"bad_rows": "skip"}),
+    (
+        "train/lf_dpo_en_demo.jsonl.gz",
+        300,
+        "prompt_completion",
+        {"columns": {"prompt": "conversations", "completion": "chosen"}},
+    ),
     ("tasks/snips_train.jsonl.gz", 13784, "prompt_completion", {"columns": {"prompt": "text", "completion": "intent"}}),
     ("tasks/snips_validation.jsonl", 700, "prompt_completion", {"columns": {"prompt": "text", "completion": "slots"}}),
     ("tasks/banking77_test.jsonl", 3080, "prompt_completion", {"columns": {"prompt": "text", "completion": "label"}}),
@@ -49,8 +54,8 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
 def test_a_public_dataset_is_read(
     real_data: Path, name: str, count: int, format_: str, settings: dict[str, Any]
 ) -> None:
-    findings = Findings()
     config = DataConfig(path=name, **settings)
+    findings = Findings(config.bad_rows)
     samples = [sample for sample, _ in read_samples(config, [real_data / name], findings)]
     assert (len(samples), findings.format_names) == (count, format_)
     chats = [sample for sample in samples if isinstance(sample, Conversation)]

@@ -299,7 +299,9 @@ def test_what_a_folder_lacks_for_predictions_is_one_line(call, tmp_path):
     assert (code, "has no trained head (classifier" in err) == (3, True)
     (tmp_path / "new.jsonl").write_text('{"sentence": "fine film", "label": "great"}\n')
     code, _, err = call("classify", run, "--file", tmp_path / "new.jsonl", "--columns", "text=sentence")
-    assert (code, "label 'great' is not one of the 2 training labels: negative, positive" in err) == (3, True)
+    assert (code, "no word for the value 'great'; data.values has words for: 0, 1" in err) == (3, True)
+    (tmp_path / "words.jsonl").write_text('{"sentence": "fine film", "label": "positive"}\n')
+    assert call("classify", run, "--file", tmp_path / "words.jsonl", "--columns", "text=sentence")[0] == 0
     assert call("classify", run)[0] == 2
     code, _, err = call("evaluate", run, "--data", tmp_path / "rows.jsonl")
     assert (code, "lit-lora classify" in err) == (2, True)
