@@ -424,11 +424,10 @@ def replace_values(row: Mapping[str, Any], values: Mapping[str, Mapping[str, str
         if column not in row:
             continue
         text = as_text(row[column])
-        if text in words.values():
-            continue  # the word already, as in another file of the same task
-        if text not in words:
+        if text in words:
+            replaced[column] = words[text]
+        elif text not in words.values():  # the word itself may stand in another file of the same task
             raise ValueError(
                 f"column {column}: no word for the value {text!r}; {setting} has words for: {', '.join(words)}"
             )
-        replaced[column] = words[text]
     return replaced
