@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from lit_lora.config import did_you_mean
 from lit_lora.data import Rows
-from lit_lora.data.cells import as_text
+from lit_lora.data.cells import as_text, cell, columns_in
 from lit_lora.data.findings import Findings
 from lit_lora.data.read import read_rows
 from lit_lora.data.sample import Conversation
@@ -32,7 +31,6 @@ _ALIASES = {
     "options": ("options", "choices", "endings", "answers", "sol1,sol2", "option1,option2"),
     "answer": ("answer", "label", "answerKey", "gold", "target"),
 }
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,9 @@ def _read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) ->
 def _find_source(name: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """Where a row has our column ``name``: as mapped, else under the first common name; ``None`` if nowhere."""
     for source in [columns[name]] if name in columns else _ALIASES[name]:
-        parts = _PLACEHOLDER.findall(source) or source.split(",")
+        parts = columns_in(source, row)
+        if parts == [source]:
+            parts = source.split(",")
         if source in row or all(part in row for part in parts):
             return source
     return None
@@ -201,9 +201,7 @@ def _find_source(name: str, row: Mapping[str, Any], columns: Mapping[str, str]) 
 
 def _read_prompt(row: Mapping[str, Any], source: str) -> str:
     """A column's text, or a text with columns in braces filled in."""
-    if source in row:
-        return as_text(row[source])
-    return _PLACEHOLDER.sub(lambda match: as_text(row[match[1]]), source)
+    return as_text(cell(row, source))
 
 
 def _read_options(row: Mapping[str, Any], source: str, where: str) -> tuple[tuple[str, ...], list[str]]:

@@ -315,15 +315,6 @@ def _is_lines(head: str) -> bool:
     return True
 
 
-def _chain(
-    first: _NumberedValue, second: _NumberedValue | None, others: Iterable[_NumberedValue]
-) -> Iterator[_NumberedValue]:
-    yield first
-    if second is not None:
-        yield second
-    yield from others
-
-
 def _is_object(line: str) -> bool:
     """Whether a line is a JSON object that is not part of another value: within one, it would be indented."""
     if not line.startswith("{"):
