@@ -25,12 +25,12 @@ from lit_lora.data.guesses import (
     guess,
     mapping_hint,
 )
-from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error, refuse_media
+from lit_lora.data.refused import WANTED_COLUMNS, check_wanted, preference_error
 from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError, UsageError
 from lit_lora.tokenizer import fold_system
 
-__all__ = ["RowReader", "cell", "choose_layout", "columns_in", "columns_read", "guess_columns", "replace_values"]
+__all__ = ["RowReader", "choose_layout", "guess_columns", "replace_values"]
 
 # Columns beside a text that describe it; any other may hold the label of a task.
 _METADATA = {"id", "idx", "_id", "url", "source", "meta", "metadata", "title", "timestamp", "date", "language"}
@@ -325,7 +325,8 @@ def _check_unread(layout: _Layout, config: DataConfig, row: Mapping[str, Any], n
         if is_empty(row[column]):
             continue
         if fold(column) in MEDIA_COLUMNS and not config.columns:  # a mapping is the user's own choice
-            refuse_media(column)
+            # A text about a picture that is not seen teaches to make things up.
+            raise InputError(f"a row with {column}, but only text can be read", hint=f"use rows without {column}")
         if fold(column) in CONTEXT_COLUMNS | MEDIA_COLUMNS:
             notice(f"with a column {column} that the model does not see; {_add_to_prompt(layout, column)}")
         if column in WANTED_COLUMNS:

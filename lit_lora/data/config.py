@@ -11,7 +11,12 @@ from lit_lora.config import Settings, did_you_mean, validate
 from lit_lora.data.formats import FORMATS
 from lit_lora.data.formats.turns import ROLES
 
-__all__ = ["DataConfig", "LabeledConfig", "MixEntry", "RowsConfig", "ValidationFile"]
+__all__ = ["READING", "DataConfig", "LabeledConfig", "MixEntry", "RowsConfig", "ValidationFile"]
+
+READING = frozenset(
+    {"format", "columns", "roles", "message_keys", "values", "system", "system_role", "learn", "special_tokens"}
+)
+"""Keys of the section ``data`` that say how rows are read; the others say which rows are."""
 
 
 class ValidationFile(Settings):

@@ -123,17 +123,8 @@ def _render(tokenizer: Tokenizer, sample: Conversation, place: Place, learn: str
 
 
 def learned_answers(sample: Conversation, learn: str) -> list[int]:
-    """Indices of the assistant messages to learn, or of the last of them: those that the row does not except.
-
-    Empty ones are not among them: they would teach the model to say nothing.
-    """
-    indices = []
-    for index, message in enumerate(sample.messages):
-        if message["role"] != "assistant" or index in sample.context_only:
-            continue
-        if (message.get("content") or "").strip() or message.get("tool_calls"):
-            indices.append(index)
-    return indices[-1:] if learn == "last" else indices
+    """Indices of the assistant messages to learn, or of the last of them."""
+    return sample.answers[-1:] if learn == "last" else sample.answers
 
 
 def _pieces(tokens: list[int], place: Place, max_length: int) -> Iterator[EncodedRow]:

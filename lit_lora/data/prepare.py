@@ -13,7 +13,7 @@ import numpy as np
 from lit_lora import log
 from lit_lora.data.cache import cache_key, cached_table
 from lit_lora.data.columns import RowReader
-from lit_lora.data.config import DataConfig
+from lit_lora.data.config import READING, DataConfig
 from lit_lora.data.encode import Place, encode_samples
 from lit_lora.data.findings import Findings
 from lit_lora.data.mixing import Mixture, apportion
@@ -246,22 +246,7 @@ def _load(
 ) -> tuple[TokenTable, FileReport]:
     """The rows of some files, tokenized or from the cache, and the report on them."""
     # Everything that decides which tokens come out: a setting that is missing here would give stale rows.
-    settings = config.model_dump(
-        include={
-            "format",
-            "columns",
-            "roles",
-            "message_keys",
-            "values",
-            "system",
-            "system_role",
-            "max_seq_length",
-            "too_long",
-            "learn",
-            "special_tokens",
-            "bad_rows",
-        }
-    )
+    settings = config.model_dump(include=set(READING) | {"max_seq_length", "too_long", "bad_rows"})
     settings |= {"limit": limit, "tokenizer": tokenizer.fingerprint}
     folder = cache / "rows" / cache_key(files, settings, cache / "hashes")
     findings = Findings(config.bad_rows)

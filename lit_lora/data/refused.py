@@ -1,4 +1,4 @@
-"""Rows that must not be learned as they are: preferences, unwanted answers, pictures."""
+"""Rows that must not be learned as they are: preferences, unwanted answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from lit_lora.data.cells import as_text, is_empty
 from lit_lora.data.findings import Notice
 from lit_lora.data.formats.exchange import message_list
+from lit_lora.data.formats.messages import dialog_messages
 from lit_lora.data.guesses import METADATA_COLUMNS, fold, guess, mapping_hint
 from lit_lora.errors import InputError
 
-__all__ = ["WANTED_COLUMNS", "refuse_media", "check_wanted", "preference_error"]
+__all__ = ["WANTED_COLUMNS", "check_wanted", "preference_error"]
 
 WANTED_COLUMNS = ("label", "kto_tag", "desirable")
 """Columns in which KTO's rows say whether the answer is wanted."""
@@ -73,8 +74,8 @@ def _preference_error(row: Mapping[str, Any], names: list[str], chosen: str) -> 
     others = {name: value for name, value in row.items() if name not in names}
     messages = message_list(row[chosen])
     roles = {str(message.get("role", message.get("from"))) for message in messages or []}
-    is_dialog_text = isinstance(row[chosen], str) and row[chosen].lstrip().startswith("Human:")
-    is_whole = is_dialog_text or bool(roles & {"user", "human"})
+    is_dialog = isinstance(row[chosen], str) and dialog_messages(row[chosen]) is not None
+    is_whole = is_dialog or bool(roles & {"user", "human"})
     prompt = guess(others, ["prompt"]).get("prompt")
     if prompt is None:
         texts = [name for name, value in others.items() if fold(name) not in METADATA_COLUMNS and not is_empty(value)]
@@ -105,15 +106,3 @@ def check_wanted(column: str, value: Any, notice: Notice) -> None:
         )
     if text in ("0", "0.0", "-1"):
         notice(f"whose {column} is {text}, and whose answer is learned all the same")
-
-
-def refuse_media(column: str) -> None:
-    """Refuse a row with pictures, sound or video, without which its text teaches to make things up.
-
-    Args:
-        column: The file's column with them.
-
-    Raises:
-        InputError: Always.
-    """
-    raise InputError(f"a row with {column}, but only text can be read", hint=f"use rows without {column}")

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from lit_lora.data.cells import as_json_value, as_text
 from lit_lora.data.findings import Notice
 from lit_lora.tokenizer import Message
 
-__all__ = ["Conversation", "Format", "RowContext", "Sample", "as_json_value", "as_text"]
+__all__ = ["Conversation", "Format", "RowContext", "Sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +22,20 @@ class Conversation:
     """Indices of assistant messages that the user does not want learned."""
 
     @property
+    def answers(self) -> list[int]:
+        """Indices of the assistant messages to learn; empty ones would teach the model to say nothing."""
+        indices = []
+        for index, message in enumerate(self.messages):
+            if message["role"] != "assistant" or index in self.context_only:
+                continue
+            if (message.get("content") or "").strip() or message.get("tool_calls"):
+                indices.append(index)
+        return indices
+
+    @property
     def has_answer(self) -> bool:
-        """Whether there is an assistant message to learn that has text or calls a function."""
-        return any(
-            (message.get("content") or "").strip() or message.get("tool_calls")
-            for index, message in enumerate(self.messages)
-            if message["role"] == "assistant" and index not in self.context_only
-        )
+        """Whether there is an assistant message to learn."""
+        return bool(self.answers)
 
 
 Sample: TypeAlias = Conversation | str

@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.config import read_yaml, validate
-from lit_lora.data.columns import cell, columns_in
-from lit_lora.data.config import DataConfig
+from lit_lora.data.cells import cell, columns_in
+from lit_lora.data.config import READING, DataConfig
 from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json, write_text
 from lit_lora.tokenizer import Message, fold_system
 
-__all__ = ["READING", "TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "save_reading"]
+__all__ = ["TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "save_reading"]
 
 TRAINED_FILE = "lit_lora_data.json"
-READING = frozenset(
-    {"format", "columns", "roles", "message_keys", "values", "system", "system_role", "learn", "special_tokens"}
-)
-"""Keys of the section ``data`` that say how rows are read; the others say which rows are."""
-
 _ANY = "-"  # a path, which a config needs, but which has no meaning here
 _DIFFERING = "differing"  # key of the file: settings in which the data sets of the training differ
 _PROMPTS = ("prompt", "instruction")

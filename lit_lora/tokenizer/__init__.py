@@ -11,11 +11,13 @@ from lit_lora.tokenizer.chat import (
     encode_text,
     render_chat,
 )
+from lit_lora.tokenizer.fields import REASONING_KEYS
 from lit_lora.tokenizer.stream import TextStream
 from lit_lora.tokenizer.template import ChatTemplate, Message, fold_system
 from lit_lora.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
+    "REASONING_KEYS",
     "ChatTemplate",
     "EncodedChat",
     "FAST",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lit_lora.data import DataConfig
-from lit_lora.data.trained import READING, TRAINED_FILE, read_reading, save_reading
+from lit_lora.data.config import READING
+from lit_lora.data.trained import TRAINED_FILE, read_reading, save_reading
 from lit_lora.errors import InputError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_lora.data.cells import as_text, is_empty, require_text
 from lit_lora.data.formats.messages import conversation, is_message_list, read_history, read_turns
-from lit_lora.data.formats.turns import ROLES, Turn, parse_json
+from lit_lora.data.formats.turns import Turn, is_message, known_role, parse_json, role_name
 from lit_lora.data.sample import Conversation, RowContext
 
 __all__ = ["exchange", "join_texts", "message_list"]
@@ -76,21 +76,15 @@ def message_list(value: Any) -> list[Any] | None:
         if not value.lstrip().startswith("["):
             return None
         value = parse_json(value)
-        if not isinstance(value, list) or not all(isinstance(item, Mapping) and _has_role(item) for item in value):
+        if not isinstance(value, list) or not all(map(_has_known_role, value)):
             return None  # a text that happens to be JSON
-    if isinstance(value, Mapping) and _is_message(value):
+    if is_message(value):
         return [value]
     return value if is_message_list(value) else None
 
 
-def _is_message(item: Mapping[str, Any]) -> bool:
-    """Whether an object has a role and a content, and is not another object with a key of such a name."""
-    return bool({"role", "from"} & item.keys() and {"content", "value", "tool_calls"} & item.keys())
-
-
-def _has_role(item: Mapping[str, Any]) -> bool:
-    role = item.get("role", item.get("from"))
-    return _is_message(item) and str(role).lower() in ROLES
+def _has_known_role(item: Any) -> bool:
+    return is_message(item) and known_role(role_name(item) or "", {}) is not None
 
 
 def join_texts(*texts: str) -> str:

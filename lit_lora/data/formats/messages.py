@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from typing import Any, Literal
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.cells import is_empty
+from lit_lora.data.cells import as_text, is_empty
 from lit_lora.data.formats.turns import (
     ROLES,
     Turn,
@@ -25,7 +25,7 @@ from lit_lora.data.formats.turns import (
     shown,
     tool_list,
 )
-from lit_lora.data.sample import Conversation, Format, RowContext, Sample, as_text
+from lit_lora.data.sample import Conversation, Format, RowContext, Sample
 from lit_lora.errors import InputError
 
 __all__ = [

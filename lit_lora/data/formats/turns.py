@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_lora.config import did_you_mean
-from lit_lora.data.cells import is_empty
+from lit_lora.data.cells import as_text, is_empty
 from lit_lora.data.findings import Notice
 from lit_lora.data.guesses import MEDIA_COLUMNS, fold, mapping_hint
-from lit_lora.data.sample import as_text
 from lit_lora.errors import InputError
-from lit_lora.tokenizer import Message
+from lit_lora.tokenizer import REASONING_KEYS, Message
 
 __all__ = [
     "ROLES",
     "Turn",
     "content_text",
     "is_learned",
+    "is_message",
     "known_role",
     "parse_json",
     "read_turn",
@@ -53,7 +53,8 @@ ROLES = {
 
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# A "text" beside a "from" may be that of a row.
+_MESSAGE_KEYS = ("content", "value", "parts", "tool_calls")
 _LEARN_KEYS = (
     "weight",
     "train",
@@ -73,7 +74,7 @@ _DETAIL_KEYS = ("train_detail", "training_detail")
 _TEMPLATE_KEYS = ("name", "tool_call_id")
 # Describe a message without being part of it.
 _METADATA = {"id", "message_id", "index", "turn", "timestamp", "created_at", "date", "time", "lang", "language"}
-_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS, *_TEMPLATE_KEYS, *_METADATA} | {
+_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *REASONING_KEYS, *_LEARN_KEYS, *_MASK_KEYS, *_TEMPLATE_KEYS, *_METADATA} | {
     "tool_calls",
     "function_call",
 }
@@ -92,6 +93,13 @@ class Turn:
 
     message: Message
     learned: bool
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message rather than a row or another object."""
+    if not isinstance(value, Mapping):
+        return False
+    return any(key in value for key in _ROLE_KEYS) and any(key in value for key in _MESSAGE_KEYS)
 
 
 def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | None = None) -> Turn:
@@ -130,7 +138,7 @@ def read_turn(item: Any, where: str, notice: Notice, roles: Mapping[str, str] | 
     for key in _TEMPLATE_KEYS:
         if item.get(key):
             message[key] = as_text(item[key])
-    reasoning = _first({key: value for key, value in item.items() if value}, _REASONING_KEYS, where)
+    reasoning = _first({key: value for key, value in item.items() if value}, REASONING_KEYS, where)
     if reasoning is not None:
         if role == "assistant":
             message["reasoning_content"] = as_text(item[reasoning])

@@ -11,21 +11,13 @@ from typing import Any
 from lit_lora.data.findings import Findings
 from lit_lora.data.formats import FORMATS, load_format
 from lit_lora.data.formats.messages import exchange_keys
+from lit_lora.data.formats.turns import is_message
 from lit_lora.errors import InputError
 
-__all__ = ["document_rows", "is_message", "starts_conversation", "wrap_messages"]
+__all__ = ["document_rows", "starts_conversation", "wrap_messages"]
 
 _SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval)([_-].*)?", re.IGNORECASE)
-_ROLES = ("role", "from")
 _FIRST_ROLES = ("system", "developer", "user", "human")
-_TEXTS = ("content", "value", "parts", "tool_calls")
-
-
-def is_message(value: Any) -> bool:
-    """Whether a value is a message rather than a row."""
-    if not isinstance(value, dict):
-        return False
-    return any(name in value for name in _ROLES) and any(name in value for name in _TEXTS)
 
 
 def starts_conversation(value: Any) -> bool:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from lit_lora.data.findings import Findings
-from lit_lora.data.read.json_documents import document_rows, is_message, starts_conversation, wrap_messages
+from lit_lora.data.formats.turns import is_message
+from lit_lora.data.read.json_documents import document_rows, starts_conversation, wrap_messages
 from lit_lora.data.read.json_stream import JsonStream, ends_early, skip_separators
 from lit_lora.data.read.text_files import find_undecodable, open_text
 from lit_lora.errors import InputError
