@@ -19,7 +19,7 @@ from lit_lora.errors import InputError, UsageError
 from lit_lora.files import read_json, write_text
 from lit_lora.tokenizer import Message, fold_system
 
-__all__ = ["TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "save_reading"]
+__all__ = ["TRAINED_FILE", "TrainedReading", "read_reading", "rename_values", "run_of", "save_reading"]
 
 TRAINED_FILE = "lit_lora_data.json"
 _ANY = "-"  # a path, which a config needs, but which has no meaning here
@@ -142,14 +142,20 @@ def rename_values(
     return {new_names.get(name, name): words for name, words in values.items()}
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run folder that an adapter or a model is in; None if it is in none."""
+    is_result = folder.name in ("adapter", "model", "merged")
+    return folder.parent if is_result and (folder.parent / "config.yaml").is_file() else None
+
+
 def _saved(folder: Path) -> dict[str, Any] | None:
     """The settings beside the weights, or those in the config of the run that the folder is in; None without both."""
     if (folder / TRAINED_FILE).is_file():
         return read_json(folder / TRAINED_FILE)
-    config = folder.parent / "config.yaml"
-    if folder.name not in ("adapter", "model", "merged") or not config.is_file():
+    run = run_of(folder)
+    if run is None:
         return None
-    settings = read_yaml(config)
+    settings = read_yaml(run / "config.yaml")
     section = settings.get("data") if isinstance(settings, dict) else None
     if not isinstance(section, dict) or settings.get("recipe") == "classify":
         return None

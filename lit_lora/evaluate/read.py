@@ -17,7 +17,7 @@ from lit_lora.data.findings import Findings
 from lit_lora.data.prepare import Part, Prepared, prepare, read_samples, samples_of
 from lit_lora.data.read import read_rows
 from lit_lora.data.source import locate
-from lit_lora.data.trained import read_reading
+from lit_lora.data.trained import read_reading, run_of
 from lit_lora.errors import InputError, UsageError
 from lit_lora.evaluate.options import has_options, read_option_rows
 from lit_lora.evaluate.tasks import Dataset
@@ -62,10 +62,10 @@ def find_run(models: Iterable[Path]) -> TrainedRun | None:
         UsageError: It is a run of recipe classify, or its config is not valid.
     """
     for path in models:
-        for folder in (path, path.parent):
-            file = folder / "config.yaml"
-            if not file.is_file() or (folder != path and path.name not in ("adapter", "model", "merged")):
+        for folder in (path, run_of(path)):
+            if folder is None or not (folder / "config.yaml").is_file():
                 continue
+            file = folder / "config.yaml"
             config = read_yaml(file)
             if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
                 continue
